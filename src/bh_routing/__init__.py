@@ -1,0 +1,92 @@
+"""Benjamini-Hochberg expert selection for mixture-of-experts models, compared with Top-K.
+
+    import bh_routing as bhr
+
+    model, tokenizer = bhr.load_model("demo")
+    calibration = bhr.calibrate(model, tokenizer, texts)
+    rule = bhr.BenjaminiHochberg(alpha=0.05, max_k=8)
+    with bhr.route(model, rule, calibration) as trace:
+        output = model.generate(**inputs)
+    trace.expert_counts
+
+Every name below loads on first use, so that `import bh_routing` costs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bh_routing.analysis import Results, load_results
+    from bh_routing.engine import calibrate
+    from bh_routing.errors import (
+        BHRoutingError,
+        CalibrationError,
+        ExperimentError,
+        InputError,
+        ModelError,
+        ResultsError,
+    )
+    from bh_routing.models import ExpertTrace, load_model, route
+    from bh_routing.multitest import benjamini_hochberg, benjamini_yekutieli
+    from bh_routing.nulls import Calibration, p_values
+    from bh_routing.rules import BenjaminiHochberg, Rule, TopK, benjamini_hochberg_routing
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BHRoutingError",
+    "BenjaminiHochberg",
+    "Calibration",
+    "CalibrationError",
+    "ExperimentError",
+    "ExpertTrace",
+    "InputError",
+    "ModelError",
+    "Results",
+    "ResultsError",
+    "Rule",
+    "TopK",
+    "__version__",
+    "benjamini_hochberg",
+    "benjamini_hochberg_routing",
+    "benjamini_yekutieli",
+    "calibrate",
+    "load_model",
+    "load_results",
+    "p_values",
+    "route",
+]
+
+_HOMES = {
+    "analysis": ("Results", "load_results"),
+    "engine": ("calibrate",),
+    "errors": (
+        "BHRoutingError",
+        "CalibrationError",
+        "ExperimentError",
+        "InputError",
+        "ModelError",
+        "ResultsError",
+    ),
+    "models": ("ExpertTrace", "load_model", "route"),
+    "multitest": ("benjamini_hochberg", "benjamini_yekutieli"),
+    "nulls": ("Calibration", "p_values"),
+    "rules": ("BenjaminiHochberg", "Rule", "TopK", "benjamini_hochberg_routing"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home on first use (PEP 562)."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return sorted({*globals(), *__all__})
