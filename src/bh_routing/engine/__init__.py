@@ -1,0 +1,14 @@
+"""What is done with a model: calibrate it, let it write."""
+
+from bh_routing.engine.calibrate import calibrate
+from bh_routing.engine.generate import Generation, generate_greedy
+from bh_routing.engine.texts import Document, packaged_documents, read_documents
+
+__all__ = [
+    "Document",
+    "Generation",
+    "calibrate",
+    "generate_greedy",
+    "packaged_documents",
+    "read_documents",
+]

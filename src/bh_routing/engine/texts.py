@@ -1,0 +1,115 @@
+"""Documents out of files: plain text, the same packed with xz, or JSON lines."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from bh_routing.demo import CALIBRATION_TEXT, EVALUATION_TEXT, demo_folder
+from bh_routing.errors import InputError
+
+SEPARATOR = "<|endoftext|>"
+
+
+class Document(NamedTuple):
+    """One text with what statistics need to know of it."""
+
+    name: str
+    text: str
+    cluster: str
+    """Documents of one cluster aren't independent draws: chapters of one book."""
+    domain: str
+
+
+def read_documents(paths: Iterable[Path]) -> list[Document]:
+    """Read every document of some files.
+
+    A `.jsonl` file holds one object a line with `text` and, optionally, `name`, `cluster` and
+    `domain`. Any other file is UTF-8 text, `.xz` packed or not, its documents separated by a
+    line that holds only `<|endoftext|>`; a `documents.json` beside it may name them.
+
+    Raises:
+        InputError: a file is missing, not UTF-8, or holds no text.
+    """
+    documents = [document for path in paths for document in _read_one(Path(path))]
+    if not documents:
+        raise InputError("no text file was given; give at least one")
+    return documents
+
+
+def packaged_documents(split: str) -> list[Document]:
+    """Return the demo's own `calibration` or `evaluation` documents."""
+    files = {"calibration": CALIBRATION_TEXT, "evaluation": EVALUATION_TEXT}
+    return read_documents([demo_folder() / files[split]])
+
+
+def text_sha256(texts: Sequence[str]) -> str:
+    """Hash texts in their order, so that two sets can be told apart or found equal."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode()).digest())
+    return digest.hexdigest()
+
+
+def _read_one(path: Path) -> list[Document]:
+    try:
+        raw = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+        content = raw.decode("utf-8")
+    except FileNotFoundError:
+        raise InputError(f"text file {path} doesn't exist; check the path") from None
+    except (OSError, lzma.LZMAError) as error:
+        raise InputError(f"text file {path} can't be read ({error}); give a text file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"text file {path} isn't UTF-8 (byte {error.start}); convert it first, for example "
+            "with iconv"
+        ) from error
+    documents = _json_lines(path, content) if path.suffix == ".jsonl" else _plain(path, content)
+    if not documents:
+        raise InputError(f"text file {path} holds no text; give a file with at least one document")
+    return documents
+
+
+def _plain(path: Path, content: str) -> list[Document]:
+    pieces = f"\n{content}\n".split(f"\n{SEPARATOR}\n")
+    texts = [piece.strip() for piece in pieces if piece.strip()]
+    stem = path.name.removesuffix(".xz").removesuffix(".txt")
+    labels = _labels(path, stem)
+    documents = []
+    for i, text in enumerate(texts):
+        label = labels.get(i, {})
+        name = f"{stem}-{i}"
+        cluster = str(label.get("cluster", name))
+        documents.append(Document(name, text, cluster, str(label.get("domain", stem))))
+    return documents
+
+
+def _labels(path: Path, split: str) -> dict[int, dict[str, object]]:
+    """Read the labels that `documents.json` beside a text file has for its documents."""
+    file = path.with_name("documents.json")
+    if not file.exists():
+        return {}
+    entries = json.loads(file.read_text("utf-8"))
+    return {int(e["index"]): e for e in entries if e["split"] == split}
+
+
+def _json_lines(path: Path, content: str) -> list[Document]:
+    documents = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            text = entry["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"line {number} of {path} isn't a JSON object with a 'text'; got {line[:60]!r}"
+            ) from error
+        name = str(entry.get("name", f"{path.stem}-{number}"))
+        cluster, domain = entry.get("cluster", name), entry.get("domain", path.stem)
+        documents.append(Document(name, str(text), str(cluster), str(domain)))
+    return documents

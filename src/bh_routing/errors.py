@@ -1,0 +1,51 @@
+"""Every error that bh-routing raises on purpose.
+
+    BHRoutingError
+    ├── InputError            bad value, file or option; the command line exits with 2
+    │   ├── CalibrationError  a calibration that is missing, unfit or of another model
+    │   ├── ModelError        a model that can't be found, loaded or routed
+    │   └── ResultsError      a results folder that must not be touched as asked
+    └── ExperimentError       one experiment failed; the run goes on and exits with 1
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BHRoutingError(Exception):
+    """The root of the tree above."""
+
+
+class InputError(BHRoutingError, ValueError):
+    """A value from the user is outside what is allowed; the text names value, range and remedy."""
+
+
+class CalibrationError(InputError):
+    """A calibration is missing, was made for another model, or can't reach the alpha asked for."""
+
+
+class ModelError(InputError):
+    """A model can't be found, loaded or routed."""
+
+
+class ResultsError(InputError):
+    """A results folder holds something that this run must not touch."""
+
+
+class ExperimentError(BHRoutingError):
+    """One experiment could not be finished."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
+    """Build the error for a name that isn't in a catalog, with the list and the nearest one.
+
+    Example:
+        >>> str(unknown_name("null", "gausian", ["gaussian", "pooled"]))
+        "unknown null 'gausian'; known: gaussian, pooled; did you mean 'gaussian'?"
+    """
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return InputError(f"unknown {kind} {name!r}; known: {', '.join(known)}{hint}")

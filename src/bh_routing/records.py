@@ -1,0 +1,116 @@
+"""What crosses from running to reading: one record an experiment, and the names of the files.
+
+Both towers import this file and nothing of each other. The texts below the fields are the
+definitions of the CSV's columns; `docs/columns.md` is generated from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Final
+
+SCHEMA_VERSION: Final = 1
+
+JOURNAL: Final = "records.jsonl"
+RESULTS_CSV: Final = "bh_routing_results.csv"
+SUMMARY_JSON: Final = "analysis_summary.json"
+REPORT_MD: Final = "REPORT.md"
+LOG: Final = "experiment_log.txt"
+RUN_JSON: Final = "run.json"
+CHECKPOINT: Final = "checkpoints/latest_checkpoint.json"
+CALIBRATION: Final = "calibration.safetensors"
+PLOTS: Final = "plots"
+
+STATUS_OK: Final = "ok"
+STATUS_FAILED: Final = "failed"
+
+
+def column(text: str, **kwargs: Any) -> Any:
+    """Declare a field of a record together with its definition."""
+    return field(metadata={"definition": text}, **kwargs)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExperimentRecord:
+    """One row of `bh_routing_results.csv`: one configuration on one prompt.
+
+    A unit of the expert columns is one (token, layer) pair, over the prompt's tokens and the
+    generated tokens that were fed back (all but the last).
+    """
+
+    config_name: str = column("Name of the routing configuration.")
+    prompt_text: str = column("The prompt as given.")
+    prompt_category: str = column("Category of the prompt, such as simple or domain-specific.")
+    prompt_description: str = column("One phrase that says what the prompt tests.")
+    generated_text: str = column("Greedy continuation, special tokens removed.", default="")
+    num_input_tokens: int = column("Tokens of the prompt.", default=0)
+    num_output_tokens: int = column("Tokens generated, an end-of-text token included.", default=0)
+    avg_experts_per_token: float = column("Mean experts kept, over units.", default=float("nan"))
+    std_experts_per_token: float = column(
+        "Standard deviation of experts kept, over units (denominator n).", default=float("nan")
+    )
+    min_experts: float = column("Fewest experts kept in a unit.", default=float("nan"))
+    max_experts: float = column("Most experts kept in a unit.", default=float("nan"))
+    avg_experts_prefill: float = column(
+        "Mean experts kept, over units of prompt tokens.", default=float("nan")
+    )
+    avg_experts_decode: float = column(
+        "Mean experts kept, over units of fed-back tokens; NaN if there were none.",
+        default=float("nan"),
+    )
+    inference_time_sec: float = column(
+        "Wall time of generation, prefill and decode, in seconds.", default=float("nan")
+    )
+    prefill_time_sec: float = column("Seconds until the first token.", default=float("nan"))
+    decode_time_sec: float = column("Seconds from the first token on.", default=float("nan"))
+    tokens_per_sec: float = column(
+        "num_output_tokens / inference_time_sec.", default=float("nan")
+    )
+    expert_utilization_cv: float = column(
+        "Coefficient of variation (std / mean, denominator n) of assignments over the experts "
+        "of a layer, averaged over layers.",
+        default=float("nan"),
+    )
+    expert_utilization_cv_noise: float = column(
+        "The value of expert_utilization_cv that a perfectly uniform router is expected to show "
+        "at this number of assignments: sampling noise alone.",
+        default=float("nan"),
+    )
+    expert_utilization_max_min_ratio: float = column(
+        "Assignments of a layer's most used expert over those of its least used one, averaged "
+        "over layers; NaN where a layer has an unused expert.",
+        default=float("nan"),
+    )
+    expert_utilization_note: str = column("Why the ratio is NaN, if it is.", default="")
+    status: str = column("ok or failed.", default=STATUS_OK)
+    error: str = column("One sentence with the remedy, if the experiment failed.", default="")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExperimentDetail:
+    """What the journal keeps beside a row: too long for a CSV, needed by reports."""
+
+    output_token_ids: list[int] = field(default_factory=list)
+    """Generated token ids, in order."""
+    experts_by_layer: list[float] = field(default_factory=list)
+    """Mean experts kept in each layer."""
+    count_histogram: list[list[int]] = field(default_factory=list)
+    """[layer][c]: tokens that kept c experts, c from 0."""
+    expert_counts: list[list[int]] = field(default_factory=list)
+    """[layer][expert]: tokens that kept this expert."""
+    peak_memory_bytes: int | None = None
+    """Peak device memory of the experiment; None on CPU."""
+
+
+CSV_COLUMNS: Final = tuple(f.name for f in fields(ExperimentRecord))
+TIME_COLUMNS: Final = (
+    "inference_time_sec",
+    "prefill_time_sec",
+    "decode_time_sec",
+    "tokens_per_sec",
+)
+
+
+def column_definitions() -> dict[str, str]:
+    """Name -> definition of every column, in the CSV's order."""
+    return {f.name: str(f.metadata["definition"]) for f in fields(ExperimentRecord)}

@@ -1,0 +1,73 @@
+"""What a rule is: it looks at the slots that the model's router proposes and says which stay.
+
+Axes: T tokens, E experts, K candidate slots. A rule never makes a weight; `rules/weights.py`
+turns what it kept into weights by the family's own convention.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bh_routing.nulls.base import ReferenceTable
+
+WeightConvention = Literal["model", "renormalize", "preserve_mass"]
+
+
+class Candidates(NamedTuple):
+    """The slots of T tokens in one layer, as the model's own router proposes them."""
+
+    router_logits_TE: Tensor
+    """float32: what the family ranks experts by."""
+    top_k_index_TK: Tensor
+    """int64; in the family's order, which need not be by weight."""
+    top_k_weights_TK: Tensor
+    """The family's own weights, in the family's dtype."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerContext:
+    """What a rule may know of one layer before the first token."""
+
+    layer: int
+    num_experts: int
+    model_top_k: int
+    """The model's own number of experts a token."""
+    device: torch.device
+    table: ReferenceTable | None = None
+    """The reference of the rule's null in this layer, on `device`; None if it needs none."""
+
+
+Selector = Callable[[Candidates], Tensor]
+"""Candidates -> bool tensor (T, K), True where the slot stays; no host sync inside."""
+
+
+class Rule(ABC):
+    """Base of all rules. Subclasses are frozen dataclasses and validate in __post_init__."""
+
+    method: ClassVar[str]
+    """The rule's name in the catalog."""
+    weights: WeightConvention
+    temperature: float
+
+    @property
+    def required_null(self) -> str | None:
+        """Name of the null whose table the rule needs, None if it needs none."""
+        return None
+
+    def num_candidates(self, model_top_k: int) -> int:
+        """How many slots the router must propose; more than the model's own k widens it."""
+        return model_top_k
+
+    @abstractmethod
+    def check(self, *, num_experts: int, model_top_k: int) -> None:
+        """Raise InputError if the rule can't run on a model of this shape."""
+
+    @abstractmethod
+    def bind(self, context: LayerContext) -> Selector:
+        """Do the work of one layer that doesn't depend on tokens, and return its selector."""
