@@ -114,3 +114,53 @@ TIME_COLUMNS: Final = (
 def column_definitions() -> dict[str, str]:
     """Name -> definition of every column, in the CSV's order."""
     return {f.name: str(f.metadata["definition"]) for f in fields(ExperimentRecord)}
+
+QUALITY_JOURNAL: Final = "quality.jsonl"
+EARLY_POSITIONS: Final = 128
+"""Positions of a window that count as early: little context, few earlier drops to compound."""
+KL_BIN_EDGES: Final = tuple(10.0 ** (-8 + i / 8) for i in range(81))
+"""Edges in nats of the KL histogram: eight bins a decade from 1e-8 to 1e2."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QualityRecord:
+    """One line of `quality.jsonl`: one configuration on one document, teacher-forced.
+
+    Everything is compared, token by token, with the model's own top-k on the same tokens. Sums
+    are over scored tokens, so documents add up.
+    """
+
+    config_name: str
+    document: str
+    cluster: str
+    """Documents of one cluster aren't independent draws: chapters of one book."""
+    domain: str
+    tokens: int
+    """Scored tokens."""
+    nll_sum: float
+    """Negative log-likelihood under the rule, in nats."""
+    top_k_nll_sum: float
+    """The same under the model's own top-k."""
+    kl_sum: float
+    """KL(top-k || rule) over the full vocabulary, float32, in nats; each token clamped at 0."""
+    kl_max: float
+    kl_histogram: list[int]
+    """Tokens by KL: below the first of KL_BIN_EDGES, between each two, above the last."""
+    same_top1: int
+    """Tokens at which rule and top-k rank the same token first."""
+    delta_p_sum: float
+    """p(correct token) under the rule minus under top-k."""
+    delta_p_square_sum: float
+    early_tokens: int
+    """Scored tokens among the first EARLY_POSITIONS of their window."""
+    early_delta_nll_sum: float
+    """NLL under the rule minus under top-k, over those."""
+    experts_sum: int
+    """Experts kept, over units: pairs of (scored token, layer)."""
+    units: int
+    expert_counts: list[list[int]]
+    """[layer][expert]: scored tokens that kept this expert."""
+    count_histogram: list[list[int]]
+    """[layer][c]: scored tokens that kept c experts."""
+    jaccard_sum: list[float]
+    """[layer]: |kept and top-k's| / |kept or top-k's|, summed over scored tokens."""
