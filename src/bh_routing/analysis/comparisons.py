@@ -1,0 +1,262 @@
+"""Every configuration against the Top-K baseline, paired over prompts: `analysis_summary.json`.
+
+The dict that `analyze_results` returns:
+
+    schema_version, baseline, confidence, significance_level, correction, definitions, notes
+    rows            {total, ok, failed}
+    prompts         number of distinct prompts among the rows that are ok
+    configurations  {name: {rows, failed, is_baseline, metrics: {metric: DESCRIPTION},
+                            categories: {category: {metric: DESCRIPTION + reduction}}}}
+    comparisons     {name: {metric: COMPARISON}}      every configuration but the baseline
+
+    DESCRIPTION     {n, mean, sd, low, high, min, max}
+    COMPARISON      {n, left_out, mean_difference, sd_difference, low, high, t, df, p, p_corrected,
+                     cohens_d, wilcoxon_p, wilcoxon_method, wilcoxon_floor, reduction,
+                     reduction_low, reduction_high, reduction_of_means, significant, note}
+
+A number that can't be had is null, and the note beside it says why.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from bh_routing.analysis.multiplicity import holm
+from bh_routing.analysis.paired import MeanInterval, mean_interval, paired_difference
+from bh_routing.analysis.strict_json import to_strict
+from bh_routing.errors import InputError, unknown_name
+from bh_routing.records import SCHEMA_VERSION, STATUS_OK
+
+METRICS: Final = (
+    "avg_experts_per_token",
+    "inference_time_sec",
+    "tokens_per_sec",
+    "expert_utilization_cv",
+)
+SIGNIFICANCE_LEVEL: Final = 0.05
+CONFIDENCE: Final = 0.95
+PREFERRED_BASELINE: Final = "topk_8"
+
+DEFINITIONS: Final = {
+    "mean_difference": "Mean over prompts of (configuration - baseline).",
+    "low": "Lower end of the 95 % t interval of the mean difference (or of the mean).",
+    "high": "Upper end of that interval.",
+    "p": "Two-sided paired t test, uncorrected.",
+    "p_corrected": "p after Holm's correction over the configurations, metric by metric.",
+    "cohens_d": "d_z: mean difference over the standard deviation of the differences.",
+    "wilcoxon_p": "Two-sided Wilcoxon signed-rank test, uncorrected.",
+    "wilcoxon_floor": "The smallest p that an exact signed-rank test can reach with this many "
+    "prompts: 2 / 2^n over the n prompts whose difference isn't 0.",
+    "reduction": "Mean over prompts of 1 - configuration / baseline, as a share (0.25 is 25 %; "
+    "negative is an increase). Each prompt counts the same.",
+    "reduction_of_means": "1 - mean of the configuration / mean of the baseline, over the same "
+    "prompts: long prompts count more. It need not equal `reduction`.",
+    "significant": f"p_corrected < {SIGNIFICANCE_LEVEL}; false where there is no p.",
+    "scope": "The p-values speak of these prompts, not of text in general.",
+}
+
+
+def analyze_results(results: pd.DataFrame, baseline: str | None = None) -> dict[str, Any]:
+    """Compare every configuration with the baseline, paired over prompts.
+
+    Rows pair by `prompt_text`. Failed rows leave their pair out, and are counted. A prompt that
+    one configuration ran more than once counts once, with its mean.
+
+    Args:
+        results: rows as in `bh_routing_results.csv`; needs config_name, prompt_text and at least
+            one of METRICS; prompt_category and status are used where they are.
+        baseline: name of the reference; by default topk_8 if it is there, else the first
+            configuration called top_k or topk.
+    Returns:
+        The dict at the top of this file, ready for strict JSON (null, never NaN).
+    Raises:
+        InputError: a needed column is missing, or the baseline isn't among the results.
+    Source: paired t and Wilcoxon as in scipy; Holm (1979); d_z in Lakens (2013).
+    """
+    rows, metrics = _checked(results)
+    names = [str(name) for name in rows["config_name"].drop_duplicates()]
+    reference = choose_baseline(names, baseline)
+    ok = rows[rows["status"] == STATUS_OK]
+    notes = [] if reference else ["No Top-K configuration in the results: nothing to compare with."]
+    by_prompt = _by_prompt(ok, metrics)
+    if by_prompt.attrs["repeats"]:
+        notes.append(f"Repeated rows averaged into their prompt: {by_prompt.attrs['repeats']}.")
+    failed = len(rows) - len(ok)
+    if failed:
+        notes.append(f"Failed rows left out: {failed}.")
+    return _strict_dict(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "baseline": reference,
+            "confidence": CONFIDENCE,
+            "significance_level": SIGNIFICANCE_LEVEL,
+            "correction": "Holm over configurations, metric by metric",
+            "definitions": DEFINITIONS,
+            "notes": notes,
+            "rows": {"total": len(rows), "ok": len(ok), "failed": failed},
+            "prompts": int(ok["prompt_text"].nunique()),
+            "configurations": {
+                name: _configuration(rows, by_prompt, name, reference, metrics) for name in names
+            },
+            "comparisons": _comparisons(by_prompt, names, reference, metrics),
+        }
+    )
+
+
+def choose_baseline(names: list[str], wanted: str | None = None) -> str | None:
+    """Return the wanted configuration, or topk_8, or the first Top-K one, or None.
+
+    Example:
+        >>> choose_baseline(["bh_strict", "topk_4"])
+        'topk_4'
+    """
+    if wanted is not None:
+        if wanted not in names:
+            raise unknown_name("baseline", wanted, names)
+        return wanted
+    if PREFERRED_BASELINE in names:
+        return PREFERRED_BASELINE
+    return next((name for name in names if re.match(r"top_?k(?![a-z])", name, re.I)), None)
+
+
+def _checked(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    metrics = [metric for metric in METRICS if metric in results.columns]
+    missing = [name for name in ("config_name", "prompt_text") if name not in results.columns]
+    if missing or not metrics:
+        wanted = ", ".join(missing) or "one of " + ", ".join(METRICS)
+        raise InputError(
+            f"the results lack {wanted}; read them with load_results or from bh_routing_results.csv"
+        )
+    rows = results.copy()
+    if "status" not in rows.columns:
+        rows["status"] = STATUS_OK
+    if "prompt_category" not in rows.columns:
+        rows["prompt_category"] = ""
+    for metric in metrics:
+        rows[metric] = pd.to_numeric(rows[metric], errors="coerce").astype(np.float64)
+    return rows, metrics
+
+
+def _by_prompt(ok: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
+    """One row a (configuration, prompt), in the order of first appearance."""
+    keys = ["config_name", "prompt_text"]
+    means = ok.groupby(keys, sort=False)[metrics].mean()
+    categories = ok.groupby(keys, sort=False)["prompt_category"].first()
+    by_prompt = means.join(categories)
+    by_prompt.attrs["repeats"] = len(ok) - len(by_prompt)
+    return by_prompt
+
+
+def _values(by_prompt: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The rows of one configuration, by prompt; empty if none of them is ok."""
+    here = by_prompt.index.get_level_values("config_name") == name
+    return by_prompt[here].droplevel("config_name")
+
+
+def _configuration(
+    rows: pd.DataFrame,
+    by_prompt: pd.DataFrame,
+    name: str,
+    reference: str | None,
+    metrics: list[str],
+) -> dict[str, Any]:
+    own = rows[rows["config_name"] == name]
+    mine = _values(by_prompt, name)
+    base = _values(by_prompt, reference) if reference else mine.iloc[:0]
+    categories = {}
+    for category in mine["prompt_category"].drop_duplicates():
+        part = mine[mine["prompt_category"] == category]
+        categories[str(category)] = {
+            metric: describe(part[metric]) | {"reduction": _reductions(part, base, metric).mean}
+            for metric in metrics
+        }
+    return {
+        "rows": len(own),
+        "failed": int((own["status"] != STATUS_OK).sum()),
+        "is_baseline": name == reference,
+        "metrics": {metric: describe(mine[metric]) for metric in metrics},
+        "categories": categories,
+    }
+
+
+def describe(values: pd.Series | NDArray[np.float64]) -> dict[str, float]:
+    """Return n, mean, sd (n - 1), the 95 % t interval of the mean, min and max; NaN if unknown."""
+    known_n = np.asarray(values, dtype=np.float64)
+    known_n = known_n[np.isfinite(known_n)]
+    ends = {"min": float(known_n.min()), "max": float(known_n.max())} if len(known_n) else {}
+    nothing = {"min": math.nan, "max": math.nan}
+    return mean_interval(known_n, confidence=CONFIDENCE)._asdict() | nothing | ends
+
+
+def _reductions(mine: pd.DataFrame, base: pd.DataFrame, metric: str) -> MeanInterval:
+    """The mean over shared prompts of 1 - mine / base, with its t interval."""
+    pairs = pd.concat([mine[metric], base[metric]], axis=1, join="inner", keys=["x", "y"])
+    pairs = pairs[pairs["y"] != 0]
+    share_n = (1.0 - pairs["x"] / pairs["y"]).to_numpy(dtype=np.float64)
+    return mean_interval(share_n, confidence=CONFIDENCE)
+
+
+def _comparisons(
+    by_prompt: pd.DataFrame, names: list[str], reference: str | None, metrics: list[str]
+) -> dict[str, dict[str, Any]]:
+    if reference is None:
+        return {}
+    base = _values(by_prompt, reference)
+    others = [name for name in names if name != reference]
+    table: dict[str, dict[str, Any]] = {name: {} for name in others}
+    for metric in metrics:
+        for name in others:
+            table[name][metric] = _compare(_values(by_prompt, name), base, metric)
+        corrected = holm([table[name][metric]["p"] for name in others])
+        for name, p_corrected in zip(others, corrected, strict=True):
+            table[name][metric]["p_corrected"] = float(p_corrected)
+            table[name][metric]["significant"] = bool(p_corrected < SIGNIFICANCE_LEVEL)
+    return table
+
+
+def _compare(mine: pd.DataFrame, base: pd.DataFrame, metric: str) -> dict[str, Any]:
+    # Outer join: a prompt that only one of the two finished is a pair left out, and is counted.
+    pairs = pd.concat([mine[metric], base[metric]], axis=1, keys=["x", "y"])
+    estimate = paired_difference(pairs["x"], pairs["y"], confidence=CONFIDENCE)
+    both = pairs.dropna()
+    reduction = _reductions(mine, base, metric)
+    base_mean = float(both["y"].mean()) if len(both) else math.nan
+    notes = [estimate.note] if estimate.note else []
+    if estimate.left_out:
+        notes.append(f"Prompts left out because one side has no value: {estimate.left_out}.")
+    if (both["y"] == 0).any():
+        notes.append("Prompts where the baseline is 0 have no reduction and are left out of it.")
+    return {
+        "n": estimate.n,
+        "left_out": estimate.left_out,
+        "mean_difference": estimate.mean,
+        "sd_difference": estimate.sd,
+        "low": estimate.low,
+        "high": estimate.high,
+        "t": estimate.t,
+        "df": estimate.df,
+        "p": estimate.p,
+        "p_corrected": math.nan,
+        "cohens_d": estimate.cohens_d,
+        "wilcoxon_p": estimate.wilcoxon_p,
+        "wilcoxon_method": estimate.wilcoxon_method,
+        "wilcoxon_floor": estimate.wilcoxon_floor,
+        "reduction": reduction.mean,
+        "reduction_low": reduction.low,
+        "reduction_high": reduction.high,
+        "reduction_of_means": 1.0 - float(both["x"].mean()) / base_mean if base_mean else math.nan,
+        "significant": False,
+        "note": " ".join(notes),
+    }
+
+
+def _strict_dict(value: dict[str, Any]) -> dict[str, Any]:
+    strict = to_strict(value)
+    assert isinstance(strict, dict)
+    return strict

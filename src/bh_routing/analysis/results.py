@@ -1,0 +1,201 @@
+"""Read a results folder: the one door from the files of a run to the reading tower."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+
+from bh_routing.errors import ResultsError
+from bh_routing.records import (
+    CSV_COLUMNS,
+    JOURNAL,
+    RESULTS_CSV,
+    RUN_JSON,
+    SCHEMA_VERSION,
+    STATUS_FAILED,
+    STATUS_OK,
+    SUMMARY_JSON,
+    ExperimentDetail,
+    ExperimentRecord,
+)
+
+_log = logging.getLogger(__name__)
+
+TEXT_COLUMNS: Final = tuple(f.name for f in fields(ExperimentRecord) if f.type == "str")
+"""Read as they stand: a prompt `NA` is a prompt, not a missing value."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Results:
+    """Everything that a results folder says."""
+
+    folder: Path
+    experiments: pd.DataFrame
+    """One row an experiment, with the CSV's columns."""
+    details: dict[tuple[str, str], ExperimentDetail]
+    """(config_name, prompt_text) -> what the journal keeps beside the row; may lack rows."""
+    run: dict[str, Any]
+    """run.json; empty if there is none."""
+    summary: dict[str, Any] | None
+    """analysis_summary.json, if there is one."""
+
+
+def load_results(folder: str | Path) -> Results:
+    """Read the experiments of a run, with their details, run.json and summary.
+
+    The CSV says which rows belong to the run (the journal also keeps those of configurations that
+    were taken out since). Without a CSV the journal's rows are used. A last journal line without
+    its line end is an experiment being written, and is skipped with a warning.
+
+    Args:
+        folder: what `bh-routing run --output` wrote.
+    Returns:
+        The results, checked to be whole and of this schema.
+    Raises:
+        ResultsError: the folder is missing, isn't a results folder, or a file in it is cut short,
+            edited into something else or of another schema version.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise ResultsError(f"no results folder at {path}; run: bh-routing run --output {path}")
+    table, journal = path / RESULTS_CSV, path / JOURNAL
+    if not table.is_file() and not journal.is_file():
+        raise ResultsError(
+            f"{path} holds neither {RESULTS_CSV} nor {JOURNAL}; name a folder that "
+            "bh-routing run wrote"
+        )
+    entries = list(_journal_entries(journal)) if journal.is_file() else []
+    if table.is_file():
+        experiments = read_experiments(table)
+    else:
+        experiments = experiments_frame(record for record, _ in entries)
+    wanted = set(zip(experiments["config_name"], experiments["prompt_text"], strict=True))
+    details = {
+        key: detail
+        for record, detail in entries
+        if (key := (str(record["config_name"]), str(record["prompt_text"]))) in wanted
+    }
+    return Results(
+        folder=path,
+        experiments=experiments,
+        details=details,
+        run=_read_object(path / RUN_JSON) or {},
+        summary=_read_object(path / SUMMARY_JSON),
+    )
+
+
+def read_experiments(path: Path) -> pd.DataFrame:
+    """Read a results CSV, text as text and numbers as numbers.
+
+    Raises:
+        ResultsError: a column is missing, a row is cut short, or a cell isn't what its column
+            holds.
+    """
+    with path.open(encoding="utf-8", newline="") as stream:
+        try:
+            # strict: an open quote at the end of the file is a cut, not the end of a text.
+            rows = list(csv.reader(stream, strict=True))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise _half(path, str(error)) from error
+    if not rows:
+        raise _half(path, "it is empty")
+    header = rows[0]
+    missing = [name for name in CSV_COLUMNS if name not in header]
+    if missing:
+        raise ResultsError(
+            f"{path} lacks the columns {', '.join(missing)}: it isn't a results file of this "
+            "version; run again into another folder"
+        )
+    for number, row in enumerate(rows[1:], start=1):
+        if len(row) != len(header):
+            raise _half(path, f"row {number} has {len(row)} of {len(header)} cells")
+    return experiments_frame((dict(zip(header, row, strict=True)) for row in rows[1:]), path)
+
+
+def experiments_frame(
+    records: Iterable[Mapping[str, Any]], source: Path | None = None
+) -> pd.DataFrame:
+    """Build the table of experiments from records, every column with its own type."""
+    frame = pd.DataFrame(list(records), columns=None)
+    if frame.empty:
+        frame = pd.DataFrame(columns=list(CSV_COLUMNS))
+    for name in frame.columns:
+        if name in TEXT_COLUMNS:
+            frame[name] = frame[name].astype(str)
+        elif name in CSV_COLUMNS:
+            frame[name] = _numbers(frame[name], source)
+    unknown = set(frame["status"]) - {STATUS_OK, STATUS_FAILED}
+    if unknown:
+        raise _half(source, f"status must be ok or failed, got {sorted(unknown)[0]!r}")
+    return frame
+
+
+def _numbers(column: pd.Series, source: Path | None) -> pd.Series:
+    absent = column.isin(["", "nan", "NaN", None]) | column.isna()
+    try:
+        numbers = column.where(~absent, np.nan).astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise _half(source, f"column {column.name} holds text: {error}") from error
+    whole = column.name in ("num_input_tokens", "num_output_tokens")
+    return numbers.astype(np.int64) if whole and not absent.any() else numbers
+
+
+def _journal_entries(path: Path) -> Iterator[tuple[dict[str, Any], ExperimentDetail]]:
+    """The journal's experiments in order; of one that was run again the last counts."""
+    known = {f.name for f in fields(ExperimentDetail)}
+    for number, line in _whole_lines(path):
+        try:
+            entry = json.loads(line)
+            version = entry["schema_version"]
+            record, detail = dict(entry["record"]), dict(entry["detail"])
+            missing = [name for name in CSV_COLUMNS if name not in record]
+        except (ValueError, KeyError, TypeError) as error:
+            raise _half(path, f"line {number} isn't a record ({error})") from error
+        if version != SCHEMA_VERSION:
+            raise ResultsError(
+                f"{path} has schema version {version}, this is {SCHEMA_VERSION}; read it with the "
+                "version of bh-routing that wrote it, or run again into another folder"
+            )
+        if missing:
+            raise _half(path, f"line {number} lacks {', '.join(missing)}")
+        yield record, ExperimentDetail(**{k: v for k, v in detail.items() if k in known})
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise _half(path, str(error)) from error
+    lines = text.split("\n")
+    if lines[-1]:
+        _log.warning("%s: the last line has no end; it is being written, and is skipped", path)
+    for number, line in enumerate(lines[:-1], start=1):
+        if line.strip():
+            yield number, line
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _half(path, str(error)) from error
+    if not isinstance(value, dict):
+        raise _half(path, f"it holds a {type(value).__name__}, not an object")
+    return value
+
+
+def _half(path: Path | None, what: str) -> ResultsError:
+    return ResultsError(
+        f"{path or 'the journal'} can't be read whole: {what}; restore it, or run again with "
+        "--no-resume, which moves the old run aside"
+    )
