@@ -1,0 +1,199 @@
+"""The written rules of the house hold, and each check bites where a rule is broken."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+import bh_routing
+from tests import architecture
+from tests.architecture import Module, Modules
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src"
+MODULES = architecture.read_modules(SOURCE)
+FILES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for folder in ("src", "tests", "tools", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+} | {path.name: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.py"))}
+
+PUBLIC_NAMES = [
+    "BHRoutingError",
+    "BenjaminiHochberg",
+    "Calibration",
+    "CalibrationError",
+    "ExperimentError",
+    "ExpertTrace",
+    "InputError",
+    "ModelError",
+    "Results",
+    "ResultsError",
+    "Rule",
+    "TopK",
+    "__version__",
+    "benjamini_hochberg",
+    "benjamini_hochberg_routing",
+    "benjamini_yekutieli",
+    "calibrate",
+    "load_model",
+    "load_results",
+    "p_values",
+    "route",
+]
+
+MODULE_CHECKS: list[tuple[Callable[[Modules], list[str]], Mapping[str, str]]] = [
+    (architecture.relative_imports, {"rules.base": "from ..errors import InputError"}),
+    (architecture.upward_imports, {"nulls.base": "import bh_routing.rules"}),
+    (architecture.upward_imports, {"models.load": "from bh_routing.kernels import experts"}),
+    (architecture.upward_imports, {"analysis.results": "from bh_routing.nulls import NULLS"}),
+    (architecture.upward_imports, {"experiments.run": "from bh_routing.analysis import results"}),
+    (architecture.upward_imports, {"analysis.results": "from bh_routing.report import text"}),
+    (architecture.homeless_modules, {"attic": "shelf = 1"}),
+    (architecture.strangers, {"report.figures": "import torch"}),
+    (architecture.strangers, {"analysis.results": "from safetensors import safe_open"}),
+    (architecture.strangers, {"engine.generate": "from transformers import AutoTokenizer"}),
+    (architecture.strangers, {"experiments.store": "import pickle"}),
+    (
+        architecture.cycles,
+        {
+            "rules.base": "from bh_routing.rules.catalog import make_rule",
+            "rules.catalog": "from bh_routing.rules.base import Rule",
+        },
+    ),
+    (
+        architecture.own_imports_inside_functions,
+        {"rules.base": "def f():\n    from bh_routing import errors"},
+    ),
+    (architecture.work_at_import, {"engine.generate": "import torch\ntorch.manual_seed(0)"}),
+    (
+        architecture.work_at_import,
+        {"models.load": "try:\n    x = 1\nfinally:\n    y = 1"},
+    ),
+    (architecture.nameless_files, {"engine.utils": "pass"}),
+]
+
+FILE_CHECKS: list[tuple[Callable[[Mapping[str, str]], list[str]], str]] = [
+    (architecture.long_files, "x = 1\n" * 401),
+    (architecture.long_functions, "def f():\n" + "    x = 1\n" * 60),
+    (architecture.long_functions, "class A:\n    def __init__(self):\n" + "        x = 1\n" * 40),
+    (architecture.forbidden_syntax, "try:\n    f()\nexcept:\n    pass"),
+    (architecture.forbidden_syntax, "from math import *"),
+    (architecture.forbidden_syntax, "load(name, trust_remote_code=True)"),
+    (architecture.forbidden_syntax, "torch.load(path)"),
+]
+
+
+@pytest.mark.parametrize(
+    "check", dict.fromkeys(check for check, _ in MODULE_CHECKS), ids=lambda check: check.__name__
+)
+def test_the_package_keeps_the_rule(check: Callable[[Modules], list[str]]) -> None:
+    assert check(MODULES) == []
+
+
+@pytest.mark.parametrize(
+    "check", dict.fromkeys(check for check, _ in FILE_CHECKS), ids=lambda check: check.__name__
+)
+def test_every_file_keeps_the_rule(check: Callable[[Mapping[str, str]], list[str]]) -> None:
+    assert check(FILES) == []
+
+
+@pytest.mark.parametrize(("check", "sources"), MODULE_CHECKS)
+def test_the_check_bites_where_a_module_breaks_the_rule(
+    check: Callable[[Modules], list[str]], sources: Mapping[str, str]
+) -> None:
+    names = {f"bh_routing.{name}": text for name, text in sources.items()}
+    assert len(check({name: Module(name, text) for name, text in names.items()})) == 1
+
+
+@pytest.mark.parametrize(("check", "text"), FILE_CHECKS)
+def test_the_check_bites_where_a_file_breaks_the_rule(
+    check: Callable[[Mapping[str, str]], list[str]], text: str
+) -> None:
+    assert len(check({"bad.py": text})) == 1
+
+
+def test_the_public_names_are_frozen() -> None:
+    assert bh_routing.__all__ == PUBLIC_NAMES
+    assert set(PUBLIC_NAMES) <= set(dir(bh_routing))
+
+
+@pytest.mark.parametrize("name", PUBLIC_NAMES)
+def test_a_public_name_resolves(name: str) -> None:
+    assert getattr(bh_routing, name) is not None
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'best_rule'"):
+        bh_routing.best_rule  # noqa: B018
+
+
+def run_python(code: str, folder: Path) -> str:
+    """Run code in a new interpreter that sees only the package's source."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={"PYTHONPATH": str(SOURCE), "PATH": "", "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_importing_the_package_takes_less_than_a_tenth_of_a_second(tmp_path: Path) -> None:
+    code = (
+        "import time; start = time.perf_counter(); import bh_routing;"
+        "print(time.perf_counter() - start)"
+    )
+    # The best of five: what is promised is the work, not the load of the machine.
+    assert min(float(run_python(code, tmp_path)) for _ in range(5)) < 0.1
+
+
+@pytest.mark.parametrize("home", ["", ".records", ".errors", ".analysis", ".report", ".cli"])
+def test_what_only_reads_never_loads_torch(home: str, tmp_path: Path) -> None:
+    code = (
+        f"import sys, bh_routing{home};"
+        "print(*sorted({'torch', 'transformers'} & sys.modules.keys()))"
+    )
+    assert run_python(code, tmp_path).strip() == ""
+
+
+def test_importing_every_module_changes_nothing_outside(tmp_path: Path) -> None:
+    code = """
+import importlib, logging, os, random, sys, warnings
+import matplotlib, matplotlib.pyplot, numpy, pandas, scipy.stats, seaborn, torch, transformers
+import pydantic, statsmodels.api, tqdm, typer, yaml
+
+def state():
+    return {
+        "random": random.getstate(),
+        "numpy": numpy.random.get_state()[1].tolist(),
+        "torch": torch.initial_seed(),
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "grad": torch.is_grad_enabled(),
+        "cuda": torch.cuda.is_initialized(),
+        "logging": (logging.root.handlers[:], logging.root.level),
+        "transformers": transformers.logging.get_verbosity(),
+        "warnings": len(warnings.filters),
+        "matplotlib": dict(matplotlib.rcParams),
+        "pandas": pandas.get_option("display.max_rows"),
+        "environment": dict(os.environ),
+        "path": sys.path[:],
+        "files": os.listdir(),
+    }
+
+before = state()
+for name in MODULE_NAMES:
+    importlib.import_module(name)
+after = state()
+print(*[key for key in before if before[key] != after[key]])
+""".replace("MODULE_NAMES", repr([name for name in MODULES if not name.endswith("__main__")]))
+    assert run_python(code, tmp_path).strip() == ""
