@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bh_routing.engine.texts import text_sha256
+from bh_routing.engine.windows import spread_tokens
 from bh_routing.errors import CalibrationError, InputError
 from bh_routing.models.discovery import find_routers, model_fingerprint
 from bh_routing.nulls.base import ReferenceTable
@@ -96,21 +97,3 @@ def calibrate(
         num_documents=len(documents),
         seed=seed,
     )
-
-
-def spread_tokens(lengths: Sequence[int], budget: int) -> list[int]:
-    """Share a budget of tokens out as evenly as the documents' lengths allow.
-
-    Example:
-        >>> spread_tokens([10, 100, 100], budget=110)
-        [10, 50, 50]
-    """
-    level, left, waiting = 0, budget, sorted(lengths)
-    while waiting and left >= len(waiting):
-        step = min(waiting[0] - level, left // len(waiting))
-        level += step
-        left -= step * len(waiting)
-        waiting = [length for length in waiting if length > level]
-        if step == 0 and waiting:
-            break
-    return [min(length, level) for length in lengths]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
@@ -14,10 +15,20 @@ from bh_routing.errors import CalibrationError, InputError, ModelError
 from bh_routing.models.discovery import Routers, RouterSite, find_routers, model_fingerprint
 from bh_routing.models.trace import ExpertTrace
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.rules.base import Candidates, LayerContext, Rule
+from bh_routing.rules.base import Candidates, LayerContext, Rule, Selector
 from bh_routing.rules.weights import alias_dropped, kept_weights
 
 _routed: WeakSet[nn.Module] = WeakSet()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BoundRule:
+    """A rule made ready for one model: everything that doesn't depend on tokens is done."""
+
+    rule: Rule
+    routers: Routers
+    selectors: tuple[Selector, ...]
+    """One for each router, in their order."""
 
 
 @contextmanager
@@ -43,24 +54,42 @@ def route(
         >>> with route(model, TopK(4)) as trace:                        # doctest: +SKIP
         ...     logits = model(**inputs).logits
     """
+    with install(model, bind_rule(model, rule, calibration)) as trace:
+        yield trace
+
+
+def bind_rule(model: nn.Module, rule: Rule, calibration: Calibration | None = None) -> BoundRule:
+    """Check `rule` against the model and bind it to every layer; `route` does both steps.
+
+    Raises:
+        CalibrationError, ModelError, InputError: as `route` does.
+    """
     routers = find_routers(model)
     rule.check(num_experts=routers.num_experts, model_top_k=routers.model_top_k)
-    check_calibration(model, routers, rule, calibration)
-    if model in _routed:
-        raise ModelError("this model is already inside route(); leave that block first")
     if rule.temperature != 1.0 and routers.family.scoring != "softmax":
         raise InputError(
             f"temperature {rule.temperature} needs a router that scores by softmax, this model's "
             f"scores by {routers.family.scoring}; use temperature 1.0"
         )
+    check_calibration(model, routers, rule, calibration)
+    selectors = tuple(_bind_layer(site, routers, rule, calibration) for site in routers.sites)
+    return BoundRule(rule=rule, routers=routers, selectors=selectors)
+
+
+@contextmanager
+def install(model: nn.Module, bound: BoundRule) -> Iterator[ExpertTrace]:
+    """Hook a bound rule into the model inside a `with` block, and yield a new trace."""
+    if model in _routed:
+        raise ModelError("this model is already inside route(); leave that block first")
+    routers = bound.routers
     trace = ExpertTrace(len(routers.sites), routers.num_experts)
-    num_candidates = rule.num_candidates(routers.model_top_k)
+    num_candidates = bound.rule.num_candidates(routers.model_top_k)
     attribute = routers.family.top_k_attribute
     with ExitStack() as undo:
         _routed.add(model)
         undo.callback(_routed.discard, model)
-        for site in routers.sites:
-            hook = _make_hook(site, routers, rule, calibration, trace)
+        for site, selector in zip(routers.sites, bound.selectors, strict=True):
+            hook = _make_hook(site, bound, selector, trace)
             undo.callback(site.module.register_forward_hook(hook).remove)
             undo.callback(setattr, site.module, attribute, getattr(site.module, attribute))
             setattr(site.module, attribute, num_candidates)
@@ -88,18 +117,14 @@ def check_calibration(
     )
 
 
-def _make_hook(
-    site: RouterSite,
-    routers: Routers,
-    rule: Rule,
-    calibration: Calibration | None,
-    trace: ExpertTrace,
-) -> Callable[[nn.Module, Any, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+def _bind_layer(
+    site: RouterSite, routers: Routers, rule: Rule, calibration: Calibration | None
+) -> Selector:
     device = next(site.module.parameters()).device
     table = None
     if rule.required_null is not None and calibration is not None:
         table = calibration.table(rule.required_null, site.layer).to(device)
-    select = rule.bind(
+    return rule.bind(
         LayerContext(
             layer=site.layer,
             num_experts=routers.num_experts,
@@ -108,7 +133,14 @@ def _make_hook(
             table=table,
         )
     )
-    normalises = routers.family.normalises(site.module)
+
+
+def _make_hook(
+    site: RouterSite, bound: BoundRule, select: Selector, trace: ExpertTrace
+) -> Callable[[nn.Module, Any, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    rule = bound.rule
+    normalises = bound.routers.family.normalises(site.module)
+    model_top_k = bound.routers.model_top_k
 
     @torch.no_grad()
     def hook(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -121,7 +153,7 @@ def _make_hook(
             convention=rule.weights,
             normalises=normalises,
             temperature=rule.temperature,
-            model_top_k=routers.model_top_k,
+            model_top_k=model_top_k,
         )
         trace.record(site.layer, top_k_index_TK, keep_TK)
         index_TK, weights_TK = alias_dropped(top_k_index_TK, weights_TK, keep_TK)

@@ -1,0 +1,219 @@
+"""Teacher-forced quality: every rule and the model's own top-k see the same tokens.
+
+Memory: two full sets of logits of one batch live at a time (the baseline's and one rule's), each
+at most `LOGITS_BYTES`, and the float32 comparison takes `CHUNK_TOKENS` tokens at a time.
+
+Axes: B windows, S positions, V vocabulary, T scored tokens of a batch, L layers, K slots, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bh_routing.engine.tally import DocumentTally
+from bh_routing.engine.windows import TokenizedDocument, Window, cut_windows, prefix_token
+from bh_routing.models.discovery import find_routers
+from bh_routing.models.routing import BoundRule, bind_rule, install
+from bh_routing.nulls.calibration import Calibration
+from bh_routing.records import QualityRecord
+from bh_routing.rules.base import Rule
+from bh_routing.rules.top_k import TopK
+
+LOGITS_BYTES = 256 * 2**20
+CHUNK_TOKENS = 1024
+BATCH_TOKENS = 4096
+GROUP_TOKENS = 8192
+"""Documents are finished, and their records handed over, in groups of about this many tokens."""
+
+
+class TokenScores(NamedTuple):
+    """What the comparison knows of each scored token; float32 or bool, shape (T,)."""
+
+    nll_T: Tensor
+    top_k_nll_T: Tensor
+    kl_T: Tensor
+    """KL(top-k || rule) in nats, as computed: rounding can leave it a hair below 0."""
+    same_top1_T: Tensor
+    delta_p_T: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Windows of about equal length, padded on the right."""
+
+    windows: list[Window]
+    input_ids_BS: Tensor
+    attention_mask_BS: Tensor
+    scored_BS: Tensor
+    """True at input positions whose next token is scored."""
+    targets_T: Tensor
+
+
+class _Forward(NamedTuple):
+    logits_BSV: Tensor
+    kept_index_TLK: Tensor
+    """Kept experts at scored positions, -1 where dropped; on the host."""
+
+
+def score(
+    model: Any,
+    tokenizer: Any,
+    documents: Sequence[TokenizedDocument],
+    rules: Mapping[str, Rule],
+    calibration: Calibration | None = None,
+    *,
+    window: int,
+    stride: int,
+) -> Iterator[QualityRecord]:
+    """Compare rules with the model's own top-k on the same tokens.
+
+    R rules cost at most R + 1 forward passes: the baseline runs once a batch, and a rule that is
+    the model's own top-k costs none.
+
+    Args:
+        model: a transformers model with routers, not inside `route`.
+        tokenizer: its tokenizer, for the prefix token.
+        documents: what to score.
+        rules: name -> rule.
+        calibration: needed if a rule needs one.
+        window: most input tokens of a forward pass, the prefix token counted.
+        stride: scored tokens of each window after a document's first.
+    Yields:
+        One record for each document and rule, in groups of documents, as they are finished.
+    Raises:
+        InputError: the tokenizer has no token to put in front of a document.
+    """
+    prefix = prefix_token(tokenizer)
+    routers = find_routers(model)
+    own = bind_rule(model, TopK(k=routers.model_top_k))
+    bound = {name: bind_rule(model, rule, calibration) for name, rule in rules.items()}
+    for group in _groups(documents):
+        tallies = {
+            name: [DocumentTally(len(routers.sites), routers.num_experts) for _ in group]
+            for name in rules
+        }
+        windows = list(cut_windows(group, prefix, window, stride))
+        for batch in _batches(windows, model.config.vocab_size, model):
+            baseline = _forward(model, own, batch)
+            for name, rule in bound.items():
+                ruled = baseline if rule.rule == own.rule else _forward(model, rule, batch)
+                scores = _compare(baseline.logits_BSV, ruled.logits_BSV, batch)
+                _add(tallies[name], batch, scores, baseline, ruled)
+        for name, row in tallies.items():
+            for document, tally in zip(group, row, strict=True):
+                yield tally.record(name, document.name, document.cluster, document.domain)
+
+
+def compare_logits(
+    top_k_logits_TV: Tensor, rule_logits_TV: Tensor, targets_T: Tensor
+) -> TokenScores:
+    """Compare two predictions of the same tokens over the full vocabulary, in float32.
+
+    Args:
+        top_k_logits_TV: logits of the model's own top-k, any float dtype, (T, V).
+        rule_logits_TV: logits under the rule, likewise.
+        targets_T: the correct next tokens, int64, (T,).
+    Returns:
+        Scores of each token; comparing logits with themselves gives a KL of exactly 0.
+    """
+    top_k_TV = top_k_logits_TV.float().log_softmax(-1)
+    rule_TV = rule_logits_TV.float().log_softmax(-1)
+    correct_top_k_T = top_k_TV.gather(1, targets_T[:, None]).squeeze(1)
+    correct_rule_T = rule_TV.gather(1, targets_T[:, None]).squeeze(1)
+    return TokenScores(
+        nll_T=-correct_rule_T,
+        top_k_nll_T=-correct_top_k_T,
+        kl_T=F.kl_div(rule_TV, top_k_TV, log_target=True, reduction="none").sum(-1),
+        same_top1_T=top_k_logits_TV.argmax(-1) == rule_logits_TV.argmax(-1),
+        delta_p_T=correct_rule_T.exp() - correct_top_k_T.exp(),
+    )
+
+
+def _groups(documents: Sequence[TokenizedDocument]) -> Iterator[list[TokenizedDocument]]:
+    group: list[TokenizedDocument] = []
+    for document in documents:
+        group.append(document)
+        if sum(len(d.ids) for d in group) >= GROUP_TOKENS:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _batches(windows: list[Window], vocabulary: int, model: Any) -> Iterator[_Batch]:
+    """Batch windows of about equal length, within the bounds on tokens and on logits."""
+    element = next(model.parameters()).element_size()
+    most = min(BATCH_TOKENS, LOGITS_BYTES // (vocabulary * element))
+    waiting = sorted(windows, key=lambda w: -len(w.ids))
+    while waiting:
+        size = max(1, most // max(1, len(waiting[0].ids) - 1))
+        yield _collate(waiting[:size], model.device)
+        waiting = waiting[size:]
+
+
+def _collate(windows: list[Window], device: torch.device) -> _Batch:
+    longest = max(len(w.ids) for w in windows) - 1
+    ids_BS = torch.zeros(len(windows), longest, dtype=torch.long)
+    mask_BS = torch.zeros_like(ids_BS)
+    scored_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
+    for row, window in enumerate(windows):
+        length = len(window.ids) - 1
+        ids_BS[row, :length] = torch.tensor(window.ids[:-1])
+        mask_BS[row, :length] = 1
+        scored_BS[row, window.first_scored : length] = True
+    targets = [t for w in windows for t in w.ids[w.first_scored + 1 :]]
+    return _Batch(
+        windows,
+        ids_BS.to(device),
+        mask_BS.to(device),
+        scored_BS,
+        torch.tensor(targets, device=device),
+    )
+
+
+@torch.inference_mode()
+def _forward(model: Any, rule: BoundRule, batch: _Batch) -> _Forward:
+    with install(model, rule) as trace:
+        output = model(
+            input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False
+        )
+    return _Forward(output.logits, trace.kept_index[batch.scored_BS.flatten()])
+
+
+@torch.inference_mode()
+def _compare(top_k_BSV: Tensor, rule_BSV: Tensor, batch: _Batch) -> TokenScores:
+    top_k_FV, rule_FV = top_k_BSV.flatten(0, 1), rule_BSV.flatten(0, 1)
+    position_T = batch.scored_BS.flatten().nonzero().squeeze(1).to(top_k_FV.device)
+    chunks = [
+        compare_logits(top_k_FV[chunk], rule_FV[chunk], targets)
+        for chunk, targets in zip(
+            position_T.split(CHUNK_TOKENS), batch.targets_T.split(CHUNK_TOKENS), strict=True
+        )
+    ]
+    return TokenScores(*(torch.cat(column).cpu() for column in zip(*chunks, strict=True)))
+
+
+def _add(
+    tallies: list[DocumentTally],
+    batch: _Batch,
+    scores: TokenScores,
+    baseline: _Forward,
+    ruled: _Forward,
+) -> None:
+    start = 0
+    for window in batch.windows:
+        count = len(window.ids) - 1 - window.first_scored
+        part = slice(start, start + count)
+        tallies[window.document].add(
+            *(column[part].numpy() for column in scores),
+            first_position=window.first_scored,
+            kept_index_TLK=ruled.kept_index_TLK[part],
+            top_k_index_TLK=baseline.kept_index_TLK[part],
+        )
+        start += count

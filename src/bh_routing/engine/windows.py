@@ -1,0 +1,134 @@
+"""Cut documents into windows of tokens, and say which tokens of a window are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bh_routing.engine.texts import Document
+from bh_routing.errors import InputError
+
+CHAPTER_TOKENS = 4096
+"""Longer documents are cut into chapters: equal units, with the book as their cluster."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizedDocument:
+    """A document as ids, without any prefix token."""
+
+    name: str
+    cluster: str
+    domain: str
+    ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Inputs `ids[:-1]`, targets `ids[1:]`; only targets from `first_scored` on count."""
+
+    document: int
+    ids: list[int]
+    first_scored: int
+
+
+def prefix_token(tokenizer: Any) -> int:
+    """Return the token in front of a document: beginning-of-text, else end-of-text.
+
+    The convention of lm-evaluation-harness; with it a document's first token is scored too.
+
+    Raises:
+        InputError: the tokenizer has neither.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise InputError(
+        "the tokenizer has neither a beginning- nor an end-of-text token, so a document's first "
+        "token can't be scored; set tokenizer.eos_token"
+    )
+
+
+def tokenize_documents(
+    tokenizer: Any, documents: Sequence[Document], max_tokens: int | None
+) -> list[TokenizedDocument]:
+    """Tokenize documents, spread a budget of scored tokens over them, and cut them into chapters.
+
+    Args:
+        tokenizer: the model's tokenizer; no special token is added.
+        documents: texts with their names, clusters and domains.
+        max_tokens: scored tokens in all, shared out as evenly as the documents' lengths allow,
+            each document from its start; None for all.
+    Returns:
+        Documents of at most CHAPTER_TOKENS tokens; chapters keep their book's cluster.
+    Raises:
+        InputError: nothing is left to score.
+    """
+    all_ids = [tokenizer(d.text, add_special_tokens=False)["input_ids"] for d in documents]
+    lengths = [len(ids) for ids in all_ids]
+    if max_tokens is not None:
+        lengths = spread_tokens(lengths, max_tokens)
+    pieces = []
+    for document, ids, length in zip(documents, all_ids, lengths, strict=True):
+        starts = range(0, length, CHAPTER_TOKENS)
+        for chapter, start in enumerate(starts):
+            name = document.name if len(starts) == 1 else f"{document.name}.{chapter}"
+            piece = ids[start : min(start + CHAPTER_TOKENS, length)]
+            pieces.append(
+                TokenizedDocument(
+                    name=name, cluster=document.cluster, domain=document.domain, ids=piece
+                )
+            )
+    if not pieces:
+        raise InputError("the evaluation text has no token to score; give longer documents")
+    return pieces
+
+
+def cut_windows(
+    documents: Sequence[TokenizedDocument], prefix: int, window: int, stride: int
+) -> Iterator[Window]:
+    """Cut each document, prefix in front, into windows of at most `window` inputs.
+
+    Each target is scored exactly once. With `stride` = `window` the windows are disjoint;
+    with a smaller stride every window after the first starts with `window - stride` tokens of
+    context that aren't scored again.
+
+    Example:
+        >>> document = TokenizedDocument(name="a", cluster="a", domain="x", ids=[1, 2, 3, 4, 5])
+        >>> [(w.ids, w.first_scored) for w in cut_windows([document], 0, window=4, stride=2)]
+        [([0, 1, 2, 3, 4], 0), ([2, 3, 4, 5], 2)]
+    """
+    for number, document in enumerate(documents):
+        ids = [prefix, *document.ids]
+        scored = 0  # targets scored so far; target t stands at ids[t + 1]
+        while scored < len(document.ids):
+            start = 0 if scored == 0 else max(0, scored - (window - stride))
+            end = min(start + window, len(document.ids))
+            yield Window(number, ids[start : end + 1], scored - start)
+            scored = end
+
+
+def check_windows(window: int, stride: int, context: int | None) -> None:
+    """Raise InputError unless 1 <= stride <= window <= the model's context."""
+    if context is not None and not 1 <= window <= context:
+        raise InputError(f"window must be from 1 to the model's context {context}, got {window}")
+    if not 1 <= stride <= window:
+        raise InputError(f"stride must be from 1 to the window {window}, got {stride}")
+
+
+def spread_tokens(lengths: Sequence[int], budget: int) -> list[int]:
+    """Share a budget of tokens out as evenly as the documents' lengths allow.
+
+    Example:
+        >>> spread_tokens([10, 100, 100], budget=110)
+        [10, 50, 50]
+    """
+    level, left, waiting = 0, budget, sorted(lengths)
+    while waiting and left >= len(waiting):
+        step = min(waiting[0] - level, left // len(waiting))
+        level += step
+        left -= step * len(waiting)
+        waiting = [length for length in waiting if length > level]
+        if step == 0 and waiting:
+            break
+    return [min(length, level) for length in lengths]
