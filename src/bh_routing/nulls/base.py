@@ -12,15 +12,36 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from bh_routing.errors import CalibrationError
+
 AlphaMeaning = Literal["error rate", "knob", "nothing"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ReferenceTable:
     """The scores of one layer's background, sorted: an empirical null distribution."""
 
     sorted_scores_N: Tensor
-    """float32, ascending, shape (N,)."""
+    """float32, ascending, finite, shape (N,)."""
+
+    @classmethod
+    def from_scores(cls, scores: Tensor) -> ReferenceTable:
+        """Sort scores of any shape into a table.
+
+        Raises:
+            CalibrationError: there is no score, or one of them is NaN or infinite.
+        """
+        scores_N = scores.detach().to(torch.float32).flatten()
+        num_bad = scores_N.numel() - int(scores_N.isfinite().sum())
+        if scores_N.numel() == 0 or num_bad:
+            raise CalibrationError(
+                f"a reference table needs at least one score, all finite; got {scores_N.numel()} "
+                f"with {num_bad} NaN or infinite; calibrate again on text the model can read"
+            )
+        return cls(scores_N.sort().values)
+
+    def __len__(self) -> int:
+        return self.sorted_scores_N.numel()
 
     def p_values(self, scores: Tensor) -> Tensor:
         """Return (1 + #{reference >= s}) / (N + 1) as float64, in the shape of `scores`."""
@@ -28,6 +49,10 @@ class ReferenceTable:
         below = torch.searchsorted(reference_N, scores.contiguous(), side="left")
         size = reference_N.numel()
         return (1 + size - below).to(torch.float64) / (size + 1)
+
+    def to(self, device: torch.device) -> ReferenceTable:
+        """Return the table with its scores on `device`."""
+        return ReferenceTable(self.sorted_scores_N.to(device))
 
 
 class Null(ABC):
@@ -51,10 +76,22 @@ class Null(ABC):
             CalibrationError: the null needs a table and none was given.
         """
 
-    def reference(self, router_logits_TE: Tensor, top_k_index_TK: Tensor) -> Tensor:
-        """The scores among these logits that belong to this null's background, shape (N,).
+    def descending_scores(self, router_logits_TE: Tensor, temperature: float = 1.0) -> Tensor:
+        """Return `score` with each row sorted, largest first: the same bits, for the hot path.
 
-        Raises:
-            NotFittedError: never called for a null that needs no table.
+        A null whose score starts from a sorted row overrides this and sorts only once.
         """
+        return self.score(router_logits_TE, temperature).sort(dim=-1, descending=True).values
+
+    def reference(self, router_logits_TE: Tensor, top_k_index_TK: Tensor) -> Tensor:
+        """The scores among these logits that belong to this null's background, shape (N,)."""
         raise AssertionError(f"null {self.name!r} needs no reference")  # our own bug
+
+    def require_table(self, table: ReferenceTable | None) -> ReferenceTable:
+        """Return the table, or raise CalibrationError if there is none."""
+        if table is None:
+            raise CalibrationError(
+                f"null {self.name!r} needs a calibration and none was given; run: bh-routing "
+                "calibrate, or choose null='gaussian', which needs none"
+            )
+        return table

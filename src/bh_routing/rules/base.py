@@ -17,6 +17,7 @@ from torch import Tensor
 from bh_routing.nulls.base import ReferenceTable
 
 WeightConvention = Literal["model", "renormalize", "preserve_mass"]
+TemperatureWeights = Literal["mass", "raw"]
 
 
 class Candidates(NamedTuple):
@@ -53,11 +54,19 @@ class Rule(ABC):
     method: ClassVar[str]
     """The rule's name in the catalog."""
     weights: WeightConvention
+    """What the kept slots' weights are; see `weights.kept_weights`."""
     temperature: float
+    """Divides the router logits; 1.0 leaves the model's own."""
+    temperature_weights: TemperatureWeights
+    """With another temperature: "mass" keeps the kept slots' sum, "raw" is the ablation."""
 
     @property
     def required_null(self) -> str | None:
         """Name of the null whose table the rule needs, None if it needs none."""
+        return None
+
+    def smallest_alpha(self, num_experts: int) -> float | None:
+        """The level that the table of `required_null` must be able to decide, for one expert."""
         return None
 
     def num_candidates(self, model_top_k: int) -> int:

@@ -1,0 +1,19 @@
+"""Multiple testing on tensors of p-values: nothing here knows of routers or models."""
+
+from bh_routing.multitest.step_up import (
+    Procedure,
+    benjamini_hochberg,
+    benjamini_yekutieli,
+    check_alpha,
+    count_rejected,
+    on_or_below_line,
+)
+
+__all__ = [
+    "Procedure",
+    "benjamini_hochberg",
+    "benjamini_yekutieli",
+    "check_alpha",
+    "count_rejected",
+    "on_or_below_line",
+]

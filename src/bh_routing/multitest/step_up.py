@@ -1,0 +1,159 @@
+"""Step-up procedures on tensors of p-values: Benjamini-Hochberg and Benjamini-Yekutieli.
+
+Axes: any leading axes, then E hypotheses; written `..E`.
+
+The line is drawn as scipy draws it: rank k is on or below it if `p * (E / k) <= alpha` in float64,
+multiplied in that order. `p <= k * alpha / E` is the same in exact arithmetic and differs by one
+rounding on the line itself.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from numbers import Real
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bh_routing.errors import InputError
+
+Procedure = Literal["bh", "by"]
+"""bh: Benjamini-Hochberg; by: Benjamini-Yekutieli, which holds under any dependence."""
+
+
+def check_alpha(alpha: float) -> None:
+    """Raise InputError unless alpha is a number in (0, 1)."""
+    if isinstance(alpha, bool) or not isinstance(alpha, Real):
+        raise InputError(f"alpha must be a number in (0, 1), got {alpha!r}")
+    if not 0.0 < alpha < 1.0:
+        raise InputError(f"alpha must be in (0, 1), got {alpha}; 0.05 is a usual choice")
+
+
+@cache
+def harmonic_number(num_hypotheses: int) -> float:
+    """Sum 1/i for i from 1 to E, in the order in which scipy adds it up."""
+    return float(np.sum(1.0 / np.arange(1, num_hypotheses + 1, dtype=np.float64)))
+
+
+def on_or_below_line(sorted_p_E: Tensor, alpha: float, procedure: Procedure = "bh") -> Tensor:
+    """Say for each rank whether its p-value is on or below the procedure's line.
+
+    No validation and no host sync: bound selectors and cut-offs rest on it.
+
+    Args:
+        sorted_p_E: float64 p-values, ascending along the last axis, shape (..., E).
+        alpha: target false discovery rate, in (0, 1).
+        procedure: "bh" or "by".
+    Returns:
+        Bool tensor of the same shape.
+    """
+    num_hypotheses = sorted_p_E.shape[-1]
+    rank_E = torch.arange(1, num_hypotheses + 1, dtype=torch.float64, device=sorted_p_E.device)
+    scaled_E = sorted_p_E * (num_hypotheses / rank_E)
+    if procedure == "by":
+        scaled_E = scaled_E * harmonic_number(num_hypotheses)
+    return scaled_E <= alpha
+
+
+def last_true_rank(is_below_E: Tensor) -> Tensor:
+    """Return the largest rank k (from 1) whose entry is True, 0 if none is; int32, shape (...)."""
+    num_ranks = is_below_E.shape[-1]
+    rank_E = torch.arange(1, num_ranks + 1, dtype=torch.int32, device=is_below_E.device)
+    return (is_below_E * rank_E).amax(dim=-1)
+
+
+def count_rejected(p_E: Tensor, alpha: float, procedure: Procedure = "bh") -> Tensor:
+    """Count the hypotheses that a step-up procedure rejects in each row.
+
+    The count is the largest k with p_(k) <= k * alpha / E; a p-value on the line counts.
+
+    Args:
+        p_E: p-values in [0, 1], floating, shape (..., E), in any order within a row.
+        alpha: target false discovery rate, in (0, 1).
+        procedure: "bh", or "by" with the line divided by 1 + 1/2 + ... + 1/E.
+    Returns:
+        Int32 tensor of shape (...), values 0 to E.
+    Raises:
+        InputError: alpha is outside (0, 1), or a p-value is NaN or outside [0, 1].
+    Source: Benjamini & Hochberg (1995), procedure (1); Benjamini & Yekutieli (2001), theorem 1.3.
+    Example:
+        >>> count_rejected(torch.tensor([[0.01, 0.04, 0.90]]), alpha=0.05).tolist()
+        [1]
+    """
+    check_alpha(alpha)
+    _check_p_values(p_E)
+    sorted_p_E = p_E.to(torch.float64).sort(dim=-1).values
+    return last_true_rank(on_or_below_line(sorted_p_E, alpha, procedure))
+
+
+def benjamini_hochberg(p_E: Tensor, alpha: float) -> Tensor:
+    """Reject hypotheses at false discovery rate alpha by the Benjamini-Hochberg procedure.
+
+    All p-values up to the largest one on or below the line are rejected, ties with it included.
+
+    Args:
+        p_E: p-values in [0, 1], floating, shape (..., E).
+        alpha: target false discovery rate, in (0, 1).
+    Returns:
+        Bool tensor of the same shape, True where rejected.
+    Raises:
+        InputError: alpha is outside (0, 1), or a p-value is NaN or outside [0, 1].
+    Source: Benjamini & Hochberg (1995), procedure (1).
+    Example:
+        >>> benjamini_hochberg(torch.tensor([0.04, 0.01, 0.03, 0.90]), alpha=0.06).tolist()
+        [True, True, True, False]
+    """
+    return _reject(p_E, alpha, "bh")
+
+
+def benjamini_yekutieli(p_E: Tensor, alpha: float) -> Tensor:
+    """Reject hypotheses at false discovery rate alpha under any dependence between them.
+
+    The line is that of Benjamini-Hochberg divided by 1 + 1/2 + ... + 1/E.
+
+    Args:
+        p_E: p-values in [0, 1], floating, shape (..., E).
+        alpha: target false discovery rate, in (0, 1).
+    Returns:
+        Bool tensor of the same shape, True where rejected.
+    Raises:
+        InputError: alpha is outside (0, 1), or a p-value is NaN or outside [0, 1].
+    Source: Benjamini & Yekutieli (2001), theorem 1.3.
+    Example:
+        >>> benjamini_yekutieli(torch.tensor([0.04, 0.005, 0.03, 0.90]), alpha=0.06).tolist()
+        [False, True, False, False]
+    """
+    return _reject(p_E, alpha, "by")
+
+
+def _reject(p_E: Tensor, alpha: float, procedure: Procedure) -> Tensor:
+    check_alpha(alpha)
+    _check_p_values(p_E)
+    p_E = p_E.to(torch.float64)
+    sorted_p_E = p_E.sort(dim=-1).values
+    is_below_E = on_or_below_line(sorted_p_E, alpha, procedure)
+    # -1 where nothing is rejected: no p-value is below it.
+    last_rejected = torch.where(is_below_E, sorted_p_E, -1.0).amax(dim=-1, keepdim=True)
+    return p_E <= last_rejected
+
+
+def _check_p_values(p_E: Tensor) -> None:
+    if not isinstance(p_E, Tensor) or not p_E.is_floating_point():
+        kind = p_E.dtype if isinstance(p_E, Tensor) else type(p_E).__name__
+        raise InputError(f"p-values must be a floating-point tensor, got {kind}")
+    if p_E.ndim == 0 or p_E.shape[-1] == 0:
+        raise InputError(
+            f"p-values need at least one hypothesis on the last axis, got shape {tuple(p_E.shape)}"
+        )
+    num_nan = int(p_E.isnan().sum())
+    if num_nan:
+        raise InputError(f"p-values must be in [0, 1], got {num_nan} NaN of {p_E.numel()} values")
+    is_outside = (p_E < 0) | (p_E > 1)
+    if bool(is_outside.any()):
+        worst = float(p_E[is_outside][0])
+        raise InputError(
+            f"p-values must be in [0, 1], got {worst:g} and "
+            f"{int(is_outside.sum()) - 1} more outside"
+        )

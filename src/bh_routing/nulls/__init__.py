@@ -1,0 +1,24 @@
+"""Nulls: what the scores of experts that do not matter look like, and p-values from that."""
+
+from bh_routing.nulls.base import AlphaMeaning, Null, ReferenceTable
+from bh_routing.nulls.calibration import Calibration
+from bh_routing.nulls.catalog import NULLS, get_null, p_values
+from bh_routing.nulls.cut_offs import count_at_cut_offs, cut_offs
+from bh_routing.nulls.noise import NoiseResult, noise_control
+from bh_routing.nulls.reservoir import Reservoir, reservoir_capacity
+
+__all__ = [
+    "NULLS",
+    "AlphaMeaning",
+    "Calibration",
+    "NoiseResult",
+    "Null",
+    "ReferenceTable",
+    "Reservoir",
+    "count_at_cut_offs",
+    "cut_offs",
+    "get_null",
+    "noise_control",
+    "p_values",
+    "reservoir_capacity",
+]

@@ -1,0 +1,222 @@
+"""A frozen calibration: reference tables of one model, where they came from, and one file.
+
+The file is safetensors: a tensor `<null>.<layer>` each, and JSON facts in its header. Nothing in
+it is executable. Axes: N reference scores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import save_file
+
+from bh_routing.errors import CalibrationError
+from bh_routing.nulls.base import ReferenceTable
+from bh_routing.nulls.calibration_file import FORMAT, SCHEMA, CalibrationFacts, read_calibration
+from bh_routing.nulls.limits import DRAWS_ON_FIRST_LINE, MIN_DOCUMENTS, MIN_TOKENS
+
+_REMEDY: Final = "run: bh-routing calibrate --model NAME"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Calibration:
+    """Reference tables for every layer of one model, with their provenance."""
+
+    tables: Mapping[str, tuple[ReferenceTable, ...]]
+    """Null -> one table a layer."""
+    model_fingerprint: str
+    num_layers: int
+    """Layers with a router."""
+    num_experts: int
+    model_top_k: int
+    num_tokens: int
+    """Distinct tokens of calibration text, each counted once."""
+    num_documents: int
+    text_sha256: str
+    seed: int
+    table_capacity: int
+    """Most scores a table was allowed to hold."""
+    created_at: str = ""
+    """UTC, ISO 8601; no part of the fingerprint."""
+
+    def __post_init__(self) -> None:
+        """Refuse tables that don't cover the layers."""
+        for null, tables in self.tables.items():
+            if len(tables) != self.num_layers:
+                raise CalibrationError(
+                    f"calibration has {len(tables)} tables of null {null!r} for {self.num_layers} "
+                    f"layers; {_REMEDY}"
+                )
+
+    def table(self, null: str, layer: int) -> ReferenceTable:
+        """Return the reference of a null in a layer.
+
+        Raises:
+            CalibrationError: the calibration doesn't hold this null or layer.
+        """
+        tables = self._tables_of(null)
+        if not 0 <= layer < len(tables):
+            raise CalibrationError(
+                f"calibration covers layers 0 to {len(tables) - 1}, layer {layer} was asked for; "
+                f"{_REMEDY}"
+            )
+        return tables[layer]
+
+    def resolution(self, null: str) -> float:
+        """Return the smallest alpha that every table of this null can decide: 20 * E / n."""
+        smallest = min(len(table) for table in self._tables_of(null))
+        return DRAWS_ON_FIRST_LINE * self.num_experts / smallest
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over tables and facts, in hex; the date is left out."""
+        digest = hashlib.sha256()
+        facts = self._facts().model_dump(mode="json")
+        digest.update(json.dumps(facts, sort_keys=True).encode())
+        for null in sorted(self.tables):
+            for table in self.tables[null]:
+                digest.update(table.sorted_scores_N.cpu().numpy().astype("<f4").tobytes())
+        return digest.hexdigest()
+
+    def check(
+        self,
+        *,
+        null: str,
+        alpha: float,
+        num_layers: int,
+        num_experts: int,
+        model_top_k: int,
+        model_fingerprint: str | None = None,
+    ) -> None:
+        """Refuse to serve another model, or an alpha that the tables can't decide.
+
+        Args:
+            null: the null that the rule needs.
+            alpha: the rule's target, `Rule.smallest_alpha(num_experts)`.
+            num_layers: the model's layers with a router.
+            num_experts: the model's experts a layer.
+            model_top_k: the model's own experts a token.
+            model_fingerprint: the model's, if it is to be compared.
+        Raises:
+            CalibrationError: one sentence with the value, what is needed and the remedy.
+        """
+        self._tables_of(null)
+        for what, ours, theirs in (
+            ("layers", self.num_layers, num_layers),
+            ("experts a layer", self.num_experts, num_experts),
+            ("experts a token", self.model_top_k, model_top_k),
+        ):
+            if ours != theirs:
+                raise CalibrationError(
+                    f"calibration covers {ours} {what}, the model has {theirs}; {_REMEDY}"
+                )
+        if model_fingerprint is not None and model_fingerprint != self.model_fingerprint:
+            raise CalibrationError(
+                f"calibration was made for model {self.model_fingerprint[:12]}, this one is "
+                f"{model_fingerprint[:12]}: same shape, other weights; {_REMEDY}"
+            )
+        self._check_reach(null, alpha)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the calibration to one safetensors file; readers never see half of it."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        neighbour = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        tensors = {
+            f"{null}.{layer}": table.sorted_scores_N.cpu().contiguous()
+            for null, tables in self.tables.items()
+            for layer, table in enumerate(tables)
+        }
+        header = {
+            "format": FORMAT,
+            "schema": str(SCHEMA),
+            "facts": self._facts().model_dump_json(),
+            "fingerprint": self.fingerprint,
+            "created_at": self.created_at,
+        }
+        try:
+            save_file(tensors, neighbour, metadata=header)
+            with neighbour.open("rb+") as written:
+                os.fsync(written.fileno())
+            neighbour.replace(target)
+        finally:
+            neighbour.unlink(missing_ok=True)
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Read and validate a calibration.
+
+        Raises:
+            CalibrationError: no such file, a foreign or damaged one, or one of another schema.
+        """
+        parts = read_calibration(Path(path))
+        fields: dict[str, Any] = parts.facts.model_dump(exclude={"nulls"})
+        loaded = cls(tables=parts.tables, created_at=parts.created_at, **fields)
+        if loaded.fingerprint != parts.fingerprint:
+            raise CalibrationError(
+                f"calibration {path} was changed after it was written: its contents don't match "
+                f"its fingerprint; {_REMEDY}"
+            )
+        return loaded
+
+    def to(self, device: torch.device) -> Calibration:
+        """Return the same calibration with its tables on `device`."""
+        tables = {n: tuple(table.to(device) for table in ts) for n, ts in self.tables.items()}
+        facts: dict[str, Any] = self._facts().model_dump(exclude={"nulls"})
+        return Calibration(tables=tables, created_at=self.created_at, **facts)
+
+    def _tables_of(self, null: str) -> tuple[ReferenceTable, ...]:
+        if null not in self.tables:
+            raise CalibrationError(
+                f"calibration holds no table of null {null!r}, only of: "
+                f"{', '.join(sorted(self.tables)) or 'none'}; {_REMEDY}"
+            )
+        return self.tables[null]
+
+    def _check_reach(self, null: str, alpha: float) -> None:
+        for what, have, need in (
+            ("distinct tokens", self.num_tokens, MIN_TOKENS),
+            ("documents", self.num_documents, MIN_DOCUMENTS),
+        ):
+            if have < need:
+                raise CalibrationError(
+                    f"calibration was made from {have} {what}, at least {need} are needed; "
+                    "calibrate on a larger --calibration-text"
+                )
+        reach = self.resolution(null)
+        if alpha < reach:
+            size = min(len(table) for table in self._tables_of(null))
+            needed = -(-DRAWS_ON_FIRST_LINE * self.num_experts // alpha)
+            remedy = (
+                "calibrate with larger tables"
+                if size >= self.table_capacity
+                else "calibrate on a larger --calibration-text"
+            )
+            raise CalibrationError(
+                f"alpha {alpha:g} is out of the calibration's reach: its tables of null {null!r} "
+                f"hold {size} scores and {needed:.0f} are needed; use alpha >= {reach:.2g}, or "
+                f"{remedy}"
+            )
+
+    def _facts(self) -> CalibrationFacts:
+        return CalibrationFacts(
+            nulls=sorted(self.tables),
+            model_fingerprint=self.model_fingerprint,
+            num_layers=self.num_layers,
+            num_experts=self.num_experts,
+            model_top_k=self.model_top_k,
+            num_tokens=self.num_tokens,
+            num_documents=self.num_documents,
+            text_sha256=self.text_sha256,
+            seed=self.seed,
+            table_capacity=self.table_capacity,
+        )

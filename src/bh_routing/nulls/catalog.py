@@ -1,0 +1,89 @@
+"""Every null by name, and p-values straight from router logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from torch import Tensor
+
+from bh_routing.errors import InputError, unknown_name
+from bh_routing.nulls.base import Null, ReferenceTable
+from bh_routing.nulls.centred import Background, Gaussian, Pooled
+from bh_routing.nulls.softmax import Softmax
+
+_ALL: Final[tuple[Null, ...]] = (Background(), Gaussian(), Pooled(), Softmax())
+
+NULLS: Final[Mapping[str, Null]] = MappingProxyType({null.name: null for null in _ALL})
+
+
+def get_null(name: str) -> Null:
+    """Return the null of this name.
+
+    Raises:
+        InputError: no null has this name; the text lists them and names the nearest.
+    Example:
+        >>> get_null("gaussian").alpha_is
+        'error rate'
+    """
+    if name not in NULLS:
+        raise unknown_name("null", str(name), NULLS)
+    return NULLS[name]
+
+
+def check_router_logits(router_logits_TE: Tensor) -> None:
+    """Raise InputError unless these are floating, finite logits of at least one expert."""
+    if not isinstance(router_logits_TE, Tensor) or not router_logits_TE.is_floating_point():
+        kind = getattr(router_logits_TE, "dtype", type(router_logits_TE).__name__)
+        raise InputError(f"router_logits must be a floating-point tensor, got {kind}")
+    if router_logits_TE.ndim == 0 or router_logits_TE.shape[-1] == 0:
+        raise InputError(
+            "router_logits need at least one expert on the last axis, got shape "
+            f"{tuple(router_logits_TE.shape)}"
+        )
+    num_bad = router_logits_TE.numel() - int(router_logits_TE.isfinite().sum())
+    if num_bad:
+        raise InputError(
+            f"router_logits must be finite, got {num_bad} NaN or infinite of "
+            f"{router_logits_TE.numel()} values"
+        )
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise InputError unless the temperature is a finite number above 0."""
+    is_number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if not is_number or not 0.0 < temperature < float("inf"):
+        raise InputError(
+            f"temperature must be a finite number above 0, got {temperature!r}; 1.0 leaves the "
+            "model's own"
+        )
+
+
+def p_values(
+    router_logits: Tensor,
+    null: str = "gaussian",
+    table: ReferenceTable | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Turn router logits into p-values: the upper tail of a null at each expert's score.
+
+    Args:
+        router_logits: finite logits of any floating dtype, shape (..., E).
+        null: name of the null, such as "gaussian".
+        table: the layer's reference, for a null that needs one.
+        temperature: divides the logits; cancels in every null but "softmax".
+    Returns:
+        float64 tensor of the same shape.
+    Raises:
+        InputError: unknown null, logits that are not finite, or a temperature not above 0.
+        CalibrationError: the null needs a table and none was given.
+    Example:
+        >>> import torch
+        >>> p_values(torch.tensor([[0.0, 1.0, 2.0, 3.0, 40.0]])).argmin().item()
+        4
+    """
+    chosen = get_null(null)
+    check_temperature(temperature)
+    check_router_logits(router_logits)
+    return chosen.p_from_score(chosen.score(router_logits, temperature), table)

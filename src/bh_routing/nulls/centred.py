@@ -1,0 +1,151 @@
+"""Nulls whose score is a logit minus its token's median, raw or over a robust scale.
+
+A softmax router is blind to a constant added to all logits of a token, so a score must be too.
+Dividing the logits by a temperature cancels: out of the Gaussian score directly, and out of the
+tables because a table made at that temperature is divided by it as well. These nulls ignore it.
+
+Axes: T tokens, E experts, N reference scores.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from math import pi, sqrt
+from typing import ClassVar, Final
+
+import torch
+from torch import Tensor
+
+from bh_routing.errors import CalibrationError
+from bh_routing.nulls.base import AlphaMeaning, Null, ReferenceTable
+
+# 1 / Phi^-1(3/4): makes the median absolute deviation estimate a Gaussian's standard deviation.
+MAD_TO_SIGMA: Final = 1.4826
+# The same for the mean absolute deviation.
+MEAN_DEVIATION_TO_SIGMA: Final = sqrt(pi / 2)
+
+
+def median_of_sorted(sorted_TE: Tensor) -> Tensor:
+    """Return the median of rows sorted in either direction, shape (T, 1).
+
+    The mean of the two middle values: `torch.median` returns the lower one, which shifts every
+    score of an even number of experts upwards.
+    """
+    num_experts = sorted_TE.shape[-1]
+    upper = num_experts // 2
+    lower = (num_experts - 1) // 2
+    if lower == upper:
+        return sorted_TE[..., upper : upper + 1]
+    return sorted_TE[..., lower : upper + 1].mean(dim=-1, keepdim=True)
+
+
+def _sort_rows(router_logits_TE: Tensor) -> Tensor:
+    # float32: bf16 logits tie in groups, and their median would be rounded to such a group.
+    return router_logits_TE.to(torch.float32).sort(dim=-1, descending=True).values
+
+
+class CentredNull(Null):
+    """A null whose score is a function of the logit and of the token's sorted row."""
+
+    def score(self, router_logits_TE: Tensor, temperature: float = 1.0) -> Tensor:
+        """Score each expert against its token's median; the temperature cancels."""
+        return self._scores(router_logits_TE.to(torch.float32), _sort_rows(router_logits_TE))
+
+    def descending_scores(self, router_logits_TE: Tensor, temperature: float = 1.0) -> Tensor:
+        """Return the scores of each row, largest first, from one sort of the logits."""
+        sorted_TE = _sort_rows(router_logits_TE)
+        return self._scores(sorted_TE, sorted_TE)
+
+    @abstractmethod
+    def _scores(self, logits_TE: Tensor, sorted_TE: Tensor) -> Tensor:
+        """Score `logits_TE` by what the sorted row says of its token."""
+
+
+class Gaussian(CentredNull):
+    """Robust z-scores against N(0, 1): no calibration.
+
+    Where more than half of a token's logits are equal, their MAD is 0 and says nothing of the
+    scale; the mean absolute deviation takes its place. Where all are equal every score is 0.
+
+    Source: Iglewicz & Hoaglin (1993), "How to Detect and Handle Outliers", for both scales.
+    """
+
+    name: ClassVar[str] = "gaussian"
+    alpha_is: ClassVar[AlphaMeaning] = "error rate"
+    meaning: ClassVar[str] = (
+        "the false discovery rate that BH aims at if a token's background logits are Gaussian"
+    )
+    needs_table: ClassVar[bool] = False
+
+    def p_from_score(self, scores: Tensor, table: ReferenceTable | None = None) -> Tensor:
+        """Return the upper tail of N(0, 1) at each score; a table is ignored."""
+        # erfc, not 1 - cdf: the far tail is where BH's lines are.
+        tail: Tensor = torch.special.erfc(scores.to(torch.float64) * sqrt(0.5))
+        return 0.5 * tail
+
+    def _scores(self, logits_TE: Tensor, sorted_TE: Tensor) -> Tensor:
+        median_T1 = median_of_sorted(sorted_TE)
+        sorted_deviations_TE = (sorted_TE - median_T1).abs().sort(dim=-1).values
+        mad_T1 = median_of_sorted(sorted_deviations_TE)
+        scale_T1 = torch.where(
+            mad_T1 > 0,
+            mad_T1 * MAD_TO_SIGMA,
+            sorted_deviations_TE.mean(dim=-1, keepdim=True) * MEAN_DEVIATION_TO_SIGMA,
+        )
+        # The smallest float32 instead of 0: where all logits are equal the scores are 0 / tiny.
+        return (logits_TE - median_T1) / scale_T1.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+class TabledNull(CentredNull):
+    """logit - median against a table of such scores, gathered on calibration text."""
+
+    needs_table: ClassVar[bool] = True
+
+    def p_from_score(self, scores: Tensor, table: ReferenceTable | None = None) -> Tensor:
+        """Return (1 + #{reference >= s}) / (N + 1)."""
+        return self.require_table(table).p_values(scores)
+
+    def _scores(self, logits_TE: Tensor, sorted_TE: Tensor) -> Tensor:
+        return logits_TE - median_of_sorted(sorted_TE)
+
+
+class Pooled(TabledNull):
+    """Reference: all logits of the layer, signals included. A negative control."""
+
+    name: ClassVar[str] = "pooled"
+    alpha_is: ClassVar[AlphaMeaning] = "nothing"
+    meaning: ClassVar[str] = (
+        "nothing: the reference holds the signals too, so that hardly anything stands out of it; "
+        "a negative control"
+    )
+
+    def reference(self, router_logits_TE: Tensor, top_k_index_TK: Tensor) -> Tensor:
+        """Return the scores of all experts, shape (T * E,)."""
+        return self.score(router_logits_TE).flatten()
+
+
+class Background(TabledNull):
+    """Reference: the experts outside the model's own top-k."""
+
+    name: ClassVar[str] = "background"
+    alpha_is: ClassVar[AlphaMeaning] = "knob"
+    meaning: ClassVar[str] = (
+        "a knob, not an error rate: the reference was truncated by the very selection under test, "
+        "so pure noise is rejected too"
+    )
+
+    def reference(self, router_logits_TE: Tensor, top_k_index_TK: Tensor) -> Tensor:
+        """Return the scores outside the top-k, shape (T * (E - k),).
+
+        Raises:
+            CalibrationError: the model uses all of its experts, so that none is background.
+        """
+        num_experts = router_logits_TE.shape[-1]
+        if top_k_index_TK.shape[-1] >= num_experts:
+            raise CalibrationError(
+                f"null 'background' needs experts outside the model's top-k; this one uses all "
+                f"{num_experts}; choose null='gaussian'"
+            )
+        is_outside_TE = torch.ones_like(router_logits_TE, dtype=torch.bool)
+        is_outside_TE.scatter_(-1, top_k_index_TK, False)
+        return self.score(router_logits_TE)[is_outside_TE]

@@ -1,0 +1,105 @@
+"""The control every null must face: how much it selects where there is nothing to select.
+
+Axes: T tokens, E experts, K slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from bh_routing.nulls.base import Null, ReferenceTable
+from bh_routing.nulls.catalog import get_null
+from bh_routing.nulls.cut_offs import count_at_cut_offs, cut_offs
+
+FIT_TOKENS: Final = 16_384
+"""Noise tokens behind a table: as many as a calibration reads by default."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoiseResult:
+    """What BH selects on noise at one alpha."""
+
+    alpha: float
+    mean_experts: float
+    """Mean number of experts a token uses: those rejected, at least 1 and at most the model's k."""
+    share_any: float
+    """Share of tokens with any rejection."""
+    share_any_low: float
+    """Wilson 95 % interval of share_any, lower end."""
+    share_any_high: float
+    """Upper end."""
+    tokens: int
+    mean_rejected: float
+    """Mean number of experts rejected a token, before those two limits."""
+
+
+def noise_control(
+    null_name: str,
+    *,
+    alphas: Sequence[float],
+    num_experts: int,
+    model_top_k: int,
+    tokens: int = 10_000,
+    seed: int = 0,
+) -> list[NoiseResult]:
+    """Run BH on router logits that are independent N(0, 1): nothing stands out by construction.
+
+    A null that needs a table gets one from other noise, with the top-k of that noise in place of
+    the model's selection. Each rejection is false, so the share of tokens with any rejection is
+    the false discovery rate there: alpha is an error rate only if that share is at most alpha.
+
+    Args:
+        null_name: name of the null.
+        alphas: levels, each in (0, 1).
+        num_experts: E.
+        model_top_k: the model's own experts a token, which decides what is background.
+        tokens: tokens of fresh noise.
+        seed: of both noises.
+    Returns:
+        One result an alpha, in the order of `alphas`.
+    Raises:
+        InputError: unknown null, or an alpha outside (0, 1).
+    """
+    null = get_null(null_name)
+    generator = torch.Generator().manual_seed(seed)
+    table = _fit_on_noise(null, num_experts, model_top_k, generator)
+    logits_TE = torch.randn(tokens, num_experts, generator=generator)
+    scores_TE = null.descending_scores(logits_TE)
+    results = []
+    for alpha in alphas:
+        cut_offs_E = cut_offs(null, alpha, num_experts, table)
+        results.append(_summarize(alpha, count_at_cut_offs(scores_TE, cut_offs_E), model_top_k))
+    return results
+
+
+def _fit_on_noise(
+    null: Null, num_experts: int, model_top_k: int, generator: torch.Generator
+) -> ReferenceTable | None:
+    if not null.needs_table:
+        return None
+    logits_TE = torch.randn(FIT_TOKENS, num_experts, generator=generator)
+    top_k_index_TK = logits_TE.topk(model_top_k, dim=-1).indices
+    return ReferenceTable.from_scores(null.reference(logits_TE, top_k_index_TK))
+
+
+def _summarize(alpha: float, counts_T: Tensor, model_top_k: int) -> NoiseResult:
+    # Loaded here: scipy.stats takes longer to import than everything else in this package.
+    from scipy.stats import binomtest
+
+    tokens = counts_T.numel()
+    num_any = int((counts_T > 0).sum())
+    interval = binomtest(num_any, tokens).proportion_ci(confidence_level=0.95, method="wilson")
+    return NoiseResult(
+        alpha=alpha,
+        mean_experts=float(counts_T.clamp(1, model_top_k).to(torch.float64).mean()),
+        share_any=num_any / tokens,
+        share_any_low=float(interval.low),
+        share_any_high=float(interval.high),
+        tokens=tokens,
+        mean_rejected=float(counts_T.to(torch.float64).mean()),
+    )

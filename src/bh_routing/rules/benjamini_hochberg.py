@@ -1,0 +1,134 @@
+"""BH-select: an expert stays if its score stands out of what background experts score.
+
+Axes: T tokens, E experts, K candidate slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+from torch import Tensor
+
+from bh_routing.errors import InputError
+from bh_routing.multitest import Procedure, check_alpha
+from bh_routing.multitest.step_up import harmonic_number
+from bh_routing.nulls.catalog import get_null
+from bh_routing.nulls.cut_offs import count_at_cut_offs, cut_offs
+from bh_routing.rules.base import (
+    Candidates,
+    LayerContext,
+    Rule,
+    Selector,
+    TemperatureWeights,
+    WeightConvention,
+)
+from bh_routing.rules.fields import (
+    check_at_most_experts,
+    check_choice,
+    check_count,
+    check_mixture,
+)
+from bh_routing.rules.slots import keep_best
+
+OnEmpty = Literal["min_k", "model_k"]
+
+
+@dataclass(frozen=True)
+class BenjaminiHochberg(Rule):
+    """Keep the experts that Benjamini-Hochberg rejects as background, between min_k and max_k.
+
+    The count is taken over all E experts and then limited; the best candidates of that number
+    stay. Alpha is a nominal level under the fitted null: see docs/method.md for what it means
+    under each.
+
+    Example:
+        >>> BenjaminiHochberg(alpha=0.05, max_k=10).num_candidates(model_top_k=8)
+        10
+    """
+
+    method: ClassVar[str] = "bh"
+
+    alpha: float
+    """Target false discovery rate under the null, in (0, 1); a larger one keeps more experts."""
+    temperature: float = 1.0
+    """Divides the router logits; changes the selection only under the null "softmax"."""
+    min_k: int = 1
+    """Fewest experts a token keeps."""
+    max_k: int = 8
+    """Most experts a token keeps; more than the model's own k widens its router."""
+    null: str = "background"
+    """What the p-values rest on."""
+    procedure: Procedure = "bh"
+    """"bh", or "by" for the line that holds under any dependence."""
+    on_empty: OnEmpty = "min_k"
+    """A token without any rejection keeps min_k experts, or the model's own k within
+    [min_k, max_k]."""
+    weights: WeightConvention = "model"
+    """What the kept slots' weights are."""
+    temperature_weights: TemperatureWeights = "mass"
+    """What another temperature does to the sum of the kept slots' weights."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        check_alpha(self.alpha)
+        check_count("min_k", self.min_k)
+        check_count("max_k", self.max_k)
+        if self.min_k > self.max_k:
+            raise InputError(
+                f"min_k must be at most max_k, got min_k={self.min_k} and max_k={self.max_k}; "
+                "lower min_k or raise max_k"
+            )
+        get_null(self.null)
+        check_choice("procedure", self.procedure, get_args(Procedure))
+        check_choice("on_empty", self.on_empty, get_args(OnEmpty))
+        check_mixture(self.weights, self.temperature, self.temperature_weights)
+
+    @property
+    def required_null(self) -> str | None:
+        """The null, if it needs a table."""
+        return self.null if get_null(self.null).needs_table else None
+
+    def smallest_alpha(self, num_experts: int) -> float | None:
+        """Alpha; for "by" divided by 1 + 1/2 + ... + 1/E, like its line."""
+        if self.procedure == "by":
+            return self.alpha / harmonic_number(num_experts)
+        return self.alpha
+
+    def num_candidates(self, model_top_k: int) -> int:
+        """The model's own slots, or more if max_k asks for more."""
+        return max(model_top_k, self.max_k)
+
+    def check(self, *, num_experts: int, model_top_k: int) -> None:
+        """Refuse more experts than there are."""
+        check_at_most_experts("max_k", self.max_k, num_experts)
+
+    def count_if_empty(self, model_top_k: int) -> int:
+        """How many experts a token without any rejection keeps."""
+        if self.on_empty == "min_k":
+            return self.min_k
+        return min(max(model_top_k, self.min_k), self.max_k)
+
+    def bind(self, context: LayerContext) -> Selector:
+        """Compute the layer's cut-offs and return a selector that only compares.
+
+        Raises:
+            InputError: max_k exceeds the experts of the layer.
+            CalibrationError: the null needs a table and the context has none.
+        """
+        self.check(num_experts=context.num_experts, model_top_k=context.model_top_k)
+        null = get_null(self.null)
+        cut_offs_E = cut_offs(
+            null, self.alpha, context.num_experts, context.table, self.procedure
+        ).to(context.device)
+        temperature, min_k, max_k = self.temperature, self.min_k, self.max_k
+        count_if_empty = self.count_if_empty(context.model_top_k)
+
+        def select(candidates: Candidates) -> Tensor:
+            scores_TE = null.descending_scores(candidates.router_logits_TE, temperature)
+            counts_T = count_at_cut_offs(scores_TE, cut_offs_E)
+            if count_if_empty != min_k:
+                counts_T = counts_T.masked_fill(counts_T == 0, count_if_empty)
+            return keep_best(candidates, counts_T.clamp(min_k, max_k).unsqueeze(-1))
+
+        return select

@@ -1,0 +1,62 @@
+"""Every rule by name, from and to plain dictionaries such as YAML gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from types import MappingProxyType
+from typing import Any, Final
+
+from bh_routing.errors import InputError, unknown_name
+from bh_routing.rules.base import Rule
+from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
+from bh_routing.rules.top_k import TopK
+
+_ALL: Final[tuple[type[Rule], ...]] = (TopK, BenjaminiHochberg)
+
+RULES: Final[Mapping[str, type[Rule]]] = MappingProxyType({rule.method: rule for rule in _ALL})
+
+# Names that users' own configurations have; what we write always says the catalog's.
+_ALIASES: Final = {"topk": "top_k"}
+
+# Keys of a configuration that aren't the rule's.
+_NOT_FIELDS: Final = ("method", "description")
+
+
+def make_rule(config: Mapping[str, Any]) -> Rule:
+    """Build a rule from a configuration: a method, its fields, and perhaps a description.
+
+    Raises:
+        InputError: no or unknown method, an unknown or missing key, or a value out of range.
+    Example:
+        >>> make_rule({"method": "topk", "k": 4, "description": "half of the experts"}).k
+        4
+    """
+    if "method" not in config:
+        raise InputError(f"a configuration needs a method; known: {', '.join(RULES)}")
+    name = config["method"]
+    method = _ALIASES.get(name, name) if isinstance(name, str) else str(name)
+    if method not in RULES:
+        raise unknown_name("method", str(name), [*RULES, *_ALIASES])
+    rule = RULES[method]
+    own = {key: value for key, value in config.items() if key not in _NOT_FIELDS}
+    known = [field.name for field in fields(rule)]  # type: ignore[arg-type]
+    for key in own:
+        if key not in known:
+            raise unknown_name(f"key of method {method!r}", str(key), [*known, "description"])
+    required = [f.name for f in fields(rule) if f.default is MISSING]  # type: ignore[arg-type]
+    for key in required:
+        if key not in own:
+            raise InputError(f"method {method!r} needs the key {key!r}; known: {', '.join(known)}")
+    return rule(**own)
+
+
+def rule_to_config(rule: Rule) -> dict[str, Any]:
+    """Return the configuration that `make_rule` turns into an equal rule, defaults included.
+
+    Example:
+        >>> rule_to_config(TopK(8))["method"]
+        'top_k'
+    """
+    own = {field.name: getattr(rule, field.name) for field in fields(rule)}  # type: ignore[arg-type]
+    return {"method": rule.method, **own}

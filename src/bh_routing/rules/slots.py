@@ -1,0 +1,38 @@
+"""From "how many" to "which": keep a token's best candidate slots.
+
+Axes: T tokens, K candidate slots.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bh_routing.rules.base import Candidates
+
+
+def keep_best(candidates: Candidates, counts_T1: Tensor) -> Tensor:
+    """Keep each token's `count` candidates with the largest logits; no host sync.
+
+    Slots aren't sorted in every family, so ranks come from the logits the family ranks by. A tie
+    goes to the slot that the router put first.
+
+    Args:
+        candidates: the slots of T tokens.
+        counts_T1: how many to keep, integer, shape (T, 1), values 1 to K.
+    Returns:
+        Bool tensor of shape (T, K).
+    Example:
+        >>> slots = Candidates(
+        ...     router_logits_TE=torch.tensor([[0.1, 3.0, 2.0, 1.0]]),
+        ...     top_k_index_TK=torch.tensor([[2, 3, 1]]),
+        ...     top_k_weights_TK=torch.tensor([[0.2, 0.1, 0.7]]),
+        ... )
+        >>> keep_best(slots, torch.tensor([[2]])).tolist()
+        [[True, False, True]]
+    """
+    logits_TK = candidates.router_logits_TE.gather(-1, candidates.top_k_index_TK)
+    order_TK = logits_TK.argsort(dim=-1, descending=True, stable=True)
+    num_slots = order_TK.shape[-1]
+    is_kept_by_rank_TK = torch.arange(num_slots, device=order_TK.device) < counts_T1
+    return torch.empty_like(is_kept_by_rank_TK).scatter_(-1, order_TK, is_kept_by_rank_TK)

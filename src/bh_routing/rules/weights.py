@@ -1,0 +1,137 @@
+"""Weights of the kept slots, by the family's own convention; and slots that cost nothing.
+
+Everything is computed in float32 and returned in the family's dtype. With nothing dropped and
+temperature 1 the family's weights come back bit for bit. Axes: T tokens, E experts, K slots.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bh_routing.rules.base import TemperatureWeights, WeightConvention
+
+# Below any sum of weights that matters, and large enough that dividing by it stays finite.
+_SMALLEST_SUM: Final = 1e-30
+
+
+class AliasedSlots(NamedTuple):
+    """Slots in which a dropped expert has been replaced by a kept one of weight 0."""
+
+    top_k_index_TK: Tensor
+    top_k_weights_TK: Tensor
+
+
+def kept_weights(
+    top_k_weights_TK: Tensor,
+    keep_TK: Tensor,
+    *,
+    convention: WeightConvention,
+    normalises: bool,
+    temperature: float,
+    router_logits_TE: Tensor,
+    top_k_index_TK: Tensor,
+    model_top_k: int,
+    temperature_weights: TemperatureWeights = "mass",
+) -> Tensor:
+    """Turn the family's weights of all candidate slots into weights of the kept ones.
+
+    Conventions, at temperature 1:
+
+    - "model": a family that renormalises does so over the kept slots, w * sum(all) / sum(kept),
+      which keeps any scale it uses; one that doesn't keeps its raw weights.
+    - "renormalize": the kept weights sum to 1.
+    - "preserve_mass": the kept weights sum to what the model's own top-k sums to.
+
+    At another temperature T the kept slots share the sum they have at T = 1 in proportion to
+    exp(logit / T). "raw" is the ablation without that rescaling: the weights that a softmax
+    family itself would give to logits / T. Both are for softmax-scored families only.
+
+    Args:
+        top_k_weights_TK: the family's weights of the candidates, at temperature 1.
+        keep_TK: bool, at least one True a token.
+        convention: one of the three above.
+        normalises: whether the family makes its top-k weights sum to a constant.
+        temperature: T, above 0.
+        router_logits_TE: what the family ranks by.
+        top_k_index_TK: int64 expert of each slot.
+        model_top_k: the model's own k; fewer than K slots if the router was widened.
+        temperature_weights: "mass" or "raw".
+    Returns:
+        Weights of the family's dtype, exactly 0 in dropped slots. No host sync.
+    """
+    weights_TK = top_k_weights_TK.to(torch.float32)
+    is_tempered = temperature != 1.0
+    if is_tempered and temperature_weights == "raw" and not normalises:
+        # A family that normalises undoes the rescaling by itself: there raw equals mass.
+        ratio_TK = _softmax_ratio(router_logits_TE, top_k_index_TK, temperature)
+        weights_TK = weights_TK * ratio_TK
+        is_tempered = False
+    kept_TK = torch.where(keep_TK, weights_TK, 0.0)
+    if convention == "renormalize":
+        kept_TK = kept_TK / _sum(kept_TK)
+    elif normalises:
+        kept_TK = kept_TK * (_sum(weights_TK) / _sum(kept_TK))
+    elif convention == "preserve_mass":
+        own_TK = _own_slots(weights_TK, router_logits_TE, top_k_index_TK, model_top_k)
+        kept_TK = kept_TK * (_sum(own_TK) / _sum(kept_TK))
+    if is_tempered:
+        logits_TK = router_logits_TE.gather(-1, top_k_index_TK).to(torch.float32) / temperature
+        share_TK = logits_TK.masked_fill(~keep_TK, float("-inf")).softmax(dim=-1)
+        kept_TK = share_TK * kept_TK.sum(dim=-1, keepdim=True)
+    return kept_TK.to(top_k_weights_TK.dtype)
+
+
+def alias_dropped(top_k_index_TK: Tensor, weights_TK: Tensor, keep_TK: Tensor) -> AliasedSlots:
+    """Give dropped slots weight 0 and the index of the token's own best kept expert.
+
+    Every implementation of the experts then computes a weighted sum in which no dropped expert is
+    read: the same expert is met again, with weight 0.
+
+    Args:
+        top_k_index_TK: int64 expert of each slot.
+        weights_TK: weight of each slot.
+        keep_TK: bool, at least one True a token.
+    Returns:
+        Index and weights of the same shapes and dtypes. No host sync.
+    Example:
+        >>> index, weights = alias_dropped(
+        ...     torch.tensor([[7, 3, 5]]),
+        ...     torch.tensor([[0.2, 0.1, 0.6]]),
+        ...     torch.tensor([[True, False, True]]),
+        ... )
+        >>> index.tolist(), [round(weight, 1) for weight in weights[0].tolist()]
+        ([[7, 5, 5]], [0.2, 0.0, 0.6])
+    """
+    best_slot_T1 = weights_TK.masked_fill(~keep_TK, float("-inf")).argmax(dim=-1, keepdim=True)
+    best_expert_T1 = top_k_index_TK.gather(-1, best_slot_T1)
+    return AliasedSlots(
+        torch.where(keep_TK, top_k_index_TK, best_expert_T1),
+        weights_TK.masked_fill(~keep_TK, 0.0),
+    )
+
+
+def _sum(weights_TK: Tensor) -> Tensor:
+    return weights_TK.sum(dim=-1, keepdim=True).clamp_min(_SMALLEST_SUM)
+
+
+def _softmax_ratio(router_logits_TE: Tensor, top_k_index_TK: Tensor, temperature: float) -> Tensor:
+    """softmax(logits / T) over softmax(logits), at the slots."""
+    logits_TE = router_logits_TE.to(torch.float32)
+    tempered_TE = (logits_TE / temperature).log_softmax(dim=-1)
+    return (tempered_TE - logits_TE.log_softmax(dim=-1)).gather(-1, top_k_index_TK).exp()
+
+
+def _own_slots(
+    weights_TK: Tensor, router_logits_TE: Tensor, top_k_index_TK: Tensor, model_top_k: int
+) -> Tensor:
+    """The weights of the slots that the model would have proposed unwidened, 0 elsewhere."""
+    num_slots = weights_TK.shape[-1]
+    if model_top_k >= num_slots:
+        return weights_TK
+    logits_TK = router_logits_TE.gather(-1, top_k_index_TK)
+    order_TK = logits_TK.argsort(dim=-1, descending=True, stable=True)
+    own_TK = order_TK[..., :model_top_k]
+    return torch.zeros_like(weights_TK).scatter(-1, own_TK, weights_TK.gather(-1, own_TK))
