@@ -144,7 +144,7 @@ def upward_imports(modules: Modules) -> list[str]:
             continue
         for found in imports_of(module):
             target = own_target(found, modules)
-            if target is None or found.target == f"{PACKAGE}.__version__":
+            if target is None or found.target in (PACKAGE, f"{PACKAGE}.__version__"):
                 continue
             reached = Module(target, "").home
             if reached != module.home and not _may_import(module.home, reached):

@@ -7,3 +7,31 @@ import os
 # Before any import of transformers: a test that reaches for the network must fail at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+from typing import Any
+
+import pytest
+
+from bh_routing.engine.calibrate import calibrate
+from bh_routing.engine.texts import packaged_documents
+from bh_routing.models.load import LoadedModel, load_model
+from bh_routing.nulls.calibration import Calibration
+
+
+@pytest.fixture(scope="session")
+def demo() -> LoadedModel:
+    """The packaged model on CPU, float32; tests must leave it as they found it."""
+    return load_model("demo", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def demo_calibration(demo: LoadedModel) -> Calibration:
+    """The demo model calibrated on its packaged text."""
+    texts = [document.text for document in packaged_documents("calibration")]
+    return calibrate(demo.model, demo.tokenizer, texts)
+
+
+@pytest.fixture
+def demo_inputs(demo: LoadedModel) -> dict[str, Any]:
+    """A short prompt as input ids and attention mask."""
+    return dict(demo.tokenizer("The old man walked down to the river and", return_tensors="pt"))

@@ -18,7 +18,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bh_routing.analysis import Results, load_results
+    from bh_routing.analysis.results import Results, load_results
     from bh_routing.engine import calibrate
     from bh_routing.errors import (
         BHRoutingError,
@@ -60,7 +60,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "analysis": ("Results", "load_results"),
+    "analysis.results": ("Results", "load_results"),
     "engine": ("calibrate",),
     "errors": (
         "BHRoutingError",
