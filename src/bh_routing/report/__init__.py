@@ -1,0 +1,1 @@
+"""Figures, Markdown and exports, made from a results folder alone. No torch."""

@@ -1,0 +1,244 @@
+"""Make any text safe for the place where it is shown: a picture, Markdown, LaTeX, a spreadsheet.
+
+Prompts and generated texts are whatever a user or a model wrote: markup, control characters,
+right-to-left marks, ten thousand characters. They are data here and never become structure.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from functools import cache
+
+from matplotlib.font_manager import FontProperties, findfont, get_font
+
+CUT_MARK = "…"
+MISSING = "–"
+
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$^=@:-])")
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+}
+_LINE_BREAKS = re.compile(r"[\r\n\t\v\f\x1c-\x1e\x85\u2028\u2029]+")
+_FORMULA_START = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%", "＝", "＋", "－", "＠")
+_SPREADSHEET_CELL = 32_767  # characters that one cell of a workbook can hold
+
+
+def plain(text: object, limit: int | None = None) -> str:
+    """Return one line of visible characters, cut with a mark at `limit`.
+
+    Line breaks become spaces; control characters, direction marks, unpaired surrogates and
+    unassigned code points are dropped.
+
+    Example:
+        >>> plain("a\\nb\\x00c\\u202ed", limit=4)
+        'a b…'
+    """
+    line = _LINE_BREAKS.sub(" ", "" if text is None else str(text))
+    kept = "".join(c for c in line if unicodedata.category(c)[0] != "C")
+    return cut(kept.strip(), limit)
+
+
+def cut(text: str, limit: int | None) -> str:
+    """Shorten a text to `limit` characters, the last of which is then the mark."""
+    if limit is None or len(text) <= limit:
+        return text
+    return text[: max(limit - len(CUT_MARK), 0)].rstrip() + CUT_MARK
+
+
+def cut_middle(text: str, limit: int) -> str:
+    """Shorten a name and keep its end, which is where the names of a series differ.
+
+    Example:
+        >>> cut_middle("a_long_name_1", 7)
+        'a_l…e_1'
+    """
+    half = (limit - len(CUT_MARK)) // 2
+    return text if len(text) <= limit else text[:half] + CUT_MARK + text[-half:]
+
+
+def markdown(text: object, limit: int | None = 200) -> str:
+    """Escape a text for one line or one table cell of Markdown, HTML included.
+
+    Example:
+        >>> markdown("a|b <script>")
+        'a\\\\|b &lt;script&gt;'
+    """
+    line = plain(text, limit)
+    return html.escape(_MARKDOWN.sub(_escape_mark, line), quote=False)
+
+
+def _escape_mark(match: re.Match[str]) -> str:
+    mark = match.group(1)
+    # GitHub turns addresses, mentions and issue numbers into links, and has no backslash for them.
+    return {"@": "&#64;", ":": "&#58;", "#": "&#35;"}.get(mark, "\\" + mark)
+
+
+def code(text: object, limit: int | None = 60) -> str:
+    """Show a name as Markdown code, or as escaped text where it holds what code can't.
+
+    Example:
+        >>> code("bh_strict")
+        '`bh_strict`'
+    """
+    line = plain(text, limit)
+    if not line:
+        return MISSING
+    if re.search(r"[`|<>\\$&]", line):
+        return markdown(line, limit)
+    return f"`{line}`"
+
+
+def latex(text: object, limit: int | None = 200) -> str:
+    """Escape a text for LaTeX.
+
+    Example:
+        >>> latex("50 % of $x_1$")
+        '50 \\\\% of \\\\$x\\\\_1\\\\$'
+    """
+    return "".join(_LATEX.get(c, c) for c in plain(text, limit))
+
+
+def spreadsheet(text: object) -> str:
+    """Return what a spreadsheet shows and never runs, free of control characters.
+
+    A text that begins like a formula gets an apostrophe in front, also behind leading blanks,
+    because programs strip those.
+
+    Example:
+        >>> spreadsheet("=1+1"), spreadsheet("plain")
+        ("'=1+1", 'plain')
+    """
+    raw = "" if text is None else str(text)
+    shown = "".join(
+        c for c in raw if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs", "Cn", "Cf")
+    )
+    risky = raw.startswith(_FORMULA_START) or shown.lstrip(" \n\t\xa0").startswith(_FORMULA_START)
+    return cut("'" + shown if risky else shown, _SPREADSHEET_CELL)
+
+
+def for_plot(text: object, limit: int | None = None) -> str:
+    """Return one line that the plot font can draw; other characters become a box."""
+    return "".join(c if ord(c) in _drawable() else "□" for c in plain(text, limit))
+
+
+@cache
+def _drawable() -> frozenset[int]:
+    """Code points of the font that matplotlib brings along."""
+    return frozenset(get_font(findfont(FontProperties(family=["DejaVu Sans"]))).get_charmap())
+
+
+def short_labels(names: Sequence[str], limit: int = 22) -> list[str]:
+    """Cut names for an axis and keep them distinct, by their ends or else by a number.
+
+    Example:
+        >>> short_labels(["a_long_name_1", "a_long_name_2", "b"], limit=7)
+        ['a_l…e_1', 'a_l…e_2', 'b']
+    """
+    shown = [for_plot(name) or "(no name)" for name in names]
+    fronts = [cut(name, limit) for name in shown]
+    labels = [
+        cut_middle(name, limit) if fronts.count(front) > 1 else front
+        for name, front in zip(shown, fronts, strict=True)
+    ]
+    return [
+        f"{cut(label, limit - 4)} ({index})" if labels.count(label) > 1 else label
+        for index, label in enumerate(labels, start=1)
+    ]
+
+
+def number(value: object, digits: int = 2) -> str:
+    """Format a finite number with fixed decimals; anything else is a dash.
+
+    Example:
+        >>> number(3.14159), number(float("nan")), number(-0.001)
+        ('3.14', '–', '0.00')
+    """
+    finite = as_float(value)
+    if not math.isfinite(finite):
+        return MISSING
+    text = f"{finite:.{digits}f}"
+    text = text.lstrip("-") if float(text) == 0 else text
+    return text.replace("-", "−")
+
+
+def signed(value: object, digits: int = 2) -> str:
+    """Format a finite number with its sign, also a plus."""
+    text = number(value, digits)
+    return text if text[0] in "−–" or not float(text) else "+" + text
+
+
+def percent(share: object, digits: int = 0) -> str:
+    """Format a share as percent without a plus.
+
+    Example:
+        >>> percent(0.386)
+        '39 %'
+    """
+    text = number(as_float(share) * 100, digits)
+    return text if text == MISSING else text + " %"
+
+
+def signed_percent(share: object, digits: int = 0) -> str:
+    """Format a relative change as percent with its sign."""
+    text = signed(as_float(share) * 100, digits)
+    return text if text == MISSING else text + " %"
+
+
+def p_value(value: object) -> str:
+    """Format a p-value: three decimals, small ones in powers of ten.
+
+    Example:
+        >>> p_value(0.0321), p_value(2.4e-9)
+        ('0.032', '2e−9')
+    """
+    p = as_float(value)
+    if not math.isfinite(p):
+        return MISSING
+    if p >= 0.001:
+        return f"{p:.3f}"
+    if p <= 0:
+        return "< 1e−300"
+    mantissa, exponent = f"{p:.0e}".split("e")
+    return f"{mantissa}e−{abs(int(exponent))}"
+
+
+def interval(low: object, high: object, digits: int = 2) -> str:
+    """Format an interval; a dash if an end is missing."""
+    ends = number(low, digits), number(high, digits)
+    return MISSING if MISSING in ends else f"[{ends[0]}, {ends[1]}]"
+
+
+def as_float(value: object) -> float:
+    """Read a number from JSON or a table; what isn't one is NaN."""
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def listed(items: Iterable[str]) -> str:
+    """Join as in a sentence.
+
+    Example:
+        >>> listed(["a", "b", "c"])
+        'a, b and c'
+    """
+    parts = list(items)
+    return " and ".join(parts) if len(parts) < 3 else f"{', '.join(parts[:-1])} and {parts[-1]}"
