@@ -12,13 +12,9 @@ from bh_routing.engine.texts import text_sha256
 from bh_routing.engine.windows import spread_tokens
 from bh_routing.errors import CalibrationError, InputError
 from bh_routing.models.discovery import find_routers, model_fingerprint
-from bh_routing.nulls.base import ReferenceTable
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.catalog import get_null
-from bh_routing.nulls.reservoir import Reservoir
-
-TABLE_SIZE = 2**18
-"""Scores a table keeps: 1 MiB a layer, and resolution for alpha 0.005 with 64 experts."""
+from bh_routing.nulls.reservoir import Reservoir, reservoir_capacity
 
 
 def calibrate(
@@ -47,12 +43,13 @@ def calibrate(
         CalibrationError: router logits aren't finite, with the layer's name.
     """
     routers = find_routers(model)
-    documents = [ids for text in texts if (ids := tokenizer(text)["input_ids"])]
+    documents = [ids for text in texts if (ids := tokenizer(text, verbose=False)["input_ids"])]
     if not documents:
         raise InputError("the calibration text is empty; give at least one document")
+    capacity = reservoir_capacity(routers.num_experts)
     reservoirs = {
-        (name, site.layer): Reservoir(TABLE_SIZE, seed=seed * 1000 + site.layer)
-        for name in nulls
+        (name, site.layer): Reservoir(capacity, seed=(seed, number, site.layer))
+        for number, name in enumerate(nulls)
         for site in routers.sites
     }
     context = int(getattr(model.config, "max_position_embeddings", None) or 2048)
@@ -60,7 +57,7 @@ def calibrate(
 
     def make_hook(name: str, layer: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> None:
-            logits_TE, _, index_TK, *_ = output
+            logits_TE, index_TK = output[0], output[2]
             if not bool(torch.isfinite(logits_TE).all()):
                 raise CalibrationError(
                     f"router {name} gave NaN or infinite logits on the calibration text; "
@@ -83,8 +80,7 @@ def calibrate(
         for handle in handles:
             handle.remove()
     tables = {
-        null: tuple(ReferenceTable(reservoirs[null, s.layer].sorted()) for s in routers.sites)
-        for null in nulls
+        null: tuple(reservoirs[null, s.layer].table() for s in routers.sites) for null in nulls
     }
     return Calibration(
         tables=tables,
@@ -96,4 +92,5 @@ def calibrate(
         num_tokens=sum(taken),
         num_documents=len(documents),
         seed=seed,
+        table_capacity=capacity,
     )

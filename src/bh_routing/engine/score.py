@@ -3,7 +3,7 @@
 Memory: two full sets of logits of one batch live at a time (the baseline's and one rule's), each
 at most `LOGITS_BYTES`, and the float32 comparison takes `CHUNK_TOKENS` tokens at a time.
 
-Axes: B windows, S positions, V vocabulary, T scored tokens of a batch, L layers, K slots, E experts.
+Axes: B windows, S positions, V vocabulary, T scored tokens of a batch, L layers, K slots.
 """
 
 from __future__ import annotations
@@ -190,11 +190,11 @@ def _forward(model: Any, rule: BoundRule, batch: _Batch) -> _Forward:
 def _compare(top_k_BSV: Tensor, rule_BSV: Tensor, batch: _Batch) -> TokenScores:
     top_k_FV, rule_FV = top_k_BSV.flatten(0, 1), rule_BSV.flatten(0, 1)
     position_T = batch.scored_BS.flatten().nonzero().squeeze(1).to(top_k_FV.device)
+    positions = torch.split(position_T, CHUNK_TOKENS)
+    targets = torch.split(batch.targets_T, CHUNK_TOKENS)
     chunks = [
-        compare_logits(top_k_FV[chunk], rule_FV[chunk], targets)
-        for chunk, targets in zip(
-            position_T.split(CHUNK_TOKENS), batch.targets_T.split(CHUNK_TOKENS), strict=True
-        )
+        compare_logits(top_k_FV[position], rule_FV[position], target)
+        for position, target in zip(positions, targets, strict=True)
     ]
     return TokenScores(*(torch.cat(column).cpu() for column in zip(*chunks, strict=True)))
 

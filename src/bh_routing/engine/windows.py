@@ -64,7 +64,9 @@ def tokenize_documents(
     Raises:
         InputError: nothing is left to score.
     """
-    all_ids = [tokenizer(d.text, add_special_tokens=False)["input_ids"] for d in documents]
+    all_ids = [
+        tokenizer(d.text, add_special_tokens=False, verbose=False)["input_ids"] for d in documents
+    ]
     lengths = [len(ids) for ids in all_ids]
     if max_tokens is not None:
         lengths = spread_tokens(lengths, max_tokens)

@@ -58,7 +58,7 @@ def find_routers(model: nn.Module) -> Routers:
         ModelError: the model has no router, or its family isn't supported.
     """
     model_type = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
-    sites = []
+    sites: list[RouterSite] = []
     for name, block in model.named_modules():
         for attribute in ("gate", "router"):
             router = getattr(block, attribute, None)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from huggingface_hub import constants
-from huggingface_hub.utils import get_session
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -31,9 +32,7 @@ class LoadedModel(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
-def load_model(
-    name: str, *, device: DeviceName = "auto", dtype: DtypeName = "auto"
-) -> LoadedModel:
+def load_model(name: str, *, device: DeviceName = "auto", dtype: DtypeName = "auto") -> LoadedModel:
     """Load a causal language model that mixes experts.
 
     Only safetensors are read and no code of the checkpoint is run. `auto` means CUDA where there
@@ -64,7 +63,7 @@ def load_model(
         config = AutoConfig.from_pretrained(source, **options)
         family_of(config.model_type)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=torch_dtype, use_safetensors=True, **options
         )
     except ModelError:
@@ -80,7 +79,8 @@ def load_model(
         # The other implementations are written for GPUs: on two cores the default took 13 s for
         # a forward of 1,024 tokens of the demo model where this one took 0.3 s.
         model.set_experts_implementation("eager")
-    model = model.to(target).eval().requires_grad_(False)
+    model.to(target)
+    model.eval().requires_grad_(False)
     find_routers(model)
     return LoadedModel(model, tokenizer)
 
@@ -126,12 +126,15 @@ def _hub_answers() -> bool:
     """Ask once, briefly: the hub's own client retries for half a minute before it gives up."""
     if constants.HF_HUB_OFFLINE:
         return False
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
-        get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT_SEC)
-    except Exception as error:  # the client's error types differ between its major versions
+        with urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_SEC):
+            return True
+    except urllib.error.HTTPError:
+        return True  # an answer, if not a friendly one
+    except OSError as error:
         log.debug("the hub doesn't answer: %s", error)
         return False
-    return True
 
 
 def _explain(name: str, options: dict[str, Any], error: Exception) -> str:

@@ -100,7 +100,8 @@ def check_calibration(
     model: nn.Module, routers: Routers, rule: Rule, calibration: Calibration | None
 ) -> None:
     """Raise CalibrationError unless `calibration` serves `rule` on this model."""
-    if rule.required_null is None:
+    alpha = rule.smallest_alpha(routers.num_experts)
+    if rule.required_null is None or alpha is None:
         return
     if calibration is None:
         raise CalibrationError(
@@ -109,7 +110,7 @@ def check_calibration(
         )
     calibration.check(
         null=rule.required_null,
-        alpha=getattr(rule, "alpha", None),
+        alpha=alpha,
         num_layers=len(routers.sites),
         num_experts=routers.num_experts,
         model_top_k=routers.model_top_k,
@@ -148,12 +149,15 @@ def _make_hook(
         candidates = Candidates(router_logits_TE.float(), top_k_index_TK, top_k_weights_TK)
         keep_TK = select(candidates)
         weights_TK = kept_weights(
-            candidates,
+            top_k_weights_TK,
             keep_TK,
             convention=rule.weights,
             normalises=normalises,
             temperature=rule.temperature,
+            router_logits_TE=candidates.router_logits_TE,
+            top_k_index_TK=top_k_index_TK,
             model_top_k=model_top_k,
+            temperature_weights=rule.temperature_weights,
         )
         trace.record(site.layer, top_k_index_TK, keep_TK)
         index_TK, weights_TK = alias_dropped(top_k_index_TK, weights_TK, keep_TK)
