@@ -1,0 +1,75 @@
+"""`bh-routing calibrate`: fit the nulls of a model on text and save them to one file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bh_routing.cli.console import console_log
+from bh_routing.experiments import defaults
+
+
+def calibrate(
+    output: Annotated[Path, typer.Option(help="File to write, such as model.safetensors.")],
+    model: Annotated[
+        str, typer.Option(help="`demo`, a folder with a checkpoint, or a Hugging Face id.")
+    ] = defaults.MODEL,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text file; may be given several times. Default: the packaged text."),
+    ] = None,
+    nulls: Annotated[
+        str, typer.Option(help="Nulls to fit, separated by commas.")
+    ] = "background,pooled",
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of text to use.")
+    ] = defaults.CALIBRATION_TOKENS,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling of scores.")] = defaults.SEED,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = defaults.DEVICE,
+    no_fp16: Annotated[
+        bool, typer.Option("--no-fp16", help="float32 instead of bfloat16 on CUDA.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
+) -> int:
+    """Fit reference distributions of a model's router scores; `run --calibration` takes them."""
+    from bh_routing.engine.calibrate import calibrate as fit
+    from bh_routing.engine.texts import packaged_documents, read_documents
+    from bh_routing.experiments.spec import make_spec
+    from bh_routing.models.load import load_model
+    from bh_routing.nulls.catalog import get_null
+
+    names = [name.strip() for name in nulls.split(",") if name.strip()]
+    names = [name for name in names if get_null(name).needs_table]
+    spec = make_spec(
+        model=model, device=device, seed=seed, dtype="float32" if no_fp16 else defaults.DTYPE
+    )
+    with console_log():
+        documents = read_documents(text) if text else packaged_documents("calibration")
+        loaded = load_model(spec.model, device=spec.device, dtype=spec.dtype)
+        fitted = fit(
+            loaded.model,
+            loaded.tokenizer,
+            [document.text for document in documents],
+            nulls=names,
+            max_tokens=max_tokens,
+            seed=seed,
+        )
+        fitted.save(output)
+    facts = {
+        "file": str(output),
+        "fingerprint": fitted.fingerprint,
+        "num_tokens": fitted.num_tokens,
+        "num_documents": fitted.num_documents,
+        "smallest_alpha": {name: fitted.resolution(name) for name in names},
+    }
+    typer.echo(
+        f"wrote {output}: {fitted.num_tokens:,} tokens of {fitted.num_documents} documents, "
+        f"nulls {', '.join(names)}",
+        err=True,
+    )
+    if as_json:
+        typer.echo(json.dumps(facts, ensure_ascii=False, indent=2))
+    return 0

@@ -1,0 +1,114 @@
+"""`bh-routing`: find the command, and turn whatever happens into an exit code.
+
+0 done, 1 some experiments failed, 2 bad input, 130 or 143 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Final
+
+import typer
+
+import bh_routing
+from bh_routing.cli.calibrate import calibrate
+from bh_routing.cli.export import export
+from bh_routing.cli.interrupts import Terminated
+from bh_routing.cli.run import run
+from bh_routing.cli.surroundings import Surroundings
+from bh_routing.errors import BHRoutingError, ExperimentError
+
+EXIT_DONE: Final = 0
+EXIT_FAILED: Final = 1
+EXIT_BAD_INPUT: Final = 2
+EXIT_INTERRUPTED: Final = 130
+EXIT_TERMINATED: Final = 143
+
+app = typer.Typer(
+    name="bh-routing",
+    help="Benjamini-Hochberg expert selection for mixture-of-experts models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(run)
+app.command()(calibrate)
+app.command()(export)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"bh-routing {bh_routing.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Benjamini-Hochberg expert selection for mixture-of-experts models."""
+
+
+def main(argv: Sequence[str] | None = None, surroundings: Surroundings | None = None) -> int:
+    """Run one command and return its exit code; never exits the interpreter.
+
+    Args:
+        argv: the arguments; None: those of the process, or none in a notebook.
+        surroundings: configurations, prompts and functions to use instead of the library's.
+    """
+    arguments = process_arguments() if argv is None else list(argv)
+    try:
+        code = app(
+            args=arguments,
+            prog_name="bh-routing",
+            standalone_mode=False,
+            obj=surroundings or Surroundings(),
+        )
+    except BHRoutingError as error:
+        _complain(str(error))
+        return EXIT_FAILED if isinstance(error, ExperimentError) else EXIT_BAD_INPUT
+    except Terminated:
+        return EXIT_TERMINATED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except typer.Abort:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone, as `head` does: nothing is left to say, and the
+        # interpreter must not try again when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except Exception as error:
+        # Typer's own errors; their base class isn't public in every version.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        text = message()
+        if text:
+            _complain(text)
+        return EXIT_BAD_INPUT
+    return code if isinstance(code, int) else EXIT_DONE
+
+
+def process_arguments() -> list[str]:
+    """Return the process's arguments; none where they belong to a notebook's kernel.
+
+    A kernel is started with arguments of its own, such as `-f connection.json`.
+    """
+    program = os.path.basename(sys.argv[0]) if sys.argv else ""
+    arguments = sys.argv[1:]
+    is_kernel = "kernel_launcher" in program or (
+        arguments[:1] == ["-f"] and arguments[-1].endswith(".json")
+    )
+    return [] if is_kernel else arguments
+
+
+def _complain(text: str) -> None:
+    print(f"bh-routing: {text}", file=sys.stderr)

@@ -1,0 +1,204 @@
+"""`bh-routing run`: every configuration on every prompt, then analysis, plots and report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bh_routing.cli.console import console_log
+from bh_routing.cli.interrupts import Terminated, sigterm_raises
+from bh_routing.cli.surroundings import Surroundings
+from bh_routing.experiments import defaults
+
+if TYPE_CHECKING:
+    from bh_routing.experiments.config_file import Selection
+    from bh_routing.experiments.run import Hooks, RunOutcome
+
+
+def run(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Option(help="`demo`, a folder with a checkpoint, or a Hugging Face id.")
+    ] = defaults.MODEL,
+    output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path(defaults.OUTPUT),
+    max_tokens: Annotated[
+        int, typer.Option(help="Most tokens generated per experiment.")
+    ] = defaults.MAX_TOKENS,
+    checkpoint_interval: Annotated[
+        int, typer.Option(help="Finished experiments between two snapshots in checkpoints/.")
+    ] = defaults.CHECKPOINT_INTERVAL,
+    no_resume: Annotated[
+        bool,
+        typer.Option("--no-resume", help="Move an earlier run in the folder aside, start anew."),
+    ] = False,
+    device: Annotated[
+        str, typer.Option(help="auto, cuda or cpu; auto is CUDA where there is one.")
+    ] = defaults.DEVICE,
+    no_fp16: Annotated[
+        bool,
+        typer.Option(
+            "--no-fp16", help="float32 instead of bfloat16 on CUDA; needs twice the memory."
+        ),
+    ] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with further configurations and prompts.")
+    ] = None,
+    configs: Annotated[
+        str | None, typer.Option(help="Only these configurations, such as topk_8,bh_strict.")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="Only these prompts: numbers from 1, ranges or categories: 1,4-6,simple."
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="File made by `bh-routing calibrate`.")
+    ] = None,
+    calibration_text: Annotated[
+        Path | None, typer.Option(help="Text to calibrate on instead of the packaged one.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of whatever draws at random.")] = defaults.SEED,
+    executor: Annotated[
+        str, typer.Option(help="Where experiments run; `local` is this process.")
+    ] = defaults.EXECUTOR,
+    eval_text: Annotated[
+        Path | None, typer.Option(help="Text to score quality on instead of the packaged one.")
+    ] = None,
+    no_eval: Annotated[
+        bool, typer.Option("--no-eval", help="Leave out the scoring of quality.")
+    ] = False,
+    eval_tokens: Annotated[int, typer.Option(help="Most tokens scored.")] = defaults.EVAL_TOKENS,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the outcome as JSON on stdout.")
+    ] = False,
+) -> int:
+    """Compare routing configurations on prompts; goes on where an earlier run stopped."""
+    surroundings = context.obj
+    chosen = _choose(surroundings, config, _items(configs), _items(prompts))
+    values: dict[str, Any] = {
+        "model": model,
+        "output": output,
+        "max_tokens": max_tokens,
+        "checkpoint_interval": checkpoint_interval,
+        "resume": not no_resume,
+        "device": device,
+        "dtype": "float32" if no_fp16 else defaults.DTYPE,
+        "configs": chosen.configs,
+        "prompts": chosen.prompts,
+        "calibration": calibration,
+        "calibration_text": calibration_text,
+        "seed": seed,
+        "executor": executor,
+        "eval_text": eval_text,
+        "no_eval": no_eval,
+        "eval_tokens": eval_tokens,
+    }
+    outcome = _run(values, surroundings)
+    if isinstance(outcome, int):
+        return outcome
+    _print_outcome(outcome, as_json)
+    return outcome.exit_code
+
+
+def _items(text: str | None) -> list[str] | None:
+    """Split a comma-separated option; None stays None."""
+    if text is None:
+        return None
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _choose(
+    surroundings: Surroundings,
+    config: Path | None,
+    config_names: Sequence[str] | None,
+    prompt_items: Sequence[str] | None,
+) -> Selection:
+    """Take the library's or the caller's configurations and prompts, add a file's, select."""
+    from bh_routing.experiments.config_file import Selection, add_config_file
+    from bh_routing.experiments.spec import select_configs, select_prompts
+
+    configs = surroundings.configs
+    prompts = surroundings.prompts
+    chosen = Selection(
+        dict(defaults.ROUTING_CONFIGS if configs is None else configs),
+        list(defaults.TEST_PROMPTS if prompts is None else prompts),
+    )
+    if config is not None:
+        chosen = add_config_file(config, chosen.configs, chosen.prompts)
+    return Selection(
+        select_configs(chosen.configs, config_names),
+        select_prompts(chosen.prompts, prompt_items),
+    )
+
+
+def _run(values: dict[str, Any], surroundings: Surroundings) -> RunOutcome | int:
+    """Run, or return the exit code of an interruption."""
+    with console_log(), sigterm_raises():
+        try:
+            # Inside: importing torch takes seconds, in which Ctrl-C must work too.
+            from bh_routing.experiments.run import run as run_experiments
+            from bh_routing.experiments.spec import make_spec
+
+            return run_experiments(make_spec(**values), _hooks(surroundings))
+        except Terminated:
+            return 143
+        except KeyboardInterrupt:
+            return 130
+
+
+def _hooks(surroundings: Surroundings) -> Hooks:
+    """Wire the reading tower in; it loads when the experiments are done."""
+    from bh_routing.experiments.run import Hooks
+
+    def load(folder: Path) -> Any:
+        from bh_routing.analysis import load_results
+
+        return load_results(folder).experiments
+
+    def analyze(results: Any) -> dict[str, Any]:
+        from bh_routing.analysis import analyze_results
+
+        return analyze_results(results)
+
+    def visualize(results: Any, folder: Path) -> Any:
+        from bh_routing.report import create_visualizations
+
+        return create_visualizations(results, folder)
+
+    def report(results: Any, summary: dict[str, Any], folder: Path) -> Any:
+        from bh_routing.report import generate_markdown_report
+
+        return generate_markdown_report(results, summary, folder)
+
+    return Hooks(
+        load=load,
+        analyze=surroundings.analyze or analyze,
+        visualize=surroundings.visualize or visualize,
+        report=surroundings.report or report,
+    )
+
+
+def _print_outcome(outcome: RunOutcome, as_json: bool) -> None:
+    for problem in outcome.problems:
+        typer.echo(f"bh-routing: {problem}", err=True)
+    if not as_json:
+        return
+    experts: dict[str, list[float]] = {}
+    for record in outcome.records:
+        if record.status == "ok":
+            experts.setdefault(record.config_name, []).append(record.avg_experts_per_token)
+    content = {
+        "folder": str(outcome.folder),
+        "exit_code": outcome.exit_code,
+        "experiments": len(outcome.records),
+        "run_now": outcome.num_run,
+        "reused": outcome.num_reused,
+        "problems": list(outcome.problems),
+        "mean_experts": {name: sum(means) / len(means) for name, means in experts.items()},
+    }
+    typer.echo(json.dumps(content, ensure_ascii=False, indent=2))

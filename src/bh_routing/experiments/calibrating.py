@@ -1,0 +1,180 @@
+"""Get the calibration that a run's rules need: from a file, from the folder, or by calibrating."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from bh_routing.engine.calibrate import calibrate
+from bh_routing.engine.texts import packaged_documents, read_documents, text_sha256
+from bh_routing.errors import CalibrationError
+from bh_routing.experiments.defaults import CALIBRATION_TOKENS
+from bh_routing.experiments.spec import NamedRule, RunSpec
+from bh_routing.experiments.stored_run import StoredRun
+from bh_routing.models.discovery import model_fingerprint
+from bh_routing.nulls.calibration import Calibration
+from bh_routing.nulls.catalog import get_null
+from bh_routing.nulls.noise import noise_control
+from bh_routing.records import CALIBRATION
+
+USUAL_NULLS: Final = ("background", "pooled")
+"""Fitted even if no rule asks for them, so that such a rule can be added to the folder later."""
+
+log = logging.getLogger(__name__)
+
+
+class CalibrationOutcome(NamedTuple):
+    """A calibration and what run.json says of it; both None if no rule needs one."""
+
+    calibration: Calibration | None
+    document: dict[str, Any] | None
+
+
+def obtain_calibration(
+    spec: RunSpec,
+    rules: Sequence[NamedRule],
+    model: Any,
+    tokenizer: Any,
+    stored: StoredRun | None,
+) -> CalibrationOutcome:
+    """Load or make the calibration of a run.
+
+    A resumed run takes the one in its folder if it was made from the same text, so that its
+    results are those of an uninterrupted run.
+
+    Raises:
+        CalibrationError: a file can't be read, or isn't a calibration.
+        InputError: the text can't be read.
+    """
+    needed = sorted({n for rule in rules if (n := rule.rule.required_null) is not None})
+    if not needed:
+        return CalibrationOutcome(None, None)
+    if spec.calibration is not None:
+        start = time.perf_counter()
+        loaded = Calibration.load(spec.calibration)
+        return _outcome(loaded, f"file {spec.calibration}", time.perf_counter() - start)
+    if spec.calibration_text is None:
+        texts = [document.text for document in packaged_documents("calibration")]
+        source = "packaged text"
+    else:
+        texts = [document.text for document in read_documents([spec.calibration_text])]
+        source = f"text {spec.calibration_text}"
+    reused = _reuse(spec, needed, stored, text_sha256(texts), model_fingerprint(model))
+    if reused is not None:
+        return reused
+    start = time.perf_counter()
+    fresh = calibrate(
+        model,
+        tokenizer,
+        texts,
+        nulls=sorted({*USUAL_NULLS, *needed}),
+        max_tokens=CALIBRATION_TOKENS,
+        seed=spec.seed,
+    )
+    seconds = time.perf_counter() - start
+    log.info(
+        "calibrated on the %s: %s tokens of %d documents in %.1f s",
+        source,
+        f"{fresh.num_tokens:,}",
+        fresh.num_documents,
+        seconds,
+    )
+    return _outcome(fresh, source, seconds)
+
+
+def _reuse(
+    spec: RunSpec,
+    needed: Sequence[str],
+    stored: StoredRun | None,
+    text_hash: str,
+    fingerprint: str,
+) -> CalibrationOutcome | None:
+    """Take the folder's own calibration if the one asked for would be the same."""
+    document = stored.document.get("calibration") if stored is not None else None
+    path = spec.output / CALIBRATION
+    if not document or not path.exists():
+        return None
+    try:
+        found = Calibration.load(path)
+    except CalibrationError as error:
+        log.warning("calibrating again: %s", error)
+        return None
+    same = (
+        found.fingerprint == document.get("fingerprint")
+        and found.model_fingerprint == fingerprint
+        and found.text_sha256 == text_hash
+        and found.seed == spec.seed
+        and all(name in found.tables for name in needed)
+    )
+    if not same:
+        return None
+    log.info("using the calibration in %s", path)
+    return CalibrationOutcome(found, document)
+
+
+def _outcome(calibration: Calibration, source: str, seconds: float) -> CalibrationOutcome:
+    document = {
+        "source": source,
+        "seconds": seconds,
+        "num_tokens": calibration.num_tokens,
+        "num_documents": calibration.num_documents,
+        "table_size": {
+            null: min(len(table) for table in tables) for null, tables in calibration.tables.items()
+        },
+        "fingerprint": calibration.fingerprint,
+        "resolution": {null: calibration.resolution(null) for null in calibration.tables},
+        "text_sha256": calibration.text_sha256,
+        "seed": calibration.seed,
+    }
+    return CalibrationOutcome(calibration, document)
+
+
+def save_calibration(calibration: Calibration, folder: Path) -> None:
+    """Keep the calibration beside the results, unless it is there already."""
+    path = folder / CALIBRATION
+    if path.exists():
+        try:
+            if Calibration.load(path).fingerprint == calibration.fingerprint:
+                return
+        except CalibrationError:
+            log.warning("replacing %s, which can't be read", path)
+    calibration.save(path)
+
+
+def describe_nulls(
+    rules: Sequence[NamedRule], *, num_experts: int, model_top_k: int, seed: int
+) -> list[dict[str, Any]]:
+    """Say for each null in use what its alpha is, and what it selects on pure noise."""
+    alphas: dict[str, set[float]] = {}
+    for named in rules:
+        null, alpha = getattr(named.rule, "null", None), getattr(named.rule, "alpha", None)
+        if null is not None and alpha is not None:
+            alphas.setdefault(null, set()).add(alpha)
+    return [
+        {
+            "name": name,
+            "alpha_is": get_null(name).alpha_is,
+            "meaning": get_null(name).meaning,
+            "noise": [
+                {
+                    "alpha": result.alpha,
+                    "mean_experts": result.mean_experts,
+                    "share_any": result.share_any,
+                    "share_any_low": result.share_any_low,
+                    "share_any_high": result.share_any_high,
+                    "tokens": result.tokens,
+                }
+                for result in noise_control(
+                    name,
+                    alphas=sorted(levels),
+                    num_experts=num_experts,
+                    model_top_k=model_top_k,
+                    seed=seed,
+                )
+            ],
+        }
+        for name, levels in sorted(alphas.items())
+    ]

@@ -1,0 +1,145 @@
+"""Read the user's YAML file of configurations and prompts.
+
+    configs:
+      my_custom_config: {method: bh, alpha: 0.03, max_k: 10, description: "..."}
+    prompts:
+      - {text: "...", category: mine, description: "..."}
+
+Both parts are optional; what they hold is added to the defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bh_routing.errors import InputError
+from bh_routing.experiments.spec import Prompt
+from bh_routing.experiments.validation import describe_error
+
+SIZE_LIMIT_BYTES: Final = 1_000_000
+
+
+class ConfigFile(BaseModel):
+    """The content of a configuration file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    configs: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Name -> configuration, as in `ROUTING_CONFIGS`."""
+    prompts: list[Prompt] = Field(default_factory=list)
+    """Prompts, as in `TEST_PROMPTS`."""
+
+
+class Selection(NamedTuple):
+    """Configurations and prompts, still as the user's plain data."""
+
+    configs: dict[str, dict[str, Any]]
+    prompts: list[dict[str, Any]]
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader that refuses what would be lost or blown up without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if isinstance(key, str) and key in seen:
+                raise _Refused(
+                    f"has the name {key!r} twice (line {key_node.start_mark.line + 1}); YAML would "
+                    "keep only the last: rename or remove one"
+                )
+            if isinstance(key, str):
+                seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            # Nested aliases make a few lines stand for gigabytes.
+            raise _Refused(
+                f"uses a YAML alias (*{event.anchor}, line {event.start_mark.line + 1}), which "
+                "isn't supported; write the value out"
+            )
+        return super().compose_node(parent, index)
+
+
+class _Refused(Exception):
+    """The file holds something this loader doesn't take; the text goes on after its path."""
+
+
+def read_config_file(path: Path) -> ConfigFile:
+    """Read and check a YAML file of configurations and prompts.
+
+    Raises:
+        InputError: it can't be read, isn't YAML, or holds something unknown.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(SIZE_LIMIT_BYTES + 1)
+    except FileNotFoundError:
+        raise InputError(f"configuration file {path} doesn't exist; check --config") from None
+    except OSError as error:
+        raise InputError(
+            f"configuration file {path} can't be read ({error.strerror}); check --config"
+        ) from error
+    if len(content) > SIZE_LIMIT_BYTES:
+        raise InputError(
+            f"configuration file {path} is larger than {SIZE_LIMIT_BYTES:,} bytes; is it the right "
+            "file?"
+        )
+    try:
+        values = yaml.load(content, Loader=_Loader)  # derived from SafeLoader
+    except _Refused as refusal:
+        raise InputError(f"configuration file {path} {refusal}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problem = " ".join(str(error).split())
+        raise InputError(
+            f"configuration file {path} isn't valid YAML ({problem[:200]}); correct it"
+        ) from error
+    return _checked(path, values)
+
+
+def _checked(path: Path, values: Any) -> ConfigFile:
+    if values is None:
+        raise InputError(f"configuration file {path} is empty; add configs: or prompts:")
+    if not isinstance(values, dict):
+        raise InputError(
+            f"configuration file {path} must be a mapping with configs: and prompts:, got a "
+            f"{type(values).__name__}; see the README for an example"
+        )
+    try:
+        return ConfigFile(**{str(key): value for key, value in values.items()})
+    except ValidationError as error:
+        text = describe_error(error, ConfigFile, {"prompts": Prompt})
+        raise InputError(
+            f"configuration file {path}: {text.replace('the run has', 'it has', 1)}"
+        ) from None
+
+
+def add_config_file(
+    path: Path,
+    configs: Mapping[str, dict[str, Any]],
+    prompts: Sequence[Mapping[str, Any]],
+) -> Selection:
+    """Add a file's configurations and prompts to others.
+
+    Raises:
+        InputError: the file is wrong, or a configuration's name is taken.
+    """
+    content = read_config_file(path)
+    for name in content.configs:
+        if name in configs:
+            raise InputError(
+                f"configuration file {path} defines {name!r}, which exists already; choose "
+                "another name"
+            )
+    added = [prompt.model_dump() for prompt in content.prompts]
+    return Selection(
+        {**configs, **content.configs}, [*(dict(prompt) for prompt in prompts), *added]
+    )

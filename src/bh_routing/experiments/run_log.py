@@ -1,0 +1,79 @@
+"""experiment_log.txt: everything the console shows, in a file that only grows.
+
+Records are held back until the results folder is known to be ours: a folder that is refused
+must stay as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+SOURCES: Final = ("bh_routing", "py.warnings", "transformers")
+"""Loggers whose records the console shows."""
+FILE_ONLY: Final[dict[str, Any]] = {"file_only": True}
+"""`extra` of a record that the console shows in another form, such as a progress bar."""
+
+
+class RunLog:
+    """Collect log records, and write them to a file once there is one; a context manager."""
+
+    def __init__(self) -> None:
+        self._handler = _HeldBack()
+        self._level = logging.NOTSET
+
+    def write_to(self, path: Path) -> None:
+        """Append what was held back to `path`, and from now on each record at once."""
+        self._handler.write_to(path)
+
+    def __enter__(self) -> RunLog:
+        logger = logging.getLogger(SOURCES[0])
+        self._level = logger.level
+        logger.setLevel(logging.INFO)
+        for name in SOURCES:
+            logging.getLogger(name).addHandler(self._handler)
+        logging.captureWarnings(True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        logging.captureWarnings(False)
+        for name in SOURCES:
+            logging.getLogger(name).removeHandler(self._handler)
+        logging.getLogger(SOURCES[0]).setLevel(self._level)
+        self._handler.close()
+
+
+class _HeldBack(logging.Handler):
+    """A handler that remembers records until it has a file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: list[logging.LogRecord] = []
+        self._file: logging.FileHandler | None = None
+
+    def write_to(self, path: Path) -> None:
+        self._file = logging.FileHandler(path, mode="a", encoding="utf-8", errors="replace")
+        self._file.setFormatter(
+            logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
+        )
+        held, self._held = self._held, []
+        for record in held:
+            self._file.handle(record)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._file is None:
+            self._held.append(record)
+        else:
+            self._file.handle(record)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        super().close()

@@ -1,0 +1,239 @@
+"""What to run, as typed data that is checked before any work starts.
+
+A configuration is a mapping with `method`, an optional `description` and the fields of its rule;
+which fields those are, only the catalog of rules knows. A prompt has a text, a category and a
+description. `RunSpec` holds both and every option of the command line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from bh_routing.errors import InputError, unknown_name
+from bh_routing.experiments import defaults
+from bh_routing.experiments.validation import describe_error
+from bh_routing.rules.base import Rule
+from bh_routing.rules.catalog import make_rule, rule_to_config
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
+_SHOWN = 40
+
+
+class Prompt(BaseModel):
+    """One text to continue."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    text: str
+    """What the model continues; not empty."""
+    category: str = "custom"
+    """The group that reports put it in, and a name that `--prompts` understands."""
+    description: str = ""
+    """One phrase that says what it tests."""
+
+    @field_validator("text", "category")
+    @classmethod
+    def _not_empty(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("must not be empty; write at least one word")
+        return value
+
+    @field_validator("text", "category", "description")
+    @classmethod
+    def _utf8(cls, value: str) -> str:
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"must be valid Unicode; {error.reason}: remove it") from None
+        return value
+
+
+class NamedRule(NamedTuple):
+    """A configuration after its fields were checked."""
+
+    name: str
+    description: str
+    rule: Rule
+
+
+class RunSpec(BaseModel):
+    """Everything that one run is made of; build it with `make_spec`, which explains mistakes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Annotated[str, Field(min_length=1)] = defaults.MODEL
+    """`demo`, a folder with a checkpoint, or a Hugging Face id."""
+    output: Path = Path(defaults.OUTPUT)
+    """Folder of the results."""
+    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = defaults.MAX_TOKENS
+    """Most tokens generated per experiment."""
+    checkpoint_interval: Annotated[int, Field(ge=1)] = defaults.CHECKPOINT_INTERVAL
+    """Finished experiments between two snapshots in checkpoints/."""
+    resume: bool = True
+    """Go on where the folder's run stopped; otherwise move it aside first."""
+    device: Literal["auto", "cuda", "cpu"] = defaults.DEVICE
+    """Where the model runs; auto is CUDA where there is one."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = defaults.DTYPE
+    """Type of the parameters; auto is bfloat16 on CUDA and float32 on CPU."""
+    configs: dict[str, dict[str, Any]] = Field(
+        default_factory=lambda: dict(defaults.ROUTING_CONFIGS)
+    )
+    """Name -> configuration."""
+    prompts: list[Prompt] = Field(
+        default_factory=lambda: [Prompt(**prompt) for prompt in defaults.TEST_PROMPTS]
+    )
+    """Texts to continue; every configuration continues each."""
+    calibration: Path | None = None
+    """A file that `bh-routing calibrate` saved; None: calibrate if a rule needs it."""
+    calibration_text: Path | None = None
+    """Text to calibrate on; None: the packaged text."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = defaults.SEED
+    """Seed of whatever draws at random; greedy generation doesn't."""
+    executor: Literal["local"] = defaults.EXECUTOR
+    """Where experiments run: in this process."""
+    eval_text: Path | None = None
+    """Text that quality is scored on; None: the packaged text."""
+    no_eval: bool = False
+    """Leave out the scoring of quality."""
+    eval_tokens: Annotated[int, Field(ge=1)] = defaults.EVAL_TOKENS
+    """Most tokens scored."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> RunSpec:
+        if not self.configs:
+            raise ValueError("no configuration is left to run; name at least one")
+        if not self.prompts:
+            raise ValueError("no prompt is left to run; give at least one")
+        if self.calibration is not None and self.calibration_text is not None:
+            raise ValueError("calibration and calibration_text exclude each other; give one")
+        first_use: dict[str, int] = {}
+        for number, prompt in enumerate(self.prompts, start=1):
+            if prompt.text in first_use:
+                raise ValueError(
+                    f"prompt {number} repeats the text of prompt {first_use[prompt.text]} "
+                    f"({shorten(prompt.text)!r}); remove one"
+                )
+            first_use[prompt.text] = number
+        return self
+
+
+def make_spec(**values: Any) -> RunSpec:
+    """Build a RunSpec, or say in one sentence what is wrong with it.
+
+    Args:
+        values: fields of `RunSpec`; what is missing takes its default.
+    Raises:
+        InputError: a value is outside what is allowed.
+    """
+    try:
+        spec = RunSpec(**values)
+    except ValidationError as error:
+        raise InputError(describe_error(error, RunSpec, {"prompts": Prompt})) from None
+    make_rules(spec.configs)
+    return spec
+
+
+def make_rules(configs: Mapping[str, Mapping[str, Any]]) -> list[NamedRule]:
+    """Turn configurations into rules, in their order.
+
+    Raises:
+        InputError: a name or a field isn't allowed; the text starts with the configuration.
+    """
+    return [_make_rule(name, config) for name, config in configs.items()]
+
+
+def _make_rule(name: str, config: Mapping[str, Any]) -> NamedRule:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InputError(
+            f"configuration name {shorten(str(name))!r} must be 1 to 64 letters, digits, or "
+            "_ . + - and start with a letter or digit; rename it"
+        )
+    fields = dict(config)
+    description = fields.pop("description", "")
+    if not isinstance(description, str):
+        raise InputError(
+            f"configuration {name!r}: description must be a text, got {description!r}; quote it"
+        )
+    if "method" not in fields:
+        raise InputError(f"configuration {name!r} has no method; add for example method: bh")
+    try:
+        return NamedRule(name, description, make_rule(fields))
+    except InputError as error:
+        raise InputError(f"configuration {name!r}: {error}") from error
+
+
+def resolved(spec: RunSpec, rules: Sequence[NamedRule]) -> dict[str, Any]:
+    """Return the spec as plain JSON data, each rule with all its fields written out."""
+    content = spec.model_dump(mode="json")
+    content["configs"] = {
+        named.name: {**rule_to_config(named.rule), "description": named.description}
+        for named in rules
+    }
+    return content
+
+
+def select_configs(
+    configs: Mapping[str, dict[str, Any]], names: Iterable[str] | None
+) -> dict[str, dict[str, Any]]:
+    """Keep the configurations of these names, in the order of `configs`; None keeps all.
+
+    Raises:
+        InputError: a name isn't among them; the nearest one is suggested.
+    """
+    if names is None:
+        return dict(configs)
+    wanted = list(names)
+    for name in wanted:
+        if name not in configs:
+            raise unknown_name("configuration", name, configs)
+    return {name: config for name, config in configs.items() if name in wanted}
+
+
+def select_prompts(
+    prompts: Sequence[Mapping[str, Any]], items: Iterable[str] | None
+) -> list[dict[str, Any]]:
+    """Keep the prompts that `items` name, in the order of `prompts`; None keeps all.
+
+    Args:
+        prompts: mappings with a `category`.
+        items: each is a number (the first prompt is 1), a range such as 2-4, or a category.
+    Raises:
+        InputError: a number is outside the list, or a name is no category.
+    Example:
+        >>> prompts = [{"text": t, "category": c} for t, c in ["ax", "by", "cx"]]
+        >>> [p["text"] for p in select_prompts(prompts, ["1", "y"])]
+        ['a', 'b']
+    """
+    if items is None:
+        return [dict(prompt) for prompt in prompts]
+    kept: set[int] = set()
+    for item in items:
+        kept.update(_prompt_numbers(prompts, item))
+    return [dict(prompt) for number, prompt in enumerate(prompts, start=1) if number in kept]
+
+
+def _prompt_numbers(prompts: Sequence[Mapping[str, Any]], item: str) -> list[int]:
+    """Return the numbers, from 1, that one item of `--prompts` stands for."""
+    match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", item)
+    if match:
+        first = int(match[1])
+        last = int(match[2] or first)
+        if not 1 <= first <= last <= len(prompts):
+            raise InputError(
+                f"prompt numbers run from 1 to {len(prompts)}, got {item}; for example 1,3-5"
+            )
+        return list(range(first, last + 1))
+    categories = [str(prompt.get("category", "custom")) for prompt in prompts]
+    if item not in categories:
+        raise unknown_name("category of prompts", item, dict.fromkeys(categories))
+    return [number for number, name in enumerate(categories, start=1) if name == item]
+
+
+def shorten(text: str) -> str:
+    """Cut a text that goes into a message."""
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"

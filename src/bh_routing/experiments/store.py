@@ -1,0 +1,317 @@
+"""The results folder: one run at a time, nothing finished is ever lost, nothing else touched.
+
+The journal is the truth; the CSV and the checkpoint are rendered from it. Opening only reads, so
+a folder that is refused stays as it was; `begin` is the first call that writes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+from filelock import FileLock, Timeout
+
+from bh_routing.errors import ResultsError
+from bh_routing.experiments.files import (
+    TEMPORARY_SUFFIX,
+    render_json,
+    sync_folder,
+    write_atomically,
+)
+from bh_routing.experiments.identity import RunIdentity
+from bh_routing.experiments.journal import WAYS_OUT, Entry, JournalContent, JournalWriter
+from bh_routing.experiments.stored_run import (
+    OWN_NAMES,
+    StoredRun,
+    latest_entries,
+    read_stored_run,
+    render_csv,
+)
+from bh_routing.records import (
+    CHECKPOINT,
+    JOURNAL,
+    RESULTS_CSV,
+    RUN_JSON,
+    SCHEMA_VERSION,
+    STATUS_OK,
+    ExperimentDetail,
+    ExperimentRecord,
+)
+
+LOCK: Final = ".lock"
+REFRESH_SEC: Final = 1.0
+
+log = logging.getLogger(__name__)
+
+
+class ResultStore:
+    """The only writer of a results folder; a context manager.
+
+    Args:
+        folder: where results go; it need not exist.
+        resume: go on with the run that is there; otherwise `begin` moves it aside.
+        checkpoint_interval: finished experiments between two snapshots.
+    Raises:
+        ResultsError: the folder is in use, edited, truncated, or holds something else.
+    """
+
+    def __init__(self, folder: Path, *, resume: bool, checkpoint_interval: int) -> None:
+        self.folder = folder
+        self.stored: StoredRun | None = None
+        """The run to go on with; None if there is none, or it will be moved aside."""
+        self._resume = resume
+        self._interval = checkpoint_interval
+        self._plan: list[str] = []
+        self._entries: list[Entry] = []
+        self._latest: dict[str, Entry] = {}
+        self._document: dict[str, Any] = {}
+        self._writer: JournalWriter | None = None
+        self._lock: FileLock | None = None
+        self._lock_is_new = False
+        self._refreshed_at = self._snapshot_at = float("-inf")
+        self._snapshot_is_due = False
+        self._open()
+
+    def check(self, identity: RunIdentity) -> None:
+        """Refuse to mix results with those of another model, dtype, device or length.
+
+        Raises:
+            ResultsError: the folder's run differs; the text says in what, and the ways out.
+        """
+        if self.stored is None:
+            return
+        found = identity.differences(self.stored.document["identity"])
+        if found:
+            raise ResultsError(
+                f"{self.folder} holds results of another run ({'; '.join(found)}); {WAYS_OUT}"
+            )
+
+    def begin(
+        self, identity: RunIdentity, document: Mapping[str, Any], plan: Sequence[str]
+    ) -> None:
+        """Write run.json and take the folder over: from here on experiments can be added.
+
+        Args:
+            identity: what all experiments of the folder share.
+            document: content of run.json beside identity and plans.
+            plan: keys of all experiments, in the CSV's order.
+        Raises:
+            ResultsError: the folder can't be written, or another run was faster.
+        """
+        self.check(identity)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self._lock is None:
+                self._acquire_lock()
+                read_stored_run(self.folder)
+                if (self.folder / RUN_JSON).exists():
+                    raise ResultsError(f"another run has just begun in {self.folder}; {WAYS_OUT}")
+            if not self._resume:
+                self._move_aside()
+            self._remove_leftovers()
+            self._take_over(identity, document, plan)
+        except OSError as error:
+            raise ResultsError(
+                f"results can't be written to {self.folder} ({error.strerror or error}); choose "
+                "another --output"
+            ) from error
+
+    def finished_record(self, key: str) -> ExperimentRecord | None:
+        """Return the row of an experiment that is done; None if it is missing or failed."""
+        entry = self._latest.get(key)
+        if entry is None or entry.record.status != STATUS_OK:
+            return None
+        return entry.record
+
+    @property
+    def records(self) -> list[ExperimentRecord]:
+        """Rows of the plan that exist, in the CSV's order."""
+        return [self._latest[key].record for key in self._plan if key in self._latest]
+
+    @property
+    def num_unplanned(self) -> int:
+        """Finished experiments of the journal that the plan doesn't ask for."""
+        return len(self._latest.keys() - set(self._plan))
+
+    def add(self, key: str, record: ExperimentRecord, detail: ExperimentDetail) -> None:
+        """Keep one experiment; it is on disk when this returns."""
+        assert self._writer is not None, "begin comes first"
+        entry = self._writer.append(key, record, detail)
+        self._entries.append(entry)
+        self._latest[key] = entry
+        if len(self._entries) % self._interval == 0:
+            self._snapshot_is_due = True
+        self._refresh()
+
+    def update_document(self, changes: Mapping[str, Any]) -> None:
+        """Replace some top-level keys of run.json."""
+        self._document.update(changes)
+        write_atomically(self.folder / RUN_JSON, render_json(self._document))
+
+    def flush(self) -> None:
+        """Bring the CSV and the checkpoint up to date now."""
+        self._snapshot_is_due = True
+        self._refreshed_at = self._snapshot_at = float("-inf")
+        self._refresh()
+
+    def close(self) -> None:
+        """Write the derived files and let go of the folder; harmless when called twice."""
+        writer, self._writer = self._writer, None
+        try:
+            if writer is not None:
+                writer.close()
+                self.flush()
+        finally:
+            self._release_lock(undo=writer is None)
+
+    def __enter__(self) -> ResultStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ResultsError(f"{self.folder} is a file; choose a folder as --output")
+        if not any((self.folder / name).exists() for name in OWN_NAMES):
+            return
+        try:
+            self._acquire_lock()
+            if self._resume:
+                self.stored = read_stored_run(self.folder)
+        except OSError as error:
+            self._release_lock(undo=True)
+            raise ResultsError(
+                f"{self.folder} can't be read ({error.strerror or error}); choose another --output"
+            ) from error
+        except BaseException:
+            self._release_lock(undo=True)
+            raise
+
+    def _acquire_lock(self) -> None:
+        path = self.folder / LOCK
+        self._lock_is_new = not path.exists()
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ResultsError(
+                f"another run is writing to {self.folder}; wait until it ends, or choose another "
+                "--output"
+            ) from None
+        self._lock = lock
+
+    def _release_lock(self, *, undo: bool) -> None:
+        lock, self._lock = self._lock, None
+        if lock is None:
+            return
+        if undo and self._lock_is_new:
+            (self.folder / LOCK).unlink(missing_ok=True)
+        lock.release()
+
+    def _move_aside(self) -> None:
+        present = [name for name in OWN_NAMES if (self.folder / name).exists()]
+        if not present:
+            return
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+        target = self.folder / f"previous-{stamp}"
+        number = 1
+        while target.exists():
+            number += 1
+            target = self.folder / f"previous-{stamp}-{number}"
+        target.mkdir()
+        for name in present:
+            (self.folder / name).rename(target / name)
+        sync_folder(self.folder)
+        log.info("moved the earlier run to %s", target)
+
+    def _remove_leftovers(self) -> None:
+        """Remove temporary neighbours that a killed run left."""
+        for name in (*OWN_NAMES, CHECKPOINT):
+            path = self.folder / name
+            for leftover in path.parent.glob(f".{path.name}.*{TEMPORARY_SUFFIX}"):
+                leftover.unlink(missing_ok=True)
+
+    def _take_over(
+        self, identity: RunIdentity, document: Mapping[str, Any], plan: Sequence[str]
+    ) -> None:
+        content, plans, calibration = JournalContent([], 0, 0), [], None
+        if self.stored is not None:
+            content = self.stored.content
+            plans = [old for old in self.stored.document["plans"] if old != list(plan)]
+            calibration = self.stored.document["identity"]["calibration"]
+        identity_document = asdict(identity)
+        identity_document["calibration"] = identity.calibration or calibration
+        self._plan = list(plan)
+        # The CSV on disk may still follow an earlier plan when this run is killed.
+        self._document = {
+            **document,
+            "identity": identity_document,
+            "plans": [*plans, self._plan],
+        }
+        write_atomically(self.folder / RUN_JSON, render_json(self._document))
+        if content.torn_bytes:
+            log.warning(
+                "dropped the unfinished last line of %s (%d bytes): a run was cut off while "
+                "writing it; its experiment runs again",
+                JOURNAL,
+                content.torn_bytes,
+            )
+        self._entries = list(content.entries)
+        self._latest = latest_entries(self._entries)
+        self._writer = JournalWriter(self.folder / JOURNAL, content, identity.journal_seed())
+        self._repeat_hidden_entries()
+        self._refresh()
+
+    def _repeat_hidden_entries(self) -> None:
+        """Append planned entries again that a later entry of the same name would hide.
+
+        A configuration that was redefined and then set back has two entries for a prompt, and
+        readers of the journal take the last.
+        """
+        assert self._writer is not None
+        last = {(e.record.config_name, e.record.prompt_text): e.key for e in self._entries}
+        for key in self._plan:
+            entry = self._latest.get(key)
+            if entry is None:
+                continue
+            if last[entry.record.config_name, entry.record.prompt_text] != key:
+                repeated = self._writer.append(key, entry.record, entry.detail)
+                self._entries.append(repeated)
+                self._latest[key] = repeated
+
+    def _refresh(self) -> None:
+        """Render the derived files, each at most about once a second."""
+        now = time.monotonic()
+        if now - self._refreshed_at >= REFRESH_SEC:
+            text = render_csv(self._latest, self._plan)
+            write_atomically(self.folder / RESULTS_CSV, text.encode())
+            self._refreshed_at = time.monotonic()
+        if self._snapshot_is_due and now - self._snapshot_at >= REFRESH_SEC:
+            write_atomically(self.folder / CHECKPOINT, render_json(self._snapshot()))
+            self._snapshot_at = time.monotonic()
+            self._snapshot_is_due = False
+
+    def _snapshot(self) -> dict[str, Any]:
+        done = [self._latest[key] for key in self._plan if key in self._latest]
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "finished": len(self._entries),
+            "last_checksum": self._entries[-1].checksum if self._entries else "",
+            "planned": len(self._plan),
+            "completed": sum(entry.record.status == STATUS_OK for entry in done),
+            "failed": sum(entry.record.status != STATUS_OK for entry in done),
+            "records": [{"key": entry.key, **asdict(entry.record)} for entry in done],
+        }

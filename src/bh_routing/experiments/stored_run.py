@@ -1,0 +1,162 @@
+"""Read what an earlier run left in a folder, and refuse it if it isn't what that run wrote.
+
+Nothing here writes. Each refusal says which file, and the ways out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from bh_routing.errors import ResultsError
+from bh_routing.experiments.files import render_header, render_row
+from bh_routing.experiments.identity import RunIdentity
+from bh_routing.experiments.journal import WAYS_OUT, Entry, JournalContent, read_journal
+from bh_routing.records import (
+    CALIBRATION,
+    CHECKPOINT,
+    JOURNAL,
+    LOG,
+    PLOTS,
+    REPORT_MD,
+    RESULTS_CSV,
+    RUN_JSON,
+    SCHEMA_VERSION,
+    SUMMARY_JSON,
+)
+
+OWN_NAMES: Final = (
+    # First: a move that is cut short then leaves a folder that says what to do.
+    RUN_JSON,
+    JOURNAL,
+    RESULTS_CSV,
+    "checkpoints",
+    SUMMARY_JSON,
+    REPORT_MD,
+    "report.html",
+    LOG,
+    PLOTS,
+    CALIBRATION,
+    "quality.jsonl",
+)
+"""Everything that a run writes into its folder."""
+
+
+class StoredRun(NamedTuple):
+    """An earlier run that can be gone on with."""
+
+    document: dict[str, Any]
+    """Content of run.json."""
+    content: JournalContent
+
+
+def read_stored_run(folder: Path) -> StoredRun | None:
+    """Read and check an earlier run; None if there is none.
+
+    Raises:
+        ResultsError: a file was edited or truncated, or belongs to something else.
+    """
+    if not (folder / RUN_JSON).exists():
+        _refuse_without_run_json(folder)
+        return None
+    document = _read_object(folder / RUN_JSON)
+    identity = document.get("identity")
+    if not isinstance(identity, dict) or not isinstance(document.get("plans"), list):
+        raise ResultsError(f"{folder / RUN_JSON} isn't of a bh-routing run; {WAYS_OUT}")
+    if identity.get("schema_version") != SCHEMA_VERSION:
+        raise ResultsError(
+            f"{folder} has schema {identity.get('schema_version')}, this version of bh-routing "
+            f"writes schema {SCHEMA_VERSION}; {WAYS_OUT}"
+        )
+    try:
+        seed = RunIdentity(**identity).journal_seed()
+    except TypeError as error:
+        raise ResultsError(f"{folder / RUN_JSON} was edited; {WAYS_OUT}") from error
+    content = read_journal(folder / JOURNAL, seed)
+    _check_checkpoint(folder / CHECKPOINT, content.entries)
+    _check_csv(folder / RESULTS_CSV, content.entries, document["plans"])
+    return StoredRun(document, content)
+
+
+def latest_entries(entries: Sequence[Entry]) -> dict[str, Entry]:
+    """Return the last entry of each key: a retried experiment has several."""
+    return {entry.key: entry for entry in entries}
+
+
+def render_csv(entries: dict[str, Entry], plan: Sequence[str]) -> str:
+    """Render the results table: the plan's order, finished experiments only."""
+    rows = (render_row(entries[key].record) for key in plan if key in entries)
+    return render_header() + "".join(rows)
+
+
+def _refuse_without_run_json(folder: Path) -> None:
+    for name in OWN_NAMES:
+        if (folder / name).exists():
+            raise ResultsError(
+                f"{folder} holds {name} but no {RUN_JSON}, so it can't be told which run it is of; "
+                "choose another --output, or use --no-resume, which moves it aside"
+            )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ResultsError(f"{path} isn't a JSON object: it was edited; {WAYS_OUT}")
+    return value
+
+
+def _check_checkpoint(path: Path, entries: Sequence[Entry]) -> None:
+    """A checkpoint is written after its lines, so a journal can't be shorter than it says."""
+    if not path.exists():
+        return
+    checkpoint = _read_object(path)
+    finished, checksum = checkpoint.get("finished"), checkpoint.get("last_checksum")
+    if not isinstance(finished, int) or finished < 0:
+        raise ResultsError(f"{path} was edited; delete it to go on, or {WAYS_OUT}")
+    if finished > len(entries):
+        raise ResultsError(
+            f"{path.parent.parent / JOURNAL} is truncated: it has {len(entries)} lines, "
+            f"{CHECKPOINT} was written after {finished}; put the whole file back, or {WAYS_OUT}"
+        )
+    if finished and entries[finished - 1].checksum != checksum:
+        raise ResultsError(
+            f"{path} doesn't belong to {JOURNAL}: one of them was edited or is of another run; "
+            f"{WAYS_OUT}"
+        )
+
+
+def _check_csv(path: Path, entries: Sequence[Entry], plans: Sequence[Sequence[str]]) -> None:
+    """The CSV lags behind the journal by at most a second, but never says anything else."""
+    if not path.exists():
+        return
+    text = path.read_bytes().decode(errors="replace")
+    if any(_is_rendering_of_a_prefix(text, entries, plan) for plan in plans):
+        return
+    raise ResultsError(
+        f"{path} says something else than {JOURNAL}: one of them was edited or truncated; move the "
+        f"CSV away to have it written anew from {JOURNAL}, or {WAYS_OUT}"
+    )
+
+
+def _is_rendering_of_a_prefix(text: str, entries: Sequence[Entry], plan: Sequence[str]) -> bool:
+    planned = set(plan)
+    rows: dict[str, str] = {}
+    length = len(render_header())
+    if text == render_header():
+        return True
+    for entry in entries:
+        if entry.key not in planned:
+            continue
+        row = render_row(entry.record)
+        length += len(row) - len(rows.get(entry.key, ""))
+        rows[entry.key] = row
+        if length == len(text) and text == render_header() + "".join(
+            rows[key] for key in plan if key in rows
+        ):
+            return True
+    return False
