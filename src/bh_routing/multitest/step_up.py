@@ -57,11 +57,14 @@ def on_or_below_line(sorted_p_E: Tensor, alpha: float, procedure: Procedure = "b
     return scaled_E <= alpha
 
 
-def last_true_rank(is_below_E: Tensor) -> Tensor:
-    """Return the largest rank k (from 1) whose entry is True, 0 if none is; int32, shape (...)."""
-    num_ranks = is_below_E.shape[-1]
-    rank_E = torch.arange(1, num_ranks + 1, dtype=torch.int32, device=is_below_E.device)
-    return (is_below_E * rank_E).amax(dim=-1)
+def ranks(num_hypotheses: int, device: torch.device) -> Tensor:
+    """Return 1, 2, ..., E as int64: what `last_true_rank` picks from."""
+    return torch.arange(1, num_hypotheses + 1, device=device)
+
+
+def last_true_rank(is_below_E: Tensor, rank_E: Tensor) -> Tensor:
+    """Return the largest rank whose entry is True, 0 if none is; int64, shape (..., 1)."""
+    return (is_below_E * rank_E).amax(dim=-1, keepdim=True)
 
 
 def count_rejected(p_E: Tensor, alpha: float, procedure: Procedure = "bh") -> Tensor:
@@ -74,7 +77,7 @@ def count_rejected(p_E: Tensor, alpha: float, procedure: Procedure = "bh") -> Te
         alpha: target false discovery rate, in (0, 1).
         procedure: "bh", or "by" with the line divided by 1 + 1/2 + ... + 1/E.
     Returns:
-        Int32 tensor of shape (...), values 0 to E.
+        Int64 tensor of shape (...), values 0 to E.
     Raises:
         InputError: alpha is outside (0, 1), or a p-value is NaN or outside [0, 1].
     Source: Benjamini & Hochberg (1995), procedure (1); Benjamini & Yekutieli (2001), theorem 1.3.
@@ -85,7 +88,8 @@ def count_rejected(p_E: Tensor, alpha: float, procedure: Procedure = "bh") -> Te
     check_alpha(alpha)
     _check_p_values(p_E)
     sorted_p_E = p_E.to(torch.float64).sort(dim=-1).values
-    return last_true_rank(on_or_below_line(sorted_p_E, alpha, procedure))
+    is_below_E = on_or_below_line(sorted_p_E, alpha, procedure)
+    return last_true_rank(is_below_E, ranks(p_E.shape[-1], p_E.device)).squeeze(-1)
 
 
 def benjamini_hochberg(p_E: Tensor, alpha: float) -> Tensor:

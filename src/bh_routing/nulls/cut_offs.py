@@ -53,7 +53,7 @@ def cut_offs(
     low_E = _key_of(torch.full((num_experts,), -largest)) - 1
     high_E = _key_of(torch.full((num_experts,), largest)) + 1
     while bool((high_E - low_E > 1).any()):
-        middle_E = (low_E + high_E).div(2, rounding_mode="floor")
+        middle_E = (low_E + high_E) >> 1
         p_E = null.p_from_score(_score_of(middle_E), cpu_table)
         passes_E = on_or_below_line(p_E, alpha, procedure)
         high_E = torch.where(passes_E, middle_E, high_E)
@@ -61,16 +61,21 @@ def cut_offs(
     return _score_of(high_E)
 
 
-def count_at_cut_offs(descending_scores_TE: Tensor, cut_offs_E: Tensor) -> Tensor:
+def count_at_cut_offs(descending_scores_TE: Tensor, cut_offs_E: Tensor, rank_E: Tensor) -> Tensor:
     """Count the experts that step-up selects: the largest k whose k-th score is at least c_k.
 
+    Args:
+        descending_scores_TE: scores of each token, largest first.
+        cut_offs_E: from `cut_offs`, on the same device.
+        rank_E: 1, 2, ..., E on the same device, made once a layer like the cut-offs.
     Returns:
-        Int32 tensor of shape (T,), values 0 to E. No host sync.
+        Int64 tensor of shape (T, 1), values 0 to E. No host sync.
     Example:
-        >>> count_at_cut_offs(torch.tensor([[9.0, 2.0, 2.0]]), torch.tensor([5.0, 3.0, 2.0]))
-        tensor([3], dtype=torch.int32)
+        >>> scores, lines = torch.tensor([[9.0, 2.0, 2.0]]), torch.tensor([5.0, 3.0, 2.0])
+        >>> count_at_cut_offs(scores, lines, torch.tensor([1, 2, 3])).tolist()
+        [[3]]
     """
-    return last_true_rank(descending_scores_TE >= cut_offs_E)
+    return last_true_rank(descending_scores_TE >= cut_offs_E, rank_E)
 
 
 def _key_of(scores: Tensor) -> Tensor:

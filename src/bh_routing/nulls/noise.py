@@ -12,6 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from bh_routing.multitest.step_up import ranks
 from bh_routing.nulls.base import Null, ReferenceTable
 from bh_routing.nulls.catalog import get_null
 from bh_routing.nulls.cut_offs import count_at_cut_offs, cut_offs
@@ -70,10 +71,12 @@ def noise_control(
     table = _fit_on_noise(null, num_experts, model_top_k, generator)
     logits_TE = torch.randn(tokens, num_experts, generator=generator)
     scores_TE = null.descending_scores(logits_TE)
+    rank_E = ranks(num_experts, logits_TE.device)
     results = []
     for alpha in alphas:
         cut_offs_E = cut_offs(null, alpha, num_experts, table)
-        results.append(_summarize(alpha, count_at_cut_offs(scores_TE, cut_offs_E), model_top_k))
+        counts_T1 = count_at_cut_offs(scores_TE, cut_offs_E, rank_E)
+        results.append(_summarize(alpha, counts_T1, model_top_k))
     return results
 
 
@@ -87,19 +90,19 @@ def _fit_on_noise(
     return ReferenceTable.from_scores(null.reference(logits_TE, top_k_index_TK))
 
 
-def _summarize(alpha: float, counts_T: Tensor, model_top_k: int) -> NoiseResult:
+def _summarize(alpha: float, counts_T1: Tensor, model_top_k: int) -> NoiseResult:
     # Loaded here: scipy.stats takes longer to import than everything else in this package.
     from scipy.stats import binomtest
 
-    tokens = counts_T.numel()
-    num_any = int((counts_T > 0).sum())
+    tokens = counts_T1.numel()
+    num_any = int((counts_T1 > 0).sum())
     interval = binomtest(num_any, tokens).proportion_ci(confidence_level=0.95, method="wilson")
     return NoiseResult(
         alpha=alpha,
-        mean_experts=float(counts_T.clamp(1, model_top_k).to(torch.float64).mean()),
+        mean_experts=float(counts_T1.clamp(1, model_top_k).to(torch.float64).mean()),
         share_any=num_any / tokens,
         share_any_low=float(interval.low),
         share_any_high=float(interval.high),
         tokens=tokens,
-        mean_rejected=float(counts_T.to(torch.float64).mean()),
+        mean_rejected=float(counts_T1.to(torch.float64).mean()),
     )

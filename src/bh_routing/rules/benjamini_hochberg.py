@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from bh_routing.errors import InputError
 from bh_routing.multitest import Procedure, check_alpha
-from bh_routing.multitest.step_up import harmonic_number
+from bh_routing.multitest.step_up import harmonic_number, ranks
 from bh_routing.nulls.catalog import get_null
 from bh_routing.nulls.cut_offs import count_at_cut_offs, cut_offs
 from bh_routing.rules.base import (
@@ -103,11 +104,11 @@ class BenjaminiHochberg(Rule):
         """Refuse more experts than there are."""
         check_at_most_experts("max_k", self.max_k, num_experts)
 
-    def count_if_empty(self, model_top_k: int) -> int:
-        """How many experts a token without any rejection keeps."""
-        if self.on_empty == "min_k":
-            return self.min_k
-        return min(max(model_top_k, self.min_k), self.max_k)
+    def count_kept(self, num_rejected: int, model_top_k: int) -> int:
+        """How many experts a token with this many rejections keeps."""
+        is_empty = num_rejected == 0 and self.on_empty == "model_k"
+        wanted = model_top_k if is_empty else num_rejected
+        return min(max(wanted, self.min_k), self.max_k)
 
     def bind(self, context: LayerContext) -> Selector:
         """Compute the layer's cut-offs and return a selector that only compares.
@@ -121,14 +122,14 @@ class BenjaminiHochberg(Rule):
         cut_offs_E = cut_offs(
             null, self.alpha, context.num_experts, context.table, self.procedure
         ).to(context.device)
-        temperature, min_k, max_k = self.temperature, self.min_k, self.max_k
-        count_if_empty = self.count_if_empty(context.model_top_k)
+        rank_E = ranks(context.num_experts, context.device)
+        kept = [self.count_kept(n, context.model_top_k) for n in range(context.num_experts + 1)]
+        kept_by_count = torch.tensor(kept, device=context.device)
+        temperature = self.temperature
 
         def select(candidates: Candidates) -> Tensor:
             scores_TE = null.descending_scores(candidates.router_logits_TE, temperature)
-            counts_T = count_at_cut_offs(scores_TE, cut_offs_E)
-            if count_if_empty != min_k:
-                counts_T = counts_T.masked_fill(counts_T == 0, count_if_empty)
-            return keep_best(candidates, counts_T.clamp(min_k, max_k).unsqueeze(-1))
+            counts_T1 = count_at_cut_offs(scores_TE, cut_offs_E, rank_E)
+            return keep_best(candidates, kept_by_count.take(counts_T1))
 
         return select

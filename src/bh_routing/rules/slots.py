@@ -19,7 +19,7 @@ def keep_best(candidates: Candidates, counts_T1: Tensor) -> Tensor:
 
     Args:
         candidates: the slots of T tokens.
-        counts_T1: how many to keep, integer, shape (T, 1), values 1 to K.
+        counts_T1: how many to keep, integer, shape (T, 1) or (1, 1), values 1 to K.
     Returns:
         Bool tensor of shape (T, K).
     Example:
@@ -33,6 +33,6 @@ def keep_best(candidates: Candidates, counts_T1: Tensor) -> Tensor:
     """
     logits_TK = candidates.router_logits_TE.gather(-1, candidates.top_k_index_TK)
     order_TK = logits_TK.argsort(dim=-1, descending=True, stable=True)
-    num_slots = order_TK.shape[-1]
-    is_kept_by_rank_TK = torch.arange(num_slots, device=order_TK.device) < counts_T1
-    return torch.empty_like(is_kept_by_rank_TK).scatter_(-1, order_TK, is_kept_by_rank_TK)
+    rank_K = torch.arange(order_TK.shape[-1], device=order_TK.device)
+    is_kept_by_rank_TK = (rank_K < counts_T1).expand_as(order_TK)
+    return torch.zeros_like(order_TK, dtype=torch.bool).scatter_(-1, order_TK, is_kept_by_rank_TK)
