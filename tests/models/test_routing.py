@@ -158,7 +158,7 @@ def test_the_trace_has_a_row_a_token_and_a_column_a_layer(
     assert trace.expert_counts.min() < trace.expert_counts.max()
 
 
-class _RefuseHostSyncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _RefuseHostSyncs(TorchDispatchMode):
     """Raise at every operation that makes the host wait for the device."""
 
     SYNCS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique")

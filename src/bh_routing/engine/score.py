@@ -1,7 +1,8 @@
 """Teacher-forced quality: every rule and the model's own top-k see the same tokens.
 
-Memory: two full sets of logits of one batch live at a time (the baseline's and one rule's), each
-at most `LOGITS_BYTES`, and the float32 comparison takes `CHUNK_TOKENS` tokens at a time.
+Memory: of one batch the baseline's log-probabilities (float32) and one rule's logits live at a
+time, each at most `LOGITS_BYTES`; the comparison takes `CHUNK_TOKENS` tokens at a time. A single
+window of more than that is a batch of its own.
 
 Axes: B windows, S positions, V vocabulary, T scored tokens of a batch, L layers, K slots.
 """
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bh_routing.engine.tally import DocumentTally
@@ -53,10 +53,13 @@ class _Batch:
     scored_BS: Tensor
     """True at input positions whose next token is scored."""
     targets_T: Tensor
+    position_T: Tensor
+    """Where the scored positions are among all B * S."""
 
 
 class _Forward(NamedTuple):
-    logits_BSV: Tensor
+    logits_PV: Tensor
+    """At all positions, P = B * S, in the model's dtype."""
     kept_index_TLK: Tensor
     """Kept experts at scored positions, -1 where dropped; on the host."""
 
@@ -101,36 +104,36 @@ def score(
         windows = list(cut_windows(group, prefix, window, stride))
         for batch in _batches(windows, model.config.vocab_size, model):
             baseline = _forward(model, own, batch)
+            top_k_chunks = list(_log_probs(baseline.logits_PV, batch))
             for name, rule in bound.items():
                 ruled = baseline if rule.rule == own.rule else _forward(model, rule, batch)
-                scores = _compare(baseline.logits_BSV, ruled.logits_BSV, batch)
+                scores = _compare(top_k_chunks, ruled.logits_PV, batch)
                 _add(tallies[name], batch, scores, baseline, ruled)
         for name, row in tallies.items():
             for document, tally in zip(group, row, strict=True):
                 yield tally.record(name, document.name, document.cluster, document.domain)
 
 
-def compare_logits(
-    top_k_logits_TV: Tensor, rule_logits_TV: Tensor, targets_T: Tensor
+def compare_predictions(
+    top_k_log_probs_TV: Tensor, rule_log_probs_TV: Tensor, targets_T: Tensor
 ) -> TokenScores:
-    """Compare two predictions of the same tokens over the full vocabulary, in float32.
+    """Compare two predictions of the same tokens over the full vocabulary.
 
     Args:
-        top_k_logits_TV: logits of the model's own top-k, any float dtype, (T, V).
-        rule_logits_TV: logits under the rule, likewise.
+        top_k_log_probs_TV: log-probabilities under the model's own top-k, float32, (T, V).
+        rule_log_probs_TV: log-probabilities under the rule, likewise.
         targets_T: the correct next tokens, int64, (T,).
     Returns:
-        Scores of each token; comparing logits with themselves gives a KL of exactly 0.
+        Scores of each token; a prediction compared with itself gives a KL of exactly 0.
     """
-    top_k_TV = top_k_logits_TV.float().log_softmax(-1)
-    rule_TV = rule_logits_TV.float().log_softmax(-1)
-    correct_top_k_T = top_k_TV.gather(1, targets_T[:, None]).squeeze(1)
-    correct_rule_T = rule_TV.gather(1, targets_T[:, None]).squeeze(1)
+    correct_top_k_T = top_k_log_probs_TV.gather(1, targets_T[:, None]).squeeze(1)
+    correct_rule_T = rule_log_probs_TV.gather(1, targets_T[:, None]).squeeze(1)
+    log_ratio_TV = top_k_log_probs_TV - rule_log_probs_TV
     return TokenScores(
         nll_T=-correct_rule_T,
         top_k_nll_T=-correct_top_k_T,
-        kl_T=F.kl_div(rule_TV, top_k_TV, log_target=True, reduction="none").sum(-1),
-        same_top1_T=top_k_logits_TV.argmax(-1) == rule_logits_TV.argmax(-1),
+        kl_T=log_ratio_TV.mul_(top_k_log_probs_TV.exp()).sum(-1),
+        same_top1_T=top_k_log_probs_TV.argmax(-1) == rule_log_probs_TV.argmax(-1),
         delta_p_T=correct_rule_T.exp() - correct_top_k_T.exp(),
     )
 
@@ -148,8 +151,7 @@ def _groups(documents: Sequence[TokenizedDocument]) -> Iterator[list[TokenizedDo
 
 def _batches(windows: list[Window], vocabulary: int, model: Any) -> Iterator[_Batch]:
     """Batch windows of about equal length, within the bounds on tokens and on logits."""
-    element = next(model.parameters()).element_size()
-    most = min(BATCH_TOKENS, LOGITS_BYTES // (vocabulary * element))
+    most = min(BATCH_TOKENS, LOGITS_BYTES // (4 * vocabulary))
     waiting = sorted(windows, key=lambda w: -len(w.ids))
     while waiting:
         size = max(1, most // max(1, len(waiting[0].ids) - 1))
@@ -174,6 +176,7 @@ def _collate(windows: list[Window], device: torch.device) -> _Batch:
         mask_BS.to(device),
         scored_BS,
         torch.tensor(targets, device=device),
+        scored_BS.flatten().nonzero().squeeze(1).to(device),
     )
 
 
@@ -183,18 +186,23 @@ def _forward(model: Any, rule: BoundRule, batch: _Batch) -> _Forward:
         output = model(
             input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False
         )
-    return _Forward(output.logits, trace.kept_index[batch.scored_BS.flatten()])
+    return _Forward(output.logits.flatten(0, 1), trace.kept_index[batch.scored_BS.flatten()])
 
 
 @torch.inference_mode()
-def _compare(top_k_BSV: Tensor, rule_BSV: Tensor, batch: _Batch) -> TokenScores:
-    top_k_FV, rule_FV = top_k_BSV.flatten(0, 1), rule_BSV.flatten(0, 1)
-    position_T = batch.scored_BS.flatten().nonzero().squeeze(1).to(top_k_FV.device)
-    positions = torch.split(position_T, CHUNK_TOKENS)
+def _log_probs(logits_PV: Tensor, batch: _Batch) -> Iterator[Tensor]:
+    for position in torch.split(batch.position_T, CHUNK_TOKENS):
+        yield logits_PV[position].float().log_softmax(-1)
+
+
+@torch.inference_mode()
+def _compare(top_k_chunks: list[Tensor], logits_PV: Tensor, batch: _Batch) -> TokenScores:
     targets = torch.split(batch.targets_T, CHUNK_TOKENS)
     chunks = [
-        compare_logits(top_k_FV[position], rule_FV[position], target)
-        for position, target in zip(positions, targets, strict=True)
+        compare_predictions(top_k_TV, rule_TV, targets_T)
+        for top_k_TV, rule_TV, targets_T in zip(
+            top_k_chunks, _log_probs(logits_PV, batch), targets, strict=True
+        )
     ]
     return TokenScores(*(torch.cat(column).cpu() for column in zip(*chunks, strict=True)))
 
