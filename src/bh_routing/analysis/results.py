@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,21 +12,22 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
+from bh_routing.analysis.jsonl import half_read, read_lines
+from bh_routing.analysis.quality_records import read_quality
 from bh_routing.errors import ResultsError
 from bh_routing.records import (
     CSV_COLUMNS,
     JOURNAL,
+    QUALITY_JOURNAL,
     RESULTS_CSV,
     RUN_JSON,
-    SCHEMA_VERSION,
     STATUS_FAILED,
     STATUS_OK,
     SUMMARY_JSON,
     ExperimentDetail,
     ExperimentRecord,
+    QualityRecord,
 )
-
-_log = logging.getLogger(__name__)
 
 TEXT_COLUMNS: Final = tuple(f.name for f in fields(ExperimentRecord) if f.type == "str")
 """Read as they stand: a prompt `NA` is a prompt, not a missing value."""
@@ -46,6 +46,8 @@ class Results:
     """run.json; empty if there is none."""
     summary: dict[str, Any] | None
     """analysis_summary.json, if there is one."""
+    quality: tuple[QualityRecord, ...]
+    """Scored documents, one for each configuration and document; empty if nothing was scored."""
 
 
 def load_results(folder: str | Path) -> Results:
@@ -83,12 +85,14 @@ def load_results(folder: str | Path) -> Results:
         for record, detail in entries
         if (key := (str(record["config_name"]), str(record["prompt_text"]))) in wanted
     }
+    scored = path / QUALITY_JOURNAL
     return Results(
         folder=path,
         experiments=experiments,
         details=details,
         run=_read_object(path / RUN_JSON) or {},
         summary=_read_object(path / SUMMARY_JSON),
+        quality=read_quality(scored) if scored.is_file() else (),
     )
 
 
@@ -104,9 +108,9 @@ def read_experiments(path: Path) -> pd.DataFrame:
             # strict: an open quote at the end of the file is a cut, not the end of a text.
             rows = list(csv.reader(stream, strict=True))
         except (csv.Error, UnicodeDecodeError) as error:
-            raise _half(path, str(error)) from error
+            raise half_read(path, str(error)) from error
     if not rows:
-        raise _half(path, "it is empty")
+        raise half_read(path, "it is empty")
     header = rows[0]
     missing = [name for name in CSV_COLUMNS if name not in header]
     if missing:
@@ -116,7 +120,7 @@ def read_experiments(path: Path) -> pd.DataFrame:
         )
     for number, row in enumerate(rows[1:], start=1):
         if len(row) != len(header):
-            raise _half(path, f"row {number} has {len(row)} of {len(header)} cells")
+            raise half_read(path, f"row {number} has {len(row)} of {len(header)} cells")
     return experiments_frame((dict(zip(header, row, strict=True)) for row in rows[1:]), path)
 
 
@@ -134,7 +138,7 @@ def experiments_frame(
             frame[name] = _numbers(frame[name], source)
     unknown = set(frame["status"]) - {STATUS_OK, STATUS_FAILED}
     if unknown:
-        raise _half(source, f"status must be ok or failed, got {sorted(unknown)[0]!r}")
+        raise half_read(source, f"status must be ok or failed, got {sorted(unknown)[0]!r}")
     return frame
 
 
@@ -143,7 +147,7 @@ def _numbers(column: pd.Series, source: Path | None) -> pd.Series:
     try:
         numbers = column.where(~absent, np.nan).astype(np.float64)
     except (TypeError, ValueError) as error:
-        raise _half(source, f"column {column.name} holds text: {error}") from error
+        raise half_read(source, f"column {column.name} holds text: {error}") from error
     whole = column.name in ("num_input_tokens", "num_output_tokens")
     return numbers.astype(np.int64) if whole and not absent.any() else numbers
 
@@ -151,35 +155,15 @@ def _numbers(column: pd.Series, source: Path | None) -> pd.Series:
 def _journal_entries(path: Path) -> Iterator[tuple[dict[str, Any], ExperimentDetail]]:
     """The journal's experiments in order; of one that was run again the last counts."""
     known = {f.name for f in fields(ExperimentDetail)}
-    for number, line in _whole_lines(path):
+    for number, entry in read_lines(path):
         try:
-            entry = json.loads(line)
-            version = entry["schema_version"]
             record, detail = dict(entry["record"]), dict(entry["detail"])
-            missing = [name for name in CSV_COLUMNS if name not in record]
         except (ValueError, KeyError, TypeError) as error:
-            raise _half(path, f"line {number} isn't a record ({error})") from error
-        if version != SCHEMA_VERSION:
-            raise ResultsError(
-                f"{path} has schema version {version}, this is {SCHEMA_VERSION}; read it with the "
-                "version of bh-routing that wrote it, or run again into another folder"
-            )
+            raise half_read(path, f"line {number} isn't a record ({error})") from error
+        missing = [name for name in CSV_COLUMNS if name not in record]
         if missing:
-            raise _half(path, f"line {number} lacks {', '.join(missing)}")
+            raise half_read(path, f"line {number} lacks {', '.join(missing)}")
         yield record, ExperimentDetail(**{k: v for k, v in detail.items() if k in known})
-
-
-def _whole_lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise _half(path, str(error)) from error
-    lines = text.split("\n")
-    if lines[-1]:
-        _log.warning("%s: the last line has no end; it is being written, and is skipped", path)
-    for number, line in enumerate(lines[:-1], start=1):
-        if line.strip():
-            yield number, line
 
 
 def _read_object(path: Path) -> dict[str, Any] | None:
@@ -188,14 +172,7 @@ def _read_object(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise _half(path, str(error)) from error
+        raise half_read(path, str(error)) from error
     if not isinstance(value, dict):
-        raise _half(path, f"it holds a {type(value).__name__}, not an object")
+        raise half_read(path, f"it holds a {type(value).__name__}, not an object")
     return value
-
-
-def _half(path: Path | None, what: str) -> ResultsError:
-    return ResultsError(
-        f"{path or 'the journal'} can't be read whole: {what}; restore it, or run again with "
-        "--no-resume, which moves the old run aside"
-    )

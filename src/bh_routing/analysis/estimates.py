@@ -1,0 +1,57 @@
+"""The one place that callers take statistics from: report, summary, command line, lm-eval.
+
+paired.py        same prompts, two configurations: t, Wilcoxon, d_z
+clustered.py     ratios over documents: interval, tests, non-inferiority, detectable effect
+bootstrap.py     the resampling behind them, and the cluster-robust standard error
+accuracies.py    right or wrong on the same questions: McNemar, flips
+multiplicity.py  Holm; Benjamini-Hochberg for exploring
+"""
+
+from bh_routing.analysis.accuracies import AccuracyComparison, compare_accuracies
+from bh_routing.analysis.bootstrap import (
+    ClusterBootstrap,
+    Ends,
+    cluster_bootstrap,
+    cluster_standard_error,
+    sum_clusters,
+)
+from bh_routing.analysis.clustered import (
+    NON_INFERIORITY_MARGIN,
+    NonInferiority,
+    RatioEstimate,
+    estimate_ratio,
+    minimum_detectable_effect,
+    non_inferiority,
+)
+from bh_routing.analysis.multiplicity import BH_LABEL, benjamini_hochberg_exploratory, holm
+from bh_routing.analysis.paired import (
+    MeanInterval,
+    PairedEstimate,
+    mean_interval,
+    paired_difference,
+    signed_rank_floor,
+)
+
+__all__ = [
+    "BH_LABEL",
+    "NON_INFERIORITY_MARGIN",
+    "AccuracyComparison",
+    "ClusterBootstrap",
+    "Ends",
+    "MeanInterval",
+    "NonInferiority",
+    "PairedEstimate",
+    "RatioEstimate",
+    "benjamini_hochberg_exploratory",
+    "cluster_bootstrap",
+    "cluster_standard_error",
+    "compare_accuracies",
+    "estimate_ratio",
+    "holm",
+    "mean_interval",
+    "minimum_detectable_effect",
+    "non_inferiority",
+    "paired_difference",
+    "signed_rank_floor",
+    "sum_clusters",
+]

@@ -1,0 +1,341 @@
+"""From scored documents to the quality table: what each rule costs, and how sure that is.
+
+`analyze_quality` returns what `analysis_summary.json` holds under `quality`:
+
+    schema_version, margin, confidence, resamples, seed, correction, exploratory, definitions,
+    kl_resolution, notes
+    rules           [one dict a configuration, the fields of QualityRow]
+    load_balance    {name: {num_tokens, mean_experts, measures: {measure: {by_layer, mean, pooled,
+                    noise_by_layer, noise, noise_pooled, noise_sd}}, note}}
+
+Axes: D documents, R rules, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from bh_routing.analysis.bootstrap import RESAMPLES
+from bh_routing.analysis.estimates import (
+    BH_LABEL,
+    NON_INFERIORITY_MARGIN,
+    RatioEstimate,
+    benjamini_hochberg_exploratory,
+    estimate_ratio,
+    holm,
+    minimum_detectable_effect,
+    non_inferiority,
+)
+from bh_routing.analysis.kl_histogram import RESOLUTION, histogram_quantile
+from bh_routing.analysis.load_balance import MEASURES, measure_load
+from bh_routing.analysis.quality_row import QualityRow, QualitySlice, quality_definitions
+from bh_routing.analysis.strict_json import to_strict
+from bh_routing.errors import InputError
+from bh_routing.records import SCHEMA_VERSION, QualityRecord
+
+CONFIDENCE: Final = 0.95
+REFERENCE_NOTE: Final = "The same as the model's own top-k on every token: nothing to test."
+
+
+class QualityOptions(NamedTuple):
+    """How the table is made."""
+
+    margin: float = NON_INFERIORITY_MARGIN
+    """Largest increase of NLL, in nats a token, that still counts as none."""
+    resamples: int = RESAMPLES
+    seed: int = 0
+
+
+DEFAULT_OPTIONS: Final = QualityOptions()
+
+
+def analyze_quality(
+    records: Iterable[QualityRecord], options: QualityOptions = DEFAULT_OPTIONS
+) -> dict[str, Any]:
+    """Build the `quality` block of the summary from scored documents.
+
+    Args:
+        records: one for each configuration and document.
+        options: margin, resamples and seed.
+    Returns:
+        The dict at the top of this file, ready for strict JSON.
+    Raises:
+        InputError: as `quality_table`.
+    """
+    by_rule = _by_rule(records)
+    rows = quality_table(records_of(by_rule), options)
+    tokens = {row.tokens for row in rows}
+    notes = []
+    if len(tokens) > 1:
+        notes.append(
+            "The configurations weren't scored on the same tokens: an unfinished run? Each is "
+            "compared with top-k on its own tokens."
+        )
+    block = {
+        "schema_version": SCHEMA_VERSION,
+        "margin": options.margin,
+        "confidence": CONFIDENCE,
+        "resamples": options.resamples,
+        "seed": options.seed,
+        "correction": "Holm over rules",
+        "exploratory": BH_LABEL,
+        "definitions": quality_definitions() | MEASURES,
+        "kl_resolution": RESOLUTION,
+        "notes": notes,
+        "rules": rows,
+        "load_balance": {
+            name: measure_load(
+                _total(own, "expert_counts"), _total(own, "count_histogram"), seed=options.seed
+            )
+            for name, own in by_rule.items()
+        },
+    }
+    strict: dict[str, Any] = to_strict(block)
+    return strict
+
+
+def quality_table(
+    records: Iterable[QualityRecord], options: QualityOptions = DEFAULT_OPTIONS
+) -> list[QualityRow]:
+    """Compare every rule with the model's own top-k, documents being the units.
+
+    Rules scored on the same documents share the bootstrap's resamples. A rule whose every token
+    came out as under top-k is the reference: its differences are 0 by definition, with intervals
+    [0, 0], no p, and no part in the corrections.
+
+    Args:
+        records: one for each configuration and document; of two for one pair the last counts.
+        options: margin, resamples and seed.
+    Returns:
+        One row a configuration, in the order of first appearance.
+    Raises:
+        InputError: a configuration has no scored token, or the margin isn't above 0.
+    """
+    rows = [_row(name, own, options) for name, own in _by_rule(records).items()]
+    p = holm([row.p for row in rows])
+    p_exploratory = benjamini_hochberg_exploratory([row.p for row in rows])
+    harm_p = holm([row.non_inferiority_p for row in rows])
+    return [
+        replace(
+            row,
+            p_corrected=float(p[i]),
+            p_exploratory=float(p_exploratory[i]),
+            non_inferiority_p_corrected=float(harm_p[i]),
+        )
+        for i, row in enumerate(rows)
+    ]
+
+
+def records_of(by_rule: dict[str, list[QualityRecord]]) -> list[QualityRecord]:
+    """Put the records of all rules into one list again."""
+    return [record for own in by_rule.values() for record in own]
+
+
+def _by_rule(records: Iterable[QualityRecord]) -> dict[str, list[QualityRecord]]:
+    """Records with scored tokens by configuration, in order of document: draws then agree."""
+    by_rule: dict[str, dict[str, QualityRecord]] = defaultdict(dict)
+    for record in records:
+        by_rule[record.config_name][record.document] = record
+    scored = {
+        name: [own[document] for document in sorted(own) if own[document].tokens > 0]
+        for name, own in by_rule.items()
+    }
+    empty = [name for name, own in scored.items() if not own]
+    if empty:
+        raise InputError(f"no token was scored under {', '.join(empty)}; score a longer text")
+    return scored
+
+
+def _row(name: str, records: Sequence[QualityRecord], options: QualityOptions) -> QualityRow:
+    layers = len(records[0].expert_counts)
+    estimate = _estimate(
+        records,
+        [
+            [r.nll_sum - r.top_k_nll_sum, r.kl_sum, r.same_top1, r.nll_sum, r.delta_p_sum,
+             r.delta_p_square_sum, r.experts_sum / layers, r.top_k_nll_sum]
+            for r in records
+        ],
+        [r.tokens for r in records],
+        options,
+    )  # fmt: skip
+    delta, kl, same, nll, delta_p, square, experts, top_k_nll = estimate.estimate_R.tolist()
+    low, high = (ends.tolist() for ends in estimate.interval(CONFIDENCE))
+    low_90 = float(estimate.interval(0.90).low_R[0])
+    harm = non_inferiority(estimate, options.margin)
+    upper = float(harm.upper_R[0])
+    se = float(estimate.se_R[0])
+    tokens = int(sum(r.tokens for r in records))
+    overlap_L = _total(records, "jaccard_sum") / tokens
+    histogram = _total(records, "kl_histogram")
+    kl_max = max(r.kl_max for r in records)
+    median, p95, p99 = (histogram_quantile(histogram, q, kl_max) for q in (0.5, 0.95, 0.99))
+    row = QualityRow(
+        config_name=name,
+        is_reference=False,
+        mean_experts=experts,
+        tokens=tokens,
+        documents=estimate.num_documents,
+        clusters=estimate.num_clusters,
+        nll=nll,
+        top_k_nll=top_k_nll,
+        delta_nll=delta,
+        delta_nll_low=low[0],
+        delta_nll_high=high[0],
+        delta_nll_se=se,
+        p=float(estimate.p_different(0.0)[0]),
+        p_corrected=math.nan,
+        p_exploratory=math.nan,
+        perplexity=_exp(nll),
+        perplexity_ratio=_exp(delta),
+        perplexity_ratio_low=_exp(low[0]),
+        perplexity_ratio_high=_exp(high[0]),
+        kl_mean=kl,
+        kl_mean_low=low[1],
+        kl_mean_high=high[1],
+        kl_median=median,
+        kl_p95=p95,
+        kl_p99=p99,
+        kl_max=kl_max,
+        same_top1_share=same,
+        same_top1_share_low=low[2],
+        same_top1_share_high=high[2],
+        mean_delta_p=delta_p,
+        rms_delta_p=math.sqrt(square),
+        margin=options.margin,
+        delta_nll_upper=upper,
+        non_inferior=bool(harm.is_non_inferior_R[0]),
+        non_inferiority_p=float(harm.p_R[0]),
+        non_inferiority_p_corrected=math.nan,
+        verdict=_verdict(low_90, upper, options.margin),
+        minimum_detectable_delta_nll=minimum_detectable_effect(se, estimate.num_clusters),
+        top_k_overlap=float(overlap_L.mean()),
+        top_k_overlap_by_layer=tuple(overlap_L.tolist()),
+        experts_by_layer=tuple((_total(records, "expert_counts").sum(axis=1) / tokens).tolist()),
+        by_position=_by_position(records, options),
+        by_domain=_by_domain(records, options),
+        method=estimate.method,
+        note=_note(estimate),
+    )
+    same_everywhere = all(r.kl_max == 0 and r.nll_sum == r.top_k_nll_sum for r in records)
+    return _as_reference(row) if same_everywhere else row
+
+
+def _as_reference(row: QualityRow) -> QualityRow:
+    return replace(
+        row,
+        is_reference=True,
+        delta_nll_low=0.0,
+        delta_nll_high=0.0,
+        delta_nll_se=0.0,
+        perplexity_ratio_low=1.0,
+        perplexity_ratio_high=1.0,
+        kl_mean_low=0.0,
+        kl_mean_high=0.0,
+        same_top1_share_low=1.0,
+        same_top1_share_high=1.0,
+        delta_nll_upper=0.0,
+        non_inferior=True,
+        p=math.nan,
+        non_inferiority_p=math.nan,
+        verdict=_verdict(0.0, 0.0, row.margin),
+        by_position={k: _exactly_zero(part) for k, part in row.by_position.items()},
+        by_domain={k: _exactly_zero(part) for k, part in row.by_domain.items()},
+        note=REFERENCE_NOTE,
+    )
+
+
+def _exactly_zero(part: QualitySlice) -> QualitySlice:
+    return replace(part, low=0.0, high=0.0, note="") if part.tokens else part
+
+
+def _verdict(low_90: float, upper: float, margin: float) -> str:
+    if math.isnan(upper):
+        return "unknown"
+    if upper <= margin:
+        return "within margin"
+    return "beyond margin" if low_90 > margin else "undecided"
+
+
+def _note(estimate: RatioEstimate) -> str:
+    if not estimate.note and not estimate.se_R[0] > 0:
+        return "Every document shows the same difference: with no spread there is no test."
+    return estimate.note
+
+
+def _estimate(
+    records: Sequence[QualityRecord],
+    values_DR: Sequence[Sequence[float]],
+    weights_D: Sequence[float],
+    options: QualityOptions,
+) -> RatioEstimate:
+    clusters_D = [record.cluster for record in records]
+    return estimate_ratio(
+        values_DR, weights_D, clusters_D, resamples=options.resamples, seed=options.seed
+    )
+
+
+def _by_position(
+    records: Sequence[QualityRecord], options: QualityOptions
+) -> dict[str, QualitySlice]:
+    early = [(r.early_delta_nll_sum, r.early_tokens) for r in records]
+    late = [
+        (r.nll_sum - r.top_k_nll_sum - r.early_delta_nll_sum, r.tokens - r.early_tokens)
+        for r in records
+    ]
+    return {"early": _slice(records, early, options), "late": _slice(records, late, options)}
+
+
+def _by_domain(
+    records: Sequence[QualityRecord], options: QualityOptions
+) -> dict[str, QualitySlice]:
+    parts: dict[str, list[QualityRecord]] = defaultdict(list)
+    for record in records:
+        parts[record.domain].append(record)
+    return {
+        domain: _slice(own, [(r.nll_sum - r.top_k_nll_sum, r.tokens) for r in own], options)
+        for domain, own in sorted(parts.items())
+    }
+
+
+def _slice(
+    records: Sequence[QualityRecord],
+    sums: Sequence[tuple[float, int]],
+    options: QualityOptions,
+) -> QualitySlice:
+    tokens = sum(weight for _, weight in sums)
+    if tokens == 0:
+        nan = math.nan
+        return QualitySlice(
+            tokens=0, documents=0, delta_nll=nan, low=nan, high=nan, note="No tokens here."
+        )
+    estimate = _estimate(records, [[v] for v, _ in sums], [w for _, w in sums], options)
+    low, high = (float(end[0]) for end in estimate.interval(CONFIDENCE))
+    return QualitySlice(
+        tokens=tokens,
+        documents=estimate.num_documents,
+        delta_nll=float(estimate.estimate_R[0]),
+        low=low,
+        high=high,
+        note=_note(estimate),
+    )
+
+
+def _total(records: Sequence[QualityRecord], name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Sum a nested field over documents; histograms of kept counts may differ in width."""
+    arrays = [np.asarray(getattr(record, name), dtype=np.float64) for record in records]
+    widest = max(array.shape[-1] for array in arrays)
+    total = np.zeros((*arrays[0].shape[:-1], widest))
+    for array in arrays:
+        total[..., : array.shape[-1]] += array
+    return total
+
+
+def _exp(value: float) -> float:
+    # Far beyond any real loss; infinity has no place in JSON.
+    return math.exp(value) if value < 700 else math.nan

@@ -1,0 +1,91 @@
+"""One row of the quality table: the columns and their definitions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from bh_routing.records import column
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QualitySlice:
+    """Loss on a part of the tokens: early or late positions, or one domain."""
+
+    tokens: int
+    documents: int
+    delta_nll: float
+    low: float
+    high: float
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QualityRow:
+    """What one rule costs beside the model's own top-k, on the same tokens.
+
+    NaN means unknown, and `note` says why. Intervals hold over documents, by `method`.
+    """
+
+    config_name: str = column("Name of the routing configuration.")
+    is_reference: bool = column("Every token came out as under the model's own top-k.")
+    mean_experts: float = column("Mean experts kept, over scored tokens and layers.")
+    tokens: int = column("Scored tokens.")
+    documents: int = column("Documents with a scored token.")
+    clusters: int = column("Independent clusters of documents: the chapters of a book are one.")
+    nll: float = column("Negative log-likelihood, nats a token.")
+    top_k_nll: float = column("The same under the model's own top-k.")
+    delta_nll: float = column("nll - top_k_nll: the sum over documents over the sum of tokens.")
+    delta_nll_low: float = column("Lower end of its 95 % interval.")
+    delta_nll_high: float = column("Upper end of its 95 % interval.")
+    delta_nll_se: float = column("Its cluster-robust standard error.")
+    p: float = column("Two-sided p of delta_nll = 0, uncorrected.")
+    p_corrected: float = column("p after Holm's correction over the rules.")
+    p_exploratory: float = column("p adjusted by Benjamini-Hochberg, for exploring only.")
+    perplexity: float = column("exp(nll).")
+    perplexity_ratio: float = column("exp(delta_nll): 1.01 is one per cent more perplexity.")
+    perplexity_ratio_low: float = column("exp(delta_nll_low).")
+    perplexity_ratio_high: float = column("exp(delta_nll_high).")
+    kl_mean: float = column("KL(top-k || rule) over the full vocabulary, nats a token.")
+    kl_mean_low: float = column("Lower end of its 95 % interval.")
+    kl_mean_high: float = column("Upper end of its 95 % interval.")
+    kl_median: float = column("Median over tokens, from a histogram: right to a factor of 1.33.")
+    kl_p95: float = column("95 % quantile over tokens, likewise.")
+    kl_p99: float = column("99 % quantile over tokens, likewise.")
+    kl_max: float = column("Largest KL of a token, exact.")
+    same_top1_share: float = column("Share of tokens where both rank the same token first.")
+    same_top1_share_low: float = column("Lower end of its 95 % interval.")
+    same_top1_share_high: float = column("Upper end of its 95 % interval.")
+    mean_delta_p: float = column("Mean change of the correct token's probability.")
+    rms_delta_p: float = column("Root mean square of that change.")
+    margin: float = column("Non-inferiority margin, nats a token.")
+    delta_nll_upper: float = column("One-sided 95 % upper bound of delta_nll.")
+    non_inferior: bool = column(
+        "delta_nll_upper <= margin; false where unknown, which isn't a finding of harm."
+    )
+    non_inferiority_p: float = column("One-sided p of delta_nll >= margin, uncorrected.")
+    non_inferiority_p_corrected: float = column("The same after Holm's correction over rules.")
+    verdict: str = column(
+        "within margin: the upper bound is; beyond margin: the one-sided 95 % lower bound is "
+        "above it; undecided: neither; unknown: no interval."
+    )
+    minimum_detectable_delta_nll: float = column(
+        "True delta_nll that a two-sided 5 % test on as many clusters finds four times in five."
+    )
+    top_k_overlap: float = column(
+        "Jaccard overlap of the kept experts with top-k's own, over tokens and layers."
+    )
+    top_k_overlap_by_layer: tuple[float, ...] = column("The same for each layer.")
+    experts_by_layer: tuple[float, ...] = column("Mean experts kept in each layer.")
+    by_position: Mapping[str, QualitySlice] = column(
+        "early: the first 128 positions of a window, as after a short prompt; late: the others, "
+        "where earlier drops have had time to compound."
+    )
+    by_domain: Mapping[str, QualitySlice] = column("Loss by domain of the text.")
+    method: str = column("Where intervals and p come from.")
+    note: str = column("What is missing and why; empty if nothing is.")
+
+
+def quality_definitions() -> dict[str, str]:
+    """Name -> definition of every column of the quality table."""
+    return {f.name: str(f.metadata["definition"]) for f in fields(QualityRow)}
