@@ -34,10 +34,13 @@ try:
     from bh_routing.experiments.defaults import ROUTING_CONFIGS, TEST_PROMPTS
     from bh_routing.rules.catalog import make_rule
 except ModuleNotFoundError as error:
-    sys.exit(
-        f"test_bh_experiments.py needs {error.name}; in a clone run: make setup, then "
-        ".venv/bin/python test_bh_experiments.py (or: pip install -r requirements_bh.txt)"
+    print(
+        f"test_bh_experiments.py needs the Python package {error.name!r}, which isn't installed; "
+        "in a clone of the bh-routing repository run: make setup, then "
+        ".venv/bin/python test_bh_experiments.py",
+        file=sys.stderr,
     )
+    sys.exit(2)
 
 MAX_TOKENS = 12
 CONFIGS = "topk_8,bh_moderate"
