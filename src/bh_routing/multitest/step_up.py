@@ -51,7 +51,8 @@ def on_or_below_line(sorted_p_E: Tensor, alpha: float, procedure: Procedure = "b
     """
     num_hypotheses = sorted_p_E.shape[-1]
     rank_E = torch.arange(1, num_hypotheses + 1, dtype=torch.float64, device=sorted_p_E.device)
-    scaled_E = sorted_p_E * (num_hypotheses / rank_E)
+    # Tensor over tensor: number / tensor is computed as number * (1 / tensor), one rounding more.
+    scaled_E = sorted_p_E * (torch.full_like(rank_E, num_hypotheses) / rank_E)
     if procedure == "by":
         scaled_E = scaled_E * harmonic_number(num_hypotheses)
     return scaled_E <= alpha

@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil, floor, log10
 from pathlib import Path
 from typing import Any, Final
 
@@ -192,10 +193,10 @@ class Calibration:
                     f"calibration was made from {have} {what}, at least {need} are needed; "
                     "calibrate on a larger --calibration-text"
                 )
-        reach = self.resolution(null)
-        if alpha < reach:
-            size = min(len(table) for table in self._tables_of(null))
-            needed = -(-DRAWS_ON_FIRST_LINE * self.num_experts // alpha)
+        size = min(len(table) for table in self._tables_of(null))
+        # The subtrahend undoes rounding: 20 * 64 / 0.01 must ask for 128,000 and no more.
+        needed = ceil(DRAWS_ON_FIRST_LINE * self.num_experts / alpha - 1e-6)
+        if size < needed:
             remedy = (
                 "calibrate with larger tables"
                 if size >= self.table_capacity
@@ -203,8 +204,8 @@ class Calibration:
             )
             raise CalibrationError(
                 f"alpha {alpha:g} is out of the calibration's reach: its tables of null {null!r} "
-                f"hold {size} scores and {needed:.0f} are needed; use alpha >= {reach:.2g}, or "
-                f"{remedy}"
+                f"hold {size} scores and {needed} are needed; use alpha >= "
+                f"{_rounded_up(self.resolution(null)):g}, or {remedy}"
             )
 
     def _facts(self) -> CalibrationFacts:
@@ -220,3 +221,9 @@ class Calibration:
             seed=self.seed,
             table_capacity=self.table_capacity,
         )
+
+
+def _rounded_up(alpha: float) -> float:
+    """Round up to two significant digits, so that following the advice works."""
+    unit = 10.0 ** (floor(log10(alpha)) - 1)
+    return ceil(alpha / unit - 1e-9) * unit

@@ -1,0 +1,265 @@
+"""A calibration survives its file, and refuses what it can't serve."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bh_routing.errors import CalibrationError
+from bh_routing.nulls import Calibration, ReferenceTable
+
+Tensors = dict[str, Tensor]
+Header = dict[str, str]
+
+
+def make(size: int = 2_000, **changes: Any) -> Calibration:
+    generator = torch.Generator().manual_seed(0)
+    facts: dict[str, Any] = {
+        "tables": {
+            null: tuple(
+                ReferenceTable.from_scores(torch.randn(size, generator=generator)) for _ in range(2)
+            )
+            for null in ("background", "pooled")
+        },
+        "model_fingerprint": "a" * 64,
+        "num_layers": 2,
+        "num_experts": 8,
+        "model_top_k": 2,
+        "num_tokens": 6_000,
+        "num_documents": 30,
+        "text_sha256": "b" * 64,
+        "seed": 0,
+        "table_capacity": 100_000,
+        "created_at": "2024-01-01T00:00:00+00:00",
+    }
+    return Calibration(**(facts | changes))
+
+
+def check(calibration: Calibration, **changes: Any) -> None:
+    asked: dict[str, Any] = {
+        "null": "background",
+        "alpha": 0.10,
+        "num_layers": 2,
+        "num_experts": 8,
+        "model_top_k": 2,
+        "model_fingerprint": "a" * 64,
+    }
+    calibration.check(**(asked | changes))
+
+
+def rewrite(path: Path, change: Callable[[Tensors, Header], None]) -> None:
+    """Change a saved calibration behind its back."""
+    with safe_open(path, framework="pt") as file:
+        header = dict(file.metadata())
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    change(tensors, header)
+    save_file(tensors, path, metadata=header)
+
+
+def test_a_saved_calibration_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    saved = make()
+    loaded = Calibration.load(saved.save(tmp_path / "sub" / "calibration.safetensors"))
+    assert loaded.fingerprint == saved.fingerprint
+    assert loaded.created_at == saved.created_at
+    ours, theirs = saved.table("pooled", 1), loaded.table("pooled", 1)
+    assert torch.equal(ours.sorted_scores_N, theirs.sorted_scores_N)
+    for field in dataclasses.fields(Calibration):
+        if field.name != "tables":
+            assert getattr(loaded, field.name) == getattr(saved, field.name)
+
+
+def test_saving_leaves_no_temporary_file(tmp_path: Path) -> None:
+    make().save(tmp_path / "calibration.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["calibration.safetensors"]
+
+
+def test_the_fingerprint_ignores_the_date_and_nothing_else() -> None:
+    base = make()
+    assert make(created_at="later").fingerprint == base.fingerprint
+    others = [
+        make(seed=1),
+        make(num_tokens=6_001),
+        make(model_fingerprint="c" * 64),
+        make(size=1_999),
+        make(tables={"background": base.tables["background"]}),
+    ]
+    prints = {other.fingerprint for other in others}
+    assert len(prints) == len(others)
+    assert base.fingerprint not in prints
+
+
+def test_the_fingerprint_changes_with_one_score() -> None:
+    base = make()
+    scores_N = base.table("background", 0).sorted_scores_N.clone()
+    scores_N[0] -= 1
+    changed = (ReferenceTable(scores_N), base.table("background", 1))
+    other = make(tables={**base.tables, "background": changed})
+    assert other.fingerprint != base.fingerprint
+
+
+def _not_sorted(tensors: Tensors, header: Header) -> None:
+    tensors["background.0"] = tensors["background.0"].flip(0).contiguous()
+
+
+def _not_finite(tensors: Tensors, header: Header) -> None:
+    tensors["background.0"][-1] = float("nan")
+
+
+def _lacking(tensors: Tensors, header: Header) -> None:
+    del tensors["pooled.1"]
+
+
+def _surplus(tensors: Tensors, header: Header) -> None:
+    tensors["needed.0"] = torch.zeros(3)
+
+
+def _half_precision(tensors: Tensors, header: Header) -> None:
+    tensors["pooled.0"] = tensors["pooled.0"].half()
+
+
+def _edited_score(tensors: Tensors, header: Header) -> None:
+    tensors["pooled.0"][0] -= 1
+
+
+def _edited_fact(tensors: Tensors, header: Header) -> None:
+    header["facts"] = json.dumps(json.loads(header["facts"]) | {"num_tokens": 99_999})
+
+
+def _wrong_type(tensors: Tensors, header: Header) -> None:
+    header["facts"] = json.dumps(json.loads(header["facts"]) | {"num_layers": "two"})
+
+
+def _no_json(tensors: Tensors, header: Header) -> None:
+    header["facts"] = "{"
+
+
+def _newer_schema(tensors: Tensors, header: Header) -> None:
+    header["schema"] = "2"
+
+
+def _foreign(tensors: Tensors, header: Header) -> None:
+    header["format"] = "pt"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_not_sorted, "table 'background.0' .* isn't sorted"),
+        (_not_finite, "table 'background.0' .* has NaN or infinite scores"),
+        (_lacking, "lacks the table 'pooled.1'"),
+        (_surplus, "holds 1 tensors that its header doesn't name, such as 'needed.0'"),
+        (_half_precision, r"must be float32 of shape \(N,\), got torch.float16"),
+        (_edited_score, "was changed after it was written"),
+        (_edited_fact, "was changed after it was written"),
+        (_wrong_type, "unreadable facts .num_layers"),
+        (_no_json, "unreadable facts"),
+        (_newer_schema, "has schema '2', this version reads 1"),
+        (_foreign, "no calibration of bh-routing"),
+    ],
+)
+def test_a_changed_file_is_refused_in_one_sentence(
+    tmp_path: Path, change: Callable[[Tensors, Header], None], message: str
+) -> None:
+    path = make().save(tmp_path / "calibration.safetensors")
+    rewrite(path, change)
+    with pytest.raises(CalibrationError, match=message) as caught:
+        Calibration.load(path)
+    assert "\n" not in str(caught.value)
+    assert "bh-routing calibrate" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\xff" * 64])
+def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "calibration.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CalibrationError, match="is no calibration or is damaged"):
+        Calibration.load(path)
+
+
+def test_half_a_file_is_refused(tmp_path: Path) -> None:
+    path = make().save(tmp_path / "calibration.safetensors")
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(CalibrationError, match="damaged"):
+        Calibration.load(path)
+
+
+def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(CalibrationError, match="does not exist or is no file"):
+            Calibration.load(path)
+
+
+def test_a_fitting_model_and_alpha_pass() -> None:
+    check(make())
+    check(make(), model_fingerprint=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_layers": 16}, "covers 2 layers, the model has 16; run: bh-routing calibrate"),
+        ({"num_experts": 64}, "covers 8 experts a layer, the model has 64"),
+        ({"model_top_k": 8}, "covers 2 experts a token, the model has 8"),
+        ({"model_fingerprint": "d" * 64}, "same shape, other weights"),
+        ({"null": "needed"}, "no table of null 'needed', only of: background, pooled"),
+        ({"alpha": 0.05}, "hold 2000 scores and 3200 are needed; use alpha >= 0.08, or"),
+    ],
+)
+def test_another_model_or_an_alpha_out_of_reach_is_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        check(make(), **changes)
+
+
+def test_too_few_tokens_or_documents_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="4999 distinct tokens, at least 5000 are needed"):
+        check(make(num_tokens=4_999))
+    with pytest.raises(CalibrationError, match=r"19 documents, .* larger --calibration-text"):
+        check(make(num_documents=19))
+
+
+def test_the_remedy_names_more_text_only_where_more_text_would_help() -> None:
+    with pytest.raises(CalibrationError, match="larger --calibration-text"):
+        check(make(), alpha=0.05)
+    with pytest.raises(CalibrationError, match="larger tables"):
+        check(make(table_capacity=2_000), alpha=0.05)
+
+
+def test_the_resolution_is_the_smallest_alpha_that_passes() -> None:
+    calibration = make()
+    reach = calibration.resolution("background")
+    check(calibration, alpha=reach)
+    with pytest.raises(CalibrationError, match="out of the calibration's reach"):
+        check(calibration, alpha=reach * 0.999)
+
+
+@pytest.mark.parametrize("layer", [-1, 2])
+def test_a_layer_beyond_the_tables_is_refused(layer: int) -> None:
+    with pytest.raises(CalibrationError, match="covers layers 0 to 1"):
+        make().table("background", layer)
+
+
+def test_tables_for_some_layers_only_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="has 2 tables of null 'background' for 3 layers"):
+        make(num_layers=3)
+
+
+@pytest.mark.parametrize("size", [1_999, 2_001, 3_333, 7_777])
+def test_following_the_advised_alpha_works(size: int) -> None:
+    calibration = make(size=size)
+    with pytest.raises(CalibrationError) as caught:
+        check(calibration, alpha=0.01)
+    advised = re.search(r"alpha >= ([\d.]+),", str(caught.value))
+    assert advised is not None
+    check(calibration, alpha=float(advised[1]))

@@ -1,0 +1,158 @@
+"""What every null must do, checked on every null of the catalog.
+
+Axes: T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bh_routing.errors import CalibrationError
+from bh_routing.multitest import Procedure, count_rejected
+from bh_routing.multitest.step_up import ranks
+from bh_routing.nulls import NULLS, Null, ReferenceTable, count_at_cut_offs, cut_offs
+
+EVERY_NULL = pytest.mark.parametrize("null", NULLS.values(), ids=NULLS.keys())
+TABLED = [null for null in NULLS.values() if null.needs_table]
+
+
+def noise(num_tokens: int, num_experts: int, seed: int) -> Tensor:
+    return torch.randn(num_tokens, num_experts, generator=torch.Generator().manual_seed(seed))
+
+
+def table_for(null: Null, num_experts: int, seed: int = 0) -> ReferenceTable | None:
+    """A coarse table, so that scores meet its entries exactly."""
+    if not null.needs_table:
+        return None
+    logits_TE = noise(500, num_experts, seed).to(torch.bfloat16)
+    k = max(1, num_experts // 4)
+    scores = null.score(logits_TE)
+    if k < num_experts:
+        scores = null.reference(logits_TE, logits_TE.topk(k).indices)
+    return ReferenceTable.from_scores(scores)
+
+
+@EVERY_NULL
+def test_a_score_is_float32_and_never_falls_as_the_logit_rises(null: Null) -> None:
+    logits_TE = noise(50, 64, 1)
+    scores_TE = null.score(logits_TE)
+    assert scores_TE.dtype == torch.float32
+    by_logit = scores_TE.gather(-1, logits_TE.argsort(dim=-1))
+    assert bool((by_logit.diff(dim=-1) >= 0).all())
+
+
+@EVERY_NULL
+def test_p_values_lie_in_0_to_1_in_float64_and_never_rise_with_the_score(null: Null) -> None:
+    table = table_for(null, 64)
+    scores = null.score(noise(200, 64, 2)).flatten().sort().values
+    p = null.p_from_score(scores, table)
+    assert p.dtype == torch.float64
+    assert bool(((p >= 0) & (p <= 1)).all())
+    assert bool((p.diff() <= 0).all())
+
+
+@EVERY_NULL
+@pytest.mark.parametrize("num_experts", [1, 2, 5, 8, 64])
+def test_descending_scores_are_the_sorted_scores_bit_for_bit(null: Null, num_experts: int) -> None:
+    logits_TE = noise(100, num_experts, 3)
+    logits_TE[::3] = logits_TE[::3].round()
+    expected_TE = null.score(logits_TE, 1.7).sort(dim=-1, descending=True).values
+    assert torch.equal(null.descending_scores(logits_TE, 1.7), expected_TE)
+
+
+@EVERY_NULL
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_scores_depend_on_the_values_and_not_on_their_dtype(null: Null, dtype: torch.dtype) -> None:
+    logits_TE = noise(40, 16, 4).to(torch.bfloat16)
+    assert torch.equal(null.score(logits_TE.to(dtype)), null.score(logits_TE.float()))
+
+
+@EVERY_NULL
+def test_tokens_are_scored_independently_of_each_other(null: Null) -> None:
+    logits_TE = noise(60, 64, 5)
+    order_T = torch.randperm(60, generator=torch.Generator().manual_seed(6))
+    assert torch.equal(null.score(logits_TE)[order_T], null.score(logits_TE[order_T]))
+    assert torch.equal(null.score(logits_TE)[:1], null.score(logits_TE[:1]))
+
+
+@EVERY_NULL
+def test_a_constant_added_to_a_token_changes_nothing(null: Null) -> None:
+    logits_TE = noise(40, 16, 7).round()  # whole numbers: adding 8 is exact
+    shifted_TE = null.score(logits_TE + 8)
+    assert torch.allclose(shifted_TE, null.score(logits_TE), rtol=0, atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    null=st.sampled_from(list(NULLS.values())),
+    procedure=st.sampled_from(["bh", "by"]),
+    num_experts=st.sampled_from([1, 2, 3, 8, 33, 64]),
+    alpha=st.one_of(st.sampled_from([0.01, 0.05, 0.1, 0.25, 0.5, 0.75]), st.floats(1e-4, 0.999)),
+    precision=st.sampled_from(["float32", "bfloat16", "rounded"]),
+    seed=st.integers(0, 1_000),
+)
+def test_counting_at_cut_offs_equals_counting_p_values(
+    null: Null,
+    procedure: Procedure,
+    num_experts: int,
+    alpha: float,
+    precision: str,
+    seed: int,
+) -> None:
+    logits_TE = noise(200, num_experts, seed) * (1 + seed % 4)
+    if precision == "bfloat16":
+        logits_TE = logits_TE.to(torch.bfloat16)
+    elif precision == "rounded":
+        logits_TE = logits_TE.round()
+    table = table_for(null, num_experts, seed + 1)
+    by_p_T = count_rejected(null.p_from_score(null.score(logits_TE), table), alpha, procedure)
+    cut_offs_E = cut_offs(null, alpha, num_experts, table, procedure)
+    rank_E = ranks(num_experts, torch.device("cpu"))
+    by_score_T1 = count_at_cut_offs(null.descending_scores(logits_TE), cut_offs_E, rank_E)
+    assert torch.equal(by_score_T1.squeeze(-1), by_p_T)
+
+
+@EVERY_NULL
+@pytest.mark.parametrize("alpha", [0.01, 0.3])
+def test_a_cut_off_is_the_smallest_score_on_its_line(null: Null, alpha: float) -> None:
+    table = table_for(null, 8)
+    cut_offs_E = cut_offs(null, alpha, 8, table)
+    assert torch.equal(cut_offs_E, cut_offs_E.sort(descending=True).values)
+    for k, cut_off in enumerate(cut_offs_E, start=1):
+        if not bool(cut_off.isfinite()):
+            continue
+        below = torch.tensor(np.nextafter(cut_off.numpy(), np.float32(-np.inf)))
+        on_line, off_line = null.p_from_score(torch.stack([cut_off, below]), table).tolist()
+        assert on_line * (8 / k) <= alpha < off_line * (8 / k)
+
+
+@EVERY_NULL
+def test_scoring_makes_no_host_sync(null: Null) -> None:
+    # A meta tensor has no values: whatever would read one raises.
+    assert null.descending_scores(torch.empty(4, 64, device="meta")).shape == (4, 64)
+
+
+@EVERY_NULL
+def test_alpha_is_explained(null: Null) -> None:
+    assert null.alpha_is in ("error rate", "knob", "nothing")
+    assert null.alpha_is in null.meaning or null.alpha_is == "error rate"
+
+
+@pytest.mark.parametrize("null", TABLED, ids=lambda null: null.name)
+def test_a_null_without_its_table_says_what_to_run(null: Null) -> None:
+    with pytest.raises(CalibrationError, match="bh-routing calibrate"):
+        null.p_from_score(torch.zeros(3))
+
+
+def test_the_shared_suite_would_notice_an_unstable_null() -> None:
+    class Reversed(type(NULLS["pooled"])):  # type: ignore[misc]
+        def score(self, router_logits_TE: Tensor, temperature: float = 1.0) -> Tensor:
+            return -router_logits_TE.float()
+
+    with pytest.raises(AssertionError):
+        test_a_score_is_float32_and_never_falls_as_the_logit_rises(Reversed())
