@@ -17,6 +17,7 @@ import yaml
 from bh_routing.analysis.results import load_results
 from bh_routing.cli.main import app
 from bh_routing.experiments.config_file import read_config_file
+from tools import write_columns
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -151,3 +152,7 @@ def test_every_link_and_path_leads_somewhere(name: str) -> None:
     missing += [path for path in named if not any((place / path).exists() for place in places)]
     # README's example of a rule to add is the one file that isn't there.
     assert set(missing) <= {"src/bh_routing/rules/above_share.py"}
+
+
+def test_the_table_of_columns_is_what_the_records_say() -> None:
+    assert (ROOT / "docs" / "columns.md").read_text(encoding="utf-8") == write_columns.render()
