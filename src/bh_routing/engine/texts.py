@@ -13,6 +13,7 @@ from bh_routing.demo import CALIBRATION_TEXT, EVALUATION_TEXT, demo_folder
 from bh_routing.errors import InputError
 
 SEPARATOR = "<|endoftext|>"
+DATASET_PREFIX = "hf:"
 
 
 class Document(NamedTuple):
@@ -25,17 +26,24 @@ class Document(NamedTuple):
     domain: str
 
 
-def read_documents(paths: Iterable[Path]) -> list[Document]:
-    """Read every document of some files.
+def read_documents(sources: Iterable[str | Path]) -> list[Document]:
+    """Read every document of some files or datasets.
 
-    A `.jsonl` file holds one object a line with `text` and, optionally, `name`, `cluster` and
-    `domain`. Any other file is UTF-8 text, `.xz` packed or not, its documents separated by a
-    line that holds only `<|endoftext|>`; a `documents.json` beside it may name them.
+    `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT` is a dataset of the Hugging Face hub, or a folder
+    that `datasets.load_dataset` reads, with a column `text`. A `.jsonl` file holds one object a
+    line with `text` and, optionally, `name`, `cluster` and `domain`. Any other file is UTF-8
+    text, `.xz` packed or not, its documents separated by a line that holds only
+    `<|endoftext|>`; a `documents.json` beside it may name them.
 
     Raises:
         InputError: a file is missing, not UTF-8, or holds no text.
     """
-    documents = [document for path in paths for document in _read_one(Path(path))]
+    documents = []
+    for source in sources:
+        if str(source).startswith(DATASET_PREFIX):
+            documents += _read_dataset(str(source))
+        else:
+            documents += _read_file(Path(source))
     if not documents:
         raise InputError("no text file was given; give at least one")
     return documents
@@ -55,7 +63,7 @@ def text_sha256(texts: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _read_one(path: Path) -> list[Document]:
+def _read_file(path: Path) -> list[Document]:
     try:
         raw = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
         content = raw.decode("utf-8")
@@ -72,6 +80,32 @@ def _read_one(path: Path) -> list[Document]:
     if not documents:
         raise InputError(f"text file {path} holds no text; give a file with at least one document")
     return documents
+
+
+def _read_dataset(source: str) -> list[Document]:
+    name, *config, split = source.removeprefix(DATASET_PREFIX).split(":")
+    if not name or len(config) > 1:
+        raise InputError(f"dataset {source!r} must be hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(
+            f"dataset {source!r} needs an optional package; pip install 'bh-routing[datasets]'"
+        ) from None
+    try:
+        rows = datasets.load_dataset(name, *config, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"dataset {source!r} can't be loaded ({reason}); check its name, split and the network"
+        ) from error
+    if "text" not in rows.column_names:
+        raise InputError(
+            f"dataset {source!r} has no column 'text', it has {', '.join(rows.column_names)}; "
+            "give one that has, or a JSONL file"
+        )
+    texts = [str(text) for text in rows["text"] if str(text).strip()]
+    return [Document(f"{name}-{i}", t, f"{name}-{i}", name) for i, t in enumerate(texts)]
 
 
 def _plain(path: Path, content: str) -> list[Document]:

@@ -1,0 +1,181 @@
+"""`bh-routing evaluate`: what each rule costs in quality, on text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bh_routing.cli.console import console_log
+from bh_routing.cli.run import choose, split_items
+from bh_routing.experiments import defaults
+
+if TYPE_CHECKING:
+    from bh_routing.cli.surroundings import Surroundings
+    from bh_routing.experiments.evaluate import Evaluation
+
+
+def evaluate(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Option(help="`demo`, a folder with a checkpoint, or a Hugging Face id.")
+    ] = defaults.MODEL,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text or JSONL file, or hf:NAME:SPLIT; may be given several times. Default: the "
+            "packaged evaluation text."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with further configurations.")
+    ] = None,
+    configs: Annotated[
+        str | None, typer.Option(help="Only these configurations, such as topk_8,bh_strict.")
+    ] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A rule in one word, such as bh:alpha=0.02,max_k=6; may be given several times. "
+            "Without --config and --configs only these are scored."
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most tokens scored, spread over the documents. Default: all."),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(min=1, help="Input tokens of a forward pass. Default: context, up to 1024."),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(min=1, help="Scored tokens of each window. Default: the window (disjoint)."),
+    ] = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(help="Non-inferiority margin in nats a token. Default: ln 1.01."),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="File made by `bh-routing calibrate`.")
+    ] = None,
+    calibration_text: Annotated[
+        Path | None, typer.Option(help="Text to calibrate on instead of the packaged one.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for quality.csv, quality.json and every document's record."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = defaults.DEVICE,
+    no_fp16: Annotated[
+        bool, typer.Option("--no-fp16", help="float32 instead of bfloat16 on CUDA.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of whatever draws at random.")] = defaults.SEED,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the table as JSON on stdout.")
+    ] = False,
+) -> int:
+    """Score configurations against the model's own top-k on the same tokens."""
+    from bh_routing.analysis.quality import QualityOptions, analyze_quality
+    from bh_routing.experiments.evaluate import EvaluateOptions
+    from bh_routing.experiments.evaluate import evaluate as run_evaluation
+    from bh_routing.experiments.spec import make_spec
+
+    options = QualityOptions(seed=seed) if margin is None else QualityOptions(margin, seed=seed)
+    spec = make_spec(
+        model=model,
+        device=device,
+        dtype="float32" if no_fp16 else defaults.DTYPE,
+        configs=_configs(context.obj, config, configs, rule),
+        calibration=calibration,
+        calibration_text=calibration_text,
+        seed=seed,
+    )
+    with console_log():
+        found = run_evaluation(
+            spec,
+            EvaluateOptions(
+                texts=text or (), max_tokens=tokens, window=window, stride=stride, output=output
+            ),
+        )
+    document = _facts(model, found) | analyze_quality(found.records, options)
+    if output is not None:
+        _write(output, document)
+    typer.echo(json.dumps(document, indent=2) if as_json else _table(document))
+    return 0
+
+
+def _configs(
+    surroundings: Surroundings, config: Path | None, names: str | None, rules: list[str] | None
+) -> dict[str, dict[str, Any]]:
+    from bh_routing.experiments.rule_text import parse_rule
+
+    written = dict(parse_rule(text) for text in rules or [])
+    if written and config is None and names is None:
+        return written
+    return choose(surroundings, config, split_items(names), None).configs | written
+
+
+def _facts(model: str, found: Evaluation) -> dict[str, Any]:
+    return {
+        "model": model,
+        "model_fingerprint": found.facts.fingerprint,
+        "dtype": found.facts.dtype,
+        "device": found.facts.device,
+        "text_sha256": found.text.sha256,
+        "window": found.text.window,
+        "stride": found.text.stride,
+        "calibration_tokens": found.calibration_tokens,
+        "seconds": round(found.seconds, 2),
+    }
+
+
+def _write(folder: Path, document: dict[str, Any]) -> None:
+    import pandas as pd
+
+    from bh_routing.experiments.files import render_json, write_atomically
+
+    write_atomically(folder / "quality.json", render_json(document))
+    flat = [
+        {name: value for name, value in row.items() if not isinstance(value, dict | list)}
+        for row in document["rules"]
+    ]
+    write_atomically(folder / "quality.csv", pd.DataFrame(flat).to_csv(index=False).encode())
+
+
+def _table(document: dict[str, Any]) -> str:
+    """The table for a terminal: what each configuration used, and what it cost."""
+    rows = document["rules"]
+    width = max(len(row["config_name"]) for row in rows)
+    lines = [
+        f"{'configuration':{max(width, 13)}}  experts   ΔNLL (95 % interval)        "
+        "perplexity   KL mean    p99   same top-1   verdict"
+    ]
+    for row in rows:
+        lines.append(
+            f"{row['config_name']:{max(width, 13)}}  {_number(row['mean_experts'], '7.2f')}  "
+            f"{_number(row['delta_nll'], '+8.4f')} ({_number(row['delta_nll_low'], '+.4f')} to "
+            f"{_number(row['delta_nll_high'], '+.4f')})  "
+            f"{_percent(row['perplexity_ratio'])}  {_number(row['kl_mean'], '8.4f')} "
+            f"{_number(row['kl_p99'], '6.3f')}   {_number(row['same_top1_share'], '10.1%')}   "
+            f"{row['verdict']}"
+        )
+    first = rows[0]
+    lines.append(
+        f"{first['tokens']:,} tokens of {first['documents']} documents in {first['clusters']} "
+        f"clusters; windows of {document['window']}, stride {document['stride']}; a document's "
+        "first token is scored after an end-of-text token. ΔNLL in nats a token against the "
+        f"model's own top-k; margin {document['margin']:.4f}."
+    )
+    lines += [f"{row['config_name']}: {row['note']}" for row in rows if row["note"]]
+    return "\n".join(lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "n/a" if value is None else format(value, form)
+
+
+def _percent(ratio: float | None) -> str:
+    return "       n/a" if ratio is None else f"{100 * (ratio - 1):+9.2f} %"

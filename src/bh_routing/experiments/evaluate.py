@@ -1,0 +1,94 @@
+"""Score rules on text, without generating any: `bh-routing evaluate`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from bh_routing.engine.texts import packaged_documents, read_documents
+from bh_routing.experiments.calibrating import obtain_calibration
+from bh_routing.experiments.chained_lines import digest
+from bh_routing.experiments.quality import QualityLedger, QualityText, prepare_text, score_missing
+from bh_routing.experiments.spec import RunSpec, make_rules
+from bh_routing.models.discovery import ModelFacts, describe_model
+from bh_routing.models.load import load_model
+from bh_routing.models.routing import bind_rule
+from bh_routing.records import QualityRecord
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateOptions:
+    """What is scored, and how."""
+
+    texts: Sequence[str | Path] = ()
+    """Files or datasets; empty: the packaged evaluation text."""
+    max_tokens: int | None = None
+    """Scored tokens in all; None for all."""
+    window: int | None = None
+    """Input tokens of a forward pass; None: the model's context, 1,024 at most."""
+    stride: int | None = None
+    """Scored tokens of each window after a document's first; None: the window."""
+    output: Path | None = None
+    """Folder that keeps every record, so that a stopped evaluation goes on; None keeps nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """Records of every rule and document, and what they were made with."""
+
+    records: list[QualityRecord]
+    facts: ModelFacts
+    text: QualityText
+    calibration_tokens: int
+    """0 if no rule needed a calibration."""
+    seconds: float
+    """Scoring alone."""
+
+
+def evaluate(spec: RunSpec, options: EvaluateOptions) -> Evaluation:
+    """Compare configurations with the model's own top-k on text, token by token.
+
+    Args:
+        spec: model, configurations and calibration; prompts and output aren't used.
+        options: what is scored.
+    Raises:
+        InputError: model, text, calibration or a configuration can't be used.
+    """
+    documents = read_documents(options.texts) if options.texts else packaged_documents("evaluation")
+    rules = make_rules(spec.configs)
+    model, tokenizer = load_model(spec.model, device=spec.device, dtype=spec.dtype)
+    facts = describe_model(model)
+    text = prepare_text(
+        tokenizer,
+        facts,
+        documents,
+        max_tokens=options.max_tokens,
+        window=options.window,
+        stride=options.stride,
+    )
+    calibration = obtain_calibration(spec, rules, model, tokenizer, stored=None).calibration
+    for named in rules:
+        bind_rule(model, named.rule, calibration)
+    fingerprint = calibration.fingerprint if calibration else None
+    seed = digest([facts.fingerprint, facts.dtype, facts.device, fingerprint])
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        folder = options.output or Path(stack.enter_context(TemporaryDirectory()))
+        ledger = stack.enter_context(QualityLedger(folder, text, seed))
+        records = score_missing(
+            model, tokenizer, text, {n.name: n.rule for n in rules}, calibration, ledger
+        )
+    return Evaluation(
+        records=records,
+        facts=facts,
+        text=text,
+        calibration_tokens=calibration.num_tokens if calibration else 0,
+        seconds=time.perf_counter() - start,
+    )

@@ -1,0 +1,225 @@
+"""Score quality document by document, keep each result at once, and go on where it stopped."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from bh_routing.engine.score import score
+from bh_routing.engine.texts import Document, text_sha256
+from bh_routing.engine.windows import TokenizedDocument, check_windows, tokenize_documents
+from bh_routing.errors import ResultsError
+from bh_routing.experiments.chained_lines import (
+    WAYS_OUT,
+    ChainedContent,
+    ChainedWriter,
+    digest,
+    read_chained,
+)
+from bh_routing.models.discovery import ModelFacts
+from bh_routing.nulls.calibration import Calibration
+from bh_routing.records import QUALITY_JOURNAL, QualityRecord
+from bh_routing.rules.base import Rule
+from bh_routing.rules.catalog import rule_to_config
+
+log = logging.getLogger(__name__)
+
+DEFAULT_WINDOW = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QualityText:
+    """What is scored, and how; everything that a record depends on beside its rule."""
+
+    documents: Sequence[TokenizedDocument]
+    sha256: str
+    max_tokens: int | None
+    window: int
+    stride: int
+
+
+def prepare_text(
+    tokenizer: Any,
+    facts: ModelFacts,
+    documents: Sequence[Document],
+    *,
+    max_tokens: int | None,
+    window: int | None = None,
+    stride: int | None = None,
+) -> QualityText:
+    """Tokenize what is to be scored.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        facts: the model's, for its context.
+        documents: texts.
+        max_tokens: scored tokens in all, spread over the documents; None for all.
+        window: input tokens of a forward pass; None: the model's context, 1,024 at most.
+        stride: scored tokens of each window after the first; None: the window, so disjoint.
+    Raises:
+        InputError: there is nothing to score, or window and stride don't fit the model.
+    """
+    if window is None:
+        window = min(DEFAULT_WINDOW, facts.context_length or DEFAULT_WINDOW)
+    stride = window if stride is None else stride
+    check_windows(window, stride, facts.context_length)
+    return QualityText(
+        documents=tokenize_documents(tokenizer, documents, max_tokens),
+        sha256=text_sha256([document.text for document in documents]),
+        max_tokens=max_tokens,
+        window=window,
+        stride=stride,
+    )
+
+
+class QualityLedger:
+    """`quality.jsonl`: a header that says what was scored, then a line a rule and document.
+
+    Opening reads and checks; nothing is written before `begin`.
+    """
+
+    def __init__(self, folder: Path, text: QualityText, run_seed: str) -> None:
+        """Read what an earlier run scored.
+
+        Args:
+            folder: the results folder.
+            text: what is to be scored.
+            run_seed: hash of what all results of the folder share: the model and so on.
+        Raises:
+            ResultsError: the file holds scores of another text or setting, or was edited.
+        """
+        self._path = folder / QUALITY_JOURNAL
+        self._header = {
+            "text_sha256": text.sha256,
+            "max_tokens": text.max_tokens,
+            "window": text.window,
+            "stride": text.stride,
+        }
+        self._seed = digest([run_seed, "quality"])
+        self._content = read_chained(self._path, self._seed)
+        self._writer: ChainedWriter | None = None
+        self._records: dict[str, QualityRecord] = {}
+        self._last_key: dict[tuple[str, str], str] = {}
+        self._read(self._content)
+
+    def begin(self) -> None:
+        """Open the file for writing."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._writer = ChainedWriter(self._path, self._content, self._seed)
+        if not self._content.lines:
+            self._writer.append({"header": self._header})
+
+    def find(self, key: str) -> QualityRecord | None:
+        """Return the record of a key, if it is there."""
+        return self._records.get(key)
+
+    def add(self, key: str, record: QualityRecord) -> None:
+        """Keep one record; it is on disk when this returns."""
+        assert self._writer is not None, "begin comes first"
+        self._writer.append({"key": key, "record": asdict(record)})
+        self._remember(key, record)
+
+    def make_last(self, key: str) -> None:
+        """Append a known record again if a later one of the same name would hide it."""
+        record = self._records[key]
+        if self._last_key[record.config_name, record.document] != key:
+            self.add(key, record)
+
+    def __enter__(self) -> QualityLedger:
+        self.begin()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _remember(self, key: str, record: QualityRecord) -> None:
+        self._records[key] = record
+        self._last_key[record.config_name, record.document] = key
+
+    def _read(self, content: ChainedContent) -> None:
+        for number, line in enumerate(content.lines):
+            if number == 0:
+                self._check_header(line.body.get("header"))
+                continue
+            try:
+                values = line.body["record"]
+                record = QualityRecord(**{f.name: values[f.name] for f in fields(QualityRecord)})
+                self._remember(line.body["key"], record)
+            except (KeyError, TypeError) as error:
+                raise ResultsError(
+                    f"line {number + 1} of {self._path} isn't a quality record; {WAYS_OUT}"
+                ) from error
+
+    def _check_header(self, found: Any) -> None:
+        if found == self._header:
+            return
+        found = found if isinstance(found, Mapping) else {}
+        differences = [
+            f"{name}: {found.get(name)} there, {value} now"
+            for name, value in self._header.items()
+            if found.get(name) != value
+        ]
+        raise ResultsError(
+            f"{self._path} holds scores of another text or setting ({'; '.join(differences)}); "
+            f"{WAYS_OUT}"
+        )
+
+
+def score_missing(
+    model: Any,
+    tokenizer: Any,
+    text: QualityText,
+    rules: Mapping[str, Rule],
+    calibration: Calibration | None,
+    ledger: QualityLedger,
+) -> list[QualityRecord]:
+    """Score every rule on every document that the ledger doesn't have yet.
+
+    Args:
+        model, tokenizer: as `score` takes them.
+        text: what is scored.
+        rules: configuration name -> rule.
+        calibration: needed if a rule needs one.
+        ledger: open for writing; each record goes there as soon as its document is finished.
+    Returns:
+        One record a rule and document, rules outer, both in their order.
+    """
+    keys = {
+        (name, document.name): _key(name, rule, document)
+        for name, rule in rules.items()
+        for document in text.documents
+    }
+    missing: dict[tuple[str, ...], list[TokenizedDocument]] = defaultdict(list)
+    for document in text.documents:
+        names = tuple(n for n in rules if ledger.find(keys[n, document.name]) is None)
+        if names:
+            missing[names].append(document)
+    total = sum(len(d.ids) * len(names) for names, group in missing.items() for d in group)
+    with tqdm(total=total, unit="token", desc="quality", unit_scale=True) as bar:
+        for names, group in missing.items():
+            part = {name: rules[name] for name in names}
+            options = {"window": text.window, "stride": text.stride}
+            for record in score(model, tokenizer, group, part, calibration, **options):
+                ledger.add(keys[record.config_name, record.document], record)
+                bar.update(record.tokens)
+    for key in keys.values():
+        ledger.make_last(key)
+    found = [ledger.find(key) for key in keys.values()]
+    return [record for record in found if record is not None]
+
+
+def _key(name: str, rule: Rule, document: TokenizedDocument) -> str:
+    return digest([name, rule_to_config(rule), document.name])[:16]
