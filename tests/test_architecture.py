@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import typer
 
 import bh_routing
+from bh_routing.cli.main import app
 from tests import architecture
 from tests.architecture import Module, Modules
 
@@ -197,3 +199,21 @@ after = state()
 print(*[key for key in before if before[key] != after[key]])
 """.replace("MODULE_NAMES", repr([name for name in MODULES if not name.endswith("__main__")]))
     assert run_python(code, tmp_path).strip() == ""
+
+
+FLAGS = {
+    "run": (
+        "--model --output --max-tokens --checkpoint-interval --no-resume --device --no-fp16 "
+        "--config --configs --prompts --calibration --calibration-text --seed --executor "
+        "--eval-text --no-eval --eval-tokens --json"
+    ),
+    "calibrate": "--output --model --text --nulls --max-tokens --seed --device --no-fp16 --json",
+    "export": "folder --to --output",
+}
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_the_flags_of_the_command_line_are_frozen(command: str) -> None:
+    commands = getattr(typer.main.get_command(app), "commands")  # noqa: B009  # click's own type
+    flags = [flag for parameter in commands[command].params for flag in parameter.opts]
+    assert [flag for flag in flags if flag != "--help"] == FLAGS[command].split()
