@@ -79,7 +79,7 @@ def run(
 ) -> int:
     """Compare routing configurations on prompts; goes on where an earlier run stopped."""
     surroundings = context.obj
-    chosen = _choose(surroundings, config, _items(configs), _items(prompts))
+    chosen = choose(surroundings, config, split_items(configs), split_items(prompts))
     values: dict[str, Any] = {
         "model": model,
         "output": output,
@@ -101,18 +101,19 @@ def run(
     outcome = _run(values, surroundings)
     if isinstance(outcome, int):
         return outcome
-    _print_outcome(outcome, as_json)
+    if as_json:
+        _print_outcome(outcome)
     return outcome.exit_code
 
 
-def _items(text: str | None) -> list[str] | None:
+def split_items(text: str | None) -> list[str] | None:
     """Split a comma-separated option; None stays None."""
     if text is None:
         return None
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
-def _choose(
+def choose(
     surroundings: Surroundings,
     config: Path | None,
     config_names: Sequence[str] | None,
@@ -183,11 +184,7 @@ def _hooks(surroundings: Surroundings) -> Hooks:
     )
 
 
-def _print_outcome(outcome: RunOutcome, as_json: bool) -> None:
-    for problem in outcome.problems:
-        typer.echo(f"bh-routing: {problem}", err=True)
-    if not as_json:
-        return
+def _print_outcome(outcome: RunOutcome) -> None:
     experts: dict[str, list[float]] = {}
     for record in outcome.records:
         if record.status == "ok":

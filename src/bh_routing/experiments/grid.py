@@ -98,7 +98,7 @@ def attempt(
         )
         release_memory()
     name = f"{cell.named_rule.name} on {shorten(cell.prompt.text)!r}"
-    log.error("failed: %s: %s", name, problem)
+    log.warning("%s failed: %s", name, problem)
     return failed_experiment(cell.named_rule, cell.prompt, problem)
 
 

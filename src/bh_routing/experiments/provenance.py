@@ -27,7 +27,6 @@ def collect_provenance(seed: int) -> dict[str, Any]:
         **{name: metadata.version(name) for name in ("torch", "transformers", "numpy")},
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
         "git_revision": git_revision(Path(bh_routing.__file__).parent),
         "seed": seed,
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),

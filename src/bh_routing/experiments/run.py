@@ -10,9 +10,8 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bh_routing.errors import BHRoutingError, InputError
 from bh_routing.experiments.calibrating import (
@@ -32,6 +31,7 @@ from bh_routing.experiments.provenance import (
 from bh_routing.experiments.run_log import FILE_ONLY, RunLog
 from bh_routing.experiments.spec import NamedRule, RunSpec, make_rules, resolved, shorten
 from bh_routing.experiments.store import ResultStore
+from bh_routing.experiments.threads import choose_threads, torch_threads
 from bh_routing.models.discovery import ModelFacts, describe_model
 from bh_routing.models.load import load_model
 from bh_routing.models.routing import route
@@ -77,25 +77,23 @@ class RunOutcome:
         return 1 if self.problems else 0
 
 
+class _Loaded(NamedTuple):
+    """A model that was loaded for a run."""
+
+    model: Any
+    tokenizer: Any
+    facts: ModelFacts
+    seconds: float
+    threads: int
+
+
 class _Prepared:
     """What a run needs before its first experiment; making one writes nothing."""
 
-    def __init__(self, spec: RunSpec, store: ResultStore) -> None:
-        start = time.perf_counter()
+    def __init__(self, spec: RunSpec, store: ResultStore, loaded: _Loaded) -> None:
+        self.loaded = loaded
+        self.facts = loaded.facts
         self.rules = make_rules(spec.configs)
-        loaded = load_model(spec.model, device=spec.device, dtype=spec.dtype)
-        self.facts = describe_model(loaded.model)
-        self.load_sec = time.perf_counter() - start
-        log.info(
-            "loaded %s: %d layers with %d experts, top-%d, %s on %s, in %.1f s",
-            spec.model,
-            self.facts.num_layers,
-            self.facts.num_experts,
-            self.facts.model_top_k,
-            self.facts.dtype,
-            self.facts.device,
-            self.load_sec,
-        )
         check_prompts(spec, loaded.tokenizer, self.facts)
         _check_rules(self.rules, self.facts)
         store.check(self._identity(spec, None))
@@ -104,10 +102,10 @@ class _Prepared:
             spec, self.rules, loaded.model, loaded.tokenizer, store.stored
         )
         self.calibrate_sec = time.perf_counter() - start
-        self.subject = Subject(loaded.model, loaded.tokenizer, self.calibration.calibration)
+        calibration = self.calibration.calibration
+        self.subject = Subject(loaded.model, loaded.tokenizer, calibration)
         for named in self.rules:
             _check_routing(self.subject, named)
-        calibration = self.calibration.calibration
         self.identity = self._identity(spec, calibration.fingerprint if calibration else None)
         self.grid = make_grid(self.rules, spec.prompts)
 
@@ -144,26 +142,50 @@ def run(spec: RunSpec, hooks: Hooks | None = None) -> RunOutcome:
             spec.output, resume=spec.resume, checkpoint_interval=spec.checkpoint_interval
         ) as store,
     ):
-        prepared = _Prepared(spec, store)
-        store.begin(
-            prepared.identity, _document(spec, prepared, store), [c.key for c in prepared.grid]
-        )
-        run_log.write_to(spec.output / LOG)
-        try:
-            return _run_begun(spec, prepared, store, hooks or Hooks(), start)
-        except KeyboardInterrupt:
-            done = sum(record.status == STATUS_OK for record in store.records)
-            log.warning(
-                "interrupted: %d of %d experiments are finished and kept in %s; the same command "
-                "goes on from there",
-                done,
-                len(prepared.grid),
-                spec.output,
-            )
-            raise
-        except BHRoutingError as error:
-            log.error("%s", error, extra=FILE_ONLY)
-            raise
+        loaded = _load(spec)
+        with torch_threads(loaded.threads):
+            prepared = _Prepared(spec, store, loaded)
+            keys = [cell.key for cell in prepared.grid]
+            store.begin(prepared.identity, _document(spec, prepared, store), keys)
+            run_log.write_to(spec.output / LOG)
+            try:
+                return _run_begun(spec, prepared, store, hooks or Hooks(), start)
+            except KeyboardInterrupt:
+                _say_how_to_go_on(spec, prepared, store)
+                raise
+            except BHRoutingError as error:
+                log.error("%s", error, extra=FILE_ONLY)
+                raise
+
+
+def _load(spec: RunSpec) -> _Loaded:
+    start = time.perf_counter()
+    model, tokenizer = load_model(spec.model, device=spec.device, dtype=spec.dtype)
+    facts = describe_model(model)
+    seconds = time.perf_counter() - start
+    threads = choose_threads(model.device, facts.num_parameters)
+    log.info(
+        "loaded %s: %d layers with %d experts, top-%d, %s on %s (threads: %d), in %.1f s",
+        spec.model,
+        facts.num_layers,
+        facts.num_experts,
+        facts.model_top_k,
+        facts.dtype,
+        facts.device,
+        threads,
+        seconds,
+    )
+    return _Loaded(model, tokenizer, facts, seconds, threads)
+
+
+def _say_how_to_go_on(spec: RunSpec, prepared: _Prepared, store: ResultStore) -> None:
+    log.warning(
+        "interrupted: %d of %d experiments are finished and kept in %s; the same command goes on "
+        "from there",
+        sum(record.status == STATUS_OK for record in store.records),
+        len(prepared.grid),
+        spec.output,
+    )
 
 
 def _run_begun(
@@ -183,7 +205,7 @@ def _run_begun(
     num_run = run_grid(prepared.subject, prepared.rules, grid, spec.max_tokens, store)
     store.flush()
     timing = {
-        "load_sec": prepared.load_sec,
+        "load_sec": prepared.loaded.seconds,
         "calibrate_sec": prepared.calibrate_sec,
         # Of experiments that an earlier session finished, only their own time is known.
         "experiments_sec": earlier_sec + time.perf_counter() - phase_start,
@@ -198,6 +220,8 @@ def _run_begun(
         if record.status != STATUS_OK
     ]
     problems += conclude(spec.output, hooks)
+    for problem in problems:
+        log.error("%s", problem)
     timing["total_sec"] = earlier_sec + time.perf_counter() - start
     store.update_document({"timing": timing})
     log.info(
@@ -232,7 +256,6 @@ def conclude(folder: Path, hooks: Hooks) -> list[str]:
             log.exception("%s failed", what, extra=FILE_ONLY)
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             problems.append(f"{what} failed ({reason}); the results in {folder} are complete")
-            log.error("%s", problems[-1])
             return None
 
     if hooks.load is None:
@@ -294,7 +317,7 @@ def _document(spec: RunSpec, prepared: _Prepared, store: ResultStore) -> dict[st
     """Content of run.json before the first experiment."""
     facts = asdict(prepared.facts)
     stored = store.stored.document if store.stored is not None else {}
-    provenance = collect_provenance(spec.seed)
+    provenance = {**collect_provenance(spec.seed), "threads": prepared.loaded.threads}
     return {
         "schema_version": prepared.identity.schema_version,
         "spec": resolved(spec, prepared.rules),
@@ -319,8 +342,7 @@ def _document(spec: RunSpec, prepared: _Prepared, store: ResultStore) -> dict[st
 
 def _announce(spec: RunSpec, prepared: _Prepared, store: ResultStore, num_reused: int) -> None:
     log.info(
-        "%s: %d configurations on %d prompts, %d tokens each, into %s",
-        datetime.now(UTC).isoformat(timespec="seconds"),
+        "%d configurations on %d prompts, %d tokens each, into %s",
         len(prepared.rules),
         len(spec.prompts),
         spec.max_tokens,
