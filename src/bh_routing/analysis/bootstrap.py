@@ -6,7 +6,9 @@ Axes: D documents, G clusters, R rules (columns), B resamples.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, Literal, NamedTuple
 
 import numpy as np
@@ -20,6 +22,10 @@ Method = Literal["studentized", "bca", "percentile"]
 Floats = NDArray[np.float64]
 
 RESAMPLES: Final = 10_000
+_CHUNK_CELLS: Final = 2_000_000
+"""Cells of the resamples held at a time: 16 MB, however many clusters there are."""
+_UNDEFINED_SHARE: Final = 0.02
+"""Resamples without any spread leave t undefined; more of them than this and no tail is known."""
 SPREAD_FLOOR: Final = 1e-12
 """A standard error below this share of the estimate is rounding, not variation."""
 
@@ -99,13 +105,19 @@ class ClusterBootstrap:
         check_confidence(confidence)
         tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
         if method == "studentized":
-            high_R, low_R = self.estimate_R - np.quantile(self.t_BR, tails, axis=0) * self.se_R
+            with np.errstate(invalid="ignore"):  # between two infinite t; not known below
+                t_2R = np.quantile(self.t_BR, tails, axis=0)
+                high_R, low_R = self.estimate_R - t_2R * self.se_R
         elif method == "percentile":
             low_R, high_R = np.quantile(self.ratios_BR, tails, axis=0)
         else:
             low_R, high_R = self._bca(tails)
-        known_R = (self.se_R > 0) & np.isfinite(low_R) & np.isfinite(high_R)
+        known_R = self._is_known_R()
         return Ends(np.where(known_R, low_R, np.nan), np.where(known_R, high_R, np.nan))
+
+    def _is_known_R(self) -> NDArray[np.bool_]:
+        undefined_R = (~np.isfinite(self.t_BR)).mean(axis=0)
+        return np.asarray((self.se_R > 0) & (undefined_R <= _UNDEFINED_SHARE))
 
     def _bca(self, tails: Floats) -> Floats:
         # Ties count half, as in scipy: a resample may repeat the sample itself.
@@ -142,7 +154,7 @@ class ClusterBootstrap:
             t_R = (self.estimate_R - value) / self.se_R
         beyond_BR = self.t_BR <= t_R if from_below else self.t_BR >= t_R
         p_R = (1 + beyond_BR.sum(axis=0)) / (len(self.t_BR) + 1)
-        return np.where(self.se_R > 0, p_R, np.nan)
+        return np.where(self._is_known_R(), p_R, np.nan)
 
 
 def cluster_bootstrap(
@@ -174,13 +186,25 @@ def cluster_bootstrap(
     num_clusters = len(sums.weights_G)
     if num_clusters < 2:
         raise InputError(f"resampling needs at least 2 clusters, got {num_clusters}")
-    rng = np.random.default_rng(seed)
-    uniform = np.full(num_clusters, 1 / num_clusters)
-    drawn_BG = rng.multinomial(num_clusters, uniform, size=resamples).astype(np.float64)
     y_GR, w_G = sums.values_GR, sums.weights_G
     estimate_R = y_GR.sum(axis=0) / w_G.sum()
-    # Centred: then the squares below don't cancel when the spread is small beside the ratio.
+    # Centred: then squares don't cancel when the spread is small beside the ratio.
     y_GR = y_GR - estimate_R * w_G[:, None]
+    parts = [_resample(y_GR, w_G, drawn_BG) for drawn_BG in _draws(num_clusters, resamples, seed)]
+    shift_BR, t_BR = (np.concatenate(column) for column in zip(*parts, strict=True))
+    others_GR = y_GR.sum(axis=0) - y_GR
+    return ClusterBootstrap(
+        estimate_R=estimate_R,
+        se_R=cluster_standard_error(sums),
+        ratios_BR=estimate_R + shift_BR,
+        t_BR=t_BR,
+        jackknife_GR=estimate_R + others_GR / (w_G.sum() - w_G)[:, None],
+    )
+
+
+def _resample(y_GR: Floats, w_G: Floats, drawn_BG: Floats) -> tuple[Floats, Floats]:
+    """Shift of the ratio and its t in each resample, from centred values."""
+    num_clusters = len(w_G)
     total_B1 = (drawn_BG @ w_G)[:, None]
     shift_BR = (drawn_BG @ y_GR) / total_B1
     squares_BR = (
@@ -192,11 +216,29 @@ def cluster_bootstrap(
     error_BR = np.sqrt(scale * np.maximum(squares_BR, 0.0)) / total_B1
     with np.errstate(invalid="ignore", divide="ignore"):
         t_BR = np.where(shift_BR == 0, 0.0, shift_BR / error_BR)
-    others_GR = y_GR.sum(axis=0) - y_GR
-    return ClusterBootstrap(
-        estimate_R=estimate_R,
-        se_R=cluster_standard_error(sums),
-        ratios_BR=estimate_R + shift_BR,
-        t_BR=t_BR,
-        jackknife_GR=estimate_R + others_GR / (w_G.sum() - w_G)[:, None],
-    )
+    return shift_BR, t_BR
+
+
+def _draws(num_clusters: int, resamples: int, seed: int) -> Iterable[Floats]:
+    """How often each resample drew each cluster, in chunks of rows."""
+    if num_clusters * resamples <= _CHUNK_CELLS:
+        return _small_draws(num_clusters, resamples, seed)
+    return _fresh_draws(num_clusters, resamples, seed)
+
+
+@lru_cache(maxsize=8)
+def _small_draws(num_clusters: int, resamples: int, seed: int) -> tuple[Floats, ...]:
+    # A table asks for the same draws for every rule and metric; making them is most of the work.
+    draws = tuple(_fresh_draws(num_clusters, resamples, seed))
+    for drawn_BG in draws:
+        drawn_BG.setflags(write=False)
+    return draws
+
+
+def _fresh_draws(num_clusters: int, resamples: int, seed: int) -> Iterator[Floats]:
+    rng = np.random.default_rng(seed)
+    uniform = np.full(num_clusters, 1 / num_clusters)
+    rows = max(1, _CHUNK_CELLS // num_clusters)
+    for start in range(0, resamples, rows):
+        size = min(rows, resamples - start)
+        yield rng.multinomial(num_clusters, uniform, size=size).astype(np.float64)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
@@ -69,7 +69,7 @@ def analyze_quality(
         InputError: as `quality_table`.
     """
     by_rule = _by_rule(records)
-    rows = quality_table(records_of(by_rule), options)
+    rows = _table(by_rule, options)
     tokens = {row.tokens for row in rows}
     notes = []
     if len(tokens) > 1:
@@ -117,7 +117,13 @@ def quality_table(
     Raises:
         InputError: a configuration has no scored token, or the margin isn't above 0.
     """
-    rows = [_row(name, own, options) for name, own in _by_rule(records).items()]
+    return _table(_by_rule(records), options)
+
+
+def _table(
+    by_rule: Mapping[str, Sequence[QualityRecord]], options: QualityOptions
+) -> list[QualityRow]:
+    rows = [_row(name, own, options) for name, own in by_rule.items()]
     p = holm([row.p for row in rows])
     p_exploratory = benjamini_hochberg_exploratory([row.p for row in rows])
     harm_p = holm([row.non_inferiority_p for row in rows])
@@ -130,11 +136,6 @@ def quality_table(
         )
         for i, row in enumerate(rows)
     ]
-
-
-def records_of(by_rule: dict[str, list[QualityRecord]]) -> list[QualityRecord]:
-    """Put the records of all rules into one list again."""
-    return [record for own in by_rule.values() for record in own]
 
 
 def _by_rule(records: Iterable[QualityRecord]) -> dict[str, list[QualityRecord]]:
@@ -153,77 +154,100 @@ def _by_rule(records: Iterable[QualityRecord]) -> dict[str, list[QualityRecord]]
 
 
 def _row(name: str, records: Sequence[QualityRecord], options: QualityOptions) -> QualityRow:
-    layers = len(records[0].expert_counts)
     estimate = _estimate(
         records,
         [
-            [r.nll_sum - r.top_k_nll_sum, r.kl_sum, r.same_top1, r.nll_sum, r.delta_p_sum,
-             r.delta_p_square_sum, r.experts_sum / layers, r.top_k_nll_sum]
+            [
+                r.nll_sum - r.top_k_nll_sum,
+                r.kl_sum,
+                r.same_top1,
+                r.nll_sum,
+                r.top_k_nll_sum,
+                r.delta_p_sum,
+                r.delta_p_square_sum,
+                r.experts_sum * r.tokens / r.units,
+            ]
             for r in records
         ],
         [r.tokens for r in records],
         options,
-    )  # fmt: skip
-    delta, kl, same, nll, delta_p, square, experts, top_k_nll = estimate.estimate_R.tolist()
+    )
+    _, kl, same, nll, top_k_nll, delta_p, delta_p_square, experts = estimate.estimate_R.tolist()
     low, high = (ends.tolist() for ends in estimate.interval(CONFIDENCE))
-    low_90 = float(estimate.interval(0.90).low_R[0])
-    harm = non_inferiority(estimate, options.margin)
-    upper = float(harm.upper_R[0])
-    se = float(estimate.se_R[0])
-    tokens = int(sum(r.tokens for r in records))
-    overlap_L = _total(records, "jaccard_sum") / tokens
-    histogram = _total(records, "kl_histogram")
-    kl_max = max(r.kl_max for r in records)
-    median, p95, p99 = (histogram_quantile(histogram, q, kl_max) for q in (0.5, 0.95, 0.99))
     row = QualityRow(
         config_name=name,
         is_reference=False,
         mean_experts=experts,
-        tokens=tokens,
+        tokens=sum(r.tokens for r in records),
         documents=estimate.num_documents,
         clusters=estimate.num_clusters,
         nll=nll,
         top_k_nll=top_k_nll,
-        delta_nll=delta,
-        delta_nll_low=low[0],
-        delta_nll_high=high[0],
-        delta_nll_se=se,
-        p=float(estimate.p_different(0.0)[0]),
-        p_corrected=math.nan,
-        p_exploratory=math.nan,
         perplexity=_exp(nll),
-        perplexity_ratio=_exp(delta),
-        perplexity_ratio_low=_exp(low[0]),
-        perplexity_ratio_high=_exp(high[0]),
         kl_mean=kl,
         kl_mean_low=low[1],
         kl_mean_high=high[1],
-        kl_median=median,
-        kl_p95=p95,
-        kl_p99=p99,
-        kl_max=kl_max,
         same_top1_share=same,
         same_top1_share_low=low[2],
         same_top1_share_high=high[2],
         mean_delta_p=delta_p,
-        rms_delta_p=math.sqrt(square),
-        margin=options.margin,
-        delta_nll_upper=upper,
-        non_inferior=bool(harm.is_non_inferior_R[0]),
-        non_inferiority_p=float(harm.p_R[0]),
-        non_inferiority_p_corrected=math.nan,
-        verdict=_verdict(low_90, upper, options.margin),
-        minimum_detectable_delta_nll=minimum_detectable_effect(se, estimate.num_clusters),
-        top_k_overlap=float(overlap_L.mean()),
-        top_k_overlap_by_layer=tuple(overlap_L.tolist()),
-        experts_by_layer=tuple((_total(records, "expert_counts").sum(axis=1) / tokens).tolist()),
+        rms_delta_p=math.sqrt(delta_p_square),
         by_position=_by_position(records, options),
         by_domain=_by_domain(records, options),
         method=estimate.method,
         note=_note(estimate),
+        **_difference(estimate, options.margin),
+        **_divergence_tail(records),
+        **_experts(records),
     )
     same_everywhere = all(r.kl_max == 0 and r.nll_sum == r.top_k_nll_sum for r in records)
     return _as_reference(row) if same_everywhere else row
+
+
+def _difference(estimate: RatioEstimate, margin: float) -> dict[str, Any]:
+    """The fields about delta_nll, which is the first column of the estimate."""
+    delta, se = float(estimate.estimate_R[0]), float(estimate.se_R[0])
+    low, high = (float(end[0]) for end in estimate.interval(CONFIDENCE))
+    harm = non_inferiority(estimate, margin)
+    upper, low_90 = float(harm.upper_R[0]), float(estimate.interval(0.90).low_R[0])
+    return {
+        "delta_nll": delta,
+        "delta_nll_low": low,
+        "delta_nll_high": high,
+        "delta_nll_se": se,
+        "p": float(estimate.p_different(0.0)[0]),
+        "p_corrected": math.nan,
+        "p_exploratory": math.nan,
+        "perplexity_ratio": _exp(delta),
+        "perplexity_ratio_low": _exp(low),
+        "perplexity_ratio_high": _exp(high),
+        "margin": margin,
+        "delta_nll_upper": upper,
+        "non_inferior": bool(harm.is_non_inferior_R[0]),
+        "non_inferiority_p": float(harm.p_R[0]),
+        "non_inferiority_p_corrected": math.nan,
+        "verdict": _verdict(low_90, upper, margin),
+        "minimum_detectable_delta_nll": minimum_detectable_effect(se, estimate.num_clusters),
+    }
+
+
+def _divergence_tail(records: Sequence[QualityRecord]) -> dict[str, Any]:
+    histogram = _total(records, "kl_histogram")
+    kl_max = max(r.kl_max for r in records)
+    levels = {"kl_median": 0.5, "kl_p95": 0.95, "kl_p99": 0.99}
+    quantiles = {name: histogram_quantile(histogram, q, kl_max) for name, q in levels.items()}
+    return quantiles | {"kl_max": kl_max}
+
+
+def _experts(records: Sequence[QualityRecord]) -> dict[str, Any]:
+    tokens = sum(r.tokens for r in records)
+    overlap_L = _total(records, "jaccard_sum") / tokens
+    kept_L = _total(records, "expert_counts").sum(axis=1) / tokens
+    return {
+        "top_k_overlap": float(overlap_L.mean()),
+        "top_k_overlap_by_layer": tuple(overlap_L.tolist()),
+        "experts_by_layer": tuple(kept_L.tolist()),
+    }
 
 
 def _as_reference(row: QualityRow) -> QualityRow:
@@ -263,9 +287,13 @@ def _verdict(low_90: float, upper: float, margin: float) -> str:
 
 
 def _note(estimate: RatioEstimate) -> str:
-    if not estimate.note and not estimate.se_R[0] > 0:
+    if estimate.note:
+        return estimate.note
+    if not estimate.se_R[0] > 0:
         return "Every document shows the same difference: with no spread there is no test."
-    return estimate.note
+    if math.isnan(float(estimate.interval(CONFIDENCE).low_R[0])):
+        return "Too few documents carry the whole difference: no interval and no test."
+    return ""
 
 
 def _estimate(
