@@ -9,15 +9,15 @@ EXTRAS := dev
 # One thread a process: the tests run in $(WORKERS) processes, and the demo model is too small
 # for threads to pay.
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
-PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 10
 
-.PHONY: setup demo test test-full check clean
+.PHONY: setup demo test test-full check lint clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
-		for python in $(PYTHON) python3.11 python3.12 python3.13 python3.14 python3 python; do \
+		found=; for python in $(PYTHON) python3.11 python3.12 python3.13 python3.14 python3 python; do \
 			if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
 				>/dev/null 2>&1; then found=$$python; break; fi; \
 		done; \
@@ -34,18 +34,23 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/bh-routing run --model demo --output results
 
-check: $(STAMP)
+lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check: lint
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/test_architecture.py
 
-test: check
+# The architecture test is among the tests.
+test: lint
 	$(PYTEST)
 
-test-full: check
-	$(PYTEST)
-	$(PYTEST) -m 'full or gpu'
+# Every tier; the output is kept, with its date and machine.
+test-full: SHELL := /bin/bash
+test-full: .SHELLFLAGS := -o pipefail -c
+test-full: lint
+	{ date -u '+%Y-%m-%d %H:%M UTC'; uname -srm; $(PYTEST) -m ''; } 2>&1 | tee benchmarks/test_full.txt
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,11 +11,21 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 from typing import Any
 
 import pytest
+import torch
 
 from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.models.load import LoadedModel, load_model
 from bh_routing.nulls.calibration import Calibration
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu where there is none, so that `make test-full` runs anywhere."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")
