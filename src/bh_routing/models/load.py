@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from huggingface_hub import constants
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -68,7 +69,7 @@ def load_model(name: str, *, device: DeviceName = "auto", dtype: DtypeName = "au
         )
     except ModelError:
         raise
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(_explain(name, options, error)) from error
     if len(tokenizer) > config.vocab_size:
         raise ModelError(
@@ -110,6 +111,8 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def _is_folder(source: str) -> bool:
+    if not source.strip():
+        raise ModelError("the model's name is empty; give one, for example --model demo")
     path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
