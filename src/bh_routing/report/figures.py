@@ -16,7 +16,7 @@ from bh_routing.records import PLOTS, SUMMARY_JSON
 from bh_routing.report import findings
 from bh_routing.report.bars import BarPlot, draw_bars
 from bh_routing.report.files import read_json
-from bh_routing.report.quality import margin_of, quality_rows
+from bh_routing.report.quality import margin_of, quality_rows, with_quality
 from bh_routing.report.quality_plot import QUALITY_PLOT, draw_quality
 from bh_routing.report.scatter import draw_categories, draw_experts_vs_latency
 from bh_routing.report.style import look, new_figure, save, set_title
@@ -45,7 +45,8 @@ def create_visualizations(
         InputError: a needed column is missing.
     """
     folder = Path(output_dir)
-    summary = read_json(folder / SUMMARY_JSON) if summary is None else summary
+    given = read_json(folder / SUMMARY_JSON) if summary is None else summary
+    known = with_quality(given, folder)
     table = experiments_of(results)
     plots: dict[str, Callable[[], Figure]] = {
         EXPERTS_PLOT: lambda: _experts(table),
@@ -54,9 +55,9 @@ def create_visualizations(
         CATEGORY_PLOT: lambda: draw_categories(table),
         LATENCY_PLOT: lambda: draw_experts_vs_latency(table),
     }
-    quality = quality_rows(summary)
+    quality = quality_rows(known)
     if quality:
-        plots = {QUALITY_PLOT: lambda: draw_quality(quality, margin_of(summary))} | plots
+        plots = {QUALITY_PLOT: lambda: draw_quality(quality, margin_of(known))} | plots
     paths = []
     for name, draw in plots.items():
         with look():

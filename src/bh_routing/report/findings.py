@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from bh_routing.analysis.paired import MeanInterval, mean_interval
+from bh_routing.analysis.estimates import MeanInterval, mean_interval
 from bh_routing.report.quality import QualityRow, reference_at
 from bh_routing.report.table import Experiments
 from bh_routing.report.text import cut_middle, listed, number, plain, signed_percent

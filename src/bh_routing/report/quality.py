@@ -7,14 +7,21 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+from bh_routing.analysis.estimates import NON_INFERIORITY_MARGIN
+from bh_routing.analysis.quality import analyze_quality
+from bh_routing.analysis.quality_records import read_quality
+from bh_routing.records import QUALITY_JOURNAL
 from bh_routing.report.text import as_float
+
+_STATIC = re.compile(r"(?:^|[^a-z])top_?k(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QualityRow:
-    """One configuration on the evaluation text, against the model's own top-k."""
+    """One configuration on the evaluation text, against the model's own top-k; NaN is unknown."""
 
     name: str
     mean_experts: float
@@ -25,73 +32,115 @@ class QualityRow:
     """NLL of the configuration minus that of the model's own top-k, nats a token."""
     low: float
     high: float
+    upper: float
+    """One-sided 95 % upper bound of delta_nll."""
     perplexity_ratio: float
+    ratio_low: float
+    ratio_high: float
     kl_mean: float
     kl_p99: float
     same_top1_share: float
+    rms_delta_p: float
+    top_k_overlap: float
+    p_corrected: float
+    detectable: float
+    """delta_nll that a test on as many documents would find four times in five."""
+    early: float
+    """delta_nll on early positions of a window."""
+    late: float
+    verdict: str
+    is_reference: bool
+    """Whether every token came out as under the model's own top-k."""
     note: str
 
     @property
     def is_static(self) -> bool:
-        """Whether it is a fixed number of experts: part of the reference curve."""
-        return re.match(r"top_?k(?![a-z])", self.name, re.IGNORECASE) is not None
-
-    @property
-    def is_reference(self) -> bool:
-        """Whether it is the model's own top-k itself."""
-        return self.is_static and self.delta_nll == 0 and not (self.low < 0 or self.high > 0)
+        """Whether it keeps a fixed number of experts: a point of the reference curve."""
+        return _STATIC.search(self.name) is not None
 
 
 def quality_rows(summary: Mapping[str, Any] | None) -> list[QualityRow]:
     """Read the quality records of a summary; empty if quality was not measured."""
-    quality = (summary or {}).get("quality")
-    records = quality.get("rules") if isinstance(quality, Mapping) else quality
-    if isinstance(records, Mapping):
-        records = [{"config_name": name} | dict(record) for name, record in records.items()]
+    records = _block(summary).get("rules")
     rows = [_row(record) for record in records or [] if isinstance(record, Mapping)]
     return [row for row in rows if math.isfinite(row.delta_nll)]
 
 
+def with_quality(summary: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """Add the quality block to a summary that lacks it, from the scored documents in the folder.
+
+    A user's own analysis may return a summary without one; quality still comes first.
+    """
+    scored = folder / QUALITY_JOURNAL
+    if summary.get("quality") is not None or not scored.is_file():
+        return summary
+    records = read_quality(scored)
+    return {**summary, "quality": analyze_quality(records)} if records else summary
+
+
 def margin_of(summary: Mapping[str, Any] | None) -> float:
-    """The non-inferiority margin in nats; ln 1.01 unless the summary names another."""
-    quality = (summary or {}).get("quality")
-    margin = as_float(quality.get("margin")) if isinstance(quality, Mapping) else math.nan
-    return margin if math.isfinite(margin) else math.log(1.01)
+    """The non-inferiority margin in nats; the usual one unless the summary names another."""
+    margin = as_float(_block(summary).get("margin"))
+    return margin if margin > 0 else NON_INFERIORITY_MARGIN
 
 
 def reference_at(rows: list[QualityRow], mean_experts: float) -> float:
-    """ΔNLL of static top-k at this mean, on the line between its neighbours; NaN outside.
+    """The delta_nll of static top-k at this mean, on the line between its neighbours.
 
-    Between k and k + 1 the line is what mixing the two at random by token gives on average.
+    Between k and k + 1 the line is what mixing the two at random by token gives. NaN outside the
+    numbers of experts that were scored.
     """
-    curve = sorted((r.mean_experts, r.delta_nll) for r in rows if r.is_static)
+    curve = sorted((row.mean_experts, row.delta_nll) for row in rows if row.is_static)
     for (x0, y0), (x1, y1) in pairwise(curve):
-        if x0 <= mean_experts <= x1 and x1 > x0:
+        # Wider gaps aren't bridged: the curve bends, and a chord would flatter whatever is above.
+        if x0 <= mean_experts <= x1 and 0 < x1 - x0 <= 1.0 + 1e-9:
             return y0 + (y1 - y0) * (mean_experts - x0) / (x1 - x0)
     return math.nan
 
 
+def _block(summary: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    quality = (summary or {}).get("quality")
+    return quality if isinstance(quality, Mapping) else {}
+
+
 def _row(record: Mapping[str, Any]) -> QualityRow:
-    numbers = {
-        name: as_float(record.get(name))
-        for name in (
-            "mean_experts",
-            "tokens",
-            "documents",
-            "nll",
-            "delta_nll",
-            "perplexity_ratio",
-            "kl_mean",
-            "kl_p99",
-            "same_top1_share",
-        )
-    }
-    if not math.isfinite(numbers["perplexity_ratio"]):
-        numbers["perplexity_ratio"] = math.exp(min(numbers["delta_nll"], 50.0))
+    def value(name: str) -> float:
+        return as_float(record.get(name))
+
+    def part(name: str) -> float:
+        by_position = record.get("by_position")
+        found = by_position.get(name) if isinstance(by_position, Mapping) else None
+        return as_float(found.get("delta_nll")) if isinstance(found, Mapping) else math.nan
+
+    delta = value("delta_nll")
     return QualityRow(
         name=str(record.get("config_name", "")),
-        low=as_float(record.get("delta_nll_low")),
-        high=as_float(record.get("delta_nll_high")),
+        mean_experts=value("mean_experts"),
+        tokens=value("tokens"),
+        documents=value("documents"),
+        nll=value("nll"),
+        delta_nll=delta,
+        low=value("delta_nll_low"),
+        high=value("delta_nll_high"),
+        upper=value("delta_nll_upper"),
+        perplexity_ratio=_ratio(record.get("perplexity_ratio"), delta),
+        ratio_low=_ratio(record.get("perplexity_ratio_low"), value("delta_nll_low")),
+        ratio_high=_ratio(record.get("perplexity_ratio_high"), value("delta_nll_high")),
+        kl_mean=value("kl_mean"),
+        kl_p99=value("kl_p99"),
+        same_top1_share=value("same_top1_share"),
+        rms_delta_p=value("rms_delta_p"),
+        top_k_overlap=value("top_k_overlap"),
+        p_corrected=value("p_corrected"),
+        detectable=value("minimum_detectable_delta_nll"),
+        early=part("early"),
+        late=part("late"),
+        verdict=str(record.get("verdict") or "unknown"),
+        is_reference=bool(record.get("is_reference", False)),
         note=str(record.get("note") or ""),
-        **numbers,
     )
+
+
+def _ratio(stored: object, delta_nll: float) -> float:
+    ratio = as_float(stored)
+    return ratio if math.isfinite(ratio) else math.exp(min(delta_nll, 50.0))

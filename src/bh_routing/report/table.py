@@ -17,6 +17,8 @@ NEEDED: Final = ("config_name", "prompt_text")
 MEASURES: Final = (
     "avg_experts_per_token",
     "std_experts_per_token",
+    "min_experts",
+    "max_experts",
     "inference_time_sec",
     "num_output_tokens",
     "tokens_per_sec",

@@ -18,7 +18,12 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 CUT_MARK = "…"
 MISSING = "–"
 
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$^=@:-])")
+# What has a meaning inside a line: emphasis, code, links, tables, strikes, formulas.
+_MARKDOWN = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)")
+# What has a meaning at its start only: lists, headings, quotes, rules.
+_MARKDOWN_START = re.compile(r"^(?:[-+=#>]|\d{1,9}(?=[.)](?:\s|$)))")
+# GitHub links addresses, mentions and issue numbers by itself, and has no backslash for them.
+_AUTOLINK = re.compile(r"@(?=\w)|:(?=//)|(?<=www)\.|#(?=\d)", re.IGNORECASE)
 _LATEX = {
     "\\": r"\textbackslash{}",
     "&": r"\&",
@@ -33,11 +38,11 @@ _LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
+    '"': "''",
 }
 _LINE_BREAKS = re.compile(r"[\r\n\t\v\f\x1c-\x1e\x85\u2028\u2029]+")
 _FORMULA_START = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%", "＝", "＋", "－", "＠")
-_SPREADSHEET_CELL = 32_767  # characters that one cell of a workbook can hold
+_SPREADSHEET_CELL = 32_767  # UTF-16 units that one cell of a workbook can hold
 
 
 def plain(text: object, limit: int | None = None) -> str:
@@ -80,14 +85,14 @@ def markdown(text: object, limit: int | None = 200) -> str:
         >>> markdown("a|b <script>")
         'a\\\\|b &lt;script&gt;'
     """
-    line = plain(text, limit)
-    return html.escape(_MARKDOWN.sub(_escape_mark, line), quote=False)
+    line = _MARKDOWN.sub(lambda found: "\\" + found[0], plain(text, limit))
+    line = _AUTOLINK.sub(lambda found: f"&#{ord(found[0])};", html.escape(line, quote=False))
+    return _MARKDOWN_START.sub(_escape_start, line)
 
 
-def _escape_mark(match: re.Match[str]) -> str:
-    mark = match.group(1)
-    # GitHub turns addresses, mentions and issue numbers into links, and has no backslash for them.
-    return {"@": "&#64;", ":": "&#58;", "#": "&#35;"}.get(mark, "\\" + mark)
+def _escape_start(found: re.Match[str]) -> str:
+    first = found[0]
+    return first + "\\" if first.isdigit() else "\\" + first
 
 
 def code(text: object, limit: int | None = 60) -> str:
@@ -130,7 +135,9 @@ def spreadsheet(text: object) -> str:
         c for c in raw if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs", "Cn", "Cf")
     )
     risky = raw.startswith(_FORMULA_START) or shown.lstrip(" \n\t\xa0").startswith(_FORMULA_START)
-    return cut("'" + shown if risky else shown, _SPREADSHEET_CELL)
+    units = ("'" + shown if risky else shown).encode("utf-16-le")
+    whole = units[: 2 * _SPREADSHEET_CELL].decode("utf-16-le", errors="ignore")
+    return whole if len(units) <= 2 * _SPREADSHEET_CELL else whole[:-1] + CUT_MARK
 
 
 def for_plot(text: object, limit: int | None = None) -> str:
@@ -202,17 +209,17 @@ def signed_percent(share: object, digits: int = 0) -> str:
 
 
 def p_value(value: object) -> str:
-    """Format a p-value: three decimals, small ones in powers of ten.
+    """Format a p-value: three decimals, small ones with more or in powers of ten.
 
     Example:
-        >>> p_value(0.0321), p_value(2.4e-9)
-        ('0.032', '2e−9')
+        >>> p_value(0.0321), p_value(0.00049), p_value(2.4e-9)
+        ('0.032', '0.0005', '2e−9')
     """
     p = as_float(value)
     if not math.isfinite(p):
         return MISSING
-    if p >= 0.001:
-        return f"{p:.3f}"
+    if p >= 0.0001:
+        return f"{p:.3f}" if p >= 0.001 else f"{p:.4f}"
     if p <= 0:
         return "< 1e−300"
     mantissa, exponent = f"{p:.0e}".split("e")
