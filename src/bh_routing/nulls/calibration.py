@@ -202,10 +202,11 @@ class Calibration:
                 if size >= self.table_capacity
                 else "calibrate on a larger --calibration-text"
             )
+            reach = _rounded_up(self.resolution(null))
+            advice = f"use alpha >= {reach:g}, or {remedy}" if reach < 1 else remedy
             raise CalibrationError(
                 f"alpha {alpha:g} is out of the calibration's reach: its tables of null {null!r} "
-                f"hold {size} scores and {needed} are needed; use alpha >= "
-                f"{_rounded_up(self.resolution(null)):g}, or {remedy}"
+                f"hold {size} scores and {needed} are needed; {advice}"
             )
 
     def _facts(self) -> CalibrationFacts:

@@ -27,7 +27,7 @@ def get_null(name: str) -> Null:
         >>> get_null("gaussian").alpha_is
         'error rate'
     """
-    if name not in NULLS:
+    if not isinstance(name, str) or name not in NULLS:
         raise unknown_name("null", str(name), NULLS)
     return NULLS[name]
 

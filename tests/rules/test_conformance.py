@@ -1,0 +1,179 @@
+"""What every rule must do, checked on every rule of the catalog.
+
+A new rule adds its examples here and is tested by all of this. Axes: T tokens, E experts, K slots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from bh_routing.errors import InputError
+from bh_routing.rules import RULES, BenjaminiHochberg, Rule, TopK, make_rule, rule_to_config
+from tests.rules.proposals import (
+    MODEL_TOP_K,
+    NUM_EXPERTS,
+    context_for,
+    kept_experts,
+    propose,
+    random_logits,
+)
+
+EXAMPLES: dict[str, list[Rule]] = {
+    "top_k": [TopK(1), TopK(3), TopK(8), TopK(12)],
+    "bh": [
+        BenjaminiHochberg(0.05),
+        BenjaminiHochberg(0.01, null="gaussian"),
+        BenjaminiHochberg(0.10, null="gaussian", procedure="by", on_empty="model_k"),
+        BenjaminiHochberg(0.03, temperature=1.5, min_k=2, max_k=10),
+        BenjaminiHochberg(0.05, null="softmax", temperature=0.5),
+        BenjaminiHochberg(0.05, null="pooled", max_k=4, on_empty="model_k"),
+    ],
+}
+EVERY_RULE = pytest.mark.parametrize(
+    "rule", [rule for rules in EXAMPLES.values() for rule in rules], ids=str
+)
+LOGITS_TE = random_logits(200)
+
+
+def test_every_rule_of_the_catalog_has_examples() -> None:
+    assert set(EXAMPLES) == set(RULES)
+    assert all(rule.method == method for method, rules in EXAMPLES.items() for rule in rules)
+
+
+@EVERY_RULE
+def test_a_selector_says_yes_or_no_to_each_slot_and_keeps_at_least_one(rule: Rule) -> None:
+    candidates = propose(LOGITS_TE, rule.num_candidates(MODEL_TOP_K), shuffled=True)
+    keep_TK = rule.bind(context_for(rule))(candidates)
+    assert keep_TK.dtype == torch.bool
+    assert keep_TK.shape == candidates.top_k_index_TK.shape
+    assert bool(keep_TK.any(dim=-1).all())
+
+
+@EVERY_RULE
+def test_the_same_token_is_decided_alike_alone_and_in_any_batch(rule: Rule) -> None:
+    candidates = propose(LOGITS_TE, rule.num_candidates(MODEL_TOP_K))
+    select = rule.bind(context_for(rule))
+    keep_TK = select(candidates)
+    order_T = torch.randperm(len(LOGITS_TE), generator=torch.Generator().manual_seed(1))
+    shuffled = type(candidates)(*(tensor[order_T] for tensor in candidates))
+    assert torch.equal(select(shuffled), keep_TK[order_T])
+    for token in (0, 7, 199):
+        alone = type(candidates)(*(tensor[token : token + 1] for tensor in candidates))
+        assert torch.equal(select(alone), keep_TK[token : token + 1])
+
+
+@EVERY_RULE
+def test_binding_twice_decides_alike(rule: Rule) -> None:
+    candidates = propose(LOGITS_TE, rule.num_candidates(MODEL_TOP_K))
+    first, second = (rule.bind(context_for(rule))(candidates) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@EVERY_RULE
+def test_the_order_of_the_slots_does_not_matter(rule: Rule) -> None:
+    num_slots = rule.num_candidates(MODEL_TOP_K)
+    select = rule.bind(context_for(rule))
+    in_order, shuffled = (propose(LOGITS_TE, num_slots, shuffled=way) for way in (False, True))
+    assert torch.equal(
+        kept_experts(in_order, select(in_order)), kept_experts(shuffled, select(shuffled))
+    )
+
+
+@EVERY_RULE
+def test_the_kept_slots_are_the_best_by_logit(rule: Rule) -> None:
+    candidates = propose(LOGITS_TE, rule.num_candidates(MODEL_TOP_K))  # best first
+    keep_TK = rule.bind(context_for(rule))(candidates).int()
+    assert bool((keep_TK.diff(dim=-1) <= 0).all())
+
+
+@EVERY_RULE
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_decision_depends_on_values_and_not_on_their_dtype(
+    rule: Rule, dtype: torch.dtype
+) -> None:
+    logits_TE = LOGITS_TE.to(torch.bfloat16)
+    candidates = propose(logits_TE.float(), rule.num_candidates(MODEL_TOP_K))
+    select = rule.bind(context_for(rule))
+    other = candidates._replace(
+        router_logits_TE=logits_TE.to(dtype), top_k_weights_TK=candidates.top_k_weights_TK.to(dtype)
+    )
+    assert torch.equal(select(other), select(candidates))
+
+
+@EVERY_RULE
+def test_selecting_leaves_its_input_as_it_was(rule: Rule) -> None:
+    candidates = propose(LOGITS_TE.clone(), rule.num_candidates(MODEL_TOP_K), shuffled=True)
+    before = [tensor.clone() for tensor in candidates]
+    rule.bind(context_for(rule))(candidates)
+    assert all(torch.equal(a, b) for a, b in zip(before, candidates, strict=True))
+
+
+@EVERY_RULE
+def test_selecting_makes_no_host_sync(rule: Rule) -> None:
+    # A meta tensor has no values: whatever would read one raises.
+    select = rule.bind(context_for(rule, device="meta"))
+    candidates = propose(LOGITS_TE, rule.num_candidates(MODEL_TOP_K))
+    keep_TK = select(type(candidates)(*(tensor.to("meta") for tensor in candidates)))
+    assert keep_TK.is_meta
+
+
+@EVERY_RULE
+def test_a_selector_compiles_into_one_graph(rule: Rule) -> None:
+    candidates = propose(LOGITS_TE, rule.num_candidates(MODEL_TOP_K), shuffled=True)
+    select = rule.bind(context_for(rule))
+    torch.compiler.reset()
+    compiled = torch.compile(select, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(candidates), select(candidates))
+
+
+@EVERY_RULE
+def test_no_tokens_are_no_trouble(rule: Rule) -> None:
+    candidates = propose(torch.empty(0, NUM_EXPERTS), rule.num_candidates(MODEL_TOP_K))
+    assert rule.bind(context_for(rule))(candidates).shape == candidates.top_k_index_TK.shape
+
+
+@EVERY_RULE
+def test_at_least_the_models_own_slots_are_asked_for(rule: Rule) -> None:
+    assert rule.num_candidates(MODEL_TOP_K) >= MODEL_TOP_K
+    assert rule.num_candidates(2) >= 2
+
+
+@EVERY_RULE
+def test_a_rule_survives_its_configuration(rule: Rule) -> None:
+    config = rule_to_config(rule)
+    assert config["method"] == rule.method
+    assert make_rule(config | {"description": "anything"}) == rule
+
+
+@EVERY_RULE
+def test_a_rule_is_frozen_and_can_be_a_key(rule: Rule) -> None:
+    assert {rule: 1}[rule] == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        rule.temperature = 3.0
+
+
+@EVERY_RULE
+def test_more_experts_than_there_are_is_refused_before_any_token(rule: Rule) -> None:
+    rule.check(num_experts=NUM_EXPERTS, model_top_k=MODEL_TOP_K)
+    if rule == TopK(1):
+        return
+    with pytest.raises(InputError, match="at most the 2 experts of a layer"):
+        rule.check(num_experts=2, model_top_k=1)
+
+
+@EVERY_RULE
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("weights", "renormalise"),
+        ("temperature", 0.0),
+        ("temperature", "hot"),
+        ("temperature_weights", "rough"),
+    ],
+)
+def test_a_mixture_out_of_range_is_refused(rule: Rule, field: str, value: object) -> None:
+    with pytest.raises(InputError, match=f"{field}.*{value}"):
+        make_rule(rule_to_config(rule) | {field: value})
