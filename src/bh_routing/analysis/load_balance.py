@@ -17,6 +17,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import gammaln
 
+from bh_routing.analysis.uniform_router import (
+    simulate_uniform_router,
+    uniform_cv,
+    uniform_dead_share,
+)
 from bh_routing.errors import InputError
 
 Floats = NDArray[np.float64]
@@ -75,8 +80,8 @@ def measure_load(
 
     The uniform router keeps as many experts of each token as the rule did, any set of them being
     equally likely. A load then has variance sum_t c_t/E (1 - c_t/E), and an expert stays unused
-    with probability prod_t (1 - c_t/E): both exact. The other measures are simulated with loads of
-    exactly those marginals, tied together only through their common sum.
+    with probability prod_t (1 - c_t/E): both exact. The other measures are simulated; max_min_ratio
+    over the simulations that leave no expert unused, NaN if they are fewer than half.
 
     Args:
         expert_counts: [layer][expert], tokens that kept this expert.
@@ -96,7 +101,7 @@ def measure_load(
     num_tokens, num_experts = int(histogram_LC[0].sum()), counts_LE.shape[1]
     kept_C = np.arange(histogram_LC.shape[1])
     kept_L = histogram_LC @ kept_C / num_tokens
-    simulated_SLE = _simulate(histogram_LC, num_experts, simulations, seed)
+    simulated_SLE = simulate_uniform_router(histogram_LC, num_experts, simulations, seed)
     layers, pooled = measures_of(counts_LE, kept_L), measures_of(*_pool(counts_LE, kept_L))
     noise = measures_of(simulated_SLE, kept_L)
     noise_pooled = measures_of(*_pool(simulated_SLE, kept_L))
@@ -156,33 +161,6 @@ def measures_of(loads: Floats, mean_experts: Floats | float) -> dict[str, Floats
         }
 
 
-def uniform_cv(count_histogram: ArrayLike, num_experts: int) -> Floats:
-    """Root of the expected squared CV of each layer's loads under a uniform router: exact.
-
-    Example:
-        >>> uniform_cv([[0, 0, 8]], num_experts=4).round(4).tolist()
-        [0.3536]
-    """
-    histogram_LC = np.asarray(count_histogram, dtype=np.float64)
-    share_C = np.arange(histogram_LC.shape[1]) / num_experts
-    with np.errstate(invalid="ignore"):
-        return np.asarray(
-            np.sqrt(histogram_LC @ (share_C * (1 - share_C))) / (histogram_LC @ share_C)
-        )
-
-
-def uniform_dead_share(count_histogram: ArrayLike, num_experts: int) -> Floats:
-    """Expected share of unused experts of each layer under a uniform router: exact.
-
-    Example:
-        >>> uniform_dead_share([[0, 2]], num_experts=4).tolist()
-        [0.5625]
-    """
-    histogram_LC = np.asarray(count_histogram, dtype=np.float64)
-    free_C = 1 - np.arange(histogram_LC.shape[1]) / num_experts
-    return np.asarray(np.prod(free_C**histogram_LC, axis=1))
-
-
 def mean_distinct_experts(expert_counts: ArrayLike, num_tokens: int, batch: int) -> Floats:
     """Mean number of distinct experts that a step of `batch` random tokens touches, per layer.
 
@@ -224,22 +202,6 @@ def jaccard(intersection: ArrayLike, size: ArrayLike, other_size: ArrayLike) -> 
 
 def _log_binomial(n: Floats | float, k: int) -> Floats:
     return np.asarray(gammaln(np.asarray(n) + 1) - gammaln(k + 1) - gammaln(np.asarray(n) - k + 1))
-
-
-def _simulate(histogram_LC: Floats, num_experts: int, simulations: int, seed: int) -> Floats:
-    """Loads of a uniform router, (S, L, E): binomial marginals, then the exact spread about m."""
-    rng = np.random.default_rng(seed)
-    shape = (simulations, len(histogram_LC), num_experts)
-    counts_SLE = np.zeros(shape)
-    for kept in range(1, histogram_LC.shape[1]):
-        tokens_L = histogram_LC[:, kept].astype(np.int64)
-        if tokens_L.any():
-            counts_SLE += rng.binomial(tokens_L[:, None], kept / num_experts, size=shape)
-    expected_L1 = (histogram_LC @ np.arange(histogram_LC.shape[1]) / num_experts)[:, None]
-    away_SLE = counts_SLE - counts_SLE.mean(axis=-1, keepdims=True)
-    # Independent draws lose 1/E of their variance when centred; the true loads have all of it.
-    loads_SLE = expected_L1 + away_SLE * math.sqrt(num_experts / max(1, num_experts - 1))
-    return np.where(counts_SLE == 0, 0.0, np.maximum(loads_SLE, 0.0))
 
 
 def _pool(loads: Floats, kept_L: Floats) -> tuple[Floats, float]:
