@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from bh_routing.experiments.journal import digest
+from bh_routing.experiments.chained_lines import digest
 from bh_routing.experiments.spec import NamedRule, Prompt
 from bh_routing.records import SCHEMA_VERSION
 from bh_routing.rules.catalog import rule_to_config

@@ -18,6 +18,7 @@ from typing import Any, Final
 from filelock import FileLock, Timeout
 
 from bh_routing.errors import ResultsError
+from bh_routing.experiments.chained_lines import WAYS_OUT
 from bh_routing.experiments.files import (
     TEMPORARY_SUFFIX,
     render_json,
@@ -25,7 +26,7 @@ from bh_routing.experiments.files import (
     write_atomically,
 )
 from bh_routing.experiments.identity import RunIdentity
-from bh_routing.experiments.journal import WAYS_OUT, Entry, JournalContent, JournalWriter
+from bh_routing.experiments.journal import Entry, JournalContent, JournalWriter
 from bh_routing.experiments.stored_run import (
     OWN_NAMES,
     StoredRun,
@@ -246,7 +247,7 @@ class ResultStore:
     def _take_over(
         self, identity: RunIdentity, document: Mapping[str, Any], plan: Sequence[str]
     ) -> None:
-        content, plans, calibration = JournalContent([], 0, 0), [], None
+        content, plans, calibration = JournalContent(), [], None
         if self.stored is not None:
             content = self.stored.content
             plans = [old for old in self.stored.document["plans"] if old != list(plan)]
@@ -261,12 +262,12 @@ class ResultStore:
             "plans": [*plans, self._plan],
         }
         write_atomically(self.folder / RUN_JSON, render_json(self._document))
-        if content.torn_bytes:
+        if content.chain.torn_bytes:
             log.warning(
                 "dropped the unfinished last line of %s (%d bytes): a run was cut off while "
                 "writing it; its experiment runs again",
                 JOURNAL,
-                content.torn_bytes,
+                content.chain.torn_bytes,
             )
         self._entries = list(content.entries)
         self._latest = latest_entries(self._entries)

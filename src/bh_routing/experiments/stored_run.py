@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from bh_routing.errors import ResultsError
+from bh_routing.experiments.chained_lines import WAYS_OUT
 from bh_routing.experiments.files import render_header, render_row
 from bh_routing.experiments.identity import RunIdentity
-from bh_routing.experiments.journal import WAYS_OUT, Entry, JournalContent, read_journal
+from bh_routing.experiments.journal import Entry, JournalContent, read_journal
 from bh_routing.records import (
     CALIBRATION,
     CHECKPOINT,
     JOURNAL,
     LOG,
     PLOTS,
+    QUALITY_JOURNAL,
     REPORT_MD,
     RESULTS_CSV,
     RUN_JSON,
@@ -39,7 +41,7 @@ OWN_NAMES: Final = (
     LOG,
     PLOTS,
     CALIBRATION,
-    "quality.jsonl",
+    QUALITY_JOURNAL,
 )
 """Everything that a run writes into its folder."""
 

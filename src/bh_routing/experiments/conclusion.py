@@ -1,0 +1,69 @@
+"""What is made of the results at the end of a run; a failure here loses none of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from bh_routing.experiments.files import render_json, write_atomically
+from bh_routing.experiments.run_log import FILE_ONLY
+from bh_routing.records import SUMMARY_JSON
+
+log = logging.getLogger(__name__)
+
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hooks:
+    """The reading tower's functions, passed in; None leaves that step out.
+
+    Each gets what `load` returns for the folder.
+    """
+
+    load: Callable[[Path], Any] | None = None
+    """Folder -> table of experiments."""
+    analyze: Callable[[Any], dict[str, Any]] | None = None
+    """Table -> content of analysis_summary.json."""
+    visualize: Callable[[Any, Path], Any] | None = None
+    """Table and folder -> plots in the folder."""
+    report: Callable[[Any, dict[str, Any], Path], Any] | None = None
+    """Table, summary and folder -> REPORT.md in the folder."""
+
+
+def conclude(folder: Path, hooks: Hooks) -> list[str]:
+    """Analyse, draw and report; return a sentence for each step that failed."""
+    problems: list[str] = []
+    if hooks.load is None:
+        return problems
+    load, analyze, visualize, report = hooks.load, hooks.analyze, hooks.visualize, hooks.report
+    results = guard("reading the results", problems, lambda: load(folder))
+    if results is None:
+        return problems
+    summary = None
+    if analyze is not None:
+        summary = guard("the analysis", problems, lambda: _keep(folder, analyze(results)))
+    if visualize is not None:
+        guard("drawing the plots", problems, lambda: visualize(results, folder))
+    if report is not None and summary is not None:
+        guard("writing the report", problems, lambda: report(results, summary, folder))
+    return problems
+
+
+def guard(what: str, problems: list[str], step: Callable[[], ResultT]) -> ResultT | None:
+    """Do one step; if it fails, add a sentence to `problems` and return None."""
+    try:
+        return step()
+    except Exception as error:  # what is finished is on disk: say what failed and go on
+        log.exception("%s failed", what, extra=FILE_ONLY)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        problems.append(f"{what} failed ({reason}); every finished experiment is kept")
+        return None
+
+
+def _keep(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    write_atomically(folder / SUMMARY_JSON, render_json(summary))
+    return summary

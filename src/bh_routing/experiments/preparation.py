@@ -1,0 +1,140 @@
+"""Everything that is loaded and checked before a run writes its first file."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from bh_routing.errors import InputError
+from bh_routing.experiments.calibrating import obtain_calibration
+from bh_routing.experiments.experiment import Subject
+from bh_routing.experiments.grid import make_grid
+from bh_routing.experiments.identity import RunIdentity
+from bh_routing.experiments.quality_phase import QualityPhase
+from bh_routing.experiments.spec import RunSpec, make_rules, shorten
+from bh_routing.experiments.store import ResultStore
+from bh_routing.experiments.threads import choose_threads
+from bh_routing.models.discovery import ModelFacts, describe_model
+from bh_routing.models.load import load_model
+from bh_routing.models.routing import bind_rule
+
+log = logging.getLogger(__name__)
+
+
+class Loaded(NamedTuple):
+    """A model that was loaded for a run."""
+
+    model: Any
+    tokenizer: Any
+    facts: ModelFacts
+    seconds: float
+    threads: int
+
+
+def load(spec: RunSpec) -> Loaded:
+    """Load the model of a run and say what it is.
+
+    Raises:
+        ModelError: it can't be found, loaded or routed.
+    """
+    start = time.perf_counter()
+    model, tokenizer = load_model(spec.model, device=spec.device, dtype=spec.dtype)
+    facts = describe_model(model)
+    threads = choose_threads(model.device, facts.num_parameters)
+    seconds = time.perf_counter() - start
+    log.info(
+        "loaded %s: %d layers with %d experts, top-%d, %s on %s (threads: %d), in %.1f s",
+        spec.model,
+        facts.num_layers,
+        facts.num_experts,
+        facts.model_top_k,
+        facts.dtype,
+        facts.device,
+        threads,
+        seconds,
+    )
+    return Loaded(model, tokenizer, facts, seconds, threads)
+
+
+class Preparation:
+    """A run that was found to be sound; making one writes nothing.
+
+    Args:
+        spec: what to run.
+        store: the folder, open for reading.
+        loaded: the model.
+    Raises:
+        InputError: a prompt, rule, calibration, text or the folder doesn't fit.
+    """
+
+    def __init__(self, spec: RunSpec, store: ResultStore, loaded: Loaded) -> None:
+        self.loaded = loaded
+        self.rules = make_rules(spec.configs)
+        check_prompts(spec, loaded.tokenizer, loaded.facts)
+        for named in self.rules:
+            with _naming(named.name):
+                named.rule.check(
+                    num_experts=loaded.facts.num_experts, model_top_k=loaded.facts.model_top_k
+                )
+        store.check(_identity(spec, loaded.facts, None))
+        self.quality = None if spec.no_eval else QualityPhase(spec, loaded.tokenizer, loaded.facts)
+        start = time.perf_counter()
+        calibration, self.calibration_document = obtain_calibration(
+            spec, self.rules, loaded.model, loaded.tokenizer, store.stored
+        )
+        self.calibrate_sec = time.perf_counter() - start
+        self.subject = Subject(loaded.model, loaded.tokenizer, calibration)
+        for named in self.rules:
+            with _naming(named.name):
+                bind_rule(loaded.model, named.rule, calibration)
+        fingerprint = calibration.fingerprint if calibration else None
+        self.identity = _identity(spec, loaded.facts, fingerprint)
+        store.check(self.identity)
+        if self.quality is not None and store.stored is not None:
+            self.quality.ledger(spec.output, self.identity)
+        self.grid = make_grid(self.rules, spec.prompts)
+
+
+def check_prompts(spec: RunSpec, tokenizer: Any, facts: ModelFacts) -> None:
+    """Refuse a prompt that is no token, or leaves no room for the continuation.
+
+    Raises:
+        InputError: the prompt's number, its length, the room there is, and what to change.
+    """
+    for number, prompt in enumerate(spec.prompts, start=1):
+        length = len(tokenizer(prompt.text)["input_ids"])
+        shown = f"prompt {number} ({shorten(prompt.text)!r})"
+        if length == 0:
+            raise InputError(f"{shown} gives no token with this model's tokenizer; change it")
+        if facts.context_length is None:
+            continue
+        room = facts.context_length - spec.max_tokens
+        if length > room:
+            raise InputError(
+                f"{shown} has {length} tokens, and the model's context of {facts.context_length} "
+                f"leaves {max(room, 0)} beside {spec.max_tokens} new ones; shorten it or lower "
+                "--max-tokens"
+            )
+
+
+def _identity(spec: RunSpec, facts: ModelFacts, calibration: str | None) -> RunIdentity:
+    return RunIdentity(
+        model=spec.model,
+        model_fingerprint=facts.fingerprint,
+        dtype=facts.dtype,
+        device_type=facts.device,
+        max_tokens=spec.max_tokens,
+        calibration=calibration,
+    )
+
+
+@contextmanager
+def _naming(config_name: str) -> Iterator[None]:
+    """Start the text of an error with the configuration it is about."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(f"configuration {config_name!r}: {error}") from error
