@@ -41,7 +41,7 @@ class Block(NamedTuple):
     """Where the block's text belongs, "" for something to run."""
 
 
-def tested_blocks() -> list[Block]:
+def readme_blocks() -> list[Block]:
     """The blocks that README says are tested, in order."""
     pattern = r"<!-- tested(?:: (\S+))? -->\n```(\w+)\n(.*?)^```"
     found = re.findall(pattern, README, flags=re.DOTALL | re.MULTILINE)
@@ -72,7 +72,7 @@ def run_block(language: str, text: str, folder: Path) -> None:
 def reader_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of somebody who has typed every tested block of README, in order."""
     folder = tmp_path_factory.mktemp("reader")
-    blocks = tested_blocks()
+    blocks = readme_blocks()
     for block in blocks:
         if block.file:
             (folder / block.file).write_text(block.text, encoding="utf-8")
@@ -112,7 +112,7 @@ def test_the_exports_and_the_plot_are_there(reader_folder: Path) -> None:
 @pytest.mark.timeout(600)
 def test_the_yaml_example_says_the_same_as_the_python_example(reader_folder: Path) -> None:
     content = read_config_file(reader_folder / "my.yaml")
-    python = next(block.text for block in tested_blocks() if "bh.ROUTING_CONFIGS" in block.text)
+    python = next(block.text for block in readme_blocks() if "bh.ROUTING_CONFIGS" in block.text)
     literal = re.search(r"= (\{.*?^\})", python, flags=re.DOTALL | re.MULTILINE)
     assert literal is not None
     assert content.configs["my_custom_config"] == yaml.safe_load(literal[1])
