@@ -14,6 +14,7 @@ import typer
 
 import bh_routing
 from bh_routing.cli.calibrate import calibrate
+from bh_routing.cli.evaluate import evaluate
 from bh_routing.cli.export import export
 from bh_routing.cli.interrupts import Terminated
 from bh_routing.cli.run import run
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(calibrate)
+app.command()(evaluate)
 app.command()(export)
 
 
