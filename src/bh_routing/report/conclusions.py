@@ -157,7 +157,8 @@ def _time_sentence(facts: Facts) -> str:
     span = f"{ends[0]} ({code(low)})"
     if low != high:
         span = f"{ends[0]} ({code(low)}) to {ends[1]} ({code(high)})"
-    return f"**Time.** Per prompt, against {code(facts.baseline)}: {span}."
+    doubt = ", but the machine's own speed was not steady" if _is_unsteady(facts) else ""
+    return f"**Time.** Per prompt, against {code(facts.baseline)}: {span}{doubt}."
 
 
 def _alpha_sentence(facts: Facts) -> str:
@@ -255,6 +256,8 @@ def _time_conclusion(facts: Facts) -> str:
     faster = [name for name, change in changes.items() if change.high < 0]
     if not changes:
         return ""
+    if _is_unsteady(facts):
+        return "Whether fewer experts save time is open: the machine's own speed varied too much."
     reason = (
         " Leaving out experts saves arithmetic; whether it saves time depends on what else the "
         "machine waits for, and the selection itself costs something."
@@ -266,6 +269,10 @@ def _time_conclusion(facts: Facts) -> str:
     if not faster and not slower:
         return f"No configuration differs clearly in time from {code(facts.baseline)}."
     return f"{_some(faster)} took less time, {_some(slower)} more.{reason}"
+
+
+def _is_unsteady(facts: Facts) -> bool:
+    return findings.is_unsteady(facts.table)
 
 
 def _balance_conclusion(facts: Facts) -> str:

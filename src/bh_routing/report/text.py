@@ -164,10 +164,11 @@ def short_labels(names: Sequence[str], limit: int = 22) -> list[str]:
         cut_middle(name, limit) if fronts.count(front) > 1 else front
         for name, front in zip(shown, fronts, strict=True)
     ]
-    return [
-        f"{cut(label, limit - 4)} ({index})" if labels.count(label) > 1 else label
-        for index, label in enumerate(labels, start=1)
-    ]
+    for index, label in enumerate(list(labels)):
+        if labels.count(label) > 1 or labels.index(label) < index:
+            suffix = f" ({index + 1})"
+            labels[index] = cut(label, limit - len(suffix)) + suffix
+    return labels
 
 
 def number(value: object, digits: int = 2) -> str:
