@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bh_routing.engine.texts import text_sha256
 from bh_routing.engine.windows import spread_tokens
 from bh_routing.errors import CalibrationError, InputError
-from bh_routing.models.discovery import find_routers, model_fingerprint
+from bh_routing.models.discovery import RouterSite, find_routers, model_fingerprint
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.catalog import get_null
 from bh_routing.nulls.reservoir import Reservoir, reservoir_capacity
@@ -54,22 +54,10 @@ def calibrate(
     }
     context = int(getattr(model.config, "max_position_embeddings", None) or 2048)
     taken = spread_tokens([len(ids) for ids in documents], max_tokens)
-
-    def make_hook(name: str, layer: int) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> None:
-            logits_TE, index_TK = output[0], output[2]
-            if not bool(torch.isfinite(logits_TE).all()):
-                raise CalibrationError(
-                    f"router {name} gave NaN or infinite logits on the calibration text; "
-                    "the checkpoint is damaged or the dtype too narrow: try --no-fp16"
-                )
-            for null in nulls:
-                reference = get_null(null).reference(logits_TE.float(), index_TK)
-                reservoirs[null, layer].add(reference)
-
-        return hook
-
-    handles = [s.module.register_forward_hook(make_hook(s.name, s.layer)) for s in routers.sites]
+    handles = [
+        site.module.register_forward_hook(_collecting_hook(site, nulls, reservoirs))
+        for site in routers.sites
+    ]
     try:
         with torch.inference_mode():
             for ids, length in zip(documents, taken, strict=True):
@@ -94,3 +82,20 @@ def calibrate(
         seed=seed,
         table_capacity=capacity,
     )
+
+
+def _collecting_hook(
+    site: RouterSite, nulls: Sequence[str], reservoirs: Mapping[tuple[str, int], Reservoir]
+) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> None:
+        logits_TE, index_TK = output[0], output[2]
+        if not bool(torch.isfinite(logits_TE).all()):
+            raise CalibrationError(
+                f"router {site.name} gave NaN or infinite logits on the calibration text; "
+                "the checkpoint is damaged or the dtype too narrow: try --no-fp16"
+            )
+        for null in nulls:
+            reference = get_null(null).reference(logits_TE.float(), index_TK)
+            reservoirs[null, site.layer].add(reference)
+
+    return hook
