@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -215,7 +216,10 @@ def fill_folder(tmp_path: Path) -> FillFolder:
     """Write a results table and a run.json into a folder, as a run leaves them."""
 
     def fill(results: pd.DataFrame, run: Mapping[str, Any] = RUN) -> Path:
-        results.to_csv(tmp_path / "bh_routing_results.csv", index=False)
+        # Quoted, so that a lone carriage return in a text stays in its cell.
+        results.to_csv(
+            tmp_path / "bh_routing_results.csv", index=False, quoting=csv.QUOTE_NONNUMERIC
+        )
         (tmp_path / "run.json").write_text(json.dumps(run), encoding="utf-8")
         return tmp_path
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from bh_routing.errors import InputError
@@ -101,7 +101,6 @@ def test_nobodys_settings_or_windows_change(tmp_path: Path) -> None:
     """In a fresh interpreter: pyplot isn't loaded, and a setting of the caller survives."""
     program = f"""
 import sys
-import matplotlib as mpl
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from conftest import build_results
 from bh_routing.report import create_visualizations
@@ -135,7 +134,7 @@ def test_a_failed_write_leaves_the_old_plot(results: pd.DataFrame, tmp_path: Pat
     path = create_visualizations(results, tmp_path)[0]
     old = path.read_bytes()
 
-    class Broken(mpl.figure.Figure):  # type: ignore[name-defined,misc]
+    class Broken(Figure):
         def savefig(self, *args: Any, **kwargs: Any) -> None:
             raise OSError("disk full")
 

@@ -93,7 +93,7 @@ def test_bad_counts_are_refused_in_a_sentence(counts: Any, sentence: str) -> Non
 
 
 def test_an_unknown_ending_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="must end in png, pdf, svg, jpg; got counts.gif"):
+    with pytest.raises(InputError, match=r"must end in png, pdf, svg, jpg; got counts\.gif"):
         plot_expert_count_distribution([1], save_path=tmp_path / "counts.gif")
 
 
