@@ -63,9 +63,7 @@ class ExperimentRecord:
     )
     prefill_time_sec: float = column("Seconds until the first token.", default=float("nan"))
     decode_time_sec: float = column("Seconds from the first token on.", default=float("nan"))
-    tokens_per_sec: float = column(
-        "num_output_tokens / inference_time_sec.", default=float("nan")
-    )
+    tokens_per_sec: float = column("num_output_tokens / inference_time_sec.", default=float("nan"))
     expert_utilization_cv: float = column(
         "Coefficient of variation (std / mean, denominator n) of assignments over the experts "
         "of a layer, averaged over layers.",
@@ -114,6 +112,7 @@ TIME_COLUMNS: Final = (
 def column_definitions() -> dict[str, str]:
     """Name -> definition of every column, in the CSV's order."""
     return {f.name: str(f.metadata["definition"]) for f in fields(ExperimentRecord)}
+
 
 QUALITY_JOURNAL: Final = "quality.jsonl"
 EARLY_POSITIONS: Final = 128
