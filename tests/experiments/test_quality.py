@@ -15,9 +15,12 @@ from bh_routing.experiments.quality import (
     prepare_text,
     score_missing,
 )
+from bh_routing.experiments.quality_phase import static_references
 from bh_routing.models import LoadedModel, describe_model, find_routers
+from bh_routing.nulls.calibration import Calibration
 from bh_routing.records import QUALITY_JOURNAL, QualityRecord
 from bh_routing.rules.base import Rule
+from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 from bh_routing.rules.top_k import TopK
 
 DOCUMENTS = [
@@ -116,3 +119,18 @@ def test_windows_that_do_not_fit_are_named(
         prepare_text(
             demo.tokenizer, describe_model(demo.model), DOCUMENTS, max_tokens=None, **options
         )
+
+
+def test_static_references_stand_on_both_sides_of_every_mean(
+    demo: LoadedModel, text: QualityText, demo_calibration: Calibration, tmp_path: Path
+) -> None:
+    rules: dict[str, Rule] = {"topk_8": TopK(k=8), "bh": BenjaminiHochberg(alpha=0.05)}
+    with QualityLedger(tmp_path, text, run_seed="run") as ledger:
+        records = score_missing(demo.model, demo.tokenizer, text, rules, demo_calibration, ledger)
+    bh = [r for r in records if r.config_name == "bh"]
+    mean = sum(r.experts_sum for r in bh) / sum(r.units for r in bh)
+    low = int(mean)
+    assert static_references(rules, records) == {
+        f"topk_{low}": TopK(k=low),
+        f"topk_{low + 1}": TopK(k=low + 1),
+    }

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from bh_routing.engine.generate import generate_greedy
 from bh_routing.errors import CalibrationError, InputError, ResultsError
 from bh_routing.experiments.experiment import Experiment, Subject, run_experiment
 from bh_routing.experiments.grid import Cell, attempt
@@ -38,6 +39,8 @@ CUSTOM = {
     "max_k": 10,
     "description": "between two and ten",
 }
+
+GENERATE = "bh_routing.experiments.experiment.generate_greedy"
 
 pytestmark = pytest.mark.usefixtures("loaded_demo")
 
@@ -147,15 +150,12 @@ def test_a_changed_configuration_of_the_same_name_runs_again(tiny_spec: MakeTiny
 def test_a_failing_experiment_becomes_a_row_and_is_tried_again(
     tiny_spec: MakeTinySpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import bh_routing.experiments.experiment as module
-
     def fail_on_the_river(model: Any, tokenizer: Any, prompt: str, tokens: int) -> Any:
         if "river" in prompt:
             raise RuntimeError("the river\nis dry")
-        return generate(model, tokenizer, prompt, tokens)
+        return generate_greedy(model, tokenizer, prompt, tokens)
 
-    generate = module.generate_greedy
-    monkeypatch.setattr(module, "generate_greedy", fail_on_the_river)
+    monkeypatch.setattr(GENERATE, fail_on_the_river)
     outcome = run(tiny_spec())
     assert outcome.exit_code == 1
     assert len(outcome.problems) == 2
@@ -163,7 +163,7 @@ def test_a_failing_experiment_becomes_a_row_and_is_tried_again(
     assert "RuntimeError: the river is dry" in outcome.problems[1]
     rows = read_rows(outcome.folder)
     assert [row["status"] for row in rows] == ["ok", "failed", "ok"] * 2
-    monkeypatch.setattr(module, "generate_greedy", generate)
+    monkeypatch.setattr(GENERATE, generate_greedy)
     again = run(tiny_spec())
     assert (again.exit_code, again.num_run) == (0, 2)
     assert {row["status"] for row in read_rows(again.folder)} == {"ok"}
@@ -303,8 +303,6 @@ def test_hooks_get_the_results_and_a_failing_one_loses_nothing(tiny_spec: MakeTi
 def test_an_interrupted_run_keeps_what_finished_and_goes_on(
     tiny_spec: MakeTinySpec, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import bh_routing.experiments.grid as module
-
     def interrupt_the_fifth(*arguments: Any, **keywords: Any) -> Experiment:
         calls.append(arguments)
         if len(calls) == 5:
@@ -314,7 +312,7 @@ def test_an_interrupted_run_keeps_what_finished_and_goes_on(
     calls: list[Any] = []
     spec = tiny_spec()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "attempt", interrupt_the_fifth)
+        patch.setattr("bh_routing.experiments.grid.attempt", interrupt_the_fifth)
         run(spec)
     assert len(read_rows(spec.output)) == 4
     assert "4 of 6 experiments are finished and kept" in caplog.text
