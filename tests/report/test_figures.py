@@ -101,6 +101,7 @@ def test_nobodys_settings_or_windows_change(tmp_path: Path) -> None:
     """In a fresh interpreter: pyplot isn't loaded, and a setting of the caller survives."""
     program = f"""
 import sys
+import matplotlib as mpl
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from conftest import build_results
 from bh_routing.report import create_visualizations

@@ -114,6 +114,17 @@ def test_with_quality_the_report_leads_with_it(
     assert "not measured" not in report
 
 
+def test_the_overview_tells_experts_on_prompts_from_experts_on_text(
+    results: pd.DataFrame, quality: dict[str, Any], fill_folder: FillFolder
+) -> None:
+    report = write(results, fill_folder(results), quality=quality)
+    mean = results.loc[results["config_name"] == "bh_strict", "avg_experts_per_token"].mean()
+    row = {r["config_name"]: r for r in quality["rules"]}["bh_strict"]
+    shown = cells(report, "Summary", "bh_strict")
+    assert shown[0] == f"{mean:.2f}"
+    assert shown[2:4] == ["3.40", f"{100 * (row['perplexity_ratio'] - 1):+.1f} %"]
+
+
 def test_losing_to_static_top_k_is_said_in_the_summary(
     results: pd.DataFrame, quality: dict[str, Any], fill_folder: FillFolder
 ) -> None:

@@ -7,7 +7,7 @@ import math
 from bh_routing.analysis.estimates import MeanInterval, mean_interval
 from bh_routing.report.quality import QualityRow, reference_at
 from bh_routing.report.table import Experiments
-from bh_routing.report.text import cut_middle, listed, number, plain, signed_percent
+from bh_routing.report.text import cut_middle, listed, loss_percent, number, plain, signed_percent
 
 NAME_LIMIT = 24
 UNSTEADY = 0.10
@@ -162,9 +162,9 @@ def quality(rows: list[QualityRow]) -> str:
     compared = [row for row in tested if math.isfinite(reference_at(rows, row.mean_experts))]
     least = min(tested, key=lambda row: row.delta_nll)
     most = max(tested, key=lambda row: row.delta_nll)
-    span = signed_percent(math.expm1(least.delta_nll), 1)
+    span = loss_percent(least.perplexity_ratio)
     if most is not least:
-        span = f"{span} to {signed_percent(math.expm1(most.delta_nll), 1)}"
+        span = f"{span} to {loss_percent(most.perplexity_ratio)}"
     cost = f"Keeping {_experts_span(tested)} experts changes perplexity by {span}"
     if not compared:
         return cost

@@ -209,6 +209,17 @@ def signed_percent(share: object, digits: int = 0) -> str:
     return text if text == MISSING else text + " %"
 
 
+def loss_percent(ratio: object) -> str:
+    """Format a ratio of perplexities as a change; past +100 % a decimal would only feign care.
+
+    Example:
+        >>> loss_percent(1.0474), loss_percent(3.4196)
+        ('+4.7 %', '+242 %')
+    """
+    change = as_float(ratio) - 1.0
+    return signed_percent(change, 1 if abs(change) < 1.0 else 0)
+
+
 def p_value(value: object) -> str:
     """Format a p-value: three decimals, small ones with more or in powers of ten.
 
