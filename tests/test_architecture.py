@@ -212,6 +212,10 @@ FLAGS = {
         "--model --text --config --configs --rule --tokens --window --stride --margin "
         "--calibration --calibration-text --output --device --no-fp16 --seed --json"
     ),
+    "lm-eval": (
+        "--tasks --model --include-path --config --configs --limit --num-fewshot --batch-size "
+        "--calibration --calibration-text --output --device --no-fp16 --seed --json"
+    ),
     "export": "folder --to --output",
 }
 

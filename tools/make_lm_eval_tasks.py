@@ -50,18 +50,16 @@ Item = TypeVar("Item")
 
 
 class Passage(NamedTuple):
-    """A stretch of one paragraph, and the document it is from."""
+    """Sentences that stand in a row, and the document they are from."""
 
-    document: str
-    domain: str
+    document: Document
     sentences: list[str]
 
 
 class Split(NamedTuple):
     """A context and the words that follow it."""
 
-    document: str
-    domain: str
+    document: Document
     context: str
     continuation: str
 
@@ -89,7 +87,7 @@ def make_tasks(documents: Sequence[Document]) -> dict[str, list[Row]]:
         CLOZE_FILE: _draw([list(_cloze_rows(rows)) for rows in passages.values()], ITEMS),
         CHOICE_FILE: _draw(_choice_rows(passages), ITEMS),
         ROLLING_FILE: [
-            {"document": d.name, "domain": d.domain, "text": _excerpt(d.text)} for d in documents
+            {"cluster": d.cluster, "domain": d.domain, "text": _excerpt(d.text)} for d in documents
         ],
     }
 
@@ -111,7 +109,7 @@ def _prose_passages(document: Document) -> Iterator[Passage]:
     paragraphs = [" ".join(p.split()) for p in re.split(r"\n\s*\n", document.text)]
     for is_prose, run in groupby(paragraphs, key=_is_prose):
         if is_prose:
-            yield Passage(document.name, document.domain, _SENTENCE_END.split(" ".join(run)))
+            yield Passage(document, _SENTENCE_END.split(" ".join(run)))
 
 
 def _is_prose(paragraph: str) -> bool:
@@ -147,8 +145,8 @@ def _cloze_row(passage: Passage, text: str) -> Row | None:
     if not (fits and target.isascii() and target.isalpha() and target in seen):
         return None
     return {
-        "document": passage.document,
-        "domain": passage.domain,
+        "cluster": passage.document.cluster,
+        "domain": passage.document.domain,
         "context": context,
         "target": target,
     }
@@ -162,15 +160,20 @@ def _choice_rows(passages: Mapping[str, list[Passage]]) -> list[list[Row]]:
 
 
 def _choice_row(split: Split, every: Sequence[Split]) -> Row:
-    others = [s for s in every if s.domain == split.domain and s.document != split.document]
-    distractors = _shuffled(others, f"others of {split}")[: NUM_CHOICES - 1]
-    choices = _shuffled([split, *distractors], "order")
+    domain, cluster = split.document.domain, split.document.cluster
+    others = [
+        s.continuation
+        for s in every
+        if s.document.domain == domain and s.document.cluster != cluster
+    ]
+    distractors = _shuffled(others, f"others of {split.continuation}")[: NUM_CHOICES - 1]
+    choices = _shuffled([split.continuation, *distractors], "order")
     return {
-        "document": split.document,
-        "domain": split.domain,
+        "cluster": cluster,
+        "domain": domain,
         "context": split.context,
-        "choices": [choice.continuation for choice in choices],
-        "answer": choices.index(split),
+        "choices": choices,
+        "answer": choices.index(split.continuation),
     }
 
 
@@ -182,7 +185,7 @@ def _splits(passage: Passage) -> Iterator[Split]:
         rest = " ".join(passage.sentences[end:]).split()
         if len(context.split()) in CONTEXT_WORDS and len(rest) >= CONTINUATION_WORDS:
             continuation = " ".join(rest[:CONTINUATION_WORDS])
-            yield Split(passage.document, passage.domain, context, continuation)
+            yield Split(passage.document, context, continuation)
         if len(context.split()) >= CONTEXT_WORDS.start:
             start = end
 

@@ -163,3 +163,26 @@ class QualityRecord:
     """[layer][c]: scored tokens that kept c experts."""
     jaccard_sum: list[float]
     """[layer]: |kept and top-k's| / |kept or top-k's|, summed over scored tokens."""
+
+
+TASK_OUTCOMES: Final = "lm_eval_outcomes.jsonl"
+TASK_SUMMARY: Final = "lm_eval.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskOutcome:
+    """One line of `lm_eval_outcomes.jsonl`: one configuration on one item of an lm-eval task."""
+
+    config_name: str
+    task: str
+    filter: str
+    """lm-eval's name of what was done to the answers before they were scored."""
+    item: int
+    """lm-eval's number of the item."""
+    item_hash: str
+    """lm-eval's hash of the item: the same for every configuration."""
+    cluster: str
+    """Items of one cluster aren't independent draws: passages of one document."""
+    metrics: dict[str, float | list[float]]
+    """What lm-eval aggregates: a number an item, or a sum and its weight, such as
+    log-likelihood and bytes. Metrics of another shape are left out."""
