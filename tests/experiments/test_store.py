@@ -145,7 +145,8 @@ def test_a_torn_last_line_is_dropped_with_a_word(
     with (tmp_path / JOURNAL).open("ab") as file:
         file.write(b'{"schema_version":1,"key":"key-2","rec')
     fill(tmp_path, range(2, 3))
-    assert csv_prompts(tmp_path) == [f"prompt {i}" for i in range(3)]
+    fill(tmp_path, range(3, 4))
+    assert csv_prompts(tmp_path) == [f"prompt {i}" for i in range(4)]
     assert "dropped the unfinished last line" in caplog.text
 
 

@@ -146,10 +146,9 @@ def _run(values: dict[str, Any], surroundings: Surroundings) -> RunOutcome | int
             from bh_routing.experiments.spec import make_spec
 
             return run_experiments(make_spec(**values), _hooks(surroundings))
-        except Terminated:
-            return 143
-        except KeyboardInterrupt:
-            return 130
+        except KeyboardInterrupt as interruption:
+            typer.echo("bh-routing: interrupted", err=True)
+            return 143 if isinstance(interruption, Terminated) else 130
 
 
 def _hooks(surroundings: Surroundings) -> Hooks:
