@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -236,11 +237,17 @@ def test_several_beams_are_refused_rather_than_miscounted(demo: LoadedModel) -> 
 
 def test_the_model_is_left_as_it_was(demo: LoadedModel, demo_calibration: Calibration) -> None:
     ids = torch.tensor([[5, 6, 7]])
-    padding = demo.tokenizer.pad_token
     before = demo.model(ids).logits
     routed(demo, demo_calibration).loglikelihood(requests([("a", " b")], "loglikelihood"))
     assert torch.equal(demo.model(ids).logits, before)
-    assert demo.tokenizer.pad_token == padding
+
+
+def test_a_tokenizer_that_has_no_padding_is_left_without(demo: LoadedModel) -> None:
+    tokenizer = copy.deepcopy(demo.tokenizer)
+    tokenizer.pad_token = None
+    model = RoutedModel(LoadedModel(demo.model, tokenizer), rule=TopK(8))
+    assert model.tokenizer.pad_token is not None
+    assert tokenizer.pad_token is None
 
 
 def test_a_rule_that_needs_a_calibration_makes_its_own(
