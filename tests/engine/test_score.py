@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bh_routing.engine.score import compare_predictions, score
+from bh_routing.engine.score import compare_predictions, predict, score
 from bh_routing.engine.texts import Document
 from bh_routing.engine.windows import prefix_token, tokenize_documents
 from bh_routing.models import LoadedModel, find_routers
@@ -129,7 +129,7 @@ def test_kl_is_never_below_rounding_and_matches_torch_in_float64() -> None:
     top_k = torch.randn(200, 5000, generator=generator) * 3
     rule = top_k + 0.1 * torch.randn(200, 5000, generator=generator)
     targets = torch.randint(5000, (200,), generator=generator)
-    scores = compare_predictions(top_k.log_softmax(-1), rule.log_softmax(-1), targets)
+    scores = compare_predictions(predict(top_k, targets), rule)
     p, q = top_k.double().log_softmax(-1), rule.double().log_softmax(-1)
     expected = (p.exp() * (p - q)).sum(-1)
     assert scores.kl_T.min() >= -1e-6

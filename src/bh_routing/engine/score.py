@@ -1,8 +1,8 @@
 """Teacher-forced quality: every rule and the model's own top-k see the same tokens.
 
-Memory: of one batch the baseline's log-probabilities (float32) and one rule's logits live at a
-time, each at most `LOGITS_BYTES`; the comparison takes `CHUNK_TOKENS` tokens at a time. A single
-window of more than that is a batch of its own.
+Memory: of one batch the baseline's log-probabilities and probabilities (float32) and one rule's
+logits live at a time, each at most `LOGITS_BYTES`; the comparison takes `CHUNK_BYTES` at a time.
+A single window of more than that is a batch of its own.
 
 Axes: B windows, S positions, V vocabulary, T scored tokens of a batch, L layers, K slots.
 """
@@ -26,7 +26,9 @@ from bh_routing.rules.base import Rule
 from bh_routing.rules.top_k import TopK
 
 LOGITS_BYTES = 256 * 2**20
-CHUNK_TOKENS = 1024
+CHUNK_BYTES = {"cpu": 4 * 2**20}
+"""A chunk makes several passes over its logits: on a CPU it should stay in the cache."""
+CHUNK_BYTES_ELSEWHERE = 256 * 2**20
 BATCH_TOKENS = 4096
 GROUP_TOKENS = 8192
 """Documents are finished, and their records handed over, in groups of about this many tokens."""
@@ -104,37 +106,58 @@ def score(
         windows = list(cut_windows(group, prefix, window, stride))
         for batch in _batches(windows, model.config.vocab_size, model):
             baseline = _forward(model, own, batch)
-            top_k_chunks = list(_log_probs(baseline.logits_PV, batch))
+            top_k = _predictions(baseline.logits_PV, batch)
             for name, rule in bound.items():
                 ruled = baseline if rule.rule == own.rule else _forward(model, rule, batch)
-                scores = _compare(top_k_chunks, ruled.logits_PV, batch)
+                scores = _compare(top_k, ruled.logits_PV, batch)
                 _add(tallies[name], batch, scores, baseline, ruled)
         for name, row in tallies.items():
             for document, tally in zip(group, row, strict=True):
                 yield tally.record(name, document.name, document.cluster, document.domain)
 
 
-def compare_predictions(
-    top_k_log_probs_TV: Tensor, rule_log_probs_TV: Tensor, targets_T: Tensor
-) -> TokenScores:
-    """Compare two predictions of the same tokens over the full vocabulary.
+class Prediction(NamedTuple):
+    """The baseline's view of T tokens, made once and compared with every rule."""
+
+    log_probs_TV: Tensor
+    """Float32."""
+    probs_TV: Tensor
+    top1_T: Tensor
+    correct_T: Tensor
+    """Log-probability of the correct next token."""
+    targets_T: Tensor
+
+
+def predict(logits_TV: Tensor, targets_T: Tensor) -> Prediction:
+    """Turn logits of any float dtype into what `compare_predictions` takes."""
+    log_probs_TV = logits_TV.float().log_softmax(-1)
+    return Prediction(
+        log_probs_TV,
+        log_probs_TV.exp(),
+        logits_TV.argmax(-1),
+        log_probs_TV.gather(1, targets_T[:, None]).squeeze(1),
+        targets_T,
+    )
+
+
+def compare_predictions(top_k: Prediction, rule_logits_TV: Tensor) -> TokenScores:
+    """Compare two predictions of the same tokens over the full vocabulary, in float32.
 
     Args:
-        top_k_log_probs_TV: log-probabilities under the model's own top-k, float32, (T, V).
-        rule_log_probs_TV: log-probabilities under the rule, likewise.
-        targets_T: the correct next tokens, int64, (T,).
+        top_k: what the model's own top-k predicts.
+        rule_logits_TV: logits under the rule, any float dtype, (T, V).
     Returns:
         Scores of each token; a prediction compared with itself gives a KL of exactly 0.
     """
-    correct_top_k_T = top_k_log_probs_TV.gather(1, targets_T[:, None]).squeeze(1)
-    correct_rule_T = rule_log_probs_TV.gather(1, targets_T[:, None]).squeeze(1)
-    log_ratio_TV = top_k_log_probs_TV - rule_log_probs_TV
+    rule_TV = rule_logits_TV.float().log_softmax(-1)
+    correct_T = rule_TV.gather(1, top_k.targets_T[:, None]).squeeze(1)
     return TokenScores(
-        nll_T=-correct_rule_T,
-        top_k_nll_T=-correct_top_k_T,
-        kl_T=log_ratio_TV.mul_(top_k_log_probs_TV.exp()).sum(-1),
-        same_top1_T=top_k_log_probs_TV.argmax(-1) == rule_log_probs_TV.argmax(-1),
-        delta_p_T=correct_rule_T.exp() - correct_top_k_T.exp(),
+        nll_T=-correct_T,
+        top_k_nll_T=-top_k.correct_T,
+        # Differences first: summing each side alone would cancel to rounding noise.
+        kl_T=torch.linalg.vecdot(top_k.probs_TV, top_k.log_probs_TV - rule_TV),
+        same_top1_T=top_k.top1_T == rule_logits_TV.argmax(-1),
+        delta_p_T=correct_T.exp() - top_k.correct_T.exp(),
     )
 
 
@@ -189,20 +212,32 @@ def _forward(model: Any, rule: BoundRule, batch: _Batch) -> _Forward:
     return _Forward(output.logits.flatten(0, 1), trace.kept_index[batch.scored_BS.flatten()])
 
 
-@torch.inference_mode()
-def _log_probs(logits_PV: Tensor, batch: _Batch) -> Iterator[Tensor]:
-    for position in torch.split(batch.position_T, CHUNK_TOKENS):
-        yield logits_PV[position].float().log_softmax(-1)
+def _chunks(logits_PV: Tensor, batch: _Batch) -> Iterator[Tensor]:
+    """The scored positions' logits, chunk by chunk; copied only if some aren't scored."""
+    vocabulary = logits_PV.shape[-1]
+    size = CHUNK_BYTES.get(logits_PV.device.type, CHUNK_BYTES_ELSEWHERE) // (4 * vocabulary)
+    if batch.position_T.numel() == logits_PV.shape[0]:
+        yield from torch.split(logits_PV, max(1, size))
+        return
+    for position in torch.split(batch.position_T, max(1, size)):
+        yield logits_PV[position]
 
 
 @torch.inference_mode()
-def _compare(top_k_chunks: list[Tensor], logits_PV: Tensor, batch: _Batch) -> TokenScores:
-    targets = torch.split(batch.targets_T, CHUNK_TOKENS)
+def _predictions(logits_PV: Tensor, batch: _Batch) -> list[Prediction]:
+    predictions, start = [], 0
+    for chunk in _chunks(logits_PV, batch):
+        end = start + chunk.shape[0]
+        predictions.append(predict(chunk, batch.targets_T[start:end]))
+        start = end
+    return predictions
+
+
+@torch.inference_mode()
+def _compare(top_k: list[Prediction], logits_PV: Tensor, batch: _Batch) -> TokenScores:
     chunks = [
-        compare_predictions(top_k_TV, rule_TV, targets_T)
-        for top_k_TV, rule_TV, targets_T in zip(
-            top_k_chunks, _log_probs(logits_PV, batch), targets, strict=True
-        )
+        compare_predictions(prediction, chunk)
+        for prediction, chunk in zip(top_k, _chunks(logits_PV, batch), strict=True)
     ]
     return TokenScores(*(torch.cat(column).cpu() for column in zip(*chunks, strict=True)))
 
