@@ -101,7 +101,7 @@ def check_calibration(
 ) -> None:
     """Raise CalibrationError unless `calibration` serves `rule` on this model."""
     alpha = rule.smallest_alpha(routers.num_experts)
-    if rule.required_null is None or alpha is None:
+    if rule.required_null is None:
         return
     if calibration is None:
         raise CalibrationError(
@@ -132,6 +132,7 @@ def _bind_layer(
             model_top_k=routers.model_top_k,
             device=device,
             table=table,
+            num_layers=len(routers.sites),
         )
     )
 

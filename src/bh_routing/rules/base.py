@@ -42,6 +42,8 @@ class LayerContext:
     device: torch.device
     table: ReferenceTable | None = None
     """The reference of the rule's null in this layer, on `device`; None if it needs none."""
+    num_layers: int | None = None
+    """Layers of the model that have a router; None if only one layer is known."""
 
 
 Selector = Callable[[Candidates], Tensor]
