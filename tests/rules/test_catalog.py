@@ -47,7 +47,7 @@ def test_a_configuration_says_every_default() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({}, "needs a method; known: top_k, bh, per_layer_top_k, top_p, "),
+        ({}, "needs a method; known: top_k, bh, bh_drop, "),
         ({"method": "bhh", "alpha": 0.05}, "unknown method 'bhh'; .*did you mean 'bh'"),
         ({"method": 3}, "unknown method '3'"),
         ({"method": ["bh"]}, "unknown method"),

@@ -150,6 +150,7 @@ def summarize(
         for name, scale_LE in scales.items()
     }
     return Contributions(
+        residual_norms_L=residuals_L,
         scales=scales,
         all_scores={name: _sample(values, capacity, seed) for name, values in scores.items()},
         needed_scores={

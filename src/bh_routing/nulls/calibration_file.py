@@ -20,6 +20,7 @@ from bh_routing.nulls.contributions import Contributions, Definition, Statistic
 FORMAT: Final = "bh_routing.calibration"
 SCHEMA: Final = 2
 CONTRIBUTIONS: Final = "contributions"
+_RESIDUAL_NORMS: Final = "residual_norms"
 _REMEDY: Final = "run: bh-routing calibrate --model NAME"
 
 
@@ -115,7 +116,11 @@ def _take_contributions(
     scales: dict[Statistic, Tensor] = {}
     all_scores: dict[Statistic, ReferenceTable] = {}
     needed_scores: dict[tuple[Statistic, Definition], ReferenceTable] = {}
+    shape_LE = (facts.num_layers, facts.num_experts)
+    residual_norms_L = _take_scale(path, tensors, _RESIDUAL_NORMS, shape_LE[:1])
     for name in facts.contributions:
+        if name == _RESIDUAL_NORMS:
+            continue
         kind, *words = name.split(".")
         known = [word in (*get_args(Statistic), *get_args(Definition)) for word in words]
         if not all(known) or (kind, len(words)) not in (("scale", 1), ("all", 1), ("needed", 2)):
@@ -124,30 +129,34 @@ def _take_contributions(
             )
         statistic = cast(Statistic, words[0])
         if kind == "scale":
-            scales[statistic] = _take_scale(path, tensors, name, facts)
+            scales[statistic] = _take_scale(path, tensors, name, shape_LE)
         elif kind == "all":
             all_scores[statistic] = _take(path, tensors, f"{CONTRIBUTIONS}.{name}")
         else:
             table = _take(path, tensors, f"{CONTRIBUTIONS}.{name}")
             needed_scores[statistic, cast(Definition, words[1])] = table
-    return Contributions(scales=scales, all_scores=all_scores, needed_scores=needed_scores)
+    return Contributions(
+        residual_norms_L=residual_norms_L,
+        scales=scales,
+        all_scores=all_scores,
+        needed_scores=needed_scores,
+    )
 
 
 def _take_scale(
-    path: Path, tensors: dict[str, Tensor], name: str, facts: CalibrationFacts
+    path: Path, tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]
 ) -> Tensor:
-    scale_LE = tensors.pop(f"{CONTRIBUTIONS}.{name}", torch.empty(0))
-    shape = (facts.num_layers, facts.num_experts)
-    if scale_LE.shape != shape or scale_LE.dtype != torch.float32:
+    scale = tensors.pop(f"{CONTRIBUTIONS}.{name}", torch.empty(0))
+    if scale.shape != shape or scale.dtype != torch.float32:
         raise CalibrationError(
             f"{name!r} of calibration {path} must be float32 of shape {shape}, got "
-            f"{scale_LE.dtype} of shape {tuple(scale_LE.shape)}; {_REMEDY}"
+            f"{scale.dtype} of shape {tuple(scale.shape)}; {_REMEDY}"
         )
-    if not bool((scale_LE.isfinite() & (scale_LE >= 0)).all()):
+    if not bool((scale.isfinite() & (scale >= 0)).all()):
         raise CalibrationError(
             f"{name!r} of calibration {path} must be finite and at least 0; {_REMEDY}"
         )
-    return scale_LE
+    return scale
 
 
 def _take(path: Path, tensors: dict[str, Tensor], name: str) -> ReferenceTable:

@@ -37,6 +37,8 @@ NEEDED: Final[Mapping[Definition, str]] = {"norm": "needed", "loss": "needed_by_
 class Contributions:
     """Scales and reference scores for every statistic that was calibrated."""
 
+    residual_norms_L: Tensor
+    """Mean norm of the residual stream behind each layer, float32."""
     scales: Mapping[Statistic, Tensor]
     """Statistic -> float32 (L, E): a slot's score is its weight times this."""
     all_scores: Mapping[Statistic, ReferenceTable]
@@ -72,7 +74,8 @@ class Contributions:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything as tensors by name, for a file or a fingerprint."""
-        named = {f"scale.{s}": scale_LE for s, scale_LE in self.scales.items()}
+        named = {"residual_norms": self.residual_norms_L}
+        named |= {f"scale.{s}": scale_LE for s, scale_LE in self.scales.items()}
         named |= {f"all.{s}": table.sorted_scores_N for s, table in self.all_scores.items()}
         for (statistic, definition), table in self.needed_scores.items():
             named[f"needed.{statistic}.{definition}"] = table.sorted_scores_N
@@ -81,6 +84,7 @@ class Contributions:
     def to(self, device: torch.device) -> Contributions:
         """Return the same on `device`."""
         return Contributions(
+            residual_norms_L=self.residual_norms_L.to(device),
             scales={name: scale_LE.to(device) for name, scale_LE in self.scales.items()},
             all_scores={name: table.to(device) for name, table in self.all_scores.items()},
             needed_scores={name: table.to(device) for name, table in self.needed_scores.items()},
