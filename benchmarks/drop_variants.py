@@ -136,7 +136,7 @@ def capture(
 def mean_experts(rule: Rule, calibration: Calibration, seen: tuple[list[Candidates], ...]) -> float:
     """Mean number of slots that a rule keeps of captured proposals."""
     kept = total = 0
-    null = rule.required_null
+    null = rule.required_null or ""
     for layer, calls in enumerate(seen):
         # Bound by hand: on its way the search asks for alphas that no table can decide.
         select = rule.bind(

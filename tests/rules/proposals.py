@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bh_routing.nulls import ReferenceTable, get_null
+from bh_routing.nulls import ReferenceTable, RouterPass, get_null
 from bh_routing.nulls.contributions import NEEDED, Contributions, Definition, Statistic
 from bh_routing.rules import Candidates, LayerContext, Rule
 
@@ -48,11 +48,15 @@ def context_for(
     if rule.required_null in NEEDED.values():
         contributions = made_up_contributions(num_experts, model_top_k)
     elif rule.required_null is not None:
+        generator = torch.Generator().manual_seed(96)
         logits_TE = random_logits(2_000, num_experts, seed=99)
-        top_k_index_TK = logits_TE.topk(model_top_k).indices
-        table = ReferenceTable.from_scores(
-            get_null(rule.required_null).reference(logits_TE, top_k_index_TK)
+        seen = RouterPass(
+            router_logits_TE=logits_TE,
+            top_k_index_TK=logits_TE.topk(model_top_k).indices,
+            hidden_states_TH=torch.randn(2_000, 32, generator=generator),
+            gate_EH=torch.randn(num_experts, 32, generator=generator) / 32**0.5,
         )
+        table = ReferenceTable.from_scores(get_null(rule.required_null).reference_of(seen))
     return LayerContext(
         layer=0,
         num_experts=num_experts,

@@ -13,6 +13,7 @@ from bh_routing.engine.texts import text_sha256
 from bh_routing.engine.windows import spread_tokens
 from bh_routing.errors import CalibrationError, InputError
 from bh_routing.models.discovery import Routers, RouterSite, find_routers, model_fingerprint
+from bh_routing.nulls.base import RouterPass
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.catalog import get_null
 from bh_routing.nulls.contributions import NEEDED, Contributions
@@ -93,16 +94,18 @@ def calibrate(
 def _reference_hook(
     site: RouterSite, nulls: Sequence[str], reservoirs: Mapping[tuple[str, int], Reservoir]
 ) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> None:
+    def hook(router: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
         logits_TE, index_TK = output[0].detach(), output[2]
         if not bool(torch.isfinite(logits_TE).all()):
             raise CalibrationError(
                 f"router {site.name} gave NaN or infinite logits on the calibration text; "
                 "the checkpoint is damaged or the dtype too narrow: try --no-fp16"
             )
+        hidden_TH = inputs[0].detach().reshape(len(logits_TE), -1)
+        gate_EH = getattr(router, "weight", None)
+        seen = RouterPass(logits_TE.float(), index_TK, hidden_TH, gate_EH)
         for null in nulls:
-            reference = get_null(null).reference(logits_TE.float(), index_TK)
-            reservoirs[null, site.layer].add(reference)
+            reservoirs[null, site.layer].add(get_null(null).reference_of(seen))
 
     return hook
 
