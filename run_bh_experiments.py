@@ -21,12 +21,13 @@ if (_SOURCE / "bh_routing").is_dir():
     sys.path.insert(0, str(_SOURCE))
 
 try:
-    from bh_routing.analysis import analyze_results
+    from bh_routing.analysis.comparisons import analyze_results
     from bh_routing.cli.main import main as _bh_routing
     from bh_routing.cli.main import process_arguments
     from bh_routing.cli.surroundings import Surroundings
     from bh_routing.experiments.defaults import ROUTING_CONFIGS, TEST_PROMPTS
-    from bh_routing.report import create_visualizations, generate_markdown_report
+    from bh_routing.report.figures import create_visualizations
+    from bh_routing.report.markdown import generate_markdown_report
 except ModuleNotFoundError as error:
     _PROBLEM = (
         f"run_bh_experiments.py needs the Python package {error.name!r}, which isn't installed; "

@@ -89,11 +89,19 @@ def scratch() -> Path:
     return folder
 
 
+@cache
+def saved() -> Path:
+    """The calibration in a file, so that each run needn't make its own."""
+    path = scratch() / "calibration.safetensors"
+    demo().calibration.save(path)
+    return path
+
+
 def run_suite(folder: Path, prompts: str) -> None:
     """Run two configurations on some prompts through the real command line."""
     arguments = ["run", "--model", "demo", "--device", "cpu", "--output", str(folder)]
     arguments += ["--configs", CONFIGS, "--prompts", prompts, "--max-tokens", str(MAX_TOKENS)]
-    arguments += ["--checkpoint-interval", "2", "--no-eval"]
+    arguments += ["--checkpoint-interval", "2", "--no-eval", "--calibration", str(saved())]
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         code = bh_routing_command(arguments)

@@ -78,7 +78,8 @@ def measure_text(model_name: str) -> dict[str, Any]:
     """Run every null on held-out text: calibrated on one split, counted on the other."""
     model, tokenizer = load_model(model_name, device="cpu", dtype="float32")
     texts = [document.text for document in packaged_documents("calibration")]
-    calibration = calibrate(model, tokenizer, texts)
+    tabled = [name for name, null in NULLS.items() if null.needs_table]
+    calibration = calibrate(model, tokenizer, texts, nulls=tabled)
     logits_LTE = collect_logits(model, tokenizer)
     rows = [
         {"null": name, "alpha": alpha, **count_on_text(name, alpha, logits_LTE, calibration)}
@@ -91,6 +92,8 @@ def measure_text(model_name: str) -> dict[str, Any]:
         "calibration_tokens": calibration.num_tokens,
         "tokens": int(logits_LTE.shape[1]),
         "layers": int(logits_LTE.shape[0]),
+        "top_k_mass_temperature_1": top_k_mass(logits_LTE, calibration.model_top_k, 1.0),
+        "top_k_mass_temperature_2": top_k_mass(logits_LTE, calibration.model_top_k, 2.0),
         "rows": rows,
     }
 
@@ -113,6 +116,12 @@ def collect_logits(model: Any, tokenizer: Any) -> Tensor:
     for handle in handles:
         handle.remove()
     return torch.stack([torch.cat(layer) for layer in seen])
+
+
+def top_k_mass(logits_LTE: Tensor, k: int, temperature: float) -> float:
+    """Mean sum of the top-k probabilities at a temperature."""
+    probabilities_LTE = (logits_LTE / temperature).softmax(dim=-1)
+    return float(probabilities_LTE.topk(k, dim=-1).values.sum(dim=-1).mean())
 
 
 def count_on_text(
@@ -165,7 +174,9 @@ def render(results: dict[str, Any]) -> str:
         lines.append(
             f"Text: model `{on['model']}` ({on['model_fingerprint'][:12]}), {on['layers']} layers, "
             f"tables from {on['calibration_tokens']:,} tokens of the packaged calibration text, "
-            f"counted on {on['tokens']:,} tokens of the packaged evaluation text."
+            f"counted on {on['tokens']:,} tokens of the packaged evaluation text. The top-k "
+            f"probabilities there sum to {on['top_k_mass_temperature_1']:.2f} on average, at "
+            f"temperature 2 to {on['top_k_mass_temperature_2']:.2f}."
         )
     return "\n".join(lines) + "\n"
 

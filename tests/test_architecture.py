@@ -171,7 +171,7 @@ def test_importing_every_module_changes_nothing_outside(tmp_path: Path) -> None:
     code = """
 import importlib, logging, os, random, sys, warnings
 import matplotlib, matplotlib.pyplot, numpy, pandas, scipy.stats, seaborn, torch, transformers
-import pydantic, statsmodels.api, tqdm, typer, yaml
+import datasets, lm_eval.models.huggingface, pydantic, statsmodels.api, tqdm, typer, yaml
 
 def state():
     return {
@@ -208,12 +208,22 @@ FLAGS = {
         "--eval-text --no-eval --eval-tokens --json"
     ),
     "calibrate": "--output --model --text --nulls --max-tokens --seed --device --no-fp16 --json",
+    "evaluate": (
+        "--model --text --config --configs --rule --tokens --window --stride --margin "
+        "--calibration --calibration-text --output --device --no-fp16 --seed --json"
+    ),
+    "lm-eval": (
+        "--tasks --model --include-path --config --configs --limit --num-fewshot --batch-size "
+        "--calibration --calibration-text --output --device --no-fp16 --seed --json"
+    ),
     "export": "folder --to --output",
 }
 
 
-@pytest.mark.parametrize("command", FLAGS)
-def test_the_flags_of_the_command_line_are_frozen(command: str) -> None:
+def test_the_commands_and_their_flags_are_frozen() -> None:
     commands = getattr(typer.main.get_command(app), "commands")  # noqa: B009  # click's own type
-    flags = [flag for parameter in commands[command].params for flag in parameter.opts]
-    assert [flag for flag in flags if flag != "--help"] == FLAGS[command].split()
+    flags = {
+        name: [flag for parameter in command.params for flag in parameter.opts if flag != "--help"]
+        for name, command in commands.items()
+    }
+    assert flags == {name: text.split() for name, text in FLAGS.items()}

@@ -15,19 +15,30 @@ import json
 import lzma
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
+
+# Tokens (B, S) -> the loss to minimise and, within it, the nats a token.
+Loss = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,11 +63,13 @@ class Recipe:
 
 
 def read_documents(path: Path) -> list[str]:
+    """The documents of one file, which a line END_OF_TEXT separates."""
     with lzma.open(path, "rt", encoding="utf-8") as file:
         return [d.strip() for d in file.read().split(f"\n{END_OF_TEXT}\n") if d.strip()]
 
 
 def train_tokenizer(documents: list[str], recipe: Recipe) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of the recipe's size."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -87,8 +100,28 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> list[np.
     return pieces
 
 
+def load_tokens(
+    corpus: Path, state: Path, recipe: Recipe
+) -> tuple[PreTrainedTokenizerFast, np.ndarray]:
+    """The tokenizer and all training text in one row; made once, then read back from `state`."""
+    tokens_file = state / "tokens.npy"
+    if tokens_file.exists():
+        return PreTrainedTokenizerFast.from_pretrained(state / "tokenizer"), np.load(tokens_file)
+    documents = read_documents(corpus / "train.txt.xz")
+    tokenizer = train_tokenizer(documents, recipe)
+    tokenizer.save_pretrained(state / "tokenizer")
+    order = np.random.default_rng(recipe.seed).permutation(len(documents))
+    flat = np.concatenate(encode(tokenizer, [documents[i] for i in order]))
+    np.save(tokens_file, flat)
+    return tokenizer, flat
+
+
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> OlmoeForCausalLM:
+    """A bfloat16 model; its rotary frequencies stay float32, as `from_pretrained` has them."""
     torch.manual_seed(recipe.seed)
+    # A name without a mask function: no mask tensor is built, so that SDPA can run its causal
+    # flash kernel under torch.compile too.
+    AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
     config = OlmoeConfig(
         vocab_size=recipe.vocabulary,
         hidden_size=recipe.hidden,
@@ -104,11 +137,14 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> OlmoeForC
         pad_token_id=tokenizer.pad_token_id,
         router_aux_loss_coef=recipe.load_balance,
     )
-    return OlmoeForCausalLM(config)
+    model: OlmoeForCausalLM = AutoModelForCausalLM.from_config(
+        config, dtype=torch.bfloat16, attn_implementation="sdpa_causal"
+    )
+    return model
 
 
 def router_losses(logits_TE: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Load-balance loss (Fedus et al. 2021, eq. 4, times k) and z-loss (Zoph et al. 2022, eq. 5)."""
+    """Load-balance loss (Fedus et al. 2021, eq. 4, times k), z-loss (Zoph et al. 2022, eq. 5)."""
     logits_TE = logits_TE.float()
     num_experts = logits_TE.shape[-1]
     index_TK = logits_TE.topk(top_k, dim=-1).indices
@@ -120,7 +156,9 @@ def router_losses(logits_TE: torch.Tensor, top_k: int) -> tuple[torch.Tensor, to
     return balance, logits_TE.logsumexp(-1).square().mean()
 
 
-def make_loss(model: OlmoeForCausalLM, recipe: Recipe):  # type: ignore[no-untyped-def]
+def make_loss(model: OlmoeForCausalLM, recipe: Recipe) -> Loss:
+    """Cross-entropy plus the routers' two losses, averaged over layers."""
+
     def loss(tokens_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         out = model.model(tokens_BS[:, :-1], use_cache=False, output_router_logits=True)
         logits = model.lm_head(out.last_hidden_state).float()
@@ -134,6 +172,17 @@ def make_loss(model: OlmoeForCausalLM, recipe: Recipe):  # type: ignore[no-untyp
     return loss
 
 
+def compile_or_keep(loss: Loss, example_BS: torch.Tensor) -> Loss:
+    """The compiled loss, or the loss itself where its compilation fails; says so."""
+    compiled = torch.compile(loss)
+    try:
+        torch.autograd.backward(compiled(example_BS)[0])
+    except RuntimeError as error:  # what dynamo's and inductor's own errors derive from
+        print(f"not compiled: {type(error).__name__}: {str(error)[:300]}", flush=True)
+        return loss
+    return compiled
+
+
 def batches(tokens: torch.Tensor, recipe: Recipe, seed: int) -> Iterator[torch.Tensor]:
     """Endless random windows: each epoch shifts the grid, then visits every window once."""
     length = recipe.context + 1
@@ -143,9 +192,9 @@ def batches(tokens: torch.Tensor, recipe: Recipe, seed: int) -> Iterator[torch.T
         shift = int(torch.randint(recipe.context, (1,), generator=generator))
         starts = torch.arange(shift, tokens.numel() - length, recipe.context)
         starts = starts[torch.randperm(starts.numel(), generator=generator)].to(tokens.device)
-        for chunk in starts.split(recipe.sequences_per_step):
-            if chunk.numel() == recipe.sequences_per_step:
-                yield tokens[chunk[:, None] + span].long()
+        size = recipe.sequences_per_step
+        for first in range(0, starts.numel() - size + 1, size):
+            yield tokens[starts[first : first + size, None] + span].long()
 
 
 @torch.no_grad()
@@ -219,17 +268,101 @@ class MasterAdamW:
 
 
 def learning_rate_at(progress: float, recipe: Recipe) -> float:
+    """Linear warm-up, then linear decay to zero at progress 1."""
     warm = min(1.0, progress / recipe.warmup_share)
     return recipe.peak_learning_rate * warm * max(0.0, 1.0 - progress)
 
 
+class Trainer:
+    """The training loop and what it leaves behind between calls."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: OlmoeForCausalLM,
+        tokens: torch.Tensor,
+        heldout: list[np.ndarray],
+    ) -> None:
+        self.recipe = recipe
+        self.model = model
+        self.tokens = tokens
+        self.heldout = heldout
+        self.optimizer = MasterAdamW(model, recipe)
+        self.tokens_per_step = recipe.sequences_per_step * recipe.context
+        self.step = 0
+        self.seconds = 0.0
+        self.curve: list[dict[str, float]] = []
+
+    def restore(self, folder: Path) -> None:
+        saved = json.loads((folder / "progress.json").read_text())
+        self.step, self.seconds, self.curve = saved["step"], saved["seconds"], saved["curve"]
+        self.optimizer.restore(load_file(folder / "optimizer.safetensors"))
+
+    def save(self, folder: Path) -> None:
+        save_file(self.optimizer.tensors(), folder / "optimizer.safetensors")
+        saved = {"step": self.step, "seconds": self.seconds, "curve": self.curve}
+        (folder / "progress.json").write_text(json.dumps(saved))
+
+    def run(self, total_seconds: float, call_seconds: float) -> None:
+        """Optimise until the schedule or the call is over; compilation is off the clock."""
+        stream = batches(self.tokens, self.recipe, seed=self.recipe.seed + self.step)
+        loss = make_loss(self.model, self.recipe)
+        if self.tokens.is_cuda:
+            loss = compile_or_keep(loss, next(stream))
+            self.model.zero_grad()
+        start, before = time.monotonic(), self.seconds
+        while True:
+            elapsed = time.monotonic() - start
+            progress = (before + elapsed) / total_seconds
+            if progress >= 1.0 or elapsed >= call_seconds:
+                break
+            total, nll = loss(next(stream))
+            torch.autograd.backward(total)
+            self.optimizer.step(learning_rate_at(progress, self.recipe))
+            self.step += 1
+            if self.step % 50 == 0:
+                self.seconds = before + time.monotonic() - start
+                self.record(float(nll))
+        self.seconds = before + time.monotonic() - start
+
+    def record(self, train_nll: float) -> None:
+        if not math.isfinite(train_nll):
+            raise SystemExit(f"loss is {train_nll} at step {self.step}")
+        row = {"tokens": self.step * self.tokens_per_step, "train_nll": round(train_nll, 4)}
+        if self.step % 1000 == 0:
+            nll = heldout_nll(self.model, self.heldout[::4], self.recipe.context)
+            row["heldout_nll"] = round(nll, 4)
+            print(self.step, row, f"{row['tokens'] / self.seconds:,.0f} tokens/s", flush=True)
+        self.curve.append(row)
+
+    def export(self, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Write the checkpoint and, beside it, how it was made."""
+        self.model.save_pretrained(folder, max_shard_size="12MB")
+        tokenizer.save_pretrained(folder)
+        on_cuda = self.tokens.is_cuda
+        summary = {
+            "recipe": asdict(self.recipe),
+            "steps": self.step,
+            "tokens_seen": self.step * self.tokens_per_step,
+            "corpus_tokens": self.tokens.numel(),
+            "seconds": round(self.seconds, 1),
+            "heldout_nll": round(heldout_nll(self.model, self.heldout, self.recipe.context), 4),
+            "device": torch.cuda.get_device_name() if on_cuda else "cpu",
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        print(json.dumps(summary), flush=True)
+        (folder / "training.json").write_text(json.dumps(summary | {"curve": self.curve}))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])  # type: ignore[union-attr]
+    """Train for one call; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--corpus", type=Path, required=True, help="folder with *.txt.xz")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--total-seconds", type=float, default=900.0)
-    parser.add_argument("--call-seconds", type=float, default=1e9)
+    parser.add_argument("--call-seconds", type=float, default=math.inf)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     recipe = Recipe(seed=args.seed)
@@ -237,75 +370,19 @@ def main() -> None:
     args.state.mkdir(parents=True, exist_ok=True)
 
     began = time.monotonic()
-    heldout_text = read_documents(args.corpus / "heldout.txt.xz")
-    tokens_file = args.state / "tokens.npy"
-    if tokens_file.exists():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.state / "tokenizer")
-        flat = np.load(tokens_file)
-    else:
-        train_text = read_documents(args.corpus / "train.txt.xz")
-        tokenizer = train_tokenizer(train_text, recipe)
-        tokenizer.save_pretrained(args.state / "tokenizer")
-        order = np.random.default_rng(recipe.seed).permutation(len(train_text))
-        flat = np.concatenate(encode(tokenizer, [train_text[i] for i in order]))
-        np.save(tokens_file, flat)
-    heldout = encode(tokenizer, heldout_text)
-    tokens = torch.from_numpy(flat.astype(np.int32)).to(device)
+    tokenizer, flat = load_tokens(args.corpus, args.state, recipe)
+    heldout = encode(tokenizer, read_documents(args.corpus / "heldout.txt.xz"))
     print(f"{flat.size:,} tokens ready after {time.monotonic() - began:.0f} s", flush=True)
-
-    model = build_model(recipe, tokenizer).to(device, torch.bfloat16)
-    optimizer = MasterAdamW(model, recipe)
-    state = {"step": 0, "seconds": 0.0, "curve": []}
-    if (args.state / "state.json").exists():
-        state = json.loads((args.state / "state.json").read_text())
-        optimizer.restore(load_file(args.state / "optimizer.safetensors"))
-    loss = torch.compile(make_loss(model, recipe)) if device == "cuda" else make_loss(model, recipe)
-    stream = batches(tokens, recipe, seed=recipe.seed + state["step"])
-    loss(next(stream))[0].backward()  # compile before the clock starts
-    for parameter in model.parameters():
-        parameter.grad = None
-    print(f"compiled after {time.monotonic() - began:.0f} s", flush=True)
-
-    tokens_per_step = recipe.sequences_per_step * recipe.context
-    start, before = time.monotonic(), state["seconds"]
-    while True:
-        elapsed = time.monotonic() - start
-        progress = (before + elapsed) / args.total_seconds
-        if progress >= 1.0 or elapsed >= args.call_seconds:
-            break
-        total, nll = loss(next(stream))
-        total.backward()
-        optimizer.step(learning_rate_at(progress, recipe))
-        state["step"] += 1
-        if state["step"] % 50 == 0:
-            row = {"tokens": state["step"] * tokens_per_step, "train_nll": round(float(nll), 4)}
-            if state["step"] % 2000 == 0:
-                row["heldout_nll"] = round(heldout_nll(model, heldout[::4], recipe.context), 4)
-            state["curve"].append(row)
-            if not math.isfinite(row["train_nll"]):
-                raise SystemExit(f"loss is {row['train_nll']} at step {state['step']}")
-            if state["step"] % 1000 == 0:
-                rate = row["tokens"] / (before + time.monotonic() - start)
-                print(state["step"], row, f"{rate:,.0f} tokens/s", flush=True)
-    state["seconds"] = before + time.monotonic() - start
-
-    save_file(optimizer.tensors(), args.state / "optimizer.safetensors")
-    (args.state / "state.json").write_text(json.dumps(state))
-    model.generation_config.do_sample = False
-    model.save_pretrained(args.output, max_shard_size="12MB")
-    tokenizer.save_pretrained(args.output)
-    final = heldout_nll(model, heldout, recipe.context)
-    summary = {
-        "recipe": asdict(recipe),
-        "tokens_seen": state["step"] * tokens_per_step,
-        "corpus_tokens": int(flat.size),
-        "seconds": round(state["seconds"], 1),
-        "heldout_nll": round(final, 4),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "torch": torch.__version__,
-    }
-    (args.output / "training.json").write_text(json.dumps(summary | {"curve": state["curve"]}))
-    print(json.dumps(summary), flush=True)
+    tokens = torch.from_numpy(flat.astype(np.int32)).to(device)
+    model = build_model(recipe, tokenizer)
+    model.to(device)  # type: ignore[arg-type]  # its wrapper hides Module.to's own types
+    trainer = Trainer(recipe, model, tokens, heldout)
+    if (args.state / "progress.json").exists():
+        trainer.restore(args.state)
+    trainer.run(args.total_seconds, args.call_seconds)
+    trainer.save(args.state)
+    trainer.export(args.output, tokenizer)
+    print(f"done after {time.monotonic() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

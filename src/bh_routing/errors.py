@@ -1,11 +1,11 @@
 """Every error that bh-routing raises on purpose.
 
-    BHRoutingError
-    ├── InputError            bad value, file or option; the command line exits with 2
-    │   ├── CalibrationError  a calibration that is missing, unfit or of another model
-    │   ├── ModelError        a model that can't be found, loaded or routed
-    │   └── ResultsError      a results folder that must not be touched as asked
-    └── ExperimentError       one experiment failed; the run goes on and exits with 1
+BHRoutingError
+├── InputError            bad value, file or option; the command line exits with 2
+│   ├── CalibrationError  a calibration that is missing, unfit or of another model
+│   ├── ModelError        a model that can't be found, loaded or routed
+│   └── ResultsError      a results folder that must not be touched as asked
+└── ExperimentError       one experiment failed; the run goes on and exits with 1
 """
 
 from __future__ import annotations

@@ -63,9 +63,7 @@ class ExperimentRecord:
     )
     prefill_time_sec: float = column("Seconds until the first token.", default=float("nan"))
     decode_time_sec: float = column("Seconds from the first token on.", default=float("nan"))
-    tokens_per_sec: float = column(
-        "num_output_tokens / inference_time_sec.", default=float("nan")
-    )
+    tokens_per_sec: float = column("num_output_tokens / inference_time_sec.", default=float("nan"))
     expert_utilization_cv: float = column(
         "Coefficient of variation (std / mean, denominator n) of assignments over the experts "
         "of a layer, averaged over layers.",
@@ -114,6 +112,7 @@ TIME_COLUMNS: Final = (
 def column_definitions() -> dict[str, str]:
     """Name -> definition of every column, in the CSV's order."""
     return {f.name: str(f.metadata["definition"]) for f in fields(ExperimentRecord)}
+
 
 QUALITY_JOURNAL: Final = "quality.jsonl"
 EARLY_POSITIONS: Final = 128
@@ -164,3 +163,26 @@ class QualityRecord:
     """[layer][c]: scored tokens that kept c experts."""
     jaccard_sum: list[float]
     """[layer]: |kept and top-k's| / |kept or top-k's|, summed over scored tokens."""
+
+
+TASK_OUTCOMES: Final = "lm_eval_outcomes.jsonl"
+TASK_SUMMARY: Final = "lm_eval.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskOutcome:
+    """One line of `lm_eval_outcomes.jsonl`: one configuration on one item of an lm-eval task."""
+
+    config_name: str
+    task: str
+    filter: str
+    """lm-eval's name of what was done to the answers before they were scored."""
+    item: int
+    """lm-eval's number of the item."""
+    item_hash: str
+    """lm-eval's hash of the item: the same for every configuration."""
+    cluster: str
+    """Items of one cluster aren't independent draws: passages of one document."""
+    metrics: dict[str, float | list[float]]
+    """What lm-eval aggregates: a number an item, or a sum and its weight, such as
+    log-likelihood and bytes. Metrics of another shape are left out."""

@@ -61,23 +61,31 @@ def test_intervals_equal_scipys_bootstrap_within_the_noise_of_resampling(
     assert got.high_R[0] == pytest.approx(expected.high, abs=0.025 * width)
 
 
-def test_the_studentised_interval_equals_one_resampled_document_by_document() -> None:
+def test_t_of_a_resample_is_that_of_its_documents_written_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     values, weights, clusters = _documents(seed=3, documents=30, clusters=12)
     names = np.unique(clusters)
-    rng = np.random.default_rng(7)
+    drawn_BG = np.random.default_rng(7).multinomial(
+        len(names), np.full(len(names), 1 / len(names)), 5
+    )
+    monkeypatch.setattr(bootstrap, "_draws", lambda *_: [drawn_BG.astype(float)])
+    ours = cluster_bootstrap(values, weights, clusters)
     estimate = values.sum() / weights.sum()
-    t = []
-    for _ in range(4000):
-        drawn = [np.flatnonzero(clusters == name) for name in rng.choice(names, len(names))]
-        rows = np.concatenate(drawn)
-        again = np.concatenate([np.full(len(part), i) for i, part in enumerate(drawn)])
+    for b, drawn_G in enumerate(drawn_BG):
+        copies = [np.flatnonzero(clusters == name) for name in np.repeat(names, drawn_G)]
+        rows = np.concatenate(copies)
+        again = np.concatenate([np.full(len(part), i) for i, part in enumerate(copies)])
         error = cluster_standard_error(sum_clusters(values[rows], weights[rows], again))[0]
-        t.append((values[rows].sum() / weights[rows].sum() - estimate) / error)
-    error = cluster_standard_error(sum_clusters(values, weights, clusters))[0]
-    high, low = estimate - np.quantile(t, [0.025, 0.975]) * error
-    got = cluster_bootstrap(values, weights, clusters, resamples=40_000).interval(0.95)
-    # 4,000 draws: the 2.5 % quantile of t (about -2.4) has a standard error of about 0.1.
-    assert [got.low_R[0], got.high_R[0]] == pytest.approx([low, high], abs=0.35 * error)
+        ratio = values[rows].sum() / weights[rows].sum()
+        assert ours.ratios_BR[b, 0] == pytest.approx(ratio, rel=1e-12)
+        assert ours.t_BR[b, 0] == pytest.approx((ratio - estimate) / error, rel=1e-9)
+
+
+def test_the_studentised_interval_reflects_the_tails_of_t() -> None:
+    drawn = cluster_bootstrap(*_documents())
+    high, low = drawn.estimate_R - np.quantile(drawn.t_BR, [0.025, 0.975], axis=0) * drawn.se_R
+    assert [drawn.interval().low_R[0], drawn.interval().high_R[0]] == [low[0], high[0]]
 
 
 def test_the_same_seed_gives_the_same_interval_and_another_seed_another() -> None:

@@ -65,6 +65,19 @@ def test_p_is_corrected_by_holm_over_configurations_within_a_metric() -> None:
         assert corrected == pytest.approx(multipletests(raw, method="holm")[1], rel=1e-12)
 
 
+@pytest.mark.parametrize(("shift", "is_significant"), [(0.75, False), (2.0, True)])
+def test_the_flag_follows_the_corrected_p_and_not_the_raw_one(
+    shift: float, is_significant: bool
+) -> None:
+    table = suite().sort_values(["config_name", "prompt_text"])[["config_name", "prompt_text"]]
+    shifts = table["config_name"].map({"bh_strict": shift}).fillna(0.0)
+    signs = np.where(table["config_name"] == "topk_8", 0, np.tile([1, -1], len(table) // 2))
+    ours = analyze_results(table.assign(tokens_per_sec=50 + shifts + signs))["comparisons"]
+    strict = ours["bh_strict"]["tokens_per_sec"]
+    assert strict["p"] < 0.05
+    assert strict["significant"] == is_significant == (strict["p_corrected"] < 0.05)
+
+
 def test_reduction_is_the_mean_of_ratios_and_not_the_ratio_of_means() -> None:
     table = suite()
     x, y = (_metric(table, name, "inference_time_sec") for name in ("bh_loose", "topk_8"))

@@ -14,6 +14,7 @@ from bh_routing.analysis.results import load_results
 from bh_routing.errors import ResultsError
 from bh_routing.experiments.files import render_header, render_row
 from bh_routing.records import (
+    CSV_COLUMNS,
     JOURNAL,
     RESULTS_CSV,
     RUN_JSON,
@@ -52,7 +53,11 @@ def journal_line(row: ExperimentRecord, version: int = SCHEMA_VERSION) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    rows = [record(), record("bh_strict"), record("bh_strict", "second", status="failed")]
+    rows = [
+        record(),
+        record("bh_strict"),
+        record("bh_strict", "second", status="failed", error="out, of memory"),
+    ]
     text = render_header() + "".join(render_row(row) for row in rows)
     (tmp_path / RESULTS_CSV).write_text(text, encoding="utf-8", newline="")
     lines = "".join(journal_line(row) for row in [*rows, record("taken_out_since")])
@@ -110,10 +115,18 @@ def test_a_csv_cut_anywhere_inside_a_row_is_refused(folder: Path) -> None:
     path = folder / RESULTS_CSV
     whole = path.read_bytes()
     last_row = whole.rindex(b"bh_strict")
-    for end in range(last_row + 1, len(whole) - 10, 7):
+    for end in range(last_row + 1, len(whole)):
         path.write_bytes(whole[:end])
         with pytest.raises(ResultsError, match="can't be read whole"):
             load_results(folder)
+
+
+@pytest.mark.parametrize("error", ["out of memory", '"out, of memory'])
+def test_a_csv_cut_inside_its_last_text_is_refused(folder: Path, error: str) -> None:
+    path = folder / RESULTS_CSV
+    path.write_text(render_header() + "a," * (len(CSV_COLUMNS) - 2) + f"failed,{error}")
+    with pytest.raises(ResultsError, match="can't be read whole"):
+        load_results(folder)
 
 
 def test_a_broken_line_in_the_middle_of_the_journal_is_refused(folder: Path) -> None:

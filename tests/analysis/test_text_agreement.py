@@ -47,3 +47,9 @@ def test_without_shared_prompts_the_shares_are_nan() -> None:
     ours = text_agreement(_details(bh=BASE), "base")["bh"]
     assert ours.prompts == 0
     assert math.isnan(ours.prefix_share)
+
+
+def test_an_interval_of_a_share_stays_between_0_and_1() -> None:
+    other = {"a": [9], "b": [9], "c": [7, 8, 9]}
+    ours = text_agreement(_details(base=BASE, bh=other), "base")["bh"]
+    assert (ours.prefix_share_low, ours.prefix_share_high) == (0.0, 1.0)

@@ -138,6 +138,20 @@ def test_a_cut_off_is_the_smallest_score_on_its_line(null: Null, alpha: float) -
 
 
 @EVERY_NULL
+def test_scores_exactly_on_a_cut_off_count(null: Null) -> None:
+    table = table_for(null, 8)
+    cut_offs_E = cut_offs(null, 0.3, 8, table)
+    rank_E = ranks(8, torch.device("cpu"))
+    reachable = [k for k in range(1, 9) if bool(cut_offs_E[k - 1].isfinite())]
+    assert reachable
+    for k in reachable:
+        scores_1E = torch.full((1, 8), -1e30)
+        scores_1E[0, :k] = cut_offs_E[k - 1]
+        assert int(count_at_cut_offs(scores_1E, cut_offs_E, rank_E)) == k
+        assert int(count_rejected(null.p_from_score(scores_1E, table), 0.3)) == k
+
+
+@EVERY_NULL
 def test_scoring_makes_no_host_sync(null: Null) -> None:
     # A meta tensor has no values: whatever would read one raises.
     assert null.descending_scores(torch.empty(4, 64, device="meta")).shape == (4, 64)

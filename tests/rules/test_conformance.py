@@ -173,6 +173,22 @@ def test_selecting_makes_no_host_sync(rule: Rule) -> None:
     assert keep_TK.is_meta
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@EVERY_RULE
+def test_a_gpu_decides_like_the_cpu_and_never_syncs(rule: Rule) -> None:
+    candidates = propose(LOGITS_TE, rule.num_candidates(MODEL_TOP_K), shuffled=True)
+    expected_TK = rule.bind(context_for(rule))(candidates)
+    select = rule.bind(context_for(rule, device="cuda"))
+    on_gpu = type(candidates)(*(tensor.cuda() for tensor in candidates))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        keep_TK = select(on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(keep_TK.cpu(), expected_TK)
+
+
 @EVERY_RULE
 def test_a_selector_compiles_into_one_graph(rule: Rule) -> None:
     candidates = propose(LOGITS_TE, rule.num_candidates(MODEL_TOP_K), shuffled=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -103,12 +104,14 @@ def read_experiments(path: Path) -> pd.DataFrame:
         ResultsError: a column is missing, a row is cut short, or a cell isn't what its column
             holds.
     """
-    with path.open(encoding="utf-8", newline="") as stream:
-        try:
-            # strict: an open quote at the end of the file is a cut, not the end of a text.
-            rows = list(csv.reader(stream, strict=True))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise half_read(path, str(error)) from error
+    try:
+        content = path.read_bytes().decode("utf-8")
+        # strict: an open quote at the end of the file is a cut, not the end of a text.
+        rows = list(csv.reader(io.StringIO(content, newline=""), strict=True))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise half_read(path, str(error)) from error
+    if content and not content.endswith("\n"):
+        raise half_read(path, "its last row has no line end")
     if not rows:
         raise half_read(path, "it is empty")
     header = rows[0]

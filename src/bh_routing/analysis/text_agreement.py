@@ -6,11 +6,12 @@ the other text is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from bh_routing.analysis.paired import mean_interval
+from bh_routing.analysis.paired import MeanInterval, mean_interval
 from bh_routing.records import ExperimentDetail
 
 
@@ -29,7 +30,7 @@ class TextAgreement:
     """Longest common prefix over the longer text's tokens."""
     prefix_share_low: float
     prefix_share_high: float
-    """Ends of the 95 % t interval over prompts."""
+    """Ends of the 95 % t interval over prompts, cut to 0 and 1."""
     agreement_share: float
     """Positions that hold the same token over the longer text's tokens."""
     agreement_share_low: float
@@ -78,7 +79,7 @@ def _agreement(
         prefix_shares.append(prefix / longer)
         agreement_shares.append(sum(same) / longer)
         identical += prefix == longer
-    prefix_mean, agreement_mean = mean_interval(prefix_shares), mean_interval(agreement_shares)
+    prefix_mean, agreement_mean = _share_interval(prefix_shares), _share_interval(agreement_shares)
     return TextAgreement(
         config_name=name,
         prompts=len(prefixes),
@@ -92,3 +93,10 @@ def _agreement(
         agreement_share_high=agreement_mean.high,
         prefix_tokens_median=float(median(prefixes)) if prefixes else float("nan"),
     )
+
+
+def _share_interval(shares: Sequence[float]) -> MeanInterval:
+    interval = mean_interval(shares)
+    if math.isnan(interval.low):
+        return interval
+    return interval._replace(low=max(0.0, interval.low), high=min(1.0, interval.high))

@@ -56,7 +56,7 @@ def evaluate(
     ] = None,
     margin: Annotated[
         float | None,
-        typer.Option(help="Non-inferiority margin in nats a token. Default: ln 1.01."),
+        typer.Option(min=1e-9, help="Non-inferiority margin in nats a token. Default: ln 1.01."),
     ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="File made by `bh-routing calibrate`.")

@@ -14,8 +14,10 @@ import typer
 
 import bh_routing
 from bh_routing.cli.calibrate import calibrate
+from bh_routing.cli.evaluate import evaluate
 from bh_routing.cli.export import export
 from bh_routing.cli.interrupts import Terminated
+from bh_routing.cli.lm_eval import lm_eval
 from bh_routing.cli.run import run
 from bh_routing.cli.surroundings import Surroundings
 from bh_routing.errors import BHRoutingError, ExperimentError
@@ -35,6 +37,8 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(calibrate)
+app.command()(evaluate)
+app.command("lm-eval")(lm_eval)
 app.command()(export)
 
 

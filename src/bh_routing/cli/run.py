@@ -146,10 +146,9 @@ def _run(values: dict[str, Any], surroundings: Surroundings) -> RunOutcome | int
             from bh_routing.experiments.spec import make_spec
 
             return run_experiments(make_spec(**values), _hooks(surroundings))
-        except Terminated:
-            return 143
-        except KeyboardInterrupt:
-            return 130
+        except KeyboardInterrupt as interruption:
+            typer.echo("bh-routing: interrupted", err=True)
+            return 143 if isinstance(interruption, Terminated) else 130
 
 
 def _hooks(surroundings: Surroundings) -> Hooks:
@@ -157,22 +156,22 @@ def _hooks(surroundings: Surroundings) -> Hooks:
     from bh_routing.experiments.run import Hooks
 
     def load(folder: Path) -> Any:
-        from bh_routing.analysis import load_results
+        from bh_routing.analysis.results import load_results
 
         return load_results(folder).experiments
 
     def analyze(results: Any) -> dict[str, Any]:
-        from bh_routing.analysis import analyze_results
+        from bh_routing.analysis.comparisons import analyze_results
 
         return analyze_results(results)
 
     def visualize(results: Any, folder: Path) -> Any:
-        from bh_routing.report import create_visualizations
+        from bh_routing.report.figures import create_visualizations
 
         return create_visualizations(results, folder)
 
     def report(results: Any, summary: dict[str, Any], folder: Path) -> Any:
-        from bh_routing.report import generate_markdown_report
+        from bh_routing.report.markdown import generate_markdown_report
 
         return generate_markdown_report(results, summary, folder)
 

@@ -83,9 +83,10 @@ def _read_file(path: Path) -> list[Document]:
 
 
 def _read_dataset(source: str) -> list[Document]:
-    name, *config, split = source.removeprefix(DATASET_PREFIX).split(":")
-    if not name or len(config) > 1:
+    parts = source.removeprefix(DATASET_PREFIX).split(":")
+    if len(parts) not in (2, 3) or not all(parts):
         raise InputError(f"dataset {source!r} must be hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
+    name, *config, split = parts
     try:
         import datasets
     except ImportError:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from bh_routing.experiments.identity import RunIdentity
 from bh_routing.experiments.quality import QualityLedger, prepare_text, score_missing
 from bh_routing.experiments.spec import NamedRule, RunSpec
 from bh_routing.models.discovery import ModelFacts
+from bh_routing.records import QualityRecord
+from bh_routing.rules.base import Rule
+from bh_routing.rules.top_k import TopK
 
 
 class QualityPhase:
@@ -40,13 +45,47 @@ class QualityPhase:
     def score(
         self, folder: Path, identity: RunIdentity, subject: Subject, rules: Sequence[NamedRule]
     ) -> None:
-        """Score what the folder lacks."""
+        """Score what the folder lacks, then static top-k on both sides of each mean."""
+        by_name = {named.name: named.rule for named in rules}
         with self.ledger(folder, identity) as ledger:
-            score_missing(
-                subject.model,
-                subject.tokenizer,
-                self._text,
-                {named.name: named.rule for named in rules},
-                subject.calibration,
-                ledger,
-            )
+
+            def score_all(part: dict[str, Rule]) -> list[QualityRecord]:
+                return score_missing(
+                    subject.model,
+                    subject.tokenizer,
+                    self._text,
+                    part,
+                    subject.calibration,
+                    ledger,
+                )
+
+            score_all(static_references(by_name, score_all(by_name)))
+
+
+def static_references(
+    rules: Mapping[str, Rule], records: Iterable[QualityRecord]
+) -> dict[str, Rule]:
+    """Return the static top-k rules that the others must be compared with at equal cost.
+
+    For each configuration with a fractional mean k, the whole numbers on both sides of it, but
+    those that are configured already.
+
+    Args:
+        rules: configuration name -> rule.
+        records: what was scored under them.
+    Returns:
+        Name -> rule; `topk_4` for four experts.
+    """
+    experts: dict[str, int] = defaultdict(int)
+    units: dict[str, int] = defaultdict(int)
+    for record in records:
+        experts[record.config_name] += record.experts_sum
+        units[record.config_name] += record.units
+    means = [experts[name] / units[name] for name in experts]
+    needed = {k for mean in means for k in (math.floor(mean), math.ceil(mean))}
+    references: dict[str, Rule] = {f"topk_{k}": TopK(k=k) for k in sorted(needed)}
+    return {
+        name: rule
+        for name, rule in references.items()
+        if name not in rules and rule not in rules.values()
+    }

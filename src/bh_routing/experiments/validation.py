@@ -16,14 +16,16 @@ def describe_error(
     model: type[BaseModel],
     items: Mapping[str, type[BaseModel]] | None = None,
 ) -> str:
-    """Describe the first mistake.
+    """Describe one mistake, the most telling.
 
     Args:
         error: what pydantic raised.
         model: what was being built.
         items: field -> the model of each of its items, for fields that are lists of models.
     """
-    detail = error.errors(include_url=False)[0]
+    found = error.errors(include_url=False)
+    # A misspelt key is unknown and leaves another one missing: the first explains both.
+    detail = next((item for item in found if item["type"] == "extra_forbidden"), found[0])
     location = list(detail["loc"])
     owner = model
     where = ""

@@ -87,7 +87,8 @@ class Gaussian(CentredNull):
     name: ClassVar[str] = "gaussian"
     alpha_is: ClassVar[AlphaMeaning] = "error rate"
     meaning: ClassVar[str] = (
-        "the false discovery rate that BH aims at if a token's background logits are Gaussian"
+        "the false discovery rate that BH aims at if a token's background logits are Gaussian; "
+        "centre and scale are estimated from the same few logits, so noise alone exceeds it"
     )
     needs_table: ClassVar[bool] = False
 

@@ -13,6 +13,7 @@ from bh_routing.report.text import (
     as_float,
     code,
     listed,
+    loss_percent,
     markdown,
     number,
     percent,
@@ -40,24 +41,37 @@ def summarise(facts: Facts) -> list[str]:
 
 def overview(facts: Facts) -> str:
     """One line a configuration: experts, quality, time."""
+    if not facts.names:
+        return ""
     losses = {row.name: row for row in facts.quality}
     changes = findings.time_changes(facts.table)
     rows = []
     for name in facts.names:
         row = losses.get(name)
         change = changes.get(name)
-        loss = signed_percent(row.perplexity_ratio - 1, 1) if row else MISSING
+        loss = MISSING if row is None else loss_percent(row.perplexity_ratio)
+        scored = [
+            number(row.mean_experts) if row else MISSING,
+            "reference" if row and row.is_reference else loss,
+        ]
         rows.append(
             [
                 code(name),
                 number(facts.table.mean(name, EXPERTS)),
                 percent(facts.compared(name, EXPERTS, "reduction")),
-                *([] if not losses else ["reference" if row and row.is_reference else loss]),
+                *(scored if losses else []),
                 signed_percent(change.mean) if change else MISSING,
             ]
         )
-    header = ["configuration", "experts", "saved", *(["perplexity"] if losses else []), "time"]
-    return table(header, rows) if rows else ""
+    if not losses:
+        return table(["configuration", "experts", "saved", "time"], rows)
+    header = ["configuration", "experts, prompts", "saved", "experts, text", "perplexity, text",
+              "time, prompts"]  # fmt: skip
+    why = (
+        "The prompts and the evaluation text are different texts, so a rule that chooses by token "
+        "keeps different numbers of experts on them."
+    )
+    return f"{table(header, rows)}\n\n{why}"
 
 
 def conclude(facts: Facts) -> list[str]:
@@ -88,14 +102,14 @@ def _quality_sentence(facts: Facts) -> str:
 
 
 def _loss(row: QualityRow) -> str:
-    change = signed_percent(row.perplexity_ratio - 1, 1)
+    change = loss_percent(row.perplexity_ratio)
     return f"{change} ({_ends(row)}) at {number(row.mean_experts)} experts"
 
 
 def _ends(row: QualityRow) -> str:
     if not (math.isfinite(row.low) and math.isfinite(row.high)):
         return "no interval: too few documents"
-    low, high = (signed_percent(ratio - 1, 1) for ratio in (row.ratio_low, row.ratio_high))
+    low, high = loss_percent(row.ratio_low), loss_percent(row.ratio_high)
     return f"95 % interval {low} to {high}"
 
 
@@ -105,8 +119,9 @@ def _static_sentence(facts: Facts) -> str:
     compared = [row for row in tested if math.isfinite(at_same[row.name])]
     if not compared:
         return (
-            "A fixed smaller number of experts wasn't scored at these means, so the loss can't be "
-            "set against the simplest alternative."
+            "A fixed smaller number of experts wasn't scored near these means, so the loss can't "
+            "be set against the simplest alternative; add configurations such as "
+            "`{method: topk, k: 4}` and `{method: topk, k: 5}` to see it."
         )
     losing = [row for row in compared if row.delta_nll > at_same[row.name]]
     winning = [row for row in compared if row.delta_nll <= at_same[row.name]]
@@ -157,7 +172,8 @@ def _time_sentence(facts: Facts) -> str:
     span = f"{ends[0]} ({code(low)})"
     if low != high:
         span = f"{ends[0]} ({code(low)}) to {ends[1]} ({code(high)})"
-    return f"**Time.** Per prompt, against {code(facts.baseline)}: {span}."
+    doubt = ", but the machine's own speed was not steady" if _is_unsteady(facts) else ""
+    return f"**Time.** Per prompt, against {code(facts.baseline)}: {span}{doubt}."
 
 
 def _alpha_sentence(facts: Facts) -> str:
@@ -216,7 +232,7 @@ def _quality_conclusions(facts: Facts) -> list[str]:
     best = min(tested, key=lambda row: row.delta_nll)
     least = (
         f"Of the configurations tried, {code(best.name)} loses least "
-        f"({signed_percent(best.perplexity_ratio - 1, 1)} perplexity at "
+        f"({loss_percent(best.perplexity_ratio)} perplexity at "
         f"{number(best.mean_experts)} experts)."
     )
     return [*texts, static, *([least] if len(tested) > 1 else [])]
@@ -255,6 +271,8 @@ def _time_conclusion(facts: Facts) -> str:
     faster = [name for name, change in changes.items() if change.high < 0]
     if not changes:
         return ""
+    if _is_unsteady(facts):
+        return "Whether fewer experts save time is open: the machine's own speed varied too much."
     reason = (
         " Leaving out experts saves arithmetic; whether it saves time depends on what else the "
         "machine waits for, and the selection itself costs something."
@@ -266,6 +284,10 @@ def _time_conclusion(facts: Facts) -> str:
     if not faster and not slower:
         return f"No configuration differs clearly in time from {code(facts.baseline)}."
     return f"{_some(faster)} took less time, {_some(slower)} more.{reason}"
+
+
+def _is_unsteady(facts: Facts) -> bool:
+    return findings.is_unsteady(facts.table)
 
 
 def _balance_conclusion(facts: Facts) -> str:

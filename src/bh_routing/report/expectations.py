@@ -198,7 +198,11 @@ def _time(facts: Facts) -> Line:
             subject, expected, "", _other_baseline(facts) or "no prompt was timed under both"
         )
     verdicts = {name: _judge(change, *SLOWER, 3) for name, change in changes.items()}
-    off = [f"{code(name)} is {why}" for name, (verdict, why) in verdicts.items() if why]
+    reasons = {why: [n for n, found in verdicts.items() if found[1] == why]
+               for _, why in verdicts.values() if why}  # fmt: skip
+    off = [f"{', '.join(map(code, names))} {why}" for why, names in reasons.items()]
+    if off and findings.is_unsteady(facts.table):
+        off.append("the machine's own speed was not steady")
     ends = signed_percent(min(changes.values()), 1), signed_percent(max(changes.values()), 1)
     return Line(
         subject=subject,

@@ -7,9 +7,11 @@ import math
 from bh_routing.analysis.estimates import MeanInterval, mean_interval
 from bh_routing.report.quality import QualityRow, reference_at
 from bh_routing.report.table import Experiments
-from bh_routing.report.text import cut_middle, listed, number, plain, signed_percent
+from bh_routing.report.text import cut_middle, listed, loss_percent, number, plain, signed_percent
 
 NAME_LIMIT = 24
+UNSTEADY = 0.10
+"""A quiet machine stays within a few percent of its speed."""
 
 
 def experts(table: Experiments) -> str:
@@ -48,6 +50,8 @@ def time(table: Experiments) -> str:
     high = signed_percent(max(change.mean for change in changes.values()))
     span = low if low == high else f"{low} to {high}"
     against = f"against {show(table.baseline)}"
+    if is_unsteady(table):
+        return f"Time {against}: {span}, on a machine of unsteady speed"
     if len(slower) == len(changes):
         return f"Every configuration is slower than {show(table.baseline)}: {span} time"
     if len(faster) == len(changes):
@@ -67,6 +71,23 @@ def time_changes(table: Experiments) -> dict[str, MeanInterval]:
         if math.isfinite(change.mean):
             changes[name] = change
     return changes
+
+
+def speed_spread(table: Experiments) -> float:
+    """Standard deviation over mean of the baseline's time per generated token, prompt excluded.
+
+    A fixed number of experts is the same work for every token, so what varies between prompts is
+    mostly the machine.
+    """
+    mine = table.frame[table.frame["config_name"] == table.baseline]
+    steps = (mine["num_output_tokens"] - 1).where(mine["num_output_tokens"] > 1)
+    per_token = (mine["decode_time_sec"] / steps).dropna()
+    return float(per_token.std() / per_token.mean()) if len(per_token) > 2 else math.nan
+
+
+def is_unsteady(table: Experiments) -> bool:
+    """Whether the machine's own speed varied too much for times to be compared."""
+    return speed_spread(table) > UNSTEADY
 
 
 def balance(table: Experiments) -> str:
@@ -116,6 +137,8 @@ def latency(table: Experiments) -> str:
         return "Experts kept and time per generated token"
     faster = [name for name in fewer if changes[name].high < 0]
     slower = [name for name in fewer if changes[name].low > 0]
+    if is_unsteady(table):
+        return "Speed varied too much to say whether fewer experts save time"
     if len(faster) == len(fewer):
         return "Fewer experts took less time in every configuration"
     if len(slower) == len(fewer):
@@ -139,9 +162,9 @@ def quality(rows: list[QualityRow]) -> str:
     compared = [row for row in tested if math.isfinite(reference_at(rows, row.mean_experts))]
     least = min(tested, key=lambda row: row.delta_nll)
     most = max(tested, key=lambda row: row.delta_nll)
-    span = signed_percent(math.expm1(least.delta_nll), 1)
+    span = loss_percent(least.perplexity_ratio)
     if most is not least:
-        span = f"{span} to {signed_percent(math.expm1(most.delta_nll), 1)}"
+        span = f"{span} to {loss_percent(most.perplexity_ratio)}"
     cost = f"Keeping {_experts_span(tested)} experts changes perplexity by {span}"
     if not compared:
         return cost

@@ -106,7 +106,9 @@ def _millions(parameters: float) -> str:
 
 def _cores(versions: Mapping[str, Any]) -> str:
     cores, threads = versions.get("cpu_count"), versions.get("threads")
-    return f"{cores} cores, {threads} threads" if cores and threads else ""
+    return (
+        f"{cores} cores, {threads} thread{'' if threads == 1 else 's'}" if cores and threads else ""
+    )
 
 
 def _calibration(calibration: Mapping[str, Any]) -> str:

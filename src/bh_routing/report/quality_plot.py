@@ -24,6 +24,8 @@ from bh_routing.report.style import (
 )
 
 QUALITY_PLOT: Final = "quality_vs_experts.png"
+LABEL_UP_TO: Final = 100.0
+"""The margin is named up to an axis this many times as high."""
 
 
 def draw_quality(rows: list[QualityRow], margin: float) -> Figure:
@@ -49,8 +51,10 @@ def draw_quality(rows: list[QualityRow], margin: float) -> Figure:
     bound = percent_change(margin)
     axes.axhline(0.0, color=EDGE_COLOUR, linewidth=0.9)
     axes.axhline(bound, color=GUIDE_COLOUR, linewidth=1.2, linestyle=(0, (4, 3)))
+    # On a scale of large losses the line is all but the zero line; a label would sit on points.
+    near = axes.get_ylim()[1] < LABEL_UP_TO * bound
     axes.annotate(
-        f"margin +{bound:.1f} %", (0.01, bound), xycoords=("axes fraction", "data"),
+        f"margin +{bound:.1f} %" if near else "", (0.01, bound), xycoords=("axes fraction", "data"),
         xytext=(0, 3), textcoords="offset points", color="#555555", fontsize=9.5,
     )  # fmt: skip
     from_zero(axes, x=max(row.mean_experts for row in rows))

@@ -13,6 +13,7 @@ from bh_routing.report.text import (
     MISSING,
     code,
     interval,
+    loss_percent,
     markdown,
     number,
     p_value,
@@ -64,13 +65,13 @@ def _losses(rows: list[QualityRow]) -> str:
             [
                 code(row.name),
                 number(row.mean_experts),
-                "0 %" if row.is_reference else signed_percent(row.perplexity_ratio - 1, 1),
+                "0 %" if row.is_reference else loss_percent(row.perplexity_ratio),
                 MISSING if row.is_reference else interval(*ends, 1),
                 "0" if row.is_reference else signed(row.delta_nll, 4),
-                MISSING if own else signed_percent(math.expm1(static), 1),
+                MISSING if own else loss_percent(math.exp(static)),
                 p_value(row.p_corrected),
                 "the reference" if row.is_reference else markdown(row.verdict, 30),
-                signed_percent(math.expm1(row.detectable), 1) if row.detectable > 0 else MISSING,
+                loss_percent(math.exp(row.detectable)) if row.detectable > 0 else MISSING,
             ]
         )
     return table(header, lines)

@@ -95,6 +95,20 @@ def time(facts: Facts) -> str:
         "*Change* is the mean over prompts of configuration ÷ baseline − 1. One generation of "
         "each prompt was timed, in the order of the table: the interval covers differences "
         "between prompts, not a machine that speeds up or slows down meanwhile.",
+        unsteady(facts),
+    )
+
+
+def unsteady(facts: Facts) -> str:
+    """A warning if the baseline's own speed varied, which the rule can't be the cause of."""
+    if not findings.is_unsteady(facts.table):
+        return ""
+    return (
+        f"**The machine was not steady.** Time per generated token of {code(facts.baseline)} "
+        f"alone, whose work is the same for every token, varied by "
+        f"{percent(findings.speed_spread(facts.table))} (standard deviation over mean) between "
+        "prompts. Configurations ran one after another, so differences in time may be the "
+        "machine's; measure on a quiet machine."
     )
 
 

@@ -20,6 +20,7 @@ MEASURES: Final = (
     "min_experts",
     "max_experts",
     "inference_time_sec",
+    "decode_time_sec",
     "num_output_tokens",
     "tokens_per_sec",
     "expert_utilization_cv",

@@ -164,10 +164,11 @@ def short_labels(names: Sequence[str], limit: int = 22) -> list[str]:
         cut_middle(name, limit) if fronts.count(front) > 1 else front
         for name, front in zip(shown, fronts, strict=True)
     ]
-    return [
-        f"{cut(label, limit - 4)} ({index})" if labels.count(label) > 1 else label
-        for index, label in enumerate(labels, start=1)
-    ]
+    for index, label in enumerate(list(labels)):
+        if labels.count(label) > 1 or labels.index(label) < index:
+            suffix = f" ({index + 1})"
+            labels[index] = cut(label, limit - len(suffix)) + suffix
+    return labels
 
 
 def number(value: object, digits: int = 2) -> str:
@@ -206,6 +207,17 @@ def signed_percent(share: object, digits: int = 0) -> str:
     """Format a relative change as percent with its sign."""
     text = signed(as_float(share) * 100, digits)
     return text if text == MISSING else text + " %"
+
+
+def loss_percent(ratio: object) -> str:
+    """Format a ratio of perplexities as a change; past +100 % a decimal would only feign care.
+
+    Example:
+        >>> loss_percent(1.0474), loss_percent(3.4196)
+        ('+4.7 %', '+242 %')
+    """
+    change = as_float(ratio) - 1.0
+    return signed_percent(change, 1 if abs(change) < 1.0 else 0)
 
 
 def p_value(value: object) -> str:

@@ -105,11 +105,12 @@ def alias_dropped(top_k_index_TK: Tensor, weights_TK: Tensor, keep_TK: Tensor) -
         >>> index.tolist(), [round(weight, 1) for weight in weights[0].tolist()]
         ([[7, 5, 5]], [0.2, 0.0, 0.6])
     """
-    best_slot_T1 = weights_TK.masked_fill(~keep_TK, float("-inf")).argmax(dim=-1, keepdim=True)
+    is_dropped_TK = ~keep_TK
+    best_slot_T1 = weights_TK.masked_fill(is_dropped_TK, float("-inf")).argmax(-1, keepdim=True)
     best_expert_T1 = top_k_index_TK.gather(-1, best_slot_T1)
     return AliasedSlots(
         torch.where(keep_TK, top_k_index_TK, best_expert_T1),
-        weights_TK.masked_fill(~keep_TK, 0.0),
+        weights_TK.masked_fill(is_dropped_TK, 0.0),
     )
 
 

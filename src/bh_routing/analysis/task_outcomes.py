@@ -1,0 +1,191 @@
+"""lm-eval tasks under several configurations, compared item by item with a reference.
+
+A right-or-wrong metric: the exact McNemar test and flips in both directions. Any other: the
+difference of sums over the sum of weights, such as log-likelihood a byte. Intervals of either hold
+over clusters where items of one document are known to belong together. Holm corrects across the
+configurations, for each metric of a task by itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from bh_routing.analysis.estimates import RatioEstimate, compare_accuracies, estimate_ratio, holm
+from bh_routing.errors import InputError
+from bh_routing.records import TaskOutcome
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskComparison:
+    """One configuration against the reference on one metric of a task. NaN means unknown."""
+
+    config_name: str
+    reference: str
+    task: str
+    filter: str
+    metric: str
+    kind: str
+    """right_or_wrong, or mean: a sum over a weight, 1 an item where lm-eval gives no other."""
+    num_items: int
+    num_clusters: int
+    value: float
+    """Mean over items of what lm-eval aggregates: of a perplexity the log-likelihood, in nats."""
+    reference_value: float
+    difference: float
+    low: float
+    high: float
+    """Ends of its 95 % interval."""
+    gained: int | None
+    """Wrong under the reference, right under the configuration; None if it isn't that kind."""
+    lost: int | None
+    share_flipped: float | None
+    p: float
+    """Two-sided: exact McNemar, or of a mean difference of 0."""
+    p_corrected: float
+    """p after Holm's correction across the configurations."""
+    method: str
+    """What the interval is."""
+    note: str
+
+
+class _Pairs(NamedTuple):
+    """The items of one metric that both configurations have, in one order. Axis: N items."""
+
+    values_N: np.ndarray[tuple[int], np.dtype[np.float64]]
+    reference_N: np.ndarray[tuple[int], np.dtype[np.float64]]
+    weights_N: np.ndarray[tuple[int], np.dtype[np.float64]]
+    clusters_N: list[str]
+    is_weighted: bool
+
+
+_Key = tuple[str, str, str]
+"""Task, filter, metric."""
+
+
+def compare_tasks(outcomes: Iterable[TaskOutcome], reference: str) -> list[TaskComparison]:
+    """Compare every configuration with `reference` on every metric of every task.
+
+    Args:
+        outcomes: of all configurations, in any order.
+        reference: name of the configuration to compare with.
+    Returns:
+        One comparison for each configuration but the reference, and each metric.
+    Raises:
+        InputError: two configurations answered different items.
+    """
+    by_config: dict[str, dict[_Key, dict[int, TaskOutcome]]] = {}
+    for outcome in outcomes:
+        metrics = by_config.setdefault(outcome.config_name, {})
+        for metric in outcome.metrics:
+            key = (outcome.task, outcome.filter, metric)
+            metrics.setdefault(key, {})[outcome.item] = outcome
+    if reference not in by_config:
+        raise InputError(
+            f"no outcome of the reference {reference!r}; there are: {', '.join(by_config)}"
+        )
+    comparisons = []
+    for key, reference_items in by_config[reference].items():
+        family = [
+            _compare(name, reference, key, _pair(key, items[key], reference_items))
+            for name, items in by_config.items()
+            if name != reference and key in items
+        ]
+        comparisons += _corrected(family)
+    return comparisons
+
+
+def _pair(
+    key: _Key, items: Mapping[int, TaskOutcome], reference_items: Mapping[int, TaskOutcome]
+) -> _Pairs:
+    hashes = {number: outcome.item_hash for number, outcome in items.items()}
+    if hashes != {number: outcome.item_hash for number, outcome in reference_items.items()}:
+        raise InputError(
+            f"task {key[0]!r} was answered on different items; run all configurations anew, on "
+            "the same items"
+        )
+    order = sorted(items)
+    found = [_sum_and_weight(items[i].metrics[key[2]]) for i in order]
+    compared = [_sum_and_weight(reference_items[i].metrics[key[2]]) for i in order]
+    return _Pairs(
+        np.array([value for value, _ in found]),
+        np.array([value for value, _ in compared]),
+        np.array([weight for _, weight in compared]),
+        [reference_items[i].cluster for i in order],
+        any(isinstance(items[i].metrics[key[2]], list) for i in order),
+    )
+
+
+def _sum_and_weight(value: float | list[float]) -> tuple[float, float]:
+    return (value[0], value[1]) if isinstance(value, list) else (value, 1.0)
+
+
+def _compare(name: str, reference: str, key: _Key, pairs: _Pairs) -> TaskComparison:
+    every = np.concatenate([pairs.values_N, pairs.reference_N])
+    is_right_or_wrong = not pairs.is_weighted and bool(np.isin(every, (0.0, 1.0)).all())
+    difference = estimate_ratio(
+        pairs.values_N - pairs.reference_N, pairs.weights_N, pairs.clusters_N
+    )
+    ends = difference.interval()
+    total = float(pairs.weights_N.sum())
+    comparison = TaskComparison(
+        config_name=name,
+        reference=reference,
+        task=key[0],
+        filter=key[1],
+        metric=key[2],
+        kind="right_or_wrong" if is_right_or_wrong else "mean",
+        num_items=len(pairs.values_N),
+        num_clusters=difference.num_clusters,
+        value=float(pairs.values_N.sum()) / total,
+        reference_value=float(pairs.reference_N.sum()) / total,
+        difference=float(difference.estimate_R[0]),
+        low=float(ends.low_R[0]),
+        high=float(ends.high_R[0]),
+        gained=None,
+        lost=None,
+        share_flipped=None,
+        p=float(difference.p_different()[0]),
+        p_corrected=math.nan,
+        method=difference.method,
+        note=difference.note,
+    )
+    return _with_flips(comparison, pairs, difference) if is_right_or_wrong else comparison
+
+
+def _with_flips(
+    comparison: TaskComparison, pairs: _Pairs, difference: RatioEstimate
+) -> TaskComparison:
+    flips = compare_accuracies(pairs.values_N, pairs.reference_N)
+    are_independent = difference.num_clusters == len(pairs.values_N)
+    notes = [flips.note]
+    if not are_independent:
+        notes += [
+            difference.note,
+            f"McNemar takes the {flips.n} items as independent; they are from "
+            f"{difference.num_clusters} documents.",
+        ]
+    return dataclasses.replace(
+        comparison,
+        low=flips.low if are_independent else comparison.low,
+        high=flips.high if are_independent else comparison.high,
+        gained=flips.gained,
+        lost=flips.lost,
+        share_flipped=flips.share_flipped,
+        p=flips.p,
+        method="Bonett-Price" if are_independent else comparison.method,
+        note=" ".join(note for note in notes if note),
+    )
+
+
+def _corrected(family: Sequence[TaskComparison]) -> list[TaskComparison]:
+    corrected = holm([comparison.p for comparison in family])
+    return [
+        dataclasses.replace(comparison, p_corrected=float(p))
+        for comparison, p in zip(family, corrected, strict=True)
+    ]

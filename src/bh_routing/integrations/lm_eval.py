@@ -1,0 +1,222 @@
+"""lm-evaluation-harness under a routing rule: a model that it knows as `bh_routing`.
+
+    import lm_eval
+    import bh_routing.integrations.lm_eval
+
+    arguments = {"pretrained": "demo", "method": "bh", "alpha": 0.05}
+    lm_eval.simple_evaluate("bh_routing", arguments, tasks=[...])
+
+Requests, batches and scores are made by lm-eval's own Hugging Face model; only the forward passes
+run inside `route`. Scores of the model's own top-k are therefore the same numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+
+from bh_routing.engine.calibrate import calibrate
+from bh_routing.engine.texts import packaged_documents
+from bh_routing.errors import InputError
+from bh_routing.models.discovery import model_fingerprint
+from bh_routing.models.load import LoadedModel, load_model
+from bh_routing.models.routing import bind_rule, install
+from bh_routing.models.trace import ExpertTrace
+from bh_routing.nulls.calibration import Calibration
+from bh_routing.rules.base import Rule
+from bh_routing.rules.catalog import make_rule, rule_to_config
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertUse:
+    """Experts kept over units: pairs of (real token, layer). Padding never counts."""
+
+    tokens: int = 0
+    """Real tokens of all forward passes; lm-eval reads a shared context once for each choice."""
+    units: int = 0
+    experts_sum: int = 0
+
+    @property
+    def mean_experts(self) -> float:
+        """Experts a token and layer; NaN if nothing was run."""
+        return self.experts_sum / self.units if self.units else float("nan")
+
+
+@register_model("bh_routing")
+class RoutedModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
+    """A Hugging Face model of lm-eval whose forward passes all run under one rule."""
+
+    def __init__(
+        self,
+        pretrained: str | LoadedModel = "demo",
+        *,
+        rule: Rule | None = None,
+        calibration: str | Path | Calibration | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        batch_size: int | str = 1,
+        max_batch_size: int = 64,
+        max_length: int | None = None,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        # lm-eval hands model arguments over as keywords; the rule's own are in the catalog.
+        **config: Any,
+    ) -> None:
+        """Load the model, bind the rule and hand both to lm-eval.
+
+        Args:
+            pretrained: `demo`, a folder, a Hugging Face id, or a model already loaded.
+            rule: the rule; instead of `config`.
+            calibration: a calibration or its file; None: calibrate on the packaged text if the
+                rule needs it.
+            device: auto, cuda or cpu.
+            dtype: auto, bfloat16, float16 or float32.
+            batch_size: as in lm-eval.
+            max_batch_size: as in lm-eval.
+            max_length: longest input in tokens; None: the model's own.
+            add_bos_token: as in lm-eval.
+            prefix_token_id: as in lm-eval.
+            config: a configuration of the rule, such as `method="bh", alpha=0.05`.
+        Raises:
+            InputError: model, rule or calibration can't be had, or don't fit each other.
+        """
+        if rule is not None and config:
+            raise InputError(f"give a rule or its keys, not both; got both, with {sorted(config)}")
+        rule = make_rule(config) if rule is None else rule
+        if isinstance(pretrained, str):
+            pretrained = load_model(pretrained, device=device or "auto", dtype=dtype)  # type: ignore[arg-type]  # checked there
+        calibration = find_calibration(pretrained, rule, calibration)
+        with _without_hints():
+            super().__init__(
+                pretrained=pretrained.model,
+                # A copy: lm-eval sets a padding token.
+                tokenizer=copy.deepcopy(pretrained.tokenizer),
+                batch_size=batch_size,
+                max_batch_size=max_batch_size,
+                max_length=max_length,
+                add_bos_token=add_bos_token,
+                prefix_token_id=prefix_token_id,
+            )
+        self._bound = bind_rule(self.model, rule, calibration)
+        self._calibration = calibration
+        self._unread_rows: list[Tensor] = []
+        self.expert_use = ExpertUse()
+        """Since the model was made; set a new one to start again."""
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return what lm-eval keeps of the model in its results, with our part in `bh_routing`."""
+        calibration = self._calibration
+        return {
+            "model_num_parameters": self.model.num_parameters(),
+            "model_dtype": str(self.model.dtype),
+            "model_revision": "",
+            "model_sha": "",
+            "bh_routing": {
+                "rule": rule_to_config(self._bound.rule),
+                "model_fingerprint": model_fingerprint(self.model),
+                "calibration_fingerprint": calibration.fingerprint if calibration else None,
+                "mean_experts": self.expert_use.mean_experts,
+                "tokens": self.expert_use.tokens,
+            },
+        }
+
+    def _model_call(
+        self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        with install(self.model, self._bound) as trace:
+            logits: Tensor = super()._model_call(inps, attn_mask, labels)
+        # Which tokens are padding is known when lm-eval picks the rows apart, one call a row.
+        self._unread_rows = list(trace.expert_counts.unflatten(0, inps.shape))
+        return logits
+
+    def _select_cont_toks(
+        self, logits: Tensor, contlen: int | None = None, inplen: int | None = None
+    ) -> Tensor:
+        counts_SL = self._unread_rows.pop(0)
+        self._count(counts_SL[:inplen])
+        selected: Tensor = super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
+        return selected
+
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
+    ) -> Tensor:
+        with install(self.model, self._bound) as trace:
+            output: Tensor = super()._model_generate(context, max_length, stop, **generation_kwargs)
+        mask = generation_kwargs.get("attention_mask")
+        real_BS = torch.ones_like(context) if mask is None else mask
+        self._count_generation(trace, real_BS.bool().cpu(), output[:, context.shape[1] :].cpu())
+        return output
+
+    def _count_generation(self, trace: ExpertTrace, real_BS: Tensor, generated_BN: Tensor) -> None:
+        """Count the prompts, and each row's fed-back tokens until its end-of-text token.
+
+        A row that has met its stop string goes on until the batch's last row has; those tokens
+        count, since they are run.
+        """
+        is_fed_BN = ~torch.isin(generated_BN, self._end_tokens()).cumsum(1).bool()
+        # Tokens lie in the trace step by step: the whole prompts, then one token of each row.
+        is_real = torch.cat([real_BS.flatten(), is_fed_BN[:, :-1].T.flatten()])
+        if len(is_real) != sum(trace.forward_tokens):
+            raise InputError(
+                "experts can't be counted in a generation of several beams or sequences a prompt; "
+                "set num_beams and num_return_sequences to 1"
+            )
+        self._count(trace.expert_counts[is_real])
+
+    def _end_tokens(self) -> Tensor:
+        end = self.model.generation_config.eos_token_id
+        ids = [self.eot_token_id, *(end if isinstance(end, list) else [end])]
+        return torch.tensor([token for token in ids if token is not None])
+
+    def _count(self, counts_TL: Tensor) -> None:
+        use = self.expert_use
+        self.expert_use = ExpertUse(
+            tokens=use.tokens + len(counts_TL),
+            units=use.units + counts_TL.numel(),
+            experts_sum=use.experts_sum + int(counts_TL.sum()),
+        )
+
+
+@contextmanager
+def _without_hints() -> Iterator[None]:
+    """Keep back two warnings that tell whoever passes a loaded model not to use `accelerate`."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(("`pretrained` model kwarg", "Passed an already"))
+
+    logger = logging.getLogger(HFLM.__module__)
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+def find_calibration(
+    loaded: LoadedModel, rule: Rule, given: str | Path | Calibration | None
+) -> Calibration | None:
+    """Return the calibration that `rule` needs; None if it needs none.
+
+    Args:
+        loaded: the model it is for.
+        rule: the rule.
+        given: a calibration, or the file of one; None: fit one on the packaged text.
+    Raises:
+        CalibrationError: the file can't be read.
+    """
+    if rule.required_null is None:
+        return None
+    if given is None:
+        texts = [document.text for document in packaged_documents("calibration")]
+        return calibrate(loaded.model, loaded.tokenizer, texts, nulls=[rule.required_null])
+    return given if isinstance(given, Calibration) else Calibration.load(Path(given))

@@ -1,0 +1,210 @@
+"""Run lm-eval tasks under one configuration after the other, on the same items."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import lm_eval
+from datasets.exceptions import DatasetsError
+from lm_eval.tasks import TaskManager
+
+from bh_routing.errors import InputError, unknown_name
+from bh_routing.integrations.lm_eval import ExpertUse, RoutedModel
+from bh_routing.integrations.packaged_tasks import TASKS, task_folder
+from bh_routing.models.load import LoadedModel
+from bh_routing.nulls.calibration import Calibration
+from bh_routing.records import TaskOutcome
+from bh_routing.rules.base import Rule
+
+_STANDARD_ERROR: Final = "_stderr"
+_WEIGHTED: Final = ("word_perplexity", "byte_perplexity", "bits_per_byte")
+"""Metrics for which an item gives its log-likelihood and its words or bytes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskPlan:
+    """Which tasks, on how much."""
+
+    tasks: Sequence[str] = TASKS
+    """Names of tasks, groups or tags, or YAML files."""
+    include_paths: Sequence[Path] = ()
+    """Folders with further tasks; the packaged ones are always known."""
+    limit: int | None = None
+    """Items of each task, from its first; None for all."""
+    num_fewshot: int | None = None
+    """None: the task's own."""
+    batch_size: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskScore:
+    """One number of lm-eval's own table."""
+
+    task: str
+    filter: str
+    metric: str
+    value: float
+    num_items: int
+    version: str
+    """Of the task; scores of different versions don't compare."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskRun:
+    """What one configuration did on one entry of the plan's tasks."""
+
+    config_name: str
+    requested: str
+    """The entry: a group or tag brings several tasks."""
+    scores: list[TaskScore]
+    outcomes: list[TaskOutcome]
+    expert_use: ExpertUse
+    seconds: float
+
+
+def run_tasks(
+    loaded: LoadedModel,
+    rules: Mapping[str, Rule],
+    calibration: Calibration | None,
+    plan: TaskPlan,
+) -> Iterator[TaskRun]:
+    """Run every task under every rule, task by task, so that each comparison is soon whole.
+
+    Args:
+        loaded: model and tokenizer.
+        rules: name -> rule.
+        calibration: needed if a rule needs one; None: each such rule calibrates.
+        plan: the tasks.
+    Yields:
+        One run for each task and rule, as it is finished.
+    Raises:
+        InputError: a task isn't known or can't be loaded, or a rule doesn't fit the model.
+    """
+    manager = _task_manager(plan)
+    models = {
+        name: RoutedModel(loaded, rule=rule, calibration=calibration, batch_size=plan.batch_size)
+        for name, rule in rules.items()
+    }
+    for task in plan.tasks:
+        for name, model in models.items():
+            model.expert_use = ExpertUse()
+            start = time.perf_counter()
+            with _packaged_tasks_without_hint():
+                results = _evaluate(model, task, manager, plan)
+            yield TaskRun(
+                config_name=name,
+                requested=task,
+                scores=list(_scores(results)),
+                outcomes=list(_outcomes(name, results)),
+                expert_use=model.expert_use,
+                seconds=time.perf_counter() - start,
+            )
+
+
+def _task_manager(plan: TaskPlan) -> TaskManager:
+    """Index the tasks; lm-eval's own 14,000 take half a minute, so only where one is asked for."""
+    if not plan.tasks:
+        raise InputError(f"no task was given; give at least one, such as {TASKS[0]}")
+    for path in plan.include_paths:
+        if not path.is_dir():
+            raise InputError(f"task folder {path} doesn't exist; check --include-path")
+    folders = [str(task_folder()), *(str(path) for path in plan.include_paths)]
+    local = TaskManager(include_path=folders, include_defaults=False)
+    if not _unknown(plan, local):
+        return local
+    manager = TaskManager(include_path=folders)
+    unknown = _unknown(plan, manager)
+    if unknown:
+        known = local.all_tasks
+        raise InputError(
+            f"{unknown_name('task', unknown[0], known)}; and what `lm-eval ls tasks` lists"
+        )
+    return manager
+
+
+def _unknown(plan: TaskPlan, manager: TaskManager) -> list[str]:
+    known = set(manager.all_tasks)
+    return [task for task in plan.tasks if task not in known and not Path(task).is_file()]
+
+
+def _evaluate(
+    model: RoutedModel, task: str, manager: TaskManager, plan: TaskPlan
+) -> dict[str, Any]:
+    try:
+        results: dict[str, Any] = lm_eval.simple_evaluate(
+            model,
+            tasks=[task],
+            num_fewshot=plan.num_fewshot,
+            limit=plan.limit,
+            # Configurations are compared item by item; lm-eval's errors are of each alone.
+            bootstrap_iters=0,
+            task_manager=manager,
+        )
+    except (DatasetsError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"task {task!r} can't be loaded ({reason}); check its data set's name, and the "
+            f"network if it isn't local: {', '.join(TASKS)} need none"
+        ) from error
+    return results
+
+
+def _scores(results: Mapping[str, Any]) -> Iterator[TaskScore]:
+    for task, values in results["results"].items():
+        for key, value in values.items():
+            metric, comma, filter_name = key.partition(",")
+            if comma and isinstance(value, float | int) and not metric.endswith(_STANDARD_ERROR):
+                yield TaskScore(
+                    task=task,
+                    filter=filter_name,
+                    metric=metric,
+                    value=float(value),
+                    num_items=int(values.get("sample_len", 0)),
+                    version=str(results["versions"].get(task, "")),
+                )
+
+
+def _outcomes(config_name: str, results: Mapping[str, Any]) -> Iterator[TaskOutcome]:
+    for task, samples in results["samples"].items():
+        for sample in samples:
+            values = {name: _plain(name, sample[name]) for name in sample["metrics"]}
+            yield TaskOutcome(
+                config_name=config_name,
+                task=task,
+                filter=sample["filter"],
+                item=int(sample["doc_id"]),
+                item_hash=sample["doc_hash"],
+                cluster=str(sample["doc"].get("cluster", sample["doc_id"])),
+                metrics={name: value for name, value in values.items() if value is not None},
+            )
+
+
+def _plain(metric: str, value: Any) -> float | list[float] | None:
+    """A finite number, or a sum and its weight; None for anything else."""
+    if metric in _WEIGHTED:
+        return [float(part) for part in value]
+    # Other pairs are answers, such as the right and the given class of an F1 score.
+    is_number = isinstance(value, bool | int | float) and math.isfinite(value)
+    return float(value) if is_number else None
+
+
+@contextmanager
+def _packaged_tasks_without_hint() -> Iterator[None]:
+    """Keep back lm-eval's advice on arguments that data sets of our kind may take."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "Custom kwargs can be passed" not in record.getMessage()
+
+    logger = logging.getLogger("lm_eval.api.task")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)

@@ -1,0 +1,84 @@
+"""A tiny run on the demo model, and records made by hand for the store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bh_routing.experiments.spec import RunSpec, make_spec
+from bh_routing.models.load import LoadedModel
+from bh_routing.records import ExperimentDetail, ExperimentRecord
+
+# The null "gaussian" needs no calibration, which would take longer than these runs.
+TINY_CONFIGS: dict[str, dict[str, Any]] = {
+    "topk_8": {"method": "topk", "k": 8},
+    "bh": {"method": "bh", "alpha": 0.2, "null": "gaussian"},
+}
+TINY_PROMPTS = [
+    {"text": "Once upon a time", "category": "simple", "description": "a tale"},
+    {"text": 'The river, wide and\nslow, "was"', "category": "medium", "description": "quotes"},
+    {"text": "Water boils at", "category": "simple", "description": "physics"},
+]
+
+MakeTinySpec = Callable[..., RunSpec]
+
+
+@pytest.fixture
+def tiny_spec(tmp_path: Path) -> MakeTinySpec:
+    """Build the spec of a tiny run into `results` of the test's folder; keywords change it."""
+
+    def build(**changes: Any) -> RunSpec:
+        values: dict[str, Any] = {
+            "model": "demo",
+            "output": tmp_path / "results",
+            "max_tokens": 4,
+            "device": "cpu",
+            "configs": TINY_CONFIGS,
+            "prompts": TINY_PROMPTS,
+            "no_eval": True,
+        }
+        return make_spec(**values | changes)
+
+    return build
+
+
+@pytest.fixture
+def loaded_demo(demo: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
+    """Let `run` use the demo model that the session has loaded already."""
+
+    def load(name: str, *, device: str, dtype: str) -> LoadedModel:
+        assert (name, device, dtype) == ("demo", "cpu", "auto")
+        return demo
+
+    monkeypatch.setattr("bh_routing.experiments.preparation.load_model", load)
+    return demo
+
+
+def make_record(name: str = "bh", text: str = "a", **changes: Any) -> ExperimentRecord:
+    """Return a row with a few values set."""
+    values: dict[str, Any] = {
+        "config_name": name,
+        "prompt_text": text,
+        "prompt_category": "simple",
+        "prompt_description": "",
+        "generated_text": 'b, "c"\r\nd',
+        "avg_experts_per_token": 1 / 3,
+    }
+    return ExperimentRecord(**values | changes)
+
+
+def make_detail() -> ExperimentDetail:
+    """Return a detail with one layer of two experts."""
+    return ExperimentDetail(output_token_ids=[1, 2], expert_counts=[[1, 2]])
+
+
+def read_folder(folder: Path) -> dict[str, bytes]:
+    """Return every file below a folder with its bytes."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

@@ -1,0 +1,136 @@
+"""Scoring goes on where it stopped, and refuses what it must not mix."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bh_routing.engine.texts import Document
+from bh_routing.errors import InputError, ResultsError
+from bh_routing.experiments.quality import (
+    QualityLedger,
+    QualityText,
+    prepare_text,
+    score_missing,
+)
+from bh_routing.experiments.quality_phase import static_references
+from bh_routing.models import LoadedModel, describe_model, find_routers
+from bh_routing.nulls.calibration import Calibration
+from bh_routing.records import QUALITY_JOURNAL, QualityRecord
+from bh_routing.rules.base import Rule
+from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
+from bh_routing.rules.top_k import TopK
+
+DOCUMENTS = [
+    Document(f"d{i}", f"Chapter {i}. The sea was calm and the sky was grey. " * 3, f"c{i}", "x")
+    for i in range(3)
+]
+RULES: dict[str, Rule] = {"topk_8": TopK(k=8), "topk_4": TopK(k=4)}
+
+
+@pytest.fixture(scope="module")
+def text(demo: LoadedModel) -> QualityText:
+    return prepare_text(demo.tokenizer, describe_model(demo.model), DOCUMENTS, max_tokens=90)
+
+
+def score_into(
+    folder: Path, demo: LoadedModel, text: QualityText, rules: dict[str, Rule]
+) -> list[QualityRecord]:
+    with QualityLedger(folder, text, run_seed="run") as ledger:
+        return score_missing(demo.model, demo.tokenizer, text, rules, None, ledger)
+
+
+def test_what_is_scored_is_not_scored_again(
+    demo: LoadedModel, text: QualityText, tmp_path: Path
+) -> None:
+    first = score_into(tmp_path, demo, text, {"topk_8": TopK(k=8)})
+    calls: list[int] = []
+    router = find_routers(demo.model).sites[0].module
+    handle = router.register_forward_hook(lambda *_: calls.append(1))
+    both = score_into(tmp_path, demo, text, RULES)
+    again = score_into(tmp_path, demo, text, RULES)
+    handle.remove()
+    assert both[:3] == first
+    assert again == both
+    assert len(calls) == 2  # the baseline and topk_4, once
+
+
+def test_a_torn_last_line_costs_only_its_document(
+    demo: LoadedModel, text: QualityText, tmp_path: Path
+) -> None:
+    whole = score_into(tmp_path, demo, text, RULES)
+    journal = tmp_path / QUALITY_JOURNAL
+    journal.write_bytes(journal.read_bytes()[:-20])
+    resumed = score_into(tmp_path, demo, text, RULES)
+    assert [(r.config_name, r.document) for r in resumed] == [
+        (r.config_name, r.document) for r in whole
+    ]
+    assert resumed[-1].nll_sum == pytest.approx(whole[-1].nll_sum, rel=1e-6)
+
+
+def test_a_redefined_configuration_is_scored_again_and_the_last_line_is_the_current_one(
+    demo: LoadedModel, text: QualityText, tmp_path: Path
+) -> None:
+    rules: list[dict[str, Rule]] = [{"a": TopK(k=4)}, {"a": TopK(k=3)}, {"a": TopK(k=4)}]
+    runs = [score_into(tmp_path, demo, text, rule) for rule in rules]
+    assert runs[0] == runs[2] != runs[1]
+    lines = [json.loads(line) for line in (tmp_path / QUALITY_JOURNAL).read_text().splitlines()]
+    last = {line["record"]["document"]: line["record"] for line in lines if "record" in line}
+    assert [last[r.document]["nll_sum"] for r in runs[2]] == [r.nll_sum for r in runs[2]]
+
+
+@pytest.mark.parametrize(
+    "change", [{"max_tokens": 60}, {"window": 32}, {"window": 64, "stride": 8}]
+)
+def test_scores_of_another_setting_are_refused_and_left_alone(
+    demo: LoadedModel, text: QualityText, tmp_path: Path, change: dict[str, int]
+) -> None:
+    score_into(tmp_path, demo, text, {"topk_8": TopK(k=8)})
+    before = (tmp_path / QUALITY_JOURNAL).read_bytes()
+    other = prepare_text(
+        demo.tokenizer, describe_model(demo.model), DOCUMENTS, **({"max_tokens": 90} | change)
+    )
+    with pytest.raises(ResultsError, match=f"{next(iter(change))}: .* there, .* now"):
+        QualityLedger(tmp_path, other, run_seed="run")
+    assert (tmp_path / QUALITY_JOURNAL).read_bytes() == before
+
+
+def test_an_edited_score_is_refused(demo: LoadedModel, text: QualityText, tmp_path: Path) -> None:
+    score_into(tmp_path, demo, text, {"topk_8": TopK(k=8)})
+    journal = tmp_path / QUALITY_JOURNAL
+    journal.write_text(journal.read_text().replace('"same_top1":', '"same_top1":1', 1))
+    with pytest.raises(ResultsError, match="checksum"):
+        QualityLedger(tmp_path, text, run_seed="run")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"window": 2000}, "window must be from 1 to the model's context 1024, got 2000"),
+        ({"window": 8, "stride": 9}, "stride must be from 1 to the window 8, got 9"),
+    ],
+)
+def test_windows_that_do_not_fit_are_named(
+    demo: LoadedModel, options: dict[str, int], match: str
+) -> None:
+    with pytest.raises(InputError, match=match):
+        prepare_text(
+            demo.tokenizer, describe_model(demo.model), DOCUMENTS, max_tokens=None, **options
+        )
+
+
+def test_static_references_stand_on_both_sides_of_every_mean(
+    demo: LoadedModel, text: QualityText, demo_calibration: Calibration, tmp_path: Path
+) -> None:
+    rules: dict[str, Rule] = {"topk_8": TopK(k=8), "bh": BenjaminiHochberg(alpha=0.05)}
+    with QualityLedger(tmp_path, text, run_seed="run") as ledger:
+        records = score_missing(demo.model, demo.tokenizer, text, rules, demo_calibration, ledger)
+    bh = [r for r in records if r.config_name == "bh"]
+    mean = sum(r.experts_sum for r in bh) / sum(r.units for r in bh)
+    low = int(mean)
+    assert static_references(rules, records) == {
+        f"topk_{low}": TopK(k=low),
+        f"topk_{low + 1}": TopK(k=low + 1),
+    }

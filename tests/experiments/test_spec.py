@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bh_routing.errors import InputError
+from bh_routing.experiments.config_file import SIZE_LIMIT_BYTES, add_config_file
+from bh_routing.experiments.defaults import ROUTING_CONFIGS, TEST_PROMPTS
+from bh_routing.experiments.spec import make_spec, select_configs, select_prompts
+
+CUSTOM = {
+    "method": "bh",
+    "alpha": 0.03,
+    "temperature": 1.5,
+    "min_k": 2,
+    "max_k": 10,
+    "description": "between two and ten",
+}
+
+
+def test_the_defaults_are_five_configurations_on_twelve_prompts() -> None:
+    spec = make_spec()
+    assert list(spec.configs) == ["topk_8", "bh_strict", "bh_moderate", "bh_loose", "bh_adaptive"]
+    assert [config.get("alpha") for config in spec.configs.values()] == [
+        None,
+        0.01,
+        0.05,
+        0.1,
+        0.05,
+    ]
+    categories = [prompt.category for prompt in spec.prompts]
+    assert {name: categories.count(name) for name in categories} == {
+        "simple": 3,
+        "medium": 3,
+        "complex": 3,
+        "domain-specific": 3,
+    }
+
+
+def test_the_custom_configuration_of_the_readme_is_valid() -> None:
+    assert make_spec(configs={"my_custom_config": CUSTOM}).configs["my_custom_config"] == CUSTOM
+
+
+BH = {"method": "bh", "alpha": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"configs": {"x": BH | {"alpha": 1.5}}}, ["configuration 'x'", "1.5", "(0, 1)"]),
+        ({"configs": {"x": BH | {"alpha": float("nan")}}}, ["configuration 'x'", "nan"]),
+        ({"configs": {"x": BH | {"alpha": "much"}}}, ["configuration 'x'", "much"]),
+        ({"configs": {"x": BH | {"min_k": 4, "max_k": 2}}}, ["min_k", "4", "2"]),
+        ({"configs": {"x": BH | {"min_k": 0}}}, ["min_k", "0"]),
+        ({"configs": {"x": BH | {"max_kk": 3}}}, ["max_kk", "max_k"]),
+        ({"configs": {"x": {"alpha": 0.05}}}, ["configuration 'x'", "method"]),
+        ({"configs": {"x": {"method": "bhh"}}}, ["bhh", "did you mean 'bh'"]),
+        ({"configs": {"x": BH | {"null": "gausian"}}}, ["did you mean 'gaussian'"]),
+        ({"configs": {"x": BH | {"description": 3}}}, ["description", "3"]),
+        ({"configs": {"../x": BH}}, ["'../x'", "rename"]),
+        ({"configs": {}}, ["no configuration"]),
+        ({"configs": {"x": 3}}, ["configs.x", "dictionary", "3"]),
+        ({"prompts": []}, ["no prompt"]),
+        ({"prompts": [{"text": "  "}]}, ["prompt 1 text", "empty"]),
+        ({"prompts": [{"category": "simple"}]}, ["prompt 1 has no 'text'"]),
+        ({"prompts": [{"text": "a", "categry": "b"}]}, ["categry", "did you mean 'category'"]),
+        ({"prompts": [{"text": 3}]}, ["prompt 1 text", "string", "3"]),
+        ({"prompts": [{"text": "a"}, {"text": "a"}]}, ["prompt 2 repeats", "prompt 1"]),
+        ({"prompts": [{"text": "\ud800"}]}, ["prompt 1 text", "Unicode"]),
+        ({"max_tokens": 0}, ["max_tokens", "greater than or equal to 1", "0"]),
+        ({"checkpoint_interval": 0}, ["checkpoint_interval", "0"]),
+        ({"device": "tpu"}, ["device", "'auto', 'cuda' or 'cpu'", "'tpu'"]),
+        ({"executor": "slurm"}, ["executor", "'local'", "'slurm'"]),
+        ({"seed": -1}, ["seed", "-1"]),
+        ({"calibration": "a", "calibration_text": "b"}, ["exclude each other"]),
+        ({"max_token": 5}, ["max_token", "did you mean 'max_tokens'"]),
+    ],
+)
+def test_a_mistake_is_named_in_one_sentence(values: dict[str, Any], parts: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        make_spec(**values)
+    text = str(caught.value)
+    assert all(part in text for part in parts), text
+    assert "\n" not in text
+    assert "pydantic" not in text and "validation error" not in text
+
+
+def test_a_subset_keeps_the_order_of_the_configurations() -> None:
+    chosen = select_configs(ROUTING_CONFIGS, ["bh_loose", "topk_8"])
+    assert list(chosen) == ["topk_8", "bh_loose"]
+    assert select_configs(ROUTING_CONFIGS, None) == ROUTING_CONFIGS
+
+
+def test_prompts_are_chosen_by_number_range_and_category() -> None:
+    chosen = select_prompts(TEST_PROMPTS, ["12", "2-3", "medium"])
+    assert chosen == [*TEST_PROMPTS[1:6], TEST_PROMPTS[11]]
+
+
+@pytest.mark.parametrize(
+    ("item", "part"),
+    [
+        ("0", "run from 1 to 12, got 0"),
+        ("13", "run from 1 to 12, got 13"),
+        ("3-2", "got 3-2"),
+        ("simpel", "did you mean 'simple'"),
+        ("-1", "unknown category"),
+    ],
+)
+def test_a_prompt_that_is_not_there_is_refused(item: str, part: str) -> None:
+    with pytest.raises(InputError, match=part):
+        select_prompts(TEST_PROMPTS, [item])
+
+
+def test_an_unknown_configuration_gets_the_nearest_name() -> None:
+    with pytest.raises(InputError, match="did you mean 'bh_strict'"):
+        select_configs(ROUTING_CONFIGS, ["bh_strickt"])
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_file_adds_to_the_defaults(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "configs:\n  mine: {method: bh, alpha: 0.03, max_k: 10, description: 'a: b'}\n"
+        "prompts:\n  - {text: 'Hello, you', category: mine}\n",
+    )
+    chosen = add_config_file(path, ROUTING_CONFIGS, TEST_PROMPTS)
+    assert list(chosen.configs) == [*ROUTING_CONFIGS, "mine"]
+    assert chosen.prompts[12] == {"text": "Hello, you", "category": "mine", "description": ""}
+    assert "mine" not in ROUTING_CONFIGS and len(TEST_PROMPTS) == 12
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("configs:\n  a: {method: bh}\n  b: {}\n  a: {method: topk}\n", ["'a' twice", "line 4"]),
+        ("configs: {a: {method: bh, alpha: 0.1, alpha: 0.2}}", ["'alpha' twice"]),
+        ("configs: {topk_8: {method: topk, k: 8}}", ["'topk_8'", "exists already"]),
+        ("config: {}", ["'config'", "did you mean 'configs'"]),
+        ("prompts: [{text: ''}]", ["prompt 1 text", "empty"]),
+        ("prompts: [{txt: a}]", ["prompt 1", "'txt'"]),
+        ("prompts: {text: a}", ["prompts", "list"]),
+        ("", ["empty"]),
+        ("[]", ["mapping"]),
+        ("configs: {", ["isn't valid YAML"]),
+        ("configs: &a {b: *a}", ["alias"]),
+        ("a: !!python/object/apply:os.system ['true']", ["isn't valid YAML"]),
+        ("configs: " + "[" * 3000, ["isn't valid YAML"]),
+        ("#" * (SIZE_LIMIT_BYTES + 1), ["larger than"]),
+        ("a: \x00", ["isn't valid YAML"]),
+    ],
+)
+def test_a_bad_file_is_refused_with_one_sentence(
+    tmp_path: Path, text: str, parts: list[str]
+) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(InputError) as caught:
+        add_config_file(path, ROUTING_CONFIGS, TEST_PROMPTS)
+    message = str(caught.value)
+    assert str(path) in message
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(InputError, match="configuration file"):
+            add_config_file(path, {}, [])

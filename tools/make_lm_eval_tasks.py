@@ -1,0 +1,202 @@
+"""Make the three local lm-eval tasks from the demo's held-out evaluation text.
+
+    python tools/make_lm_eval_tasks.py
+
+Cloze: a passage of prose whose last word is to be guessed; the word occurs earlier in the passage,
+so that context can help. Choice: which of four continuations is the true one; the others are true
+continuations of passages of other documents of the same domain.
+Perplexity: the beginning of every document.
+
+Passages are drawn evenly over documents. Draws are ordered by a hash, so that the files are the
+same bytes on every platform and version of Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby, zip_longest
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from bh_routing.engine.texts import Document, packaged_documents, read_documents
+from bh_routing.integrations.packaged_tasks import (
+    CHOICE_FILE,
+    CLOZE_FILE,
+    ROLLING_FILE,
+    task_folder,
+)
+
+SEED = 0
+ITEMS = 200
+CLOZE_WORDS = range(35, 71)
+"""Words of a cloze passage, the last one included."""
+CONTEXT_WORDS = range(25, 51)
+CONTINUATION_WORDS = 12
+SHORTEST_TARGET = 4
+"""Letters of a cloze target: shorter words are mostly grammar."""
+EXCERPT_CHARACTERS = 2000
+NUM_CHOICES = 4
+
+_SENTENCE_END = re.compile(r"(?<=[.!?]) +(?=[A-Z])")
+_PROSE = re.compile(r"""[A-Za-z0-9 ,.;:'"!?()\-“”‘’—–]+""")
+
+Row = dict[str, object]
+Item = TypeVar("Item")
+
+
+class Passage(NamedTuple):
+    """Sentences that stand in a row, and the document they are from."""
+
+    document: Document
+    sentences: list[str]
+
+
+class Split(NamedTuple):
+    """A context and the words that follow it."""
+
+    document: Document
+    context: str
+    continuation: str
+
+
+def main() -> int:
+    """Write the three files and say how many items and bytes they hold."""
+    parser = argparse.ArgumentParser(description="Make the three local lm-eval tasks.")
+    parser.add_argument("--text", type=Path, help="default: the demo's evaluation text")
+    parser.add_argument("--output", type=Path, default=task_folder())
+    arguments = parser.parse_args()
+    text = arguments.text
+    documents = packaged_documents("evaluation") if text is None else read_documents([text])
+    for name, rows in make_tasks(documents).items():
+        path = arguments.output / name
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        path.write_text("".join(lines), "utf-8")
+        print(f"{path.name}: {len(rows)} items, {path.stat().st_size} bytes", file=sys.stderr)
+    return 0
+
+
+def make_tasks(documents: Sequence[Document]) -> dict[str, list[Row]]:
+    """Return file name -> rows of the three tasks."""
+    passages = {d.name: list(_prose_passages(d)) for d in documents}
+    return {
+        CLOZE_FILE: _draw([list(_cloze_rows(rows)) for rows in passages.values()], ITEMS),
+        CHOICE_FILE: _draw(_choice_rows(passages), ITEMS),
+        ROLLING_FILE: [
+            {"cluster": d.cluster, "domain": d.domain, "text": _excerpt(d.text)} for d in documents
+        ],
+    }
+
+
+def _draw(rows_by_document: Iterable[list[Row]], count: int) -> list[Row]:
+    """Take one row of each document in turn, in hashed order, until there are enough."""
+    shuffled = [_shuffled(rows) for rows in rows_by_document]
+    rounds = [_shuffled([row for row in turn if row]) for turn in zip_longest(*shuffled)]
+    return [row for turn in rounds for row in turn][:count]
+
+
+def _shuffled(items: Iterable[Item], salt: str = "") -> list[Item]:
+    """Order by hash; draws that must not depend on each other take different salts."""
+    return sorted(items, key=lambda item: hashlib.sha256(f"{SEED} {salt} {item}".encode()).digest())
+
+
+def _prose_passages(document: Document) -> Iterator[Passage]:
+    """Runs of paragraphs of plain sentences; code, tables, lists and headings are left out."""
+    paragraphs = [" ".join(p.split()) for p in re.split(r"\n\s*\n", document.text)]
+    for is_prose, run in groupby(paragraphs, key=_is_prose):
+        if is_prose:
+            yield Passage(document, _SENTENCE_END.split(" ".join(run)))
+
+
+def _is_prose(paragraph: str) -> bool:
+    is_list = paragraph.startswith("- ")
+    is_closed = paragraph.endswith((".", "!", "?"))
+    return is_closed and not is_list and _PROSE.fullmatch(paragraph) is not None
+
+
+def _cloze_rows(passages: list[Passage]) -> Iterator[Row]:
+    """Runs of sentences that don't overlap."""
+    for passage in passages:
+        start = 0
+        while start < len(passage.sentences):
+            row, start = _first_cloze_row(passage, start)
+            if row:
+                yield row
+
+
+def _first_cloze_row(passage: Passage, start: int) -> tuple[Row | None, int]:
+    """The longest run from `start` that fits, and the sentence to go on with."""
+    for end in range(len(passage.sentences), start, -1):
+        row = _cloze_row(passage, " ".join(passage.sentences[start:end]))
+        if row:
+            return row, end
+    return None, start + 1
+
+
+def _cloze_row(passage: Passage, text: str) -> Row | None:
+    context, _, last = text.rpartition(" ")
+    target = last.rstrip(".!?")
+    seen = re.findall(r"[A-Za-z]+", context)
+    fits = len(text.split()) in CLOZE_WORDS and len(target) >= SHORTEST_TARGET
+    if not (fits and target.isascii() and target.isalpha() and target in seen):
+        return None
+    return {
+        "cluster": passage.document.cluster,
+        "domain": passage.document.domain,
+        "context": context,
+        "target": target,
+    }
+
+
+def _choice_rows(passages: Mapping[str, list[Passage]]) -> list[list[Row]]:
+    """Rows of each document; distractors come from other documents of its domain."""
+    splits = {name: [s for p in rows for s in _splits(p)] for name, rows in passages.items()}
+    every = [split for rows in splits.values() for split in rows]
+    return [[_choice_row(split, every) for split in rows] for rows in splits.values()]
+
+
+def _choice_row(split: Split, every: Sequence[Split]) -> Row:
+    domain, cluster = split.document.domain, split.document.cluster
+    others = [
+        s.continuation
+        for s in every
+        if s.document.domain == domain and s.document.cluster != cluster
+    ]
+    distractors = _shuffled(others, f"others of {split.continuation}")[: NUM_CHOICES - 1]
+    choices = _shuffled([split.continuation, *distractors], "order")
+    return {
+        "cluster": cluster,
+        "domain": domain,
+        "context": split.context,
+        "choices": choices,
+        "answer": choices.index(split.continuation),
+    }
+
+
+def _splits(passage: Passage) -> Iterator[Split]:
+    """Contexts of whole sentences that don't overlap, each with equally many words after it."""
+    start = 0
+    for end in range(1, len(passage.sentences)):
+        context = " ".join(passage.sentences[start:end])
+        rest = " ".join(passage.sentences[end:]).split()
+        if len(context.split()) in CONTEXT_WORDS and len(rest) >= CONTINUATION_WORDS:
+            continuation = " ".join(rest[:CONTINUATION_WORDS])
+            yield Split(passage.document, context, continuation)
+        if len(context.split()) >= CONTEXT_WORDS.start:
+            start = end
+
+
+def _excerpt(text: str) -> str:
+    """The beginning, cut after a paragraph."""
+    if len(text) <= EXCERPT_CHARACTERS:
+        return text
+    beginning, _, _ = text[:EXCERPT_CHARACTERS].rpartition("\n\n")
+    return beginning or text[:EXCERPT_CHARACTERS]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
