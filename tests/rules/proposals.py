@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -76,6 +78,7 @@ def made_up_contributions(num_experts: int, model_top_k: int) -> Contributions:
         "contribution": scale_LE,
         "weight": torch.ones_like(scale_LE),
         "sensitivity": 2 * scale_LE.flip(0),
+        "layer_sensitivity": 3 * scale_LE,
     }
     scores = {
         name: slots.top_k_weights_TK * scale[0, slots.top_k_index_TK]
@@ -95,6 +98,11 @@ def made_up_contributions(num_experts: int, model_top_k: int) -> Contributions:
             for definition in definitions
         },
     )
+
+
+def changed(candidates: Candidates, change: Callable[[Tensor], Tensor]) -> Candidates:
+    """Apply the same change to every tensor of some candidates."""
+    return Candidates(*(change(tensor) for tensor in candidates if tensor is not None))
 
 
 def kept_experts(candidates: Candidates, keep_TK: Tensor) -> Tensor:

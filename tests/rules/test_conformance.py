@@ -32,6 +32,7 @@ from bh_routing.rules import (
 from tests.rules.proposals import (
     MODEL_TOP_K,
     NUM_EXPERTS,
+    changed,
     context_for,
     kept_experts,
     propose,
@@ -108,10 +109,10 @@ def test_the_same_token_is_decided_alike_alone_and_in_any_batch(rule: Rule) -> N
     if not rule.decides_tokens_alone:
         pytest.skip("its neighbours move a token's line")
     order_T = torch.randperm(len(LOGITS_TE), generator=torch.Generator().manual_seed(1))
-    shuffled = type(candidates)(*(tensor[order_T] for tensor in candidates))
+    shuffled = changed(candidates, lambda tensor: tensor[order_T])
     assert torch.equal(select(shuffled), keep_TK[order_T])
     for token in (0, 7, 199):
-        alone = type(candidates)(*(tensor[token : token + 1] for tensor in candidates))
+        alone = changed(candidates, lambda tensor, at=token: tensor[at : at + 1])  # type: ignore[misc]
         assert torch.equal(select(alone), keep_TK[token : token + 1])
 
 
@@ -159,9 +160,10 @@ def test_the_decision_depends_on_values_and_not_on_their_dtype(
 @EVERY_RULE
 def test_selecting_leaves_its_input_as_it_was(rule: Rule) -> None:
     candidates = propose(LOGITS_TE.clone(), rule.num_candidates(MODEL_TOP_K), shuffled=True)
-    before = [tensor.clone() for tensor in candidates]
+    before = changed(candidates, torch.clone)
     rule.bind(context_for(rule))(candidates)
-    assert all(torch.equal(a, b) for a, b in zip(before, candidates, strict=True))
+    pairs = zip(before, candidates, strict=True)
+    assert all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs)
 
 
 @EVERY_RULE
@@ -169,7 +171,7 @@ def test_selecting_makes_no_host_sync(rule: Rule) -> None:
     # A meta tensor has no values: whatever would read one raises.
     select = rule.bind(context_for(rule, device="meta"))
     candidates = propose(LOGITS_TE, rule.num_candidates(MODEL_TOP_K))
-    keep_TK = select(type(candidates)(*(tensor.to("meta") for tensor in candidates)))
+    keep_TK = select(changed(candidates, lambda tensor: tensor.to("meta")))
     assert keep_TK.is_meta
 
 
@@ -180,7 +182,7 @@ def test_a_gpu_decides_like_the_cpu_and_never_syncs(rule: Rule) -> None:
     candidates = propose(LOGITS_TE, rule.num_candidates(MODEL_TOP_K), shuffled=True)
     expected_TK = rule.bind(context_for(rule))(candidates)
     select = rule.bind(context_for(rule, device="cuda"))
-    on_gpu = type(candidates)(*(tensor.cuda() for tensor in candidates))
+    on_gpu = changed(candidates, lambda tensor: tensor.cuda())
     torch.cuda.set_sync_debug_mode("error")
     try:
         keep_TK = select(on_gpu)

@@ -139,6 +139,8 @@ def summarize(
         squares = [(s, (s.losses / s.weights.clamp_min(_SMALLEST_NORM)).square()) for s in layers]
         by_expert = [_mean_by_expert(s, square, num_experts) for s, square in squares]
         scales["sensitivity"] = torch.stack(by_expert).sqrt()
+        of_layer_L1 = torch.stack([square.mean().sqrt() for _, square in squares])[:, None]
+        scales["layer_sensitivity"] = norms_LE / norms_LE.mean(dim=1, keepdim=True) * of_layer_L1
     for name, values in (*scales.items(), *truths.items()):
         if not bool(values.isfinite().all()):
             raise CalibrationError(

@@ -19,10 +19,15 @@ from torch import Tensor
 from bh_routing.errors import CalibrationError
 from bh_routing.nulls.base import ReferenceTable
 
-Statistic = Literal["contribution", "weight", "sensitivity"]
+Statistic = Literal["contribution", "weight", "sensitivity", "layer_sensitivity"]
 """contribution: weight x mean output norm of the expert / mean residual norm of the layer.
 weight: the routing weight alone. sensitivity: weight x root mean square of the loss's derivative
-by the weight, an estimate of the loss that dropping the slot costs."""
+by the weight, an estimate of the loss that dropping the slot costs. layer_sensitivity: weight x
+mean output norm of the expert, scaled in each layer to the layer's mean sensitivity: fewer numbers
+to estimate from gradients, one a layer."""
+
+BY_LOSS: Final[tuple[Statistic, ...]] = ("sensitivity", "layer_sensitivity")
+"""Statistics that need gradients."""
 
 Definition = Literal["norm", "loss"]
 """norm: the slot's true contribution, weight x its own output norm / its token's own residual
@@ -94,5 +99,5 @@ class Contributions:
 def _lacks(what: str) -> CalibrationError:
     return CalibrationError(
         f"calibration holds no statistic {what}; calibrate with nulls 'needed' for contribution "
-        "and weight, and 'needed_by_loss' for sensitivity and loss"
+        "and weight, and 'needed_by_loss' for sensitivities and loss"
     )

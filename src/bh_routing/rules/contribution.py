@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bh_routing.errors import CalibrationError
-from bh_routing.nulls.contributions import NEEDED, Contributions, Definition, Statistic
+from bh_routing.nulls.contributions import BY_LOSS, NEEDED, Contributions, Definition, Statistic
 from bh_routing.rules.base import Candidates, LayerContext
 from bh_routing.rules.fields import check_at_most_experts, check_choice, check_count
 from bh_routing.rules.mixing import MixingRule
@@ -95,4 +95,4 @@ def rank_slots(candidates: Candidates, scores_TK: Tensor) -> RankedSlots:
 
 def needed_null(statistic: Statistic, definition: Definition) -> str:
     """Name what must be calibrated for a statistic and a definition of what mattered."""
-    return NEEDED["loss" if statistic == "sensitivity" else definition]
+    return NEEDED["loss" if statistic in BY_LOSS else definition]
