@@ -80,6 +80,11 @@ VARIANTS: dict[str, tuple[Knob, bool]] = {
     "threshold contribution": fixed(),
     "threshold weight": fixed(statistic="weight"),
     "threshold sensitivity": fixed(statistic="sensitivity"),
+    "threshold layer_sensitivity": fixed(statistic="layer_sensitivity"),
+    "bh_drop token layer_sensitivity norm": drop(statistic="layer_sensitivity"),
+    "bh_drop block 64 sensitivity norm": drop(
+        scope="block", block_tokens=64, statistic="sensitivity"
+    ),
     "bh_drop token contribution norm": drop(),
     "bh_drop token contribution loss": drop(needed="loss"),
     "bh_drop token sensitivity norm": drop(statistic="sensitivity"),
