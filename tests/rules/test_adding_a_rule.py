@@ -52,6 +52,7 @@ def test_the_worked_example_passes_the_suite(gap: Any, ratio: float) -> None:
         claim(rule)
 
 
-def test_the_pages_line_of_examples_names_the_pages_class(gap: Any) -> None:
+def test_the_pages_line_of_examples_makes_rules(gap: Any) -> None:
     (line,) = re.findall(r'"gap": \[(.*)\],', PAGE.read_text(encoding="utf-8"))
-    assert len(eval(line, {"Gap": gap})) == 3
+    ratios = [float(ratio) for ratio in re.findall(r"Gap\(([\d.]+)\)", line)]
+    assert [gap(ratio).ratio for ratio in ratios] == [0.3, 0.9, 1.0]
