@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -65,9 +66,19 @@ def test_the_wheel_holds_the_demo_model_its_card_and_the_licence(wheel: Path) ->
     demo = {name.removeprefix("bh_routing/demo/") for name in names if "/demo/" in name}
     assert {"config.json", "tokenizer.json", "README.md", "calibration.txt.xz"} <= demo
     assert any(name.endswith(".safetensors") for name in demo)
-    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    licences = {name.rpartition("/")[2] for name in names if ".dist-info/licenses/" in name}
+    assert licences == {"LICENSE", "LICENSES.txt"}
     assert "bh_routing/py.typed" in names
     assert wheel.stat().st_size < PACKAGED_LIMIT_BYTES
+
+
+def test_the_demo_files_fit_their_checksums() -> None:
+    folder = ROOT / "src" / "bh_routing" / "demo"
+    lines = (folder / "SHA256SUMS").read_text("utf-8").splitlines()
+    sums = {name: digest for digest, name in (line.split(maxsplit=1) for line in lines)}
+    assert len(sums) > 5
+    found = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in sums}
+    assert found == sums
 
 
 @pytest.mark.timeout(900)

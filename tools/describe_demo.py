@@ -29,6 +29,7 @@ PROMPTS = (
     "The cell membrane is made of",
     "This function returns a list of",
 )
+GROUPS = ("textbook", "fiction", "documentation", "calibration", "evaluation", "all")
 SMOOTHED_ROWS = 20
 
 
@@ -112,7 +113,7 @@ def score(
             for group in (document.domain, document.split, "all"):
                 nats[group] += loss
                 count[group] += len(window_T) - 1
-    rows = [f"| {group} | {count[group]:,} | {nats[group] / count[group]:.3f} |" for group in nats]
+    rows = [f"| {g} | {count[g]:,} | {nats[g] / count[g]:.3f} |" for g in GROUPS]
     return "\n".join(["| Text | Tokens | NLL, nats a token |", "| --- | ---: | ---: |", *rows])
 
 
@@ -125,7 +126,8 @@ def continuations(model: OlmoeForCausalLM, tokenizer: TokenizerBase, num_tokens:
             **inputs, max_new_tokens=num_tokens, do_sample=False
         )
         new_text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
-        lines.append(f"> **{prompt}**{new_text}".replace("\n", "\n> "))
+        quoted = f"**{prompt}**{new_text}".split("\n")
+        lines.append("\n".join(f"> {line}".rstrip() for line in quoted))
     return "\n\n".join(lines)
 
 

@@ -18,7 +18,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -50,16 +50,18 @@ Item = TypeVar("Item")
 
 
 class Passage(NamedTuple):
-    """Sentences that stand in a row, and the document they are from."""
+    """Sentences that stand in a row, and where they are from."""
 
-    document: Document
+    cluster: str
+    domain: str
     sentences: list[str]
 
 
 class Split(NamedTuple):
     """A context and the words that follow it."""
 
-    document: Document
+    cluster: str
+    domain: str
     context: str
     continuation: str
 
@@ -82,21 +84,21 @@ def main() -> int:
 
 def make_tasks(documents: Sequence[Document]) -> dict[str, list[Row]]:
     """Return file name -> rows of the three tasks."""
-    passages = {d.name: list(_prose_passages(d)) for d in documents}
+    passages = [list(_prose_passages(document)) for document in documents]
     return {
-        CLOZE_FILE: _draw([list(_cloze_rows(rows)) for rows in passages.values()], ITEMS),
-        CHOICE_FILE: _draw(_choice_rows(passages), ITEMS),
+        CLOZE_FILE: _draw([list(_cloze_rows(rows)) for rows in passages], ITEMS),
+        CHOICE_FILE: _choice_rows(passages),
         ROLLING_FILE: [
             {"cluster": d.cluster, "domain": d.domain, "text": _excerpt(d.text)} for d in documents
         ],
     }
 
 
-def _draw(rows_by_document: Iterable[list[Row]], count: int) -> list[Row]:
-    """Take one row of each document in turn, in hashed order, until there are enough."""
-    shuffled = [_shuffled(rows) for rows in rows_by_document]
-    rounds = [_shuffled([row for row in turn if row]) for turn in zip_longest(*shuffled)]
-    return [row for turn in rounds for row in turn][:count]
+def _draw(items_by_document: Iterable[list[Item]], count: int) -> list[Item]:
+    """Take one item of each document in turn, in hashed order, until there are enough."""
+    shuffled = [_shuffled(items) for items in items_by_document]
+    rounds = [_shuffled([item for item in turn if item]) for turn in zip_longest(*shuffled)]
+    return [item for turn in rounds for item in turn][:count]
 
 
 def _shuffled(items: Iterable[Item], salt: str = "") -> list[Item]:
@@ -109,7 +111,7 @@ def _prose_passages(document: Document) -> Iterator[Passage]:
     paragraphs = [" ".join(p.split()) for p in re.split(r"\n\s*\n", document.text)]
     for is_prose, run in groupby(paragraphs, key=_is_prose):
         if is_prose:
-            yield Passage(document, _SENTENCE_END.split(" ".join(run)))
+            yield Passage(document.cluster, document.domain, _SENTENCE_END.split(" ".join(run)))
 
 
 def _is_prose(paragraph: str) -> bool:
@@ -130,7 +132,9 @@ def _cloze_rows(passages: list[Passage]) -> Iterator[Row]:
 
 def _first_cloze_row(passage: Passage, start: int) -> tuple[Row | None, int]:
     """The longest run from `start` that fits, and the sentence to go on with."""
-    for end in range(len(passage.sentences), start, -1):
+    # A sentence has a word at least.
+    longest = min(len(passage.sentences), start + CLOZE_WORDS.stop)
+    for end in range(longest, start, -1):
         row = _cloze_row(passage, " ".join(passage.sentences[start:end]))
         if row:
             return row, end
@@ -140,37 +144,36 @@ def _first_cloze_row(passage: Passage, start: int) -> tuple[Row | None, int]:
 def _cloze_row(passage: Passage, text: str) -> Row | None:
     context, _, last = text.rpartition(" ")
     target = last.rstrip(".!?")
-    seen = re.findall(r"[A-Za-z]+", context)
-    fits = len(text.split()) in CLOZE_WORDS and len(target) >= SHORTEST_TARGET
-    if not (fits and target.isascii() and target.isalpha() and target in seen):
+    if len(text.split()) not in CLOZE_WORDS or len(target) < SHORTEST_TARGET:
+        return None
+    if not re.fullmatch("[A-Za-z]+", target) or target not in re.findall("[A-Za-z]+", context):
         return None
     return {
-        "cluster": passage.document.cluster,
-        "domain": passage.document.domain,
+        "cluster": passage.cluster,
+        "domain": passage.domain,
         "context": context,
         "target": target,
     }
 
 
-def _choice_rows(passages: Mapping[str, list[Passage]]) -> list[list[Row]]:
-    """Rows of each document; distractors come from other documents of its domain."""
-    splits = {name: [s for p in rows for s in _splits(p)] for name, rows in passages.items()}
-    every = [split for rows in splits.values() for split in rows]
-    return [[_choice_row(split, every) for split in rows] for rows in splits.values()]
+def _choice_rows(passages: Iterable[list[Passage]]) -> list[Row]:
+    """Draw splits; the distractors of each come from other documents of its domain."""
+    splits = [[split for passage in rows for split in _splits(passage)] for rows in passages]
+    every = [split for rows in splits for split in rows]
+    return [_choice_row(split, every) for split in _draw(splits, ITEMS)]
 
 
 def _choice_row(split: Split, every: Sequence[Split]) -> Row:
-    domain, cluster = split.document.domain, split.document.cluster
     others = [
-        s.continuation
-        for s in every
-        if s.document.domain == domain and s.document.cluster != cluster
+        other.continuation
+        for other in every
+        if other.domain == split.domain and other.cluster != split.cluster
     ]
-    distractors = _shuffled(others, f"others of {split.continuation}")[: NUM_CHOICES - 1]
+    distractors = _shuffled(others, f"others of {split}")[: NUM_CHOICES - 1]
     choices = _shuffled([split.continuation, *distractors], "order")
     return {
-        "cluster": cluster,
-        "domain": domain,
+        "cluster": split.cluster,
+        "domain": split.domain,
         "context": split.context,
         "choices": choices,
         "answer": choices.index(split.continuation),
@@ -182,10 +185,10 @@ def _splits(passage: Passage) -> Iterator[Split]:
     start = 0
     for end in range(1, len(passage.sentences)):
         context = " ".join(passage.sentences[start:end])
-        rest = " ".join(passage.sentences[end:]).split()
+        rest = " ".join(passage.sentences[end : end + CONTINUATION_WORDS]).split()
         if len(context.split()) in CONTEXT_WORDS and len(rest) >= CONTINUATION_WORDS:
             continuation = " ".join(rest[:CONTINUATION_WORDS])
-            yield Split(passage.document, context, continuation)
+            yield Split(passage.cluster, passage.domain, context, continuation)
         if len(context.split()) >= CONTEXT_WORDS.start:
             start = end
 

@@ -86,15 +86,24 @@ def load_results(folder: str | Path) -> Results:
         for record, detail in entries
         if (key := (str(record["config_name"]), str(record["prompt_text"]))) in wanted
     }
+    run = _read_object(path / RUN_JSON) or {}
     scored = path / QUALITY_JOURNAL
     return Results(
         folder=path,
         experiments=experiments,
         details=details,
-        run=_read_object(path / RUN_JSON) or {},
+        run=run,
         summary=_read_object(path / SUMMARY_JSON),
-        quality=read_quality(scored) if scored.is_file() else (),
+        quality=_current(read_quality(scored), run) if scored.is_file() else (),
     )
+
+
+def _current(
+    records: tuple[QualityRecord, ...], run: Mapping[str, Any]
+) -> tuple[QualityRecord, ...]:
+    """Leave out configurations that an earlier run of the folder scored and the last didn't."""
+    names = (run.get("quality") or {}).get("configs") or {r.config_name for r in records}
+    return tuple(record for record in records if record.config_name in names)
 
 
 def read_experiments(path: Path) -> pd.DataFrame:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -116,21 +114,22 @@ def _run(spec: RunSpec, plan: TaskPlan, output: Path | None) -> dict[str, Any]:
     from bh_routing.experiments.files import plain_json, render_json, write_atomically
     from bh_routing.experiments.provenance import collect_provenance
     from bh_routing.experiments.spec import make_rules, resolved
-    from bh_routing.integrations.task_runs import run_tasks
+    from bh_routing.integrations.task_runs import find_tasks, run_tasks
     from bh_routing.models.discovery import describe_model
     from bh_routing.models.load import load_model
 
+    _check_output(output)
     rules = make_rules(spec.configs)
+    known = find_tasks(plan)
     loaded = load_model(spec.model, device=spec.device, dtype=spec.dtype)
     facts = describe_model(loaded.model)
     reference = _reference(rules, facts.model_top_k)
     calibration = obtain_calibration(spec, rules, loaded.model, loaded.tokenizer, None)
     runs = []
-    with _outcome_file(output) as file:
-        by_name = {named.name: named.rule for named in rules}
-        for run in run_tasks(loaded, by_name, calibration.calibration, plan):
-            runs.append(run)
-            _append(file, run)
+    by_name = {named.name: named.rule for named in rules}
+    for run in run_tasks(loaded, by_name, calibration.calibration, plan, known):
+        runs.append(run)
+        _append(output, run)
     comparisons = compare_tasks([o for run in runs for o in run.outcomes], reference)
     document: dict[str, Any] = plain_json(
         {
@@ -168,30 +167,24 @@ def _reference(rules: list[NamedRule], model_top_k: int) -> str:
     return own[0]
 
 
-@contextmanager
-def _outcome_file(output: Path | None) -> Iterator[TextIO | None]:
-    """Open the file of outcomes; refuse to mix them with an earlier run's."""
-    if output is None:
-        yield None
-        return
+def _check_output(output: Path | None) -> None:
+    """Refuse to mix outcomes with an earlier run's."""
     for name in (TASK_OUTCOMES, TASK_SUMMARY):
-        if (output / name).exists():
+        if output is not None and (output / name).exists():
             raise ResultsError(
                 f"{output / name} is there already; give another --output, or move it away"
             )
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / TASK_OUTCOMES).open("x", encoding="utf-8") as file:
-        yield file
 
 
-def _append(file: TextIO | None, run: TaskRun) -> None:
+def _append(output: Path | None, run: TaskRun) -> None:
     """Write a finished run's outcomes at once: an interruption loses no finished one."""
-    if file is None:
+    if output is None:
         return
-    for outcome in run.outcomes:
-        line = {"schema_version": SCHEMA_VERSION, **asdict(outcome)}
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    file.flush()
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / TASK_OUTCOMES).open("a", encoding="utf-8") as file:
+        for outcome in run.outcomes:
+            line = {"schema_version": SCHEMA_VERSION, **asdict(outcome)}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _run_facts(run: TaskRun) -> dict[str, Any]:

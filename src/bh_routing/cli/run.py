@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bh_routing.cli.conclusion_hooks import make_hooks
 from bh_routing.cli.console import console_log
 from bh_routing.cli.interrupts import Terminated, sigterm_raises
 from bh_routing.cli.surroundings import Surroundings
@@ -16,7 +17,7 @@ from bh_routing.experiments import defaults
 
 if TYPE_CHECKING:
     from bh_routing.experiments.config_file import Selection
-    from bh_routing.experiments.run import Hooks, RunOutcome
+    from bh_routing.experiments.run import RunOutcome
 
 
 def run(
@@ -145,42 +146,10 @@ def _run(values: dict[str, Any], surroundings: Surroundings) -> RunOutcome | int
             from bh_routing.experiments.run import run as run_experiments
             from bh_routing.experiments.spec import make_spec
 
-            return run_experiments(make_spec(**values), _hooks(surroundings))
+            return run_experiments(make_spec(**values), make_hooks(surroundings))
         except KeyboardInterrupt as interruption:
             typer.echo("bh-routing: interrupted", err=True)
             return 143 if isinstance(interruption, Terminated) else 130
-
-
-def _hooks(surroundings: Surroundings) -> Hooks:
-    """Wire the reading tower in; it loads when the experiments are done."""
-    from bh_routing.experiments.run import Hooks
-
-    def load(folder: Path) -> Any:
-        from bh_routing.analysis.results import load_results
-
-        return load_results(folder).experiments
-
-    def analyze(results: Any) -> dict[str, Any]:
-        from bh_routing.analysis.comparisons import analyze_results
-
-        return analyze_results(results)
-
-    def visualize(results: Any, folder: Path) -> Any:
-        from bh_routing.report.figures import create_visualizations
-
-        return create_visualizations(results, folder)
-
-    def report(results: Any, summary: dict[str, Any], folder: Path) -> Any:
-        from bh_routing.report.markdown import generate_markdown_report
-
-        return generate_markdown_report(results, summary, folder)
-
-    return Hooks(
-        load=load,
-        analyze=surroundings.analyze or analyze,
-        visualize=surroundings.visualize or visualize,
-        report=surroundings.report or report,
-    )
 
 
 def _print_outcome(outcome: RunOutcome) -> None:

@@ -44,8 +44,12 @@ class QualityPhase:
 
     def score(
         self, folder: Path, identity: RunIdentity, subject: Subject, rules: Sequence[NamedRule]
-    ) -> None:
-        """Score what the folder lacks, then static top-k on both sides of each mean."""
+    ) -> list[str]:
+        """Score what the folder lacks, then static top-k on both sides of each mean.
+
+        Returns:
+            Names of the configurations that are scored now, the static ones last.
+        """
         by_name = {named.name: named.rule for named in rules}
         with self.ledger(folder, identity) as ledger:
 
@@ -59,7 +63,9 @@ class QualityPhase:
                     ledger,
                 )
 
-            score_all(static_references(by_name, score_all(by_name)))
+            references = static_references(by_name, score_all(by_name))
+            score_all(references)
+        return [*by_name, *references]
 
 
 def static_references(

@@ -110,7 +110,8 @@ def _run_begun(
     quality_sec = None
     if (quality := prepared.quality) is not None:
         identity, subject, rules = prepared.identity, prepared.subject, prepared.rules
-        guard("scoring", problems, lambda: quality.score(folder, identity, subject, rules))
+        scored = guard("scoring", problems, lambda: quality.score(folder, identity, subject, rules))
+        store.update_document({"quality": {"configs": scored or []}})
         quality_sec = time.perf_counter() - quality_start
     timing = {
         "load_sec": prepared.loaded.seconds,

@@ -74,6 +74,7 @@ def run_tasks(
     rules: Mapping[str, Rule],
     calibration: Calibration | None,
     plan: TaskPlan,
+    known: TaskManager,
 ) -> Iterator[TaskRun]:
     """Run every task under every rule, task by task, so that each comparison is soon whole.
 
@@ -82,12 +83,12 @@ def run_tasks(
         rules: name -> rule.
         calibration: needed if a rule needs one; None: each such rule calibrates.
         plan: the tasks.
+        known: what `find_tasks` found for the plan.
     Yields:
         One run for each task and rule, as it is finished.
     Raises:
-        InputError: a task isn't known or can't be loaded, or a rule doesn't fit the model.
+        InputError: a task can't be loaded, or a rule doesn't fit the model.
     """
-    manager = _task_manager(plan)
     models = {
         name: RoutedModel(loaded, rule=rule, calibration=calibration, batch_size=plan.batch_size)
         for name, rule in rules.items()
@@ -97,7 +98,7 @@ def run_tasks(
             model.expert_use = ExpertUse()
             start = time.perf_counter()
             with _packaged_tasks_without_hint():
-                results = _evaluate(model, task, manager, plan)
+                results = _evaluate(model, task, known, plan)
             yield TaskRun(
                 config_name=name,
                 requested=task,
@@ -108,8 +109,12 @@ def run_tasks(
             )
 
 
-def _task_manager(plan: TaskPlan) -> TaskManager:
-    """Index the tasks; lm-eval's own 14,000 take half a minute, so only where one is asked for."""
+def find_tasks(plan: TaskPlan) -> TaskManager:
+    """Index the tasks; lm-eval's own 14,000 take half a minute, so only where one is asked for.
+
+    Raises:
+        InputError: a task or a folder isn't there, or the plan has no task.
+    """
     if not plan.tasks:
         raise InputError(f"no task was given; give at least one, such as {TASKS[0]}")
     for path in plan.include_paths:

@@ -12,7 +12,7 @@ from typing import Any
 
 from bh_routing.analysis.estimates import NON_INFERIORITY_MARGIN
 from bh_routing.analysis.quality import analyze_quality
-from bh_routing.analysis.quality_records import read_quality
+from bh_routing.analysis.results import load_results
 from bh_routing.records import QUALITY_JOURNAL
 from bh_routing.report.text import as_float
 
@@ -71,10 +71,9 @@ def with_quality(summary: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
 
     A user's own analysis may return a summary without one; quality still comes first.
     """
-    scored = folder / QUALITY_JOURNAL
-    if summary.get("quality") is not None or not scored.is_file():
+    if summary.get("quality") is not None or not (folder / QUALITY_JOURNAL).is_file():
         return summary
-    records = read_quality(scored)
+    records = load_results(folder).quality
     return {**summary, "quality": analyze_quality(records)} if records else summary
 
 

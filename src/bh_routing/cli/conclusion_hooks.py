@@ -1,0 +1,64 @@
+"""Wire the reading tower into the end of a run; it loads when the experiments are done."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bh_routing.cli.surroundings import Surroundings
+
+if TYPE_CHECKING:
+    from bh_routing.analysis.results import Results
+    from bh_routing.experiments.run import Hooks
+
+
+def make_hooks(surroundings: Surroundings) -> Hooks:
+    """Return the library's last steps, or the caller's in their place.
+
+    Quality and agreement of texts join whatever summary `analyze` returns, so that a caller's own
+    analysis doesn't lose them.
+    """
+    from bh_routing.experiments.run import Hooks
+
+    loaded: list[Results] = []
+
+    def load(folder: Path) -> Any:
+        from bh_routing.analysis.results import load_results
+
+        loaded[:] = [load_results(folder)]
+        return loaded[0].experiments
+
+    def analyze(experiments: Any) -> dict[str, Any]:
+        from bh_routing.analysis.comparisons import analyze_results
+
+        summary = (surroundings.analyze or analyze_results)(experiments)
+        return _quality_blocks(loaded[0], summary) | summary
+
+    def visualize(experiments: Any, folder: Path) -> Any:
+        from bh_routing.report.figures import create_visualizations
+
+        return (surroundings.visualize or create_visualizations)(experiments, folder)
+
+    def report(experiments: Any, summary: dict[str, Any], folder: Path) -> Any:
+        from bh_routing.report.markdown import generate_markdown_report
+
+        return (surroundings.report or generate_markdown_report)(experiments, summary, folder)
+
+    return Hooks(load=load, analyze=analyze, visualize=visualize, report=report)
+
+
+def _quality_blocks(results: Results, summary: dict[str, Any]) -> dict[str, Any]:
+    from bh_routing.analysis.comparisons import choose_baseline
+    from bh_routing.analysis.quality import analyze_quality
+    from bh_routing.analysis.strict_json import to_strict
+    from bh_routing.analysis.text_agreement import text_agreement
+
+    blocks: dict[str, Any] = {}
+    if results.quality and "quality" not in summary:
+        blocks["quality"] = analyze_quality(results.quality)
+    baseline = choose_baseline(list(dict.fromkeys(results.experiments["config_name"])))
+    if baseline is not None:
+        agreement = text_agreement(results.details, baseline)
+        blocks["text_agreement"] = to_strict({name: asdict(a) for name, a in agreement.items()})
+    return blocks

@@ -1,0 +1,114 @@
+"""`lm-eval` through the command line, on the demo model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from bh_routing.cli import main
+from bh_routing.nulls.calibration import Calibration
+from bh_routing.records import TASK_OUTCOMES, TASK_SUMMARY
+
+COMMAND = ["lm-eval", "--model", "demo", "--device", "cpu"]
+OWN_TASK = """
+task: rivers
+custom_dataset: !function bh_routing.integrations.packaged_tasks.read_items
+dataset_kwargs:
+  file: cloze.jsonl
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{context}}"
+doc_to_target: " river"
+metric_list:
+  - metric: acc
+"""
+
+
+@pytest.fixture(scope="module")
+def calibrated(
+    demo_calibration: Calibration, tmp_path_factory: pytest.TempPathFactory
+) -> list[str]:
+    path = tmp_path_factory.mktemp("calibration") / "demo.safetensors"
+    demo_calibration.save(path)
+    return ["--calibration", str(path)]
+
+
+def test_every_configuration_answers_the_same_items_and_is_compared(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, calibrated: list[str]
+) -> None:
+    (tmp_path / "rivers.yaml").write_text(OWN_TASK)
+    folder = tmp_path / "out"
+    selected = ["--tasks", "bh_cloze,rivers", "--include-path", str(tmp_path), "--limit", "5"]
+    configs = ["--configs", "topk_8,bh_moderate", *calibrated]
+    assert main([*COMMAND, *selected, *configs, "--output", str(folder), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((folder / TASK_SUMMARY).read_text("utf-8"))
+    lines = [json.loads(line) for line in (folder / TASK_OUTCOMES).read_text("utf-8").splitlines()]
+    answered = {
+        (config, task): [
+            (line["item"], line["item_hash"])
+            for line in lines
+            if (line["config_name"], line["task"]) == (config, task)
+        ]
+        for config in ("topk_8", "bh_moderate")
+        for task in ("bh_cloze", "rivers")
+    }
+    assert all(len(found) == 5 for found in answered.values())
+    assert answered["topk_8", "bh_cloze"] == answered["bh_moderate", "bh_cloze"]
+    experts = {run["config_name"]: run["mean_experts"] for run in printed["runs"]}
+    assert experts["topk_8"] == 8
+    assert 1 < experts["bh_moderate"] < 8
+    compared = {(c["config_name"], c["task"], c["metric"]) for c in printed["comparisons"]}
+    assert compared == {
+        ("bh_moderate", "bh_cloze", "acc"),
+        ("bh_moderate", "bh_cloze", "perplexity"),
+        ("bh_moderate", "rivers", "acc"),
+    }
+    assert printed["reference"] == "topk_8"
+
+    assert main([*COMMAND, *selected, *configs, "--output", str(folder)]) == 2
+    assert "is there already; give another --output" in capsys.readouterr().err
+
+
+def test_the_table_shows_experts_scores_and_flips(
+    capsys: pytest.CaptureFixture[str], calibrated: list[str]
+) -> None:
+    selected = ["--tasks", "bh_cloze", "--limit", "3", "--configs", "topk_8,bh_strict"]
+    assert main([*COMMAND, *selected, *calibrated]) == 0
+    out = capsys.readouterr().out
+    assert "bh_cloze acc, 3 items" in out
+    assert "topk_8            8.00" in out
+    assert "Differences from topk_8" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--configs", "bh_strict"], "is the model's own top-k (k = 8)"),
+        (["--include-path", "/nowhere"], "task folder /nowhere doesn't exist"),
+        (["--tasks", ","], "no task was given"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*COMMAND, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.full  # lm-eval indexes its own 14,000 tasks before one is known not to be there
+def test_an_unknown_task_gets_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*COMMAND, "--tasks", "bh_clothe", "--configs", "topk_8"]) == 2
+    assert "did you mean 'bh_cloze'" in capsys.readouterr().err
+
+
+def test_without_the_extra_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main(COMMAND) == 2
+    expected = "needs lm_eval; run: pip install 'bh-routing[lm-eval]'"
+    assert expected in capsys.readouterr().err
