@@ -144,7 +144,7 @@ def _no_json(tensors: Tensors, header: Header) -> None:
 
 
 def _newer_schema(tensors: Tensors, header: Header) -> None:
-    header["schema"] = "2"
+    header["schema"] = "3"
 
 
 def _foreign(tensors: Tensors, header: Header) -> None:
@@ -163,7 +163,7 @@ def _foreign(tensors: Tensors, header: Header) -> None:
         (_edited_fact, "was changed after it was written"),
         (_wrong_type, "unreadable facts .num_layers"),
         (_no_json, "unreadable facts"),
-        (_newer_schema, "has schema '2', this version reads 1"),
+        (_newer_schema, "has schema '3', this version reads 2"),
         (_foreign, "no calibration of bh-routing"),
     ],
 )

@@ -15,7 +15,8 @@ from torch import Tensor
 from bh_routing.errors import CalibrationError
 from bh_routing.multitest import Procedure, count_rejected
 from bh_routing.multitest.step_up import ranks
-from bh_routing.nulls import NULLS, Null, ReferenceTable, count_at_cut_offs, cut_offs
+from bh_routing.nulls import NULLS, Null, ReferenceTable, RouterPass, count_at_cut_offs, cut_offs
+from bh_routing.nulls.cut_offs import count_at_storey_cut_offs, storey_cut_offs
 
 EVERY_NULL = pytest.mark.parametrize("null", NULLS.values(), ids=NULLS.keys())
 TABLED = [null for null in NULLS.values() if null.needs_table]
@@ -32,8 +33,8 @@ def table_for(null: Null, num_experts: int, seed: int = 0) -> ReferenceTable | N
     logits_TE = noise(500, num_experts, seed).to(torch.bfloat16)
     k = max(1, num_experts // 4)
     scores = null.score(logits_TE)
-    if k < num_experts:
-        scores = null.reference(logits_TE, logits_TE.topk(k).indices)
+    if k < num_experts and not null.needs_gate:
+        scores = null.reference_of(RouterPass(logits_TE, logits_TE.topk(k).indices))
     return ReferenceTable.from_scores(scores)
 
 
@@ -90,7 +91,7 @@ def test_a_constant_added_to_a_token_changes_nothing(null: Null) -> None:
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     null=st.sampled_from(list(NULLS.values())),
-    procedure=st.sampled_from(["bh", "by"]),
+    procedure=st.sampled_from(["bh", "by", "storey"]),
     num_experts=st.sampled_from([1, 2, 3, 8, 33, 64]),
     alpha=st.one_of(st.sampled_from([0.01, 0.05, 0.1, 0.25, 0.5, 0.75]), st.floats(1e-4, 0.999)),
     precision=st.sampled_from(["float32", "bfloat16", "rounded"]),
@@ -111,9 +112,14 @@ def test_counting_at_cut_offs_equals_counting_p_values(
         logits_TE = logits_TE.round()
     table = table_for(null, num_experts, seed + 1)
     by_p_T = count_rejected(null.p_from_score(null.score(logits_TE), table), alpha, procedure)
-    cut_offs_E = cut_offs(null, alpha, num_experts, table, procedure)
     rank_E = ranks(num_experts, torch.device("cpu"))
-    by_score_T1 = count_at_cut_offs(null.descending_scores(logits_TE), cut_offs_E, rank_E)
+    scores_TE = null.descending_scores(logits_TE)
+    if procedure == "storey":
+        lines = storey_cut_offs(null, alpha, num_experts, table)
+        by_score_T1 = count_at_storey_cut_offs(scores_TE, lines, rank_E)
+    else:
+        cut_offs_E = cut_offs(null, alpha, num_experts, table, procedure)
+        by_score_T1 = count_at_cut_offs(scores_TE, cut_offs_E, rank_E)
     assert torch.equal(by_score_T1.squeeze(-1), by_p_T)
 
 

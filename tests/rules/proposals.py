@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from bh_routing.nulls import ReferenceTable, get_null
+from bh_routing.nulls import ReferenceTable, RouterPass, get_null
+from bh_routing.nulls.contributions import NEEDED, Contributions, Definition, Statistic
 from bh_routing.rules import Candidates, LayerContext, Rule
 
 NUM_EXPERTS = 64
@@ -24,34 +27,82 @@ def random_logits(num_tokens: int, num_experts: int = NUM_EXPERTS, seed: int = 0
 def propose(
     logits_TE: Tensor, num_slots: int = MODEL_TOP_K, *, shuffled: bool = False, seed: int = 0
 ) -> Candidates:
-    """Propose the best slots with raw softmax weights, in the order of logits or shuffled."""
+    """Propose the best slots with raw softmax weights, in the order of logits or shuffled.
+
+    The norm of a slot's expert output is made up from its weight and its expert.
+    """
     order_TE = logits_TE.float().argsort(dim=-1, descending=True, stable=True)
     index_TK = order_TE[:, :num_slots]
     if shuffled:
         generator = torch.Generator().manual_seed(seed)
         order_TK = torch.rand(index_TK.shape, generator=generator).argsort(dim=-1)
         index_TK = index_TK.gather(-1, order_TK)
-    return Candidates(logits_TE, index_TK, logits_TE.float().softmax(-1).gather(-1, index_TK))
+    weights_TK = logits_TE.float().softmax(-1).gather(-1, index_TK)
+    norms_TK = 0.5 + (index_TK * 0.37 + weights_TK).frac()
+    return Candidates(logits_TE, index_TK, weights_TK, norms_TK)
 
 
 def context_for(
     rule: Rule, num_experts: int = NUM_EXPERTS, model_top_k: int = MODEL_TOP_K, device: str = "cpu"
 ) -> LayerContext:
     """A layer whose reference, if the rule needs one, comes from other random logits."""
-    table = None
-    if rule.required_null is not None:
+    table = contributions = None
+    if rule.required_null in NEEDED.values():
+        contributions = made_up_contributions(num_experts, model_top_k)
+    elif rule.required_null is not None:
+        generator = torch.Generator().manual_seed(96)
         logits_TE = random_logits(2_000, num_experts, seed=99)
-        top_k_index_TK = logits_TE.topk(model_top_k).indices
-        table = ReferenceTable.from_scores(
-            get_null(rule.required_null).reference(logits_TE, top_k_index_TK)
+        seen = RouterPass(
+            router_logits_TE=logits_TE,
+            top_k_index_TK=logits_TE.topk(model_top_k).indices,
+            hidden_states_TH=torch.randn(2_000, 32, generator=generator),
+            gate_EH=torch.randn(num_experts, 32, generator=generator) / 32**0.5,
         )
+        table = ReferenceTable.from_scores(get_null(rule.required_null).reference_of(seen))
     return LayerContext(
         layer=0,
         num_experts=num_experts,
         model_top_k=model_top_k,
         device=torch.device(device),
         table=table,
+        contributions=contributions,
     )
+
+
+def made_up_contributions(num_experts: int, model_top_k: int) -> Contributions:
+    """Three layers in which the slots of other random logits mattered by a noisy score."""
+    generator = torch.Generator().manual_seed(98)
+    slots = propose(random_logits(2_000, num_experts, seed=97), model_top_k)
+    scale_LE = 0.5 + torch.rand(3, num_experts, generator=generator)
+    scales: dict[Statistic, Tensor] = {
+        "contribution": scale_LE,
+        "weight": torch.ones_like(scale_LE),
+        "sensitivity": 2 * scale_LE.flip(0),
+        "layer_sensitivity": 3 * scale_LE,
+    }
+    scores = {
+        name: slots.top_k_weights_TK * scale[0, slots.top_k_index_TK]
+        for name, scale in scales.items()
+    }
+    noise_TK = torch.rand(slots.top_k_weights_TK.shape, generator=generator)
+    truth_TK = scores["contribution"] * (0.5 + noise_TK)
+    is_needed_TK = truth_TK > truth_TK.median()
+    definitions: tuple[Definition, ...] = ("norm", "loss")
+    return Contributions(
+        residual_norms_L=torch.tensor([1.0, 2.0, 3.0]),
+        scales=scales,
+        all_scores={name: ReferenceTable.from_scores(s) for name, s in scores.items()},
+        needed_scores={
+            (name, definition): ReferenceTable.from_scores(s[is_needed_TK])
+            for name, s in scores.items()
+            for definition in definitions
+        },
+    )
+
+
+def changed(candidates: Candidates, change: Callable[[Tensor], Tensor]) -> Candidates:
+    """Apply the same change to every tensor of some candidates."""
+    return Candidates(*(change(tensor) for tensor in candidates if tensor is not None))
 
 
 def kept_experts(candidates: Candidates, keep_TK: Tensor) -> Tensor:

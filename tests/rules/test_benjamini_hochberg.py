@@ -180,7 +180,9 @@ def test_only_tabled_nulls_require_a_calibration() -> None:
     required = {null: BenjaminiHochberg(0.05, null=null).required_null for null in NULLS}
     assert required == {
         "background": "background",
+        "background_studentized": "background_studentized",
         "gaussian": None,
+        "permutation": "permutation",
         "pooled": "pooled",
         "softmax": None,
     }

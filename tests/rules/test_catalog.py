@@ -47,7 +47,7 @@ def test_a_configuration_says_every_default() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({}, "needs a method; known: top_k, bh"),
+        ({}, "needs a method; known: top_k, bh, bh_drop, "),
         ({"method": "bhh", "alpha": 0.05}, "unknown method 'bhh'; .*did you mean 'bh'"),
         ({"method": 3}, "unknown method '3'"),
         ({"method": ["bh"]}, "unknown method"),
@@ -55,6 +55,7 @@ def test_a_configuration_says_every_default() -> None:
         ({"method": "topk", "alpha": 0.05}, "unknown key of method 'top_k' 'alpha'"),
         ({"method": "bh"}, "method 'bh' needs the key 'alpha'"),
         ({"method": "topk"}, "method 'top_k' needs the key 'k'"),
+        ({"method": "per_layer_top_k", "k": 4}, "k must be a list with one whole number a layer"),
         ({"method": "bh", "alpha": None}, "alpha must be a number"),
         ({"method": "bh", "alpha": 0.05, "null": ["gaussian"]}, "unknown null"),
         ({"method": "bh", "alpha": 0.05, 3: 4}, "unknown key of method 'bh' '3'"),

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bh_routing.engine.contributions import SlotObserver
 from bh_routing.engine.texts import text_sha256
 from bh_routing.engine.windows import spread_tokens
 from bh_routing.errors import CalibrationError, InputError
-from bh_routing.models.discovery import RouterSite, find_routers, model_fingerprint
+from bh_routing.models.discovery import Routers, RouterSite, find_routers, model_fingerprint
+from bh_routing.nulls.base import RouterPass
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.catalog import get_null
+from bh_routing.nulls.contributions import NEEDED, Contributions
 from bh_routing.nulls.reservoir import Reservoir, reservoir_capacity
 
 
@@ -32,7 +35,8 @@ def calibrate(
         model: a transformers model with routers, not inside `route`.
         tokenizer: its tokenizer.
         texts: documents; the more different, the better the reference.
-        nulls: names of the nulls to fit, of those that need a table.
+        nulls: names of the nulls to fit, of those that need a table; "needed" also observes what
+            each slot contributes, which doubles the time, and "needed_by_loss" its gradient too.
         max_tokens: tokens used in all, spread over the documents as evenly as their lengths
             allow.
         seed: of the sampling that keeps a table at its fixed size.
@@ -47,31 +51,34 @@ def calibrate(
     if not documents:
         raise InputError("the calibration text is empty; give at least one document")
     capacity = reservoir_capacity(routers.num_experts)
+    tabled = [name for name in nulls if name not in NEEDED.values()]
     reservoirs = {
         (name, site.layer): Reservoir(capacity, seed=(seed, number, site.layer))
-        for number, name in enumerate(nulls)
+        for number, name in enumerate(tabled)
         for site in routers.sites
     }
     context = int(getattr(model.config, "max_position_embeddings", None) or 2048)
     taken = spread_tokens([len(ids) for ids in documents], max_tokens)
-    handles = [
-        site.module.register_forward_hook(_collecting_hook(site, nulls, reservoirs))
+    windows = [
+        torch.tensor([ids[start : min(start + context, length)]])
+        for ids, length in zip(documents, taken, strict=True)
+        for start in range(0, length, context)
+    ]
+    hooks = [
+        site.module.register_forward_hook(_reference_hook(site, tabled, reservoirs))
         for site in routers.sites
     ]
     try:
-        with torch.inference_mode():
-            for ids, length in zip(documents, taken, strict=True):
-                for start in range(0, length, context):
-                    window = torch.tensor([ids[start : min(start + context, length)]])
-                    model(window.to(model.device), use_cache=False, logits_to_keep=1)
+        contributions = _read(model, routers, windows, set(nulls), capacity, seed)
     finally:
-        for handle in handles:
-            handle.remove()
-    tables = {
-        null: tuple(reservoirs[null, s.layer].table() for s in routers.sites) for null in nulls
-    }
+        for hook in hooks:
+            hook.remove()
     return Calibration(
-        tables=tables,
+        tables={
+            null: tuple(reservoirs[null, site.layer].table() for site in routers.sites)
+            for null in tabled
+        },
+        contributions=contributions,
         num_layers=len(routers.sites),
         num_experts=routers.num_experts,
         model_top_k=routers.model_top_k,
@@ -84,18 +91,52 @@ def calibrate(
     )
 
 
-def _collecting_hook(
+def _reference_hook(
     site: RouterSite, nulls: Sequence[str], reservoirs: Mapping[tuple[str, int], Reservoir]
 ) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> None:
-        logits_TE, index_TK = output[0], output[2]
+    def hook(router: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        logits_TE, index_TK = output[0].detach(), output[2]
         if not bool(torch.isfinite(logits_TE).all()):
             raise CalibrationError(
                 f"router {site.name} gave NaN or infinite logits on the calibration text; "
                 "the checkpoint is damaged or the dtype too narrow: try --no-fp16"
             )
+        hidden_TH = inputs[0].detach().reshape(len(logits_TE), -1)
+        gate_EH = getattr(router, "weight", None)
+        seen = RouterPass(logits_TE.float(), index_TK, hidden_TH, gate_EH)
         for null in nulls:
-            reference = get_null(null).reference(logits_TE.float(), index_TK)
-            reservoirs[null, site.layer].add(reference)
+            reservoirs[null, site.layer].add(get_null(null).reference_of(seen))
 
     return hook
+
+
+def _read(
+    model: Any,
+    routers: Routers,
+    windows: Sequence[Tensor],
+    nulls: set[str],
+    capacity: int,
+    seed: int,
+) -> Contributions | None:
+    """Run the model over the windows; observe slots and losses only where a null asks for it."""
+    by_loss = NEEDED["loss"] in nulls
+    if not nulls & set(NEEDED.values()):
+        with torch.inference_mode():
+            for window in windows:
+                model(window.to(model.device), use_cache=False, logits_to_keep=1)
+        return None
+    observer = SlotObserver(model, routers, by_loss=by_loss)
+    try:
+        for window in windows:
+            ids = window.to(model.device)
+            if by_loss and ids.shape[1] > 1:
+                with torch.enable_grad():
+                    logits = model(ids, use_cache=False).logits[0, :-1].float()
+                    nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
+            elif not by_loss:
+                with torch.no_grad():
+                    model(ids, use_cache=False, logits_to_keep=1)
+            observer.finish_window()
+    finally:
+        observer.close()
+    return observer.contributions(capacity, seed)

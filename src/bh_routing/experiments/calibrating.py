@@ -121,11 +121,9 @@ def _outcome(calibration: Calibration, source: str, seconds: float) -> Calibrati
         "seconds": seconds,
         "num_tokens": calibration.num_tokens,
         "num_documents": calibration.num_documents,
-        "table_size": {
-            null: min(len(table) for table in tables) for null, tables in calibration.tables.items()
-        },
+        "table_size": {null: calibration.table_size(null) for null in calibration.nulls},
         "fingerprint": calibration.fingerprint,
-        "resolution": {null: calibration.resolution(null) for null in calibration.tables},
+        "resolution": {null: calibration.resolution(null) for null in calibration.nulls},
         "text_sha256": calibration.text_sha256,
         "seed": calibration.seed,
     }

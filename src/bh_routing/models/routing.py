@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from bh_routing.errors import CalibrationError, InputError, ModelError
 from bh_routing.models.discovery import Routers, RouterSite, find_routers, model_fingerprint
+from bh_routing.models.experts import experts_of, slot_output_norms
 from bh_routing.models.trace import ExpertTrace
 from bh_routing.nulls.calibration import Calibration
+from bh_routing.nulls.contributions import NEEDED
 from bh_routing.rules.base import Candidates, LayerContext, Rule, Selector
 from bh_routing.rules.weights import alias_dropped, kept_weights
 
@@ -89,7 +91,8 @@ def install(model: nn.Module, bound: BoundRule) -> Iterator[ExpertTrace]:
         _routed.add(model)
         undo.callback(_routed.discard, model)
         for site, selector in zip(routers.sites, bound.selectors, strict=True):
-            hook = _make_hook(site, bound, selector, trace)
+            experts = experts_of(model, site) if bound.rule.needs_output_norms else None
+            hook = _make_hook(site, bound, selector, trace, experts)
             undo.callback(site.module.register_forward_hook(hook).remove)
             undo.callback(setattr, site.module, attribute, getattr(site.module, attribute))
             setattr(site.module, attribute, num_candidates)
@@ -101,7 +104,7 @@ def check_calibration(
 ) -> None:
     """Raise CalibrationError unless `calibration` serves `rule` on this model."""
     alpha = rule.smallest_alpha(routers.num_experts)
-    if rule.required_null is None or alpha is None:
+    if rule.required_null is None:
         return
     if calibration is None:
         raise CalibrationError(
@@ -122,8 +125,11 @@ def _bind_layer(
     site: RouterSite, routers: Routers, rule: Rule, calibration: Calibration | None
 ) -> Selector:
     device = next(site.module.parameters()).device
-    table = None
-    if rule.required_null is not None and calibration is not None:
+    table = contributions = None
+    if rule.required_null in NEEDED.values() and calibration is not None:
+        if calibration.contributions is not None:
+            contributions = calibration.contributions.to(torch.device("cpu"))
+    elif rule.required_null is not None and calibration is not None:
         table = calibration.table(rule.required_null, site.layer).to(device)
     return rule.bind(
         LayerContext(
@@ -132,21 +138,31 @@ def _bind_layer(
             model_top_k=routers.model_top_k,
             device=device,
             table=table,
+            contributions=contributions,
+            num_layers=len(routers.sites),
         )
     )
 
 
 def _make_hook(
-    site: RouterSite, bound: BoundRule, select: Selector, trace: ExpertTrace
+    site: RouterSite,
+    bound: BoundRule,
+    select: Selector,
+    trace: ExpertTrace,
+    experts: nn.Module | None,
 ) -> Callable[[nn.Module, Any, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     rule = bound.rule
     normalises = bound.routers.family.normalises(site.module)
     model_top_k = bound.routers.model_top_k
 
     @torch.no_grad()
-    def hook(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def hook(_: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         router_logits_TE, top_k_weights_TK, top_k_index_TK, *rest = output
         candidates = Candidates(router_logits_TE.float(), top_k_index_TK, top_k_weights_TK)
+        if experts is not None:
+            hidden_TH = inputs[0].reshape(-1, inputs[0].shape[-1])
+            norms_TK = slot_output_norms(experts, hidden_TH, top_k_index_TK, top_k_weights_TK.dtype)
+            candidates = candidates._replace(output_norms_TK=norms_TK)
         keep_TK = select(candidates)
         weights_TK = kept_weights(
             top_k_weights_TK,

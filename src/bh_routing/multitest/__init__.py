@@ -7,6 +7,7 @@ from bh_routing.multitest.step_up import (
     check_alpha,
     count_rejected,
     on_or_below_line,
+    storey,
 )
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "check_alpha",
     "count_rejected",
     "on_or_below_line",
+    "storey",
 ]

@@ -1,4 +1,4 @@
-"""Step-up procedures on tensors of p-values: Benjamini-Hochberg and Benjamini-Yekutieli.
+"""Step-up procedures on tensors of p-values: Benjamini-Hochberg, -Yekutieli, and Storey's.
 
 Axes: any leading axes, then E hypotheses; written `..E`.
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from functools import cache
 from numbers import Real
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 import torch
@@ -19,8 +19,12 @@ from torch import Tensor
 
 from bh_routing.errors import InputError
 
-Procedure = Literal["bh", "by"]
-"""bh: Benjamini-Hochberg; by: Benjamini-Yekutieli, which holds under any dependence."""
+Procedure = Literal["bh", "by", "storey"]
+"""bh: Benjamini-Hochberg; by: Benjamini-Yekutieli, which holds under any dependence; storey:
+Benjamini-Hochberg with the share of true nulls estimated from the large p-values."""
+
+STOREY_LAMBDA: Final = 0.5
+"""p-values above it are taken for true nulls; none above it is rejected."""
 
 
 def check_alpha(alpha: float) -> None:
@@ -45,10 +49,13 @@ def on_or_below_line(sorted_p_E: Tensor, alpha: float, procedure: Procedure = "b
     Args:
         sorted_p_E: float64 p-values, ascending along the last axis, shape (..., E).
         alpha: target false discovery rate, in (0, 1).
-        procedure: "bh" or "by".
+        procedure: "bh", "by" or "storey".
     Returns:
         Bool tensor of the same shape.
     """
+    if procedure == "storey":
+        num_large_1 = (sorted_p_E > STOREY_LAMBDA).sum(dim=-1, keepdim=True)
+        return on_or_below_storey_line(sorted_p_E, alpha, num_large_1)
     num_hypotheses = sorted_p_E.shape[-1]
     rank_E = torch.arange(1, num_hypotheses + 1, dtype=torch.float64, device=sorted_p_E.device)
     # Tensor over tensor: number / tensor is computed as number * (1 / tensor), one rounding more.
@@ -56,6 +63,27 @@ def on_or_below_line(sorted_p_E: Tensor, alpha: float, procedure: Procedure = "b
     if procedure == "by":
         scaled_E = scaled_E * harmonic_number(num_hypotheses)
     return scaled_E <= alpha
+
+
+def on_or_below_storey_line(p_E: Tensor, alpha: float, num_large: Tensor) -> Tensor:
+    """Say for each rank whether a p-value is on or below the line of Storey's procedure.
+
+    The line is that of Benjamini-Hochberg divided by the estimated share of true nulls,
+    (1 + num_large) / (E (1 - lambda)), which may exceed 1; nothing above lambda is rejected.
+
+    Args:
+        p_E: float64 p-values by rank, shape (..., E).
+        alpha: target false discovery rate, in (0, 1).
+        num_large: how many p-values of the row exceed lambda, shape (..., 1).
+    Returns:
+        Bool tensor, the two shapes broadcast.
+    Source: Storey, Taylor & Siegmund (2004), equations (6) and (13), theorem 3.
+    """
+    num_hypotheses = p_E.shape[-1]
+    share_null = (1.0 + num_large) / (num_hypotheses * (1.0 - STOREY_LAMBDA))
+    rank_E = torch.arange(1, num_hypotheses + 1, dtype=torch.float64, device=p_E.device)
+    scaled_E = p_E * (torch.full_like(rank_E, num_hypotheses) / rank_E) * share_null
+    return (scaled_E <= alpha) & (p_E <= STOREY_LAMBDA)
 
 
 def ranks(num_hypotheses: int, device: torch.device) -> Tensor:
@@ -76,7 +104,7 @@ def count_rejected(p_E: Tensor, alpha: float, procedure: Procedure = "bh") -> Te
     Args:
         p_E: p-values in [0, 1], floating, shape (..., E), in any order within a row.
         alpha: target false discovery rate, in (0, 1).
-        procedure: "bh", or "by" with the line divided by 1 + 1/2 + ... + 1/E.
+        procedure: "bh"; "by" with the line divided by 1 + 1/2 + ... + 1/E; or "storey".
     Returns:
         Int64 tensor of shape (...), values 0 to E.
     Raises:
@@ -131,6 +159,24 @@ def benjamini_yekutieli(p_E: Tensor, alpha: float) -> Tensor:
         [False, True, False, False]
     """
     return _reject(p_E, alpha, "by")
+
+
+def storey(p_E: Tensor, alpha: float) -> Tensor:
+    """Reject hypotheses at false discovery rate alpha, adapting to the share of true nulls.
+
+    Args:
+        p_E: p-values in [0, 1], floating, shape (..., E).
+        alpha: target false discovery rate, in (0, 1).
+    Returns:
+        Bool tensor of the same shape, True where rejected.
+    Raises:
+        InputError: alpha is outside (0, 1), or a p-value is NaN or outside [0, 1].
+    Source: Storey, Taylor & Siegmund (2004), with lambda = 1/2.
+    Example:
+        >>> storey(torch.tensor([0.02, 0.01, 0.03, 0.06]), alpha=0.05).tolist()
+        [True, True, True, True]
+    """
+    return _reject(p_E, alpha, "storey")
 
 
 def _reject(p_E: Tensor, alpha: float, procedure: Procedure) -> Tensor:

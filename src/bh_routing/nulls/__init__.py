@@ -1,6 +1,6 @@
 """Nulls: what the scores of experts that do not matter look like, and p-values from that."""
 
-from bh_routing.nulls.base import AlphaMeaning, Null, ReferenceTable
+from bh_routing.nulls.base import AlphaMeaning, Null, ReferenceTable, RouterPass
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.catalog import NULLS, get_null, p_values
 from bh_routing.nulls.cut_offs import count_at_cut_offs, cut_offs
@@ -15,6 +15,7 @@ __all__ = [
     "Null",
     "ReferenceTable",
     "Reservoir",
+    "RouterPass",
     "count_at_cut_offs",
     "cut_offs",
     "get_null",

@@ -1,13 +1,13 @@
 """What a null is: a score, a reference distribution for it, and what its alpha then means.
 
-Axes: T tokens, E experts, N reference scores.
+Axes: T tokens, E experts, K slots, H hidden, N reference scores.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +55,18 @@ class ReferenceTable:
         return ReferenceTable(self.sorted_scores_N.to(device))
 
 
+class RouterPass(NamedTuple):
+    """What one router saw and gave while the untouched model read calibration text."""
+
+    router_logits_TE: Tensor
+    """float32."""
+    top_k_index_TK: Tensor
+    hidden_states_TH: Tensor | None = None
+    """The router's input; None where there is no router, as in noise."""
+    gate_EH: Tensor | None = None
+    """The router's weight, one row an expert."""
+
+
 class Null(ABC):
     """One row of the table of nulls. Stateless: calibration data comes in as a table."""
 
@@ -63,6 +75,8 @@ class Null(ABC):
     meaning: ClassVar[str]
     """What alpha is under this null, in one sentence for reports."""
     needs_table: ClassVar[bool]
+    needs_gate: ClassVar[bool] = False
+    """Whether its reference is made from the router's input and weight."""
 
     @abstractmethod
     def score(self, router_logits_TE: Tensor, temperature: float = 1.0) -> Tensor:
@@ -86,6 +100,10 @@ class Null(ABC):
     def reference(self, router_logits_TE: Tensor, top_k_index_TK: Tensor) -> Tensor:
         """The scores among these logits that belong to this null's background, shape (N,)."""
         raise AssertionError(f"null {self.name!r} needs no reference")  # our own bug
+
+    def reference_of(self, seen: RouterPass) -> Tensor:
+        """As `reference`, from all that a router saw; a null that needs more overrides this."""
+        return self.reference(seen.router_logits_TE, seen.top_k_index_TK)
 
     def require_table(self, table: ReferenceTable | None) -> ReferenceTable:
         """Return the table, or raise CalibrationError if there is none."""

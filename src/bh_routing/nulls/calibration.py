@@ -1,7 +1,7 @@
 """A frozen calibration: reference tables of one model, where they came from, and one file.
 
-The file is safetensors: a tensor `<null>.<layer>` each, and JSON facts in its header. Nothing in
-it is executable. Axes: N reference scores.
+The file is safetensors: tensors `<null>.<layer>` and `contributions.*`, and JSON facts in its
+header. Nothing in it is executable. Axes: N reference scores.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, floor, log10
 from pathlib import Path
@@ -18,10 +18,18 @@ from typing import Any, Final
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from bh_routing.errors import CalibrationError
 from bh_routing.nulls.base import ReferenceTable
-from bh_routing.nulls.calibration_file import FORMAT, SCHEMA, CalibrationFacts, read_calibration
+from bh_routing.nulls.calibration_file import (
+    CONTRIBUTIONS,
+    FORMAT,
+    SCHEMA,
+    CalibrationFacts,
+    read_calibration,
+)
+from bh_routing.nulls.contributions import NEEDED, Contributions
 from bh_routing.nulls.limits import DRAWS_ON_FIRST_LINE, MIN_DOCUMENTS, MIN_TOKENS
 
 _REMEDY: Final = "run: bh-routing calibrate --model NAME"
@@ -45,6 +53,8 @@ class Calibration:
     seed: int
     table_capacity: int
     """Most scores a table was allowed to hold."""
+    contributions: Contributions | None = None
+    """What is known of slots; None unless "needed" was calibrated."""
     created_at: str = ""
     """UTC, ISO 8601; no part of the fingerprint."""
 
@@ -73,8 +83,26 @@ class Calibration:
 
     def resolution(self, null: str) -> float:
         """Return the smallest alpha that every table of this null can decide: 20 * E / n."""
-        smallest = min(len(table) for table in self._tables_of(null))
-        return DRAWS_ON_FIRST_LINE * self.num_experts / smallest
+        return DRAWS_ON_FIRST_LINE * self.num_experts / self.table_size(null)
+
+    def table_size(self, null: str) -> int:
+        """Return the size of the smallest table of this null.
+
+        Raises:
+            CalibrationError: the calibration doesn't hold this null.
+        """
+        sizes = self.contributions.sizes(null) if self.contributions is not None else []
+        return min(sizes or [len(table) for table in self._tables_of(null)])
+
+    @property
+    def nulls(self) -> tuple[str, ...]:
+        """Names of everything that was calibrated, "needed" included."""
+        needed = [
+            null
+            for null in NEEDED.values()
+            if self.contributions is not None and self.contributions.sizes(null)
+        ]
+        return (*sorted(self.tables), *needed)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -85,13 +113,16 @@ class Calibration:
         for null in sorted(self.tables):
             for table in self.tables[null]:
                 digest.update(table.sorted_scores_N.cpu().numpy().astype("<f4").tobytes())
+        for name, tensor in sorted(self._contribution_tensors().items()):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().numpy().astype("<f4").tobytes())
         return digest.hexdigest()
 
     def check(
         self,
         *,
         null: str,
-        alpha: float,
+        alpha: float | None,
         num_layers: int,
         num_experts: int,
         model_top_k: int,
@@ -101,7 +132,7 @@ class Calibration:
 
         Args:
             null: the null that the rule needs.
-            alpha: the rule's target, `Rule.smallest_alpha(num_experts)`.
+            alpha: the rule's target, `Rule.smallest_alpha(num_experts)`; None if it has none.
             num_layers: the model's layers with a router.
             num_experts: the model's experts a layer.
             model_top_k: the model's own experts a token.
@@ -109,7 +140,7 @@ class Calibration:
         Raises:
             CalibrationError: one sentence with the value, what is needed and the remedy.
         """
-        self._tables_of(null)
+        self.table_size(null)
         for what, ours, theirs in (
             ("layers", self.num_layers, num_layers),
             ("experts a layer", self.num_experts, num_experts),
@@ -136,6 +167,10 @@ class Calibration:
             for null, tables in self.tables.items()
             for layer, table in enumerate(tables)
         }
+        tensors |= {
+            f"{CONTRIBUTIONS}.{name}": tensor.cpu().contiguous()
+            for name, tensor in self._contribution_tensors().items()
+        }
         header = {
             "format": FORMAT,
             "schema": str(SCHEMA),
@@ -160,8 +195,13 @@ class Calibration:
             CalibrationError: no such file, a foreign or damaged one, or one of another schema.
         """
         parts = read_calibration(Path(path))
-        fields: dict[str, Any] = parts.facts.model_dump(exclude={"nulls"})
-        loaded = cls(tables=parts.tables, created_at=parts.created_at, **fields)
+        fields: dict[str, Any] = parts.facts.model_dump(exclude={"nulls", "contributions"})
+        loaded = cls(
+            tables=parts.tables,
+            contributions=parts.contributions,
+            created_at=parts.created_at,
+            **fields,
+        )
         if loaded.fingerprint != parts.fingerprint:
             raise CalibrationError(
                 f"calibration {path} was changed after it was written: its contents don't match "
@@ -172,18 +212,24 @@ class Calibration:
     def to(self, device: torch.device) -> Calibration:
         """Return the same calibration with its tables on `device`."""
         tables = {n: tuple(table.to(device) for table in ts) for n, ts in self.tables.items()}
-        facts: dict[str, Any] = self._facts().model_dump(exclude={"nulls"})
-        return Calibration(tables=tables, created_at=self.created_at, **facts)
+        return replace(
+            self,
+            tables=tables,
+            contributions=self.contributions and self.contributions.to(device),
+        )
+
+    def _contribution_tensors(self) -> dict[str, Tensor]:
+        return {} if self.contributions is None else self.contributions.tensors()
 
     def _tables_of(self, null: str) -> tuple[ReferenceTable, ...]:
         if null not in self.tables:
             raise CalibrationError(
                 f"calibration holds no table of null {null!r}, only of: "
-                f"{', '.join(sorted(self.tables)) or 'none'}; {_REMEDY}"
+                f"{', '.join(self.nulls) or 'none'}; {_REMEDY}"
             )
         return self.tables[null]
 
-    def _check_reach(self, null: str, alpha: float) -> None:
+    def _check_reach(self, null: str, alpha: float | None) -> None:
         for what, have, need in (
             ("distinct tokens", self.num_tokens, MIN_TOKENS),
             ("documents", self.num_documents, MIN_DOCUMENTS),
@@ -193,7 +239,9 @@ class Calibration:
                     f"calibration was made from {have} {what}, at least {need} are needed; "
                     "calibrate on a larger --calibration-text"
                 )
-        size = min(len(table) for table in self._tables_of(null))
+        size = self.table_size(null)
+        if alpha is None:
+            return
         # The subtrahend undoes rounding: 20 * 64 / 0.01 must ask for 128,000 and no more.
         needed = ceil(DRAWS_ON_FIRST_LINE * self.num_experts / alpha - 1e-6)
         if size < needed:
@@ -212,6 +260,7 @@ class Calibration:
     def _facts(self) -> CalibrationFacts:
         return CalibrationFacts(
             nulls=sorted(self.tables),
+            contributions=sorted(self._contribution_tensors()),
             model_fingerprint=self.model_fingerprint,
             num_layers=self.num_layers,
             num_experts=self.num_experts,

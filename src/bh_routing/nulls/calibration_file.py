@@ -6,7 +6,7 @@ Axes: N reference scores.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
@@ -15,9 +15,12 @@ from torch import Tensor
 
 from bh_routing.errors import CalibrationError
 from bh_routing.nulls.base import ReferenceTable
+from bh_routing.nulls.contributions import Contributions, Definition, Statistic
 
 FORMAT: Final = "bh_routing.calibration"
-SCHEMA: Final = 1
+SCHEMA: Final = 2
+CONTRIBUTIONS: Final = "contributions"
+_RESIDUAL_NORMS: Final = "residual_norms"
 _REMEDY: Final = "run: bh-routing calibrate --model NAME"
 
 
@@ -27,6 +30,8 @@ class CalibrationFacts(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     nulls: list[str]
+    contributions: list[str]
+    """Names of the tensors that describe slots; empty if none were observed."""
     model_fingerprint: str
     num_layers: PositiveInt
     num_experts: PositiveInt
@@ -43,6 +48,7 @@ class CalibrationParts(NamedTuple):
 
     facts: CalibrationFacts
     tables: dict[str, tuple[ReferenceTable, ...]]
+    contributions: Contributions | None
     fingerprint: str
     created_at: str
 
@@ -68,13 +74,18 @@ def read_calibration(path: Path) -> CalibrationParts:
         null: tuple(_take(path, tensors, f"{null}.{layer}") for layer in range(facts.num_layers))
         for null in facts.nulls
     }
+    contributions = _take_contributions(path, tensors, facts) if facts.contributions else None
     if tensors:
         raise CalibrationError(
             f"calibration {path} holds {len(tensors)} tensors that its header doesn't name, such "
             f"as {min(tensors)!r}; {_REMEDY}"
         )
     return CalibrationParts(
-        facts, tables, header.get("fingerprint", ""), header.get("created_at", "")
+        facts,
+        tables,
+        contributions,
+        header.get("fingerprint", ""),
+        header.get("created_at", ""),
     )
 
 
@@ -96,6 +107,56 @@ def _read_facts(path: Path, header: dict[str, str]) -> CalibrationFacts:
         raise CalibrationError(
             f"calibration {path} has unreadable facts ({where}: {first['msg']}); {_REMEDY}"
         ) from error
+
+
+def _take_contributions(
+    path: Path, tensors: dict[str, Tensor], facts: CalibrationFacts
+) -> Contributions:
+    """Remove the tensors that describe slots and return them as what they are."""
+    scales: dict[Statistic, Tensor] = {}
+    all_scores: dict[Statistic, ReferenceTable] = {}
+    needed_scores: dict[tuple[Statistic, Definition], ReferenceTable] = {}
+    shape_LE = (facts.num_layers, facts.num_experts)
+    residual_norms_L = _take_scale(path, tensors, _RESIDUAL_NORMS, shape_LE[:1])
+    for name in facts.contributions:
+        if name == _RESIDUAL_NORMS:
+            continue
+        kind, *words = name.split(".")
+        known = [word in (*get_args(Statistic), *get_args(Definition)) for word in words]
+        if not all(known) or (kind, len(words)) not in (("scale", 1), ("all", 1), ("needed", 2)):
+            raise CalibrationError(
+                f"calibration {path} holds contributions of an unknown kind {name!r}; {_REMEDY}"
+            )
+        statistic = cast(Statistic, words[0])
+        if kind == "scale":
+            scales[statistic] = _take_scale(path, tensors, name, shape_LE)
+        elif kind == "all":
+            all_scores[statistic] = _take(path, tensors, f"{CONTRIBUTIONS}.{name}")
+        else:
+            table = _take(path, tensors, f"{CONTRIBUTIONS}.{name}")
+            needed_scores[statistic, cast(Definition, words[1])] = table
+    return Contributions(
+        residual_norms_L=residual_norms_L,
+        scales=scales,
+        all_scores=all_scores,
+        needed_scores=needed_scores,
+    )
+
+
+def _take_scale(
+    path: Path, tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]
+) -> Tensor:
+    scale = tensors.pop(f"{CONTRIBUTIONS}.{name}", torch.empty(0))
+    if scale.shape != shape or scale.dtype != torch.float32:
+        raise CalibrationError(
+            f"{name!r} of calibration {path} must be float32 of shape {shape}, got "
+            f"{scale.dtype} of shape {tuple(scale.shape)}; {_REMEDY}"
+        )
+    if not bool((scale.isfinite() & (scale >= 0)).all()):
+        raise CalibrationError(
+            f"{name!r} of calibration {path} must be finite and at least 0; {_REMEDY}"
+        )
+    return scale
 
 
 def _take(path: Path, tensors: dict[str, Tensor], name: str) -> ReferenceTable:

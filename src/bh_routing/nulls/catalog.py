@@ -10,10 +10,18 @@ from torch import Tensor
 
 from bh_routing.errors import InputError, unknown_name
 from bh_routing.nulls.base import Null, ReferenceTable
-from bh_routing.nulls.centred import Background, Gaussian, Pooled
+from bh_routing.nulls.centred import Background, BackgroundStudentized, Gaussian, Pooled
+from bh_routing.nulls.permutation import Permutation
 from bh_routing.nulls.softmax import Softmax
 
-_ALL: Final[tuple[Null, ...]] = (Background(), Gaussian(), Pooled(), Softmax())
+_ALL: Final[tuple[Null, ...]] = (
+    Background(),
+    BackgroundStudentized(),
+    Gaussian(),
+    Permutation(),
+    Pooled(),
+    Softmax(),
+)
 
 NULLS: Final[Mapping[str, Null]] = MappingProxyType({null.name: null for null in _ALL})
 

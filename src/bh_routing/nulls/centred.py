@@ -61,6 +61,20 @@ class CentredNull(Null):
         """Score `logits_TE` by what the sorted row says of its token."""
 
 
+def studentize(logits_TE: Tensor, sorted_TE: Tensor) -> Tensor:
+    """Return (logit - median) over a robust scale of the token's row."""
+    median_T1 = median_of_sorted(sorted_TE)
+    sorted_deviations_TE = (sorted_TE - median_T1).abs().sort(dim=-1).values
+    mad_T1 = median_of_sorted(sorted_deviations_TE)
+    scale_T1 = torch.where(
+        mad_T1 > 0,
+        mad_T1 * MAD_TO_SIGMA,
+        sorted_deviations_TE.mean(dim=-1, keepdim=True) * MEAN_DEVIATION_TO_SIGMA,
+    )
+    # The smallest float32 instead of 0: where all logits are equal the scores are 0 / tiny.
+    return (logits_TE - median_T1) / scale_T1.clamp_min(torch.finfo(torch.float32).tiny)
+
+
 class Gaussian(CentredNull):
     """Robust z-scores against N(0, 1): no calibration.
 
@@ -85,16 +99,7 @@ class Gaussian(CentredNull):
         return 0.5 * tail
 
     def _scores(self, logits_TE: Tensor, sorted_TE: Tensor) -> Tensor:
-        median_T1 = median_of_sorted(sorted_TE)
-        sorted_deviations_TE = (sorted_TE - median_T1).abs().sort(dim=-1).values
-        mad_T1 = median_of_sorted(sorted_deviations_TE)
-        scale_T1 = torch.where(
-            mad_T1 > 0,
-            mad_T1 * MAD_TO_SIGMA,
-            sorted_deviations_TE.mean(dim=-1, keepdim=True) * MEAN_DEVIATION_TO_SIGMA,
-        )
-        # The smallest float32 instead of 0: where all logits are equal the scores are 0 / tiny.
-        return (logits_TE - median_T1) / scale_T1.clamp_min(torch.finfo(torch.float32).tiny)
+        return studentize(logits_TE, sorted_TE)
 
 
 class TabledNull(CentredNull):
@@ -144,9 +149,18 @@ class Background(TabledNull):
         num_experts = router_logits_TE.shape[-1]
         if top_k_index_TK.shape[-1] >= num_experts:
             raise CalibrationError(
-                f"null 'background' needs experts outside the model's top-k; this one uses all "
+                f"null {self.name!r} needs experts outside the model's top-k; this one uses all "
                 f"{num_experts}; choose null='gaussian'"
             )
         is_outside_TE = torch.ones_like(router_logits_TE, dtype=torch.bool)
         is_outside_TE.scatter_(-1, top_k_index_TK, False)
         return self.score(router_logits_TE)[is_outside_TE]
+
+
+class BackgroundStudentized(Background):
+    """The same over the token's robust scale: tokens with flat and sharp routers become alike."""
+
+    name: ClassVar[str] = "background_studentized"
+
+    def _scores(self, logits_TE: Tensor, sorted_TE: Tensor) -> Tensor:
+        return studentize(logits_TE, sorted_TE)

@@ -7,13 +7,18 @@ k" becomes "score at least c_k". Axes: T tokens, E experts.
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bh_routing.multitest import Procedure, check_alpha, on_or_below_line
-from bh_routing.multitest.step_up import last_true_rank
+from bh_routing.multitest.step_up import (
+    STOREY_LAMBDA,
+    last_true_rank,
+    on_or_below_storey_line,
+)
 from bh_routing.nulls.base import Null, ReferenceTable
 
 _SIGN_BITS: Final = 0x7FFFFFFF
@@ -28,17 +33,12 @@ def cut_offs(
 ) -> Tensor:
     """Find, for each rank, the smallest score whose p-value is on or below the line.
 
-    The search halves the range of float32 bit patterns, which are ordered like the numbers they
-    stand for, and asks the null's own p-value function and the procedure's own line each time. So
-    the count of a token by cut-offs equals its count by p-values bit for bit, for any null whose
-    p-value never rises with the score.
-
     Args:
         null: the null.
         alpha: target false discovery rate, in (0, 1).
         num_experts: E.
         table: the layer's reference, for a null that needs one.
-        procedure: "bh" or "by".
+        procedure: "bh" or "by"; the lines of "storey" depend on the token: `storey_cut_offs`.
     Returns:
         float32 tensor of shape (E,) on the CPU, non-increasing; infinity where no score can be
         on or below the line.
@@ -47,18 +47,88 @@ def cut_offs(
         CalibrationError: the null needs a table and none was given.
     """
     check_alpha(alpha)
+    assert procedure != "storey"  # our own bug: its lines need the token's large p-values
+    return cut_offs_where(
+        null, num_experts, lambda p_E: on_or_below_line(p_E, alpha, procedure), table
+    )
+
+
+def cut_offs_where(
+    null: Null,
+    num_experts: int,
+    is_rejected: Callable[[Tensor], Tensor],
+    table: ReferenceTable | None = None,
+) -> Tensor:
+    """Find, for each rank, the smallest score whose p-value `is_rejected` accepts.
+
+    The search halves the range of float32 bit patterns, which are ordered like the numbers they
+    stand for, and asks the null's own p-value function and the procedure's own line each time. So
+    the count of a token by cut-offs equals its count by p-values bit for bit, for any null whose
+    p-value never rises with the score.
+
+    Args:
+        null: the null.
+        num_experts: E.
+        is_rejected: float64 p-values by rank, shape (..., E) -> bool of that shape or of one it
+            broadcasts to; a smaller p-value must never turn True into False.
+        table: the layer's reference, for a null that needs one.
+    Returns:
+        float32 tensor on the CPU, of the shape that `is_rejected` gives.
+    """
     cpu_table = None if table is None else table.to(torch.device("cpu"))
+    return smallest_scores(
+        lambda scores: null.p_from_score(scores, cpu_table), num_experts, is_rejected
+    )
+
+
+def smallest_scores(
+    p_from_score: Callable[[Tensor], Tensor],
+    num_hypotheses: int,
+    is_rejected: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Find, for each rank, the smallest score whose p-value is rejected: the search itself."""
     largest = torch.finfo(torch.float32).max
+    edge_E = torch.full((num_hypotheses,), largest)
+    shape = is_rejected(p_from_score(edge_E)).shape
     # Invariant: every score up to key `low` fails, every score from key `high` on passes.
-    low_E = _key_of(torch.full((num_experts,), -largest)) - 1
-    high_E = _key_of(torch.full((num_experts,), largest)) + 1
+    low_E = (_key_of(-edge_E) - 1).expand(shape)
+    high_E = (_key_of(edge_E) + 1).expand(shape)
     while bool((high_E - low_E > 1).any()):
         middle_E = (low_E + high_E) >> 1
-        p_E = null.p_from_score(_score_of(middle_E), cpu_table)
-        passes_E = on_or_below_line(p_E, alpha, procedure)
+        passes_E = is_rejected(p_from_score(_score_of(middle_E)))
         high_E = torch.where(passes_E, middle_E, high_E)
         low_E = torch.where(passes_E, low_E, middle_E)
     return _score_of(high_E)
+
+
+class StoreyCutOffs(NamedTuple):
+    """Storey's lines as scores: one row for each number of large p-values."""
+
+    lines_CE: Tensor
+    """float32, shape (E + 1, E), on the CPU: row c serves a token with c large p-values."""
+    smallest_not_large: Tensor
+    """float32 scalar: a score below it has a p-value above lambda."""
+
+
+def storey_cut_offs(
+    null: Null, alpha: float, num_experts: int, table: ReferenceTable | None = None
+) -> StoreyCutOffs:
+    """Find the cut-offs of Storey's procedure; arguments and errors as in `cut_offs`."""
+    check_alpha(alpha)
+    num_large_C1 = torch.arange(num_experts + 1).unsqueeze(-1)
+    lines_CE = cut_offs_where(
+        null, num_experts, lambda p: on_or_below_storey_line(p, alpha, num_large_C1), table
+    )
+    edge_1 = cut_offs_where(null, 1, lambda p: p <= STOREY_LAMBDA, table)
+    return StoreyCutOffs(lines_CE, edge_1[0])
+
+
+def count_at_storey_cut_offs(
+    descending_scores_TE: Tensor, storey: StoreyCutOffs, rank_E: Tensor
+) -> Tensor:
+    """Count the experts that Storey's procedure selects; as `count_at_cut_offs`."""
+    num_large_T = (descending_scores_TE < storey.smallest_not_large).sum(dim=-1)
+    return count_at_cut_offs(descending_scores_TE, storey.lines_CE[num_large_T], rank_E)
 
 
 def count_at_cut_offs(descending_scores_TE: Tensor, cut_offs_E: Tensor, rank_E: Tensor) -> Tensor:

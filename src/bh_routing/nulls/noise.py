@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from bh_routing.multitest.step_up import ranks
-from bh_routing.nulls.base import Null, ReferenceTable
+from bh_routing.nulls.base import Null, ReferenceTable, RouterPass
 from bh_routing.nulls.catalog import get_null
 from bh_routing.nulls.cut_offs import count_at_cut_offs, cut_offs
 
 FIT_TOKENS: Final = 16_384
 """Noise tokens behind a table: as many as a calibration reads by default."""
+
+NOISE_HIDDEN: Final = 512
+"""Width of the random hidden states, for a null whose reference is made from a gate."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,9 +88,21 @@ def _fit_on_noise(
 ) -> ReferenceTable | None:
     if not null.needs_table:
         return None
-    logits_TE = torch.randn(FIT_TOKENS, num_experts, generator=generator)
+    if null.needs_gate:
+        seen = _noise_with_gate(num_experts, model_top_k, generator)
+    else:
+        logits_TE = torch.randn(FIT_TOKENS, num_experts, generator=generator)
+        seen = RouterPass(logits_TE, logits_TE.topk(model_top_k, dim=-1).indices)
+    return ReferenceTable.from_scores(null.reference_of(seen))
+
+
+def _noise_with_gate(num_experts: int, model_top_k: int, generator: torch.Generator) -> RouterPass:
+    """Random hidden states and a random gate, scaled so that logits have variance 1."""
+    hidden_TH = torch.randn(FIT_TOKENS, NOISE_HIDDEN, generator=generator)
+    gate_EH = torch.randn(num_experts, NOISE_HIDDEN, generator=generator) / NOISE_HIDDEN**0.5
+    logits_TE = hidden_TH @ gate_EH.T
     top_k_index_TK = logits_TE.topk(model_top_k, dim=-1).indices
-    return ReferenceTable.from_scores(null.reference(logits_TE, top_k_index_TK))
+    return RouterPass(logits_TE, top_k_index_TK, hidden_TH, gate_EH)
 
 
 def _summarize(alpha: float, counts_T1: Tensor, model_top_k: int) -> NoiseResult:

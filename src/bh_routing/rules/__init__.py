@@ -9,22 +9,42 @@ from bh_routing.rules.base import (
     WeightConvention,
 )
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
+from bh_routing.rules.benjamini_hochberg_drop import BenjaminiHochbergDrop
 from bh_routing.rules.catalog import RULES, make_rule, rule_to_config
+from bh_routing.rules.contribution_threshold import ContributionThreshold
+from bh_routing.rules.entropy import Entropy
 from bh_routing.rules.functional import RoutedExperts, benjamini_hochberg_routing
+from bh_routing.rules.higher_criticism import HigherCriticism
+from bh_routing.rules.min_p import MinP
+from bh_routing.rules.oracle_contribution import OracleContribution
+from bh_routing.rules.per_layer_top_k import PerLayerTopK
+from bh_routing.rules.random_k import RandomK
+from bh_routing.rules.threshold import Threshold
 from bh_routing.rules.top_k import TopK
+from bh_routing.rules.top_p import TopP
 from bh_routing.rules.weights import AliasedSlots, alias_dropped, kept_weights
 
 __all__ = [
     "RULES",
     "AliasedSlots",
     "BenjaminiHochberg",
+    "BenjaminiHochbergDrop",
     "Candidates",
+    "ContributionThreshold",
+    "Entropy",
+    "HigherCriticism",
     "LayerContext",
+    "MinP",
+    "OracleContribution",
+    "PerLayerTopK",
+    "RandomK",
     "RoutedExperts",
     "Rule",
     "Selector",
     "TemperatureWeights",
+    "Threshold",
     "TopK",
+    "TopP",
     "WeightConvention",
     "alias_dropped",
     "benjamini_hochberg_routing",

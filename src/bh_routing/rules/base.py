@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bh_routing.nulls.base import ReferenceTable
+from bh_routing.nulls.contributions import Contributions
 
 WeightConvention = Literal["model", "renormalize", "preserve_mass"]
 TemperatureWeights = Literal["mass", "raw"]
@@ -29,6 +30,8 @@ class Candidates(NamedTuple):
     """int64; in the family's order, which need not be by weight."""
     top_k_weights_TK: Tensor
     """The family's own weights, in the family's dtype."""
+    output_norms_TK: Tensor | None = None
+    """float32 norm of each slot's expert output; only for a rule that `needs_output_norms`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +45,10 @@ class LayerContext:
     device: torch.device
     table: ReferenceTable | None = None
     """The reference of the rule's null in this layer, on `device`; None if it needs none."""
+    contributions: Contributions | None = None
+    """What is known of slots in all layers, on the CPU; None if the rule needs no such thing."""
+    num_layers: int | None = None
+    """Layers of the model that have a router; None if only one layer is known."""
 
 
 Selector = Callable[[Candidates], Tensor]
@@ -64,6 +71,21 @@ class Rule(ABC):
     def required_null(self) -> str | None:
         """Name of the null whose table the rule needs, None if it needs none."""
         return None
+
+    @property
+    def keeps_best_by_logit(self) -> bool:
+        """Whether what a token keeps is always a number of its best slots by logit."""
+        return True
+
+    @property
+    def decides_tokens_alone(self) -> bool:
+        """Whether a token's decision never depends on the other tokens of the forward pass."""
+        return True
+
+    @property
+    def needs_output_norms(self) -> bool:
+        """Whether every candidate expert must be run before the rule can decide."""
+        return False
 
     def smallest_alpha(self, num_experts: int) -> float | None:
         """The level that the table of `required_null` must be able to decide, for one expert."""

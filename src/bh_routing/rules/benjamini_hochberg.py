@@ -5,6 +5,7 @@ Axes: T tokens, E experts, K candidate slots.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -13,9 +14,15 @@ from torch import Tensor
 
 from bh_routing.errors import InputError
 from bh_routing.multitest import Procedure, check_alpha
-from bh_routing.multitest.step_up import harmonic_number, ranks
+from bh_routing.multitest.step_up import STOREY_LAMBDA, harmonic_number, ranks
 from bh_routing.nulls.catalog import get_null
-from bh_routing.nulls.cut_offs import count_at_cut_offs, cut_offs
+from bh_routing.nulls.cut_offs import (
+    StoreyCutOffs,
+    count_at_cut_offs,
+    count_at_storey_cut_offs,
+    cut_offs,
+    storey_cut_offs,
+)
 from bh_routing.rules.base import (
     Candidates,
     LayerContext,
@@ -61,7 +68,7 @@ class BenjaminiHochberg(Rule):
     null: str = "background"
     """What the p-values rest on."""
     procedure: Procedure = "bh"
-    """"bh", or "by" for the line that holds under any dependence."""
+    """"bh"; "by" for the line that holds under any dependence; "storey" for an adaptive one."""
     on_empty: OnEmpty = "min_k"
     """A token without any rejection keeps min_k experts, or the model's own k within
     [min_k, max_k]."""
@@ -91,9 +98,14 @@ class BenjaminiHochberg(Rule):
         return self.null if get_null(self.null).needs_table else None
 
     def smallest_alpha(self, num_experts: int) -> float | None:
-        """Alpha; for "by" divided by 1 + 1/2 + ... + 1/E, like its line."""
+        """Alpha; for "by" divided by 1 + 1/2 + ... + 1/E, like its line.
+
+        For "storey" divided by the largest share of nulls that it can estimate.
+        """
         if self.procedure == "by":
             return self.alpha / harmonic_number(num_experts)
+        if self.procedure == "storey":
+            return self.alpha * num_experts * (1 - STOREY_LAMBDA) / (num_experts + 1)
         return self.alpha
 
     def num_candidates(self, model_top_k: int) -> int:
@@ -119,17 +131,25 @@ class BenjaminiHochberg(Rule):
         """
         self.check(num_experts=context.num_experts, model_top_k=context.model_top_k)
         null = get_null(self.null)
-        cut_offs_E = cut_offs(
-            null, self.alpha, context.num_experts, context.table, self.procedure
-        ).to(context.device)
-        rank_E = ranks(context.num_experts, context.device)
+        count = self._counter(context)
         kept = [self.count_kept(n, context.model_top_k) for n in range(context.num_experts + 1)]
         kept_by_count = torch.tensor(kept, device=context.device)
         temperature = self.temperature
 
         def select(candidates: Candidates) -> Tensor:
             scores_TE = null.descending_scores(candidates.router_logits_TE, temperature)
-            counts_T1 = count_at_cut_offs(scores_TE, cut_offs_E, rank_E)
-            return keep_best(candidates, kept_by_count.take(counts_T1))
+            return keep_best(candidates, kept_by_count.take(count(scores_TE)))
 
         return select
+
+    def _counter(self, context: LayerContext) -> Callable[[Tensor], Tensor]:
+        """Return descending scores (T, E) -> number rejected (T, 1), by cut-offs."""
+        null, device = get_null(self.null), context.device
+        rank_E = ranks(context.num_experts, device)
+        if self.procedure == "storey":
+            lines = storey_cut_offs(null, self.alpha, context.num_experts, context.table)
+            there = StoreyCutOffs(lines.lines_CE.to(device), lines.smallest_not_large.to(device))
+            return lambda scores_TE: count_at_storey_cut_offs(scores_TE, there, rank_E)
+        cut_offs_E = cut_offs(null, self.alpha, context.num_experts, context.table, self.procedure)
+        cut_offs_E = cut_offs_E.to(device)
+        return lambda scores_TE: count_at_cut_offs(scores_TE, cut_offs_E, rank_E)

@@ -10,9 +10,32 @@ from typing import Any, Final
 from bh_routing.errors import InputError, unknown_name
 from bh_routing.rules.base import Rule
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
+from bh_routing.rules.benjamini_hochberg_drop import BenjaminiHochbergDrop
+from bh_routing.rules.contribution_threshold import ContributionThreshold
+from bh_routing.rules.entropy import Entropy
+from bh_routing.rules.higher_criticism import HigherCriticism
+from bh_routing.rules.min_p import MinP
+from bh_routing.rules.oracle_contribution import OracleContribution
+from bh_routing.rules.per_layer_top_k import PerLayerTopK
+from bh_routing.rules.random_k import RandomK
+from bh_routing.rules.threshold import Threshold
 from bh_routing.rules.top_k import TopK
+from bh_routing.rules.top_p import TopP
 
-_ALL: Final[tuple[type[Rule], ...]] = (TopK, BenjaminiHochberg)
+_ALL: Final[tuple[type[Rule], ...]] = (
+    TopK,
+    BenjaminiHochberg,
+    BenjaminiHochbergDrop,
+    ContributionThreshold,
+    OracleContribution,
+    PerLayerTopK,
+    TopP,
+    MinP,
+    Threshold,
+    Entropy,
+    HigherCriticism,
+    RandomK,
+)
 
 RULES: Final[Mapping[str, type[Rule]]] = MappingProxyType({rule.method: rule for rule in _ALL})
 

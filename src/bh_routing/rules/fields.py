@@ -16,6 +16,13 @@ def check_count(name: str, value: int) -> None:
         raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
+def check_share(name: str, value: float) -> None:
+    """Raise InputError unless this is a number in (0, 1]."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0.0 < value <= 1.0:
+        raise InputError(f"{name} must be a number in (0, 1], got {value!r}")
+
+
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise InputError unless the value is one of the choices."""
     if value not in choices:

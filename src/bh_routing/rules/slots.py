@@ -5,6 +5,8 @@ Axes: T tokens, K candidate slots.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -36,3 +38,24 @@ def keep_best(candidates: Candidates, counts_T1: Tensor) -> Tensor:
     rank_K = torch.arange(order_TK.shape[-1], device=order_TK.device)
     is_kept_by_rank_TK = (rank_K < counts_T1).expand_as(order_TK)
     return torch.zeros_like(order_TK, dtype=torch.bool).scatter_(-1, order_TK, is_kept_by_rank_TK)
+
+
+class SortedSlots(NamedTuple):
+    """Slots from the best to the worst by logit."""
+
+    order_TK: Tensor
+    """int64: which slot stands at each rank."""
+    weights_TK: Tensor
+    """float64, in that order."""
+
+
+def sort_slots(candidates: Candidates) -> SortedSlots:
+    """Sort each token's slots by what the family ranks by, best first; no host sync."""
+    logits_TK = candidates.router_logits_TE.gather(-1, candidates.top_k_index_TK)
+    order_TK = logits_TK.argsort(dim=-1, descending=True, stable=True)
+    return SortedSlots(order_TK, candidates.top_k_weights_TK.double().gather(-1, order_TK))
+
+
+def by_slot(order_TK: Tensor, keep_by_rank_TK: Tensor) -> Tensor:
+    """Bring a mask by rank back into the order of the slots."""
+    return torch.zeros_like(keep_by_rank_TK).scatter_(-1, order_TK, keep_by_rank_TK)

@@ -1,0 +1,103 @@
+"""What calibration knows of the slots themselves: how much each contributed, and which mattered.
+
+A statistic scores a slot by its routing weight times a scale that belongs to the layer and the
+expert. A definition says which calibration slots mattered ("needed" ones). For each pair the
+scores of needed slots are kept, pooled over layers: the reference for "this slot matters".
+
+Axes: L layers, E experts, N reference scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from bh_routing.errors import CalibrationError
+from bh_routing.nulls.base import ReferenceTable
+
+Statistic = Literal["contribution", "weight", "sensitivity", "layer_sensitivity"]
+"""contribution: weight x mean output norm of the expert / mean residual norm of the layer.
+weight: the routing weight alone. sensitivity: weight x root mean square of the loss's derivative
+by the weight, an estimate of the loss that dropping the slot costs. layer_sensitivity: weight x
+mean output norm of the expert, scaled in each layer to the layer's mean sensitivity: fewer numbers
+to estimate from gradients, one a layer."""
+
+BY_LOSS: Final[tuple[Statistic, ...]] = ("sensitivity", "layer_sensitivity")
+"""Statistics that need gradients."""
+
+Definition = Literal["norm", "loss"]
+"""norm: the slot's true contribution, weight x its own output norm / its token's own residual
+norm, was above the median over all layers' slots. loss: the same of |dL/dw x w|, the first-order
+change of the text's loss if the slot is left out."""
+
+NEEDED: Final[Mapping[Definition, str]] = {"norm": "needed", "loss": "needed_by_loss"}
+"""Definition -> the name under which a calibration is asked for it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Contributions:
+    """Scales and reference scores for every statistic that was calibrated."""
+
+    residual_norms_L: Tensor
+    """Mean norm of the residual stream behind each layer, float32."""
+    scales: Mapping[Statistic, Tensor]
+    """Statistic -> float32 (L, E): a slot's score is its weight times this."""
+    all_scores: Mapping[Statistic, ReferenceTable]
+    """Statistic -> a sample of the scores of all slots of all layers."""
+    needed_scores: Mapping[tuple[Statistic, Definition], ReferenceTable]
+    """Statistic and definition -> a sample of the scores of the slots that mattered."""
+
+    def scale(self, statistic: Statistic, layer: int) -> Tensor:
+        """Return the scale of each expert in a layer, shape (E,)."""
+        if statistic not in self.scales:
+            raise _lacks(statistic)
+        return self.scales[statistic][layer]
+
+    def all_of(self, statistic: Statistic) -> ReferenceTable:
+        """Return the scores of all slots."""
+        if statistic not in self.all_scores:
+            raise _lacks(statistic)
+        return self.all_scores[statistic]
+
+    def needed(self, statistic: Statistic, definition: Definition) -> ReferenceTable:
+        """Return the scores of the slots that mattered."""
+        if (statistic, definition) not in self.needed_scores:
+            raise _lacks(f"{statistic} with needed by {definition}")
+        return self.needed_scores[statistic, definition]
+
+    def sizes(self, null: str) -> list[int]:
+        """Return the sizes of the tables behind "needed" or "needed_by_loss"; none if unknown."""
+        return [
+            len(table)
+            for (_, definition), table in self.needed_scores.items()
+            if NEEDED[definition] == null
+        ]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything as tensors by name, for a file or a fingerprint."""
+        named = {"residual_norms": self.residual_norms_L}
+        named |= {f"scale.{s}": scale_LE for s, scale_LE in self.scales.items()}
+        named |= {f"all.{s}": table.sorted_scores_N for s, table in self.all_scores.items()}
+        for (statistic, definition), table in self.needed_scores.items():
+            named[f"needed.{statistic}.{definition}"] = table.sorted_scores_N
+        return named
+
+    def to(self, device: torch.device) -> Contributions:
+        """Return the same on `device`."""
+        return Contributions(
+            residual_norms_L=self.residual_norms_L.to(device),
+            scales={name: scale_LE.to(device) for name, scale_LE in self.scales.items()},
+            all_scores={name: table.to(device) for name, table in self.all_scores.items()},
+            needed_scores={name: table.to(device) for name, table in self.needed_scores.items()},
+        )
+
+
+def _lacks(what: str) -> CalibrationError:
+    return CalibrationError(
+        f"calibration holds no statistic {what}; calibrate with nulls 'needed' for contribution "
+        "and weight, and 'needed_by_loss' for sensitivities and loss"
+    )

@@ -1,0 +1,166 @@
+"""The planted-signal laboratory: false discoveries and power where the truth is known.
+
+Axes: T tokens, E experts, H hidden, K slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bh_routing.multitest import benjamini_hochberg, benjamini_yekutieli, storey
+from bh_routing.nulls.base import ReferenceTable, RouterPass
+from bh_routing.nulls.catalog import NULLS
+
+Design = Literal["independent", "low rank"]
+"""independent: logits N(0, 1), planted ones shifted. low rank: logits = W h with fewer hidden
+coordinates than experts; h is moved towards the planted experts' gates, which moves others too."""
+
+NUM_EXPERTS: Final = 64
+MODEL_TOP_K: Final = 8
+NUM_HIDDEN: Final = 32
+SHIFT: Final = 4.0
+"""How far a planted logit lies above the background, in standard deviations."""
+ALPHAS: Final = (0.05, 0.10)
+TRUE_NULL: Final = "true"
+"""N(0, 1) with the known mean and scale: what the other nulls try to estimate."""
+
+_PROCEDURES: Final[Mapping[str, Callable[[Tensor, float], Tensor]]] = MappingProxyType(
+    {"bh": benjamini_hochberg, "by": benjamini_yekutieli, "storey": storey}
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One null and procedure at one alpha in one design."""
+
+    design: Design
+    null: str
+    procedure: str
+    alpha: float
+    tokens: int
+    fdr: float
+    """Mean over tokens of the share of rejected experts that weren't planted; 0 if none was."""
+    fdr_low: float
+    """95 % interval of it over tokens, normal approximation."""
+    fdr_high: float
+    pooled_share: float
+    """Rejected experts that weren't planted over all rejected, of all tokens; NaN if none was."""
+    power: float
+    """Planted experts that were rejected over all planted."""
+    mean_rejected: float
+    noise_share_any: float
+    """Share of tokens with any rejection when nothing is planted."""
+    noise_low: float
+    """Wilson 95 % interval of it."""
+    noise_high: float
+
+
+class _Sample(NamedTuple):
+    seen: RouterPass
+    is_planted_TE: Tensor
+
+
+def run_laboratory(tokens: int = 10_000, seed: int = 0) -> list[Row]:
+    """Measure every null under every procedure on planted signals and on none.
+
+    Each token has 0 to 7 planted experts. A null that needs a table gets it from other tokens of
+    the same design with their signals in place, as calibration text would have them.
+
+    Args:
+        tokens: fresh tokens of each cell.
+        seed: of everything drawn.
+    Returns:
+        Rows by design, null, procedure and alpha.
+    """
+    rows = []
+    designs: tuple[Design, ...] = ("independent", "low rank")
+    for number, design in enumerate(designs):
+        generator = torch.Generator().manual_seed(seed * len(designs) + number)
+        gate_EH = torch.randn(NUM_EXPERTS, NUM_HIDDEN, generator=generator)
+        gate_EH = gate_EH / gate_EH.norm(dim=-1, keepdim=True)
+        fitting, planted = (_draw(design, tokens, gate_EH, generator) for _ in range(2))
+        noise = _draw(design, tokens, gate_EH, generator, most_planted=0)
+        for null in (TRUE_NULL, *NULLS):
+            p_TE, noise_p_TE = (_p_values(null, fitting, s) for s in (planted, noise))
+            for procedure, reject in _PROCEDURES.items():
+                for alpha in ALPHAS:
+                    rejected_TE = reject(p_TE, alpha)
+                    num_any = int(reject(noise_p_TE, alpha).any(dim=-1).sum())
+                    rows.append(
+                        Row(
+                            design=design,
+                            null=null,
+                            procedure=procedure,
+                            alpha=alpha,
+                            tokens=tokens,
+                            **_rates(rejected_TE, planted.is_planted_TE),
+                            **_noise_rate(num_any, tokens),
+                        )
+                    )
+    return rows
+
+
+def _draw(
+    design: Design,
+    tokens: int,
+    gate_EH: Tensor,
+    generator: torch.Generator,
+    most_planted: int = MODEL_TOP_K - 1,
+) -> _Sample:
+    num_planted_T1 = torch.randint(most_planted + 1, (tokens, 1), generator=generator)
+    order_TE = torch.rand(tokens, NUM_EXPERTS, generator=generator).argsort(dim=-1).argsort(dim=-1)
+    is_planted_TE = order_TE < num_planted_T1
+    hidden_TH = torch.randn(tokens, NUM_HIDDEN, generator=generator)
+    if design == "low rank":
+        hidden_TH = hidden_TH + SHIFT * (is_planted_TE.float() @ gate_EH)
+        logits_TE = hidden_TH @ gate_EH.T
+    else:
+        logits_TE = torch.randn(tokens, NUM_EXPERTS, generator=generator) + SHIFT * is_planted_TE
+    seen = RouterPass(logits_TE, logits_TE.topk(MODEL_TOP_K).indices, hidden_TH, gate_EH)
+    return _Sample(seen, is_planted_TE)
+
+
+def _p_values(name: str, fitting: _Sample, sample: _Sample) -> Tensor:
+    logits_TE = sample.seen.router_logits_TE
+    if name == TRUE_NULL:
+        return NULLS["gaussian"].p_from_score(logits_TE)
+    null = NULLS[name]
+    table = None
+    if null.needs_table:
+        table = ReferenceTable.from_scores(null.reference_of(fitting.seen))
+    return null.p_from_score(null.score(logits_TE), table)
+
+
+def _rates(rejected_TE: Tensor, is_planted_TE: Tensor) -> dict[str, float]:
+    num_rejected_T = rejected_TE.sum(dim=-1)
+    num_false_T = (rejected_TE & ~is_planted_TE).sum(dim=-1)
+    share_T = num_false_T.double() / num_rejected_T.clamp_min(1)
+    fdr = float(share_T.mean())
+    margin = 1.96 * float(share_T.std()) / len(share_T) ** 0.5
+    num_rejected = int(num_rejected_T.sum())
+    return {
+        "fdr": fdr,
+        "fdr_low": max(0.0, fdr - margin),
+        "fdr_high": min(1.0, fdr + margin),
+        "pooled_share": int(num_false_T.sum()) / num_rejected if num_rejected else float("nan"),
+        "power": int((rejected_TE & is_planted_TE).sum()) / int(is_planted_TE.sum()),
+        "mean_rejected": num_rejected / len(share_T),
+    }
+
+
+def _noise_rate(num_any: int, tokens: int) -> dict[str, float]:
+    # Loaded here: scipy.stats takes longer to import than everything else in this package.
+    from scipy.stats import binomtest
+
+    interval = binomtest(num_any, tokens).proportion_ci(confidence_level=0.95, method="wilson")
+    return {
+        "noise_share_any": num_any / tokens,
+        "noise_low": float(interval.low),
+        "noise_high": float(interval.high),
+    }

@@ -1,0 +1,94 @@
+"""Higher Criticism: as many experts as the p-values have in excess of what chance gives.
+
+Axes: T tokens, E experts, K slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bh_routing.errors import InputError
+from bh_routing.multitest.higher_criticism import criticism_reaches
+from bh_routing.multitest.step_up import ranks
+from bh_routing.nulls.catalog import get_null
+from bh_routing.nulls.cut_offs import count_at_cut_offs, cut_offs_where
+from bh_routing.rules.base import Candidates, LayerContext, Selector
+from bh_routing.rules.fields import check_at_most_experts, check_count
+from bh_routing.rules.mixing import MixingRule
+from bh_routing.rules.slots import keep_best
+
+
+@dataclass(frozen=True)
+class HigherCriticism(MixingRule):
+    """Keep the k best experts, k the largest rank up to max_k whose criticism is >= threshold.
+
+    The criticism of rank i is sqrt(E) (i/E - p_(i)) / sqrt(p_(i) (1 - p_(i))): how far the number
+    of small p-values exceeds chance. A token in which no rank reaches the threshold keeps one.
+
+    Source: Donoho & Jin (2004), equation (1.5), for the statistic. They test whether there is
+    any signal; taking the last crossing as the count is ours, so that the knob covers every mean.
+    Example:
+        >>> HigherCriticism(2.0, max_k=10).num_candidates(model_top_k=8)
+        10
+    """
+
+    method: ClassVar[str] = "higher_criticism"
+
+    threshold: float
+    """Smallest criticism, any number; a larger one keeps fewer experts."""
+    max_k: int = 8
+    """Most experts a token keeps; more than the model's own k widens its router."""
+    null: str = "background"
+    """What the p-values rest on."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        is_number = isinstance(self.threshold, (int, float)) and not isinstance(
+            self.threshold, bool
+        )
+        if not is_number or not isfinite(self.threshold):
+            raise InputError(f"threshold must be a finite number, got {self.threshold!r}")
+        check_count("max_k", self.max_k)
+        get_null(self.null)
+        super().__post_init__()
+
+    @property
+    def required_null(self) -> str | None:
+        """The null, if it needs a table."""
+        return self.null if get_null(self.null).needs_table else None
+
+    def num_candidates(self, model_top_k: int) -> int:
+        """The model's own slots, or more if max_k asks for more."""
+        return max(model_top_k, self.max_k)
+
+    def check(self, *, num_experts: int, model_top_k: int) -> None:
+        """Refuse more experts than there are."""
+        check_at_most_experts("max_k", self.max_k, num_experts)
+
+    def bind(self, context: LayerContext) -> Selector:
+        """Turn the threshold into one cut-off a rank.
+
+        Raises:
+            InputError: max_k exceeds the experts of the layer.
+            CalibrationError: the null needs a table and the context has none.
+        """
+        self.check(num_experts=context.num_experts, model_top_k=context.model_top_k)
+        null, threshold, temperature = get_null(self.null), self.threshold, self.temperature
+        cut_offs_E = cut_offs_where(
+            null, context.num_experts, lambda p_E: criticism_reaches(p_E, threshold), context.table
+        )
+        cut_offs_E[self.max_k :] = torch.inf
+        cut_offs_E = cut_offs_E.to(context.device)
+        rank_E = ranks(context.num_experts, context.device)
+
+        def select(candidates: Candidates) -> Tensor:
+            scores_TE = null.descending_scores(candidates.router_logits_TE, temperature)
+            counts_T1 = count_at_cut_offs(scores_TE, cut_offs_E, rank_E)
+            return keep_best(candidates, counts_T1.clamp_min(1))
+
+        return select

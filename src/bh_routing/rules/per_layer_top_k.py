@@ -1,0 +1,88 @@
+"""Static top-k with another k in each layer: how a budget is shared out over layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bh_routing.errors import InputError
+from bh_routing.rules.base import Candidates, LayerContext, Selector
+from bh_routing.rules.fields import check_at_most_experts, check_count
+from bh_routing.rules.mixing import MixingRule
+from bh_routing.rules.slots import keep_best
+
+
+@dataclass(frozen=True)
+class PerLayerTopK(MixingRule):
+    """Keep k[layer] experts of every token.
+
+    Example:
+        >>> PerLayerTopK.at_mean(4.5, layer_order=(2, 0, 3, 1)).k
+        (5, 4, 5, 4)
+    """
+
+    method: ClassVar[str] = "per_layer_top_k"
+
+    k: tuple[int, ...]
+    """Experts a token in each layer that has a router, first layer first; a list is taken too."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        if isinstance(self.k, (str, int)) or not isinstance(self.k, Sequence) or not self.k:
+            raise InputError(f"k must be a list with one whole number a layer, got {self.k!r}")
+        for layer, k in enumerate(self.k):
+            check_count(f"k of layer {layer}", k)
+        # A configuration file gives a list, and a rule must be hashable.
+        object.__setattr__(self, "k", tuple(self.k))
+        super().__post_init__()
+
+    @classmethod
+    def at_mean(cls, mean_experts: float, layer_order: Sequence[int]) -> PerLayerTopK:
+        """Share out a mean number of experts: k everywhere, k + 1 in the first layers of an order.
+
+        The mean is met to within half an expert in one layer.
+
+        Args:
+            mean_experts: mean over layers, at least 1.
+            layer_order: every layer once, the most sensitive first.
+        """
+        num_layers = len(layer_order)
+        if sorted(layer_order) != list(range(num_layers)):
+            raise InputError(
+                f"layer_order must name each layer once from 0 on, got {list(layer_order)}"
+            )
+        base, extra = divmod(round(mean_experts * num_layers), num_layers)
+        larger = set(layer_order[:extra])
+        return cls(tuple(base + (layer in larger) for layer in range(num_layers)))
+
+    def num_candidates(self, model_top_k: int) -> int:
+        """The model's own slots, or more if a layer asks for more."""
+        return max(model_top_k, *self.k)
+
+    def check(self, *, num_experts: int, model_top_k: int) -> None:
+        """Refuse more experts than there are."""
+        check_at_most_experts("the largest k", max(self.k), num_experts)
+
+    def bind(self, context: LayerContext) -> Selector:
+        """Return the selector of the layer.
+
+        Raises:
+            InputError: there is no k for the layer, or a k too many.
+        """
+        num_layers = context.layer + 1 if context.num_layers is None else context.num_layers
+        if len(self.k) < num_layers or (context.num_layers and len(self.k) > num_layers):
+            raise InputError(
+                f"k has {len(self.k)} entries, the model has {num_layers} layers with a router; "
+                "give one for each"
+            )
+        self.check(num_experts=context.num_experts, model_top_k=context.model_top_k)
+        count_11 = torch.full((1, 1), self.k[context.layer], device=context.device)
+
+        def select(candidates: Candidates) -> Tensor:
+            return keep_best(candidates, count_11)
+
+        return select
