@@ -22,7 +22,7 @@ def calibrate(
         typer.Option(help="Text file; may be given several times. Default: the packaged text."),
     ] = None,
     nulls: Annotated[
-        str, typer.Option(help="Nulls to fit, separated by commas.")
+        str, typer.Option(help="Nulls to fit, separated by commas; `needed` is bh_drop's.")
     ] = "background,pooled",
     max_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of text to use.")
@@ -40,9 +40,11 @@ def calibrate(
     from bh_routing.experiments.spec import make_spec
     from bh_routing.models.load import load_model
     from bh_routing.nulls.catalog import get_null
+    from bh_routing.nulls.contributions import NEEDED
 
     names = [name.strip() for name in nulls.split(",") if name.strip()]
-    names = [name for name in names if get_null(name).needs_table]
+    observed = NEEDED.values()
+    names = [name for name in names if name in observed or get_null(name).needs_table]
     spec = make_spec(
         model=model, device=device, seed=seed, dtype="float32" if no_fp16 else defaults.DTYPE
     )
