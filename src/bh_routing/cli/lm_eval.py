@@ -247,8 +247,12 @@ def _row(
     return (
         f"{start}   {_number(found['difference'], '+.4f')} {interval:20}"
         f"  {_number(found['gained'], '6d'):>6} {_number(found['lost'], '5d'):>5}"
-        f"  {_number(found['p_corrected'], '.4f'):>8}"
+        f"  {_p(found['p_corrected']):>8}"
     )
+
+
+def _p(value: float | None) -> str:
+    return "<0.0001" if value is not None and value < 0.0001 else _number(value, ".4f")
 
 
 def _number(value: float | None, form: str) -> str:

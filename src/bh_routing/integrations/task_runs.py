@@ -23,6 +23,8 @@ from bh_routing.nulls.calibration import Calibration
 from bh_routing.records import TaskOutcome
 from bh_routing.rules.base import Rule
 
+log = logging.getLogger(__name__)
+
 _STANDARD_ERROR: Final = "_stderr"
 _WEIGHTED: Final = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 """Metrics for which an item gives its log-likelihood and its words or bytes."""
@@ -99,13 +101,16 @@ def run_tasks(
             start = time.perf_counter()
             with _packaged_tasks_without_hint():
                 results = _evaluate(model, task, known, plan)
+            seconds = time.perf_counter() - start
+            mean = model.expert_use.mean_experts
+            log.info("%s under %s: %.2f experts, %.1f s", task, name, mean, seconds)
             yield TaskRun(
                 config_name=name,
                 requested=task,
                 scores=list(_scores(results)),
                 outcomes=list(_outcomes(name, results)),
                 expert_use=model.expert_use,
-                seconds=time.perf_counter() - start,
+                seconds=seconds,
             )
 
 
