@@ -99,6 +99,24 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("cloze.jsonl", "no_such.jsonl"),
+        ("packaged_tasks.read_items", "packaged_tasks.read_nothing"),
+        ("test_split: test", "test_split: exam"),
+        ("custom_dataset", "custom_data_set"),
+    ],
+)
+def test_a_task_that_cannot_be_loaded_is_named_before_the_model_loads(
+    old: str, new: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rivers.yaml").write_text(OWN_TASK.replace(old, new))
+    arguments = ["--tasks", "rivers", "--include-path", str(tmp_path), "--configs", "topk_8"]
+    assert main(["lm-eval", "--model", "./no-such-folder", *arguments]) == 2
+    assert "task 'rivers' can't be loaded" in capsys.readouterr().err
+
+
 @pytest.mark.full  # lm-eval indexes its own 14,000 tasks before one is known not to be there
 def test_an_unknown_task_gets_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*COMMAND, "--tasks", "bh_clothe", "--configs", "topk_8"]) == 2

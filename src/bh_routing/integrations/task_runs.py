@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import lm_eval
+import yaml
 from datasets.exceptions import DatasetsError
 from lm_eval.tasks import TaskManager
 
@@ -25,6 +26,18 @@ from bh_routing.rules.base import Rule
 
 log = logging.getLogger(__name__)
 
+_TASK_ERRORS: Final = (
+    AssertionError,
+    AttributeError,
+    DatasetsError,
+    ImportError,
+    LookupError,
+    OSError,
+    TypeError,
+    ValueError,
+    yaml.YAMLError,
+)
+"""What lm-eval raises for a task's file or data set that is wrong or out of reach."""
 _STANDARD_ERROR: Final = "_stderr"
 _WEIGHTED: Final = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 """Metrics for which an item gives its log-likelihood and its words or bytes."""
@@ -89,7 +102,7 @@ def run_tasks(
     Yields:
         One run for each task and rule, as it is finished.
     Raises:
-        InputError: a task can't be loaded, or a rule doesn't fit the model.
+        InputError: a rule doesn't fit the model.
     """
     models = {
         name: RoutedModel(loaded, rule=rule, calibration=calibration, batch_size=plan.batch_size)
@@ -115,10 +128,12 @@ def run_tasks(
 
 
 def find_tasks(plan: TaskPlan) -> TaskManager:
-    """Index the tasks; lm-eval's own 14,000 take half a minute, so only where one is asked for.
+    """Index the tasks, and load each once: a wrong one shows before the model takes its time.
+
+    lm-eval's own 14,000 tasks take half a minute, so they are indexed only where one is asked for.
 
     Raises:
-        InputError: a task or a folder isn't there, or the plan has no task.
+        InputError: a task or a folder isn't there or can't be loaded, or the plan has no task.
     """
     if not plan.tasks:
         raise InputError(f"no task was given; give at least one, such as {TASKS[0]}")
@@ -127,15 +142,15 @@ def find_tasks(plan: TaskPlan) -> TaskManager:
             raise InputError(f"task folder {path} doesn't exist; check --include-path")
     folders = [str(task_folder()), *(str(path) for path in plan.include_paths)]
     local = TaskManager(include_path=folders, include_defaults=False)
-    if not _unknown(plan, local):
-        return local
-    manager = TaskManager(include_path=folders)
+    manager = TaskManager(include_path=folders) if _unknown(plan, local) else local
     unknown = _unknown(plan, manager)
     if unknown:
         known = local.all_tasks
         raise InputError(
             f"{unknown_name('task', unknown[0], known)}; and what `lm-eval ls tasks` lists"
         )
+    for task in plan.tasks:
+        _check_task(task, manager)
     return manager
 
 
@@ -144,25 +159,30 @@ def _unknown(plan: TaskPlan, manager: TaskManager) -> list[str]:
     return [task for task in plan.tasks if task not in known and not Path(task).is_file()]
 
 
+def _check_task(task: str, manager: TaskManager) -> None:
+    try:
+        with _packaged_tasks_without_hint():
+            manager.load([task])
+    except _TASK_ERRORS as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(
+            f"task {task!r} can't be loaded ({reason}); correct its file, or check its data set's "
+            f"name and the network: {', '.join(TASKS)} need none"
+        ) from error
+
+
 def _evaluate(
     model: RoutedModel, task: str, manager: TaskManager, plan: TaskPlan
 ) -> dict[str, Any]:
-    try:
-        results: dict[str, Any] = lm_eval.simple_evaluate(
-            model,
-            tasks=[task],
-            num_fewshot=plan.num_fewshot,
-            limit=plan.limit,
-            # Configurations are compared item by item; lm-eval's errors are of each alone.
-            bootstrap_iters=0,
-            task_manager=manager,
-        )
-    except (DatasetsError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"task {task!r} can't be loaded ({reason}); check its data set's name, and the "
-            f"network if it isn't local: {', '.join(TASKS)} need none"
-        ) from error
+    results: dict[str, Any] = lm_eval.simple_evaluate(
+        model,
+        tasks=[task],
+        num_fewshot=plan.num_fewshot,
+        limit=plan.limit,
+        # Configurations are compared item by item; lm-eval's errors are of each alone.
+        bootstrap_iters=0,
+        task_manager=manager,
+    )
     return results
 
 
