@@ -107,7 +107,7 @@ def _reuse(
         and found.model_fingerprint == fingerprint
         and found.text_sha256 == text_hash
         and found.seed == spec.seed
-        and all(name in found.tables for name in needed)
+        and all(name in found.nulls for name in needed)
     )
     if not same:
         return None
