@@ -91,21 +91,22 @@ def cut_windows(
 ) -> Iterator[Window]:
     """Cut each document, prefix in front, into windows of at most `window` inputs.
 
-    Each target is scored exactly once. With `stride` = `window` the windows are disjoint;
-    with a smaller stride every window after the first starts with `window - stride` tokens of
-    context that aren't scored again.
+    Each target is scored exactly once. With `stride` = `window` the scored parts are disjoint;
+    with a smaller stride every window after the first scores `stride` targets behind
+    `window - stride` tokens of context. The last window slides back until it is full, as
+    lm-evaluation-harness's does, so its first targets have all the context there is.
 
     Example:
         >>> document = TokenizedDocument(name="a", cluster="a", domain="x", ids=[1, 2, 3, 4, 5])
         >>> [(w.ids, w.first_scored) for w in cut_windows([document], 0, window=4, stride=2)]
-        [([0, 1, 2, 3, 4], 0), ([2, 3, 4, 5], 2)]
+        [([0, 1, 2, 3, 4], 0), ([1, 2, 3, 4, 5], 3)]
     """
     for number, document in enumerate(documents):
         ids = [prefix, *document.ids]
         scored = 0  # targets scored so far; target t stands at ids[t + 1]
         while scored < len(document.ids):
-            start = 0 if scored == 0 else max(0, scored - (window - stride))
-            end = min(start + window, len(document.ids))
+            end = min(scored + (stride if scored else window), len(document.ids))
+            start = max(0, end - window)
             yield Window(number, ids[start : end + 1], scored - start)
             scored = end
 
