@@ -17,6 +17,8 @@ import yaml
 from bh_routing.analysis.results import load_results
 from bh_routing.cli.main import app
 from bh_routing.experiments.config_file import read_config_file
+from bh_routing.nulls import NULLS
+from bh_routing.rules import RULES
 from tools import write_columns
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +28,7 @@ DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/reading-order.md", "docs/deci
 ROUTE_UNDER_THE_NEW_RULE = """
 model, tokenizer = bhr.load_model("demo", device="cpu")
 inputs = tokenizer("The old man walked down to the river", return_tensors="pt")
-with bhr.route(model, AboveShare(share=0.5)) as trace:
+with bhr.route(model, AboveMean(factor=0.9)) as trace:
     model(**inputs)
 assert 1 <= trace.expert_counts.min() < trace.expert_counts.max() <= 8, trace.expert_counts
 """
@@ -130,6 +132,16 @@ def test_every_flag_that_readme_names_exists() -> None:
     assert named - flags == set()
 
 
+def test_the_table_of_methods_and_the_nulls_are_the_catalogs() -> None:
+    table = README.partition("| method | keeps |")[2].partition("\n\n")[0]
+    first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)}
+    assert named - {"topk"} == set(RULES)
+    nulls = re.search(r"`null` \((.*?)\)", README, flags=re.DOTALL)
+    assert nulls is not None
+    assert set(re.findall(r"`(\w+)`", nulls[1])) == set(NULLS)
+
+
 def test_every_command_that_readme_names_exists() -> None:
     commands = set(getattr(typer.main.get_command(app), "commands"))  # noqa: B009
     assert set(re.findall(r"bh-routing (run|[a-z-]+) (?:--|results)", README)) <= commands
@@ -151,7 +163,7 @@ def test_every_link_and_path_leads_somewhere(name: str) -> None:
     places = (ROOT, ROOT / "src" / "bh_routing")
     missing += [path for path in named if not any((place / path).exists() for place in places)]
     # README's example of a rule to add is the one file that isn't there.
-    assert set(missing) <= {"src/bh_routing/rules/above_share.py"}
+    assert set(missing) <= {"src/bh_routing/rules/above_mean.py"}
 
 
 def test_the_table_of_columns_is_what_the_records_say() -> None:

@@ -31,23 +31,44 @@ if TYPE_CHECKING:
     from bh_routing.models import ExpertTrace, load_model, route
     from bh_routing.multitest import benjamini_hochberg, benjamini_yekutieli
     from bh_routing.nulls import Calibration, p_values
-    from bh_routing.rules import BenjaminiHochberg, Rule, TopK, benjamini_hochberg_routing
+    from bh_routing.rules import (
+        BenjaminiHochberg,
+        BenjaminiHochbergDrop,
+        Entropy,
+        HigherCriticism,
+        MinP,
+        PerLayerTopK,
+        RandomK,
+        Rule,
+        Threshold,
+        TopK,
+        TopP,
+        benjamini_hochberg_routing,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BHRoutingError",
     "BenjaminiHochberg",
+    "BenjaminiHochbergDrop",
     "Calibration",
     "CalibrationError",
+    "Entropy",
     "ExperimentError",
     "ExpertTrace",
+    "HigherCriticism",
     "InputError",
+    "MinP",
     "ModelError",
+    "PerLayerTopK",
+    "RandomK",
     "Results",
     "ResultsError",
     "Rule",
+    "Threshold",
     "TopK",
+    "TopP",
     "__version__",
     "benjamini_hochberg",
     "benjamini_hochberg_routing",
@@ -73,7 +94,20 @@ _HOMES = {
     "models": ("ExpertTrace", "load_model", "route"),
     "multitest": ("benjamini_hochberg", "benjamini_yekutieli"),
     "nulls": ("Calibration", "p_values"),
-    "rules": ("BenjaminiHochberg", "Rule", "TopK", "benjamini_hochberg_routing"),
+    "rules": (
+        "BenjaminiHochberg",
+        "BenjaminiHochbergDrop",
+        "Entropy",
+        "HigherCriticism",
+        "MinP",
+        "PerLayerTopK",
+        "RandomK",
+        "Rule",
+        "Threshold",
+        "TopK",
+        "TopP",
+        "benjamini_hochberg_routing",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
