@@ -1,7 +1,7 @@
 """Write the table on README's first screen from a finished run of the demo model.
 
 make demo
-python tools/write_demo_table.py results   # keeps the run's numbers in benchmarks/demo_run/
+python tools/write_demo_table.py results   # keeps its numbers in benchmarks/demo_run.json
 python tools/write_demo_table.py --check   # fails if README isn't what those numbers give
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,27 @@ from typing import Any
 from bh_routing.records import RUN_JSON, SUMMARY_JSON
 
 ROOT = Path(__file__).resolve().parents[1]
-KEPT = ROOT / "benchmarks" / "demo_run"
+KEPT = ROOT / "benchmarks" / "demo_run.json"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- demo-table -->\n", "<!-- /demo-table -->"
 
 
-def render(summary: dict[str, Any], run: dict[str, Any]) -> str:
+def keep(results: Path) -> None:
+    """Keep of a run what the table is made from, and on what it was measured."""
+    summary, run = (json.loads((results / name).read_text()) for name in (SUMMARY_JSON, RUN_JSON))
+    rules = [
+        {name: value for name, value in row.items() if not isinstance(value, dict | list)}
+        for row in summary["quality"]["rules"]
+    ]
+    kept = {name: run[name] for name in ("provenance", "timing", "calibration")}
+    kept |= {"configs": list(run["spec"]["configs"]), "rules": rules}
+    KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def render(kept: dict[str, Any]) -> str:
     """Return the block: experts used and quality lost, each BH rule beside static top-k."""
-    rows = [row for row in summary["quality"]["rules"] if not row["is_reference"]]
-    static = [row for row in rows if row["config_name"] not in run["spec"]["configs"]]
+    rows = [row for row in kept["rules"] if not row["is_reference"]]
+    static = [row for row in rows if row["config_name"] not in kept["configs"]]
     ours = [row for row in rows if row not in static]
     lines = ["| rule | experts a token | perplexity | 95 % interval |", "|:--|--:|--:|--:|"]
     for row in sorted(rows, key=lambda row: -row["mean_experts"]):
@@ -83,11 +94,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     if args.results is not None:
-        KEPT.mkdir(parents=True, exist_ok=True)
-        for name in (SUMMARY_JSON, RUN_JSON):
-            shutil.copyfile(args.results / name, KEPT / name)
-    summary, run = (json.loads((KEPT / name).read_text()) for name in (SUMMARY_JSON, RUN_JSON))
-    wanted = replace_block(README.read_text(), render(summary, run))
+        keep(args.results)
+    wanted = replace_block(README.read_text(), render(json.loads(KEPT.read_text())))
     if args.check:
         return int(wanted != README.read_text())
     README.write_text(wanted)

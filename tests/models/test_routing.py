@@ -20,7 +20,7 @@ from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 from bh_routing.rules.top_k import TopK
 
 PROMPT = "The old man walked down to the river and"
-IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+IMPLEMENTATIONS = ("bh_cpu", "eager", "batched_mm", "grouped_mm")
 
 
 def logits_of(demo: LoadedModel, inputs: dict[str, Any]) -> Tensor:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
+
 from bh_routing.errors import InputError
 from bh_routing.experiments.calibrating import obtain_calibration
 from bh_routing.experiments.experiment import Subject
@@ -16,7 +18,7 @@ from bh_routing.experiments.identity import RunIdentity
 from bh_routing.experiments.quality_phase import QualityPhase
 from bh_routing.experiments.spec import RunSpec, make_rules, shorten
 from bh_routing.experiments.store import ResultStore
-from bh_routing.experiments.threads import choose_threads
+from bh_routing.experiments.threads import choose_threads, torch_threads
 from bh_routing.models.discovery import ModelFacts, describe_model
 from bh_routing.models.load import load_model
 from bh_routing.models.routing import bind_rule
@@ -32,6 +34,9 @@ class Loaded(NamedTuple):
     facts: ModelFacts
     seconds: float
     threads: int
+    """While it writes: tokens come one by one."""
+    batch_threads: int
+    """While it scores many tokens at once; torch's own choice."""
 
 
 def load(spec: RunSpec) -> Loaded:
@@ -56,7 +61,7 @@ def load(spec: RunSpec) -> Loaded:
         threads,
         seconds,
     )
-    return Loaded(model, tokenizer, facts, seconds, threads)
+    return Loaded(model, tokenizer, facts, seconds, threads, torch.get_num_threads())
 
 
 class Preparation:
@@ -82,9 +87,10 @@ class Preparation:
         store.check(_identity(spec, loaded.facts, None))
         self.quality = None if spec.no_eval else QualityPhase(spec, loaded.tokenizer, loaded.facts)
         start = time.perf_counter()
-        calibration, self.calibration_document = obtain_calibration(
-            spec, self.rules, loaded.model, loaded.tokenizer, store.stored
-        )
+        with torch_threads(loaded.batch_threads):
+            calibration, self.calibration_document = obtain_calibration(
+                spec, self.rules, loaded.model, loaded.tokenizer, store.stored
+            )
         self.calibrate_sec = time.perf_counter() - start
         self.subject = Subject(loaded.model, loaded.tokenizer, calibration)
         for named in self.rules:

@@ -110,7 +110,10 @@ def _run_begun(
     quality_sec = None
     if (quality := prepared.quality) is not None:
         identity, subject, rules = prepared.identity, prepared.subject, prepared.rules
-        scored = guard("scoring", problems, lambda: quality.score(folder, identity, subject, rules))
+        with torch_threads(prepared.loaded.batch_threads):
+            scored = guard(
+                "scoring", problems, lambda: quality.score(folder, identity, subject, rules)
+            )
         store.update_document({"quality": {"configs": scored or []}})
         quality_sec = time.perf_counter() - quality_start
     timing = {

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from bh_routing.demo import demo_folder
 from bh_routing.errors import InputError, ModelError
+from bh_routing.models.cpu_experts import use_cpu_experts
 from bh_routing.models.discovery import find_routers
 from bh_routing.models.families import family_of
 
@@ -78,6 +79,8 @@ def load_model(name: str, *, device: DeviceName = "auto", dtype: DtypeName = "au
         )
     model.to(target)
     model.eval().requires_grad_(False)
+    if target.type == "cpu":
+        use_cpu_experts(model)
     find_routers(model)
     return LoadedModel(model, tokenizer)
 
