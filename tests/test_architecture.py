@@ -179,6 +179,7 @@ def test_importing_every_module_changes_nothing_outside(tmp_path: Path) -> None:
     code = """
 import importlib, logging, os, random, sys, warnings
 import matplotlib, matplotlib.pyplot, numpy, pandas, scipy.stats, seaborn, torch, transformers
+import transformers.integrations.moe
 import datasets, lm_eval.models.huggingface, pydantic, statsmodels.api, tqdm, typer, yaml
 
 def state():
