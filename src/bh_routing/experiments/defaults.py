@@ -16,7 +16,7 @@ DTYPE: Final = "auto"
 SEED: Final = 0
 EXECUTOR: Final = "local"
 CALIBRATION_TOKENS: Final = 16_384
-EVAL_TOKENS: Final = 4_000
+EVAL_TOKENS: Final = 3_000
 
 ROUTING_CONFIGS: dict[str, dict[str, Any]] = {
     "topk_8": {
