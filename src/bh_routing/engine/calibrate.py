@@ -13,11 +13,11 @@ from bh_routing.engine.texts import text_sha256
 from bh_routing.engine.windows import spread_tokens
 from bh_routing.errors import CalibrationError, InputError
 from bh_routing.models.discovery import Routers, RouterSite, find_routers, model_fingerprint
-from bh_routing.nulls.base import RouterPass
+from bh_routing.nulls.base import ReferenceTable, RouterPass
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.catalog import get_null
 from bh_routing.nulls.contributions import NEEDED, Contributions
-from bh_routing.nulls.reservoir import Reservoir, reservoir_capacity
+from bh_routing.nulls.reservoir import Reservoir, reservoir_capacity, row_capacity
 
 
 def calibrate(
@@ -53,7 +53,7 @@ def calibrate(
     capacity = reservoir_capacity(routers.num_experts)
     tabled = [name for name in nulls if name not in NEEDED.values()]
     reservoirs = {
-        (name, site.layer): Reservoir(capacity, seed=(seed, number, site.layer))
+        (name, site.layer): _reservoir(name, routers.num_experts, (seed, number, site.layer))
         for number, name in enumerate(tabled)
         for site in routers.sites
     }
@@ -75,7 +75,7 @@ def calibrate(
             hook.remove()
     return Calibration(
         tables={
-            null: tuple(reservoirs[null, site.layer].table() for site in routers.sites)
+            null: tuple(_table(null, reservoirs[null, site.layer]) for site in routers.sites)
             for null in tabled
         },
         contributions=contributions,
@@ -89,6 +89,18 @@ def calibrate(
         seed=seed,
         table_capacity=capacity,
     )
+
+
+def _reservoir(null: str, num_experts: int, seed: Sequence[int]) -> Reservoir:
+    if get_null(null).by_expert:
+        return Reservoir(row_capacity(num_experts), seed, row_length=num_experts)
+    return Reservoir(reservoir_capacity(num_experts), seed)
+
+
+def _table(null: str, reservoir: Reservoir) -> ReferenceTable:
+    if get_null(null).by_expert:
+        return ReferenceTable.by_expert(reservoir.rows())
+    return reservoir.table()
 
 
 def _reference_hook(

@@ -29,8 +29,10 @@ from bh_routing.nulls.calibration_file import (
     CalibrationFacts,
     read_calibration,
 )
+from bh_routing.nulls.catalog import NULLS
 from bh_routing.nulls.contributions import NEEDED, Contributions
 from bh_routing.nulls.limits import DRAWS_ON_FIRST_LINE, MIN_DOCUMENTS, MIN_TOKENS
+from bh_routing.nulls.reservoir import row_capacity
 
 _REMEDY: Final = "run: bh-routing calibrate --model NAME"
 
@@ -245,17 +247,25 @@ class Calibration:
         # The subtrahend undoes rounding: 20 * 64 / 0.01 must ask for 128,000 and no more.
         needed = ceil(DRAWS_ON_FIRST_LINE * self.num_experts / alpha - 1e-6)
         if size < needed:
-            remedy = (
-                "calibrate with larger tables"
-                if size >= self.table_capacity
-                else "calibrate on a larger --calibration-text"
-            )
-            reach = _rounded_up(self.resolution(null))
+            reach, remedy = _rounded_up(self.resolution(null)), self._way_to_reach(null, needed)
             advice = f"use alpha >= {reach:g}, or {remedy}" if reach < 1 else remedy
             raise CalibrationError(
                 f"alpha {alpha:g} is out of the calibration's reach: its tables of null {null!r} "
                 f"hold {size} scores and {needed} are needed; {advice}"
             )
+
+    def _way_to_reach(self, null: str, needed: int) -> str:
+        """Say how a table of `needed` scores is made, if it can be."""
+        size = self.table_size(null)
+        if null in NULLS and NULLS[null].by_expert:
+            # A token gives each expert one score at most, fewer to those in its top-k.
+            tokens = ceil(1.05 * needed * self.num_tokens / size)
+            if tokens <= row_capacity(self.num_experts):
+                return f"run: bh-routing calibrate --nulls {null} --max-tokens {tokens}"
+            return "another null: tables by expert can't be that large"
+        if size >= self.table_capacity:
+            return "calibrate with larger tables"
+        return "calibrate on a larger --calibration-text"
 
     def _facts(self) -> CalibrationFacts:
         return CalibrationFacts(

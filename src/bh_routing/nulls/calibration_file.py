@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bh_routing.errors import CalibrationError
 from bh_routing.nulls.base import ReferenceTable
+from bh_routing.nulls.catalog import NULLS
 from bh_routing.nulls.contributions import Contributions, Definition, Statistic
 
 FORMAT: Final = "bh_routing.calibration"
@@ -71,7 +72,10 @@ def read_calibration(path: Path) -> CalibrationParts:
         ) from error
     facts = _read_facts(path, header)
     tables = {
-        null: tuple(_take(path, tensors, f"{null}.{layer}") for layer in range(facts.num_layers))
+        null: tuple(
+            _take(path, tensors, f"{null}.{layer}", _rows_of(null, facts))
+            for layer in range(facts.num_layers)
+        )
         for null in facts.nulls
     }
     contributions = _take_contributions(path, tensors, facts) if facts.contributions else None
@@ -159,14 +163,23 @@ def _take_scale(
     return scale
 
 
-def _take(path: Path, tensors: dict[str, Tensor], name: str) -> ReferenceTable:
+def _rows_of(null: str, facts: CalibrationFacts) -> tuple[int, ...]:
+    """The axes of a null's table in front of its scores."""
+    return (facts.num_experts,) if null in NULLS and NULLS[null].by_expert else ()
+
+
+def _take(
+    path: Path, tensors: dict[str, Tensor], name: str, rows: tuple[int, ...] = ()
+) -> ReferenceTable:
     """Remove a tensor from `tensors` and return it as a table, if it is one."""
     if name not in tensors:
         raise CalibrationError(f"calibration {path} lacks the table {name!r}; {_REMEDY}")
     scores_N = tensors.pop(name)
-    if scores_N.dtype != torch.float32 or scores_N.ndim != 1 or scores_N.numel() == 0:
+    is_shaped = scores_N.ndim == len(rows) + 1 and scores_N.shape[:-1] == rows
+    if scores_N.dtype != torch.float32 or not is_shaped or scores_N.numel() == 0:
+        wanted = ", ".join([*map(str, rows), "N" if rows else "N,"])
         raise CalibrationError(
-            f"table {name!r} of calibration {path} must be float32 of shape (N,), got "
+            f"table {name!r} of calibration {path} must be float32 of shape ({wanted}), got "
             f"{scores_N.dtype} of shape {tuple(scores_N.shape)}; {_REMEDY}"
         )
     if not bool(scores_N.isfinite().all()):

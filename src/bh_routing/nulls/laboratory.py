@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bh_routing.multitest import benjamini_hochberg, benjamini_yekutieli, storey
-from bh_routing.nulls.base import ReferenceTable, RouterPass
+from bh_routing.nulls.base import RouterPass
 from bh_routing.nulls.catalog import NULLS
 
 Design = Literal["independent", "low rank"]
@@ -133,7 +133,7 @@ def _p_values(name: str, fitting: _Sample, sample: _Sample) -> Tensor:
     null = NULLS[name]
     table = None
     if null.needs_table:
-        table = ReferenceTable.from_scores(null.reference_of(fitting.seen))
+        table = null.table_of(fitting.seen)
     return null.p_from_score(null.score(logits_TE), table)
 
 

@@ -12,13 +12,15 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from bh_routing.multitest.step_up import ranks
+from bh_routing.multitest import count_rejected
 from bh_routing.nulls.base import Null, ReferenceTable, RouterPass
 from bh_routing.nulls.catalog import get_null
-from bh_routing.nulls.cut_offs import count_at_cut_offs, cut_offs
 
 FIT_TOKENS: Final = 16_384
 """Noise tokens behind a table: as many as a calibration reads by default."""
+
+FIT_TOKENS_BY_EXPERT: Final = 10 * FIT_TOKENS
+"""The same for one table an expert, to which a token gives one score and not E: enough for .01."""
 
 NOISE_HIDDEN: Final = 512
 """Width of the random hidden states, for a null whose reference is made from a gate."""
@@ -73,14 +75,11 @@ def noise_control(
     generator = torch.Generator().manual_seed(seed)
     table = _fit_on_noise(null, num_experts, model_top_k, generator)
     logits_TE = torch.randn(tokens, num_experts, generator=generator)
-    scores_TE = null.descending_scores(logits_TE)
-    rank_E = ranks(num_experts, logits_TE.device)
-    results = []
-    for alpha in alphas:
-        cut_offs_E = cut_offs(null, alpha, num_experts, table)
-        counts_T1 = count_at_cut_offs(scores_TE, cut_offs_E, rank_E)
-        results.append(_summarize(alpha, counts_T1, model_top_k))
-    return results
+    p_TE = null.p_from_score(null.score(logits_TE), table)
+    return [
+        _summarize(alpha, count_rejected(p_TE, alpha).unsqueeze(-1), model_top_k)
+        for alpha in alphas
+    ]
 
 
 def _fit_on_noise(
@@ -91,9 +90,10 @@ def _fit_on_noise(
     if null.needs_gate:
         seen = _noise_with_gate(num_experts, model_top_k, generator)
     else:
-        logits_TE = torch.randn(FIT_TOKENS, num_experts, generator=generator)
+        tokens = FIT_TOKENS_BY_EXPERT if null.by_expert else FIT_TOKENS
+        logits_TE = torch.randn(tokens, num_experts, generator=generator)
         seen = RouterPass(logits_TE, logits_TE.topk(model_top_k, dim=-1).indices)
-    return ReferenceTable.from_scores(null.reference_of(seen))
+    return null.table_of(seen)
 
 
 def _noise_with_gate(num_experts: int, model_top_k: int, generator: torch.Generator) -> RouterPass:

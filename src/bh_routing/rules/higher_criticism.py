@@ -54,7 +54,11 @@ class HigherCriticism(MixingRule):
         if not is_number or not isfinite(self.threshold):
             raise InputError(f"threshold must be a finite number, got {self.threshold!r}")
         check_count("max_k", self.max_k)
-        get_null(self.null)
+        if get_null(self.null).by_expert:
+            raise InputError(
+                f"higher_criticism compares with one table a layer, null {self.null!r} has one an "
+                "expert; use method bh, or null: background"
+            )
         super().__post_init__()
 
     @property
