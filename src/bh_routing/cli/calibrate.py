@@ -22,7 +22,11 @@ def calibrate(
         typer.Option(help="Text file; may be given several times. Default: the packaged text."),
     ] = None,
     nulls: Annotated[
-        str, typer.Option(help="Nulls to fit, separated by commas; `needed` is bh_drop's.")
+        str,
+        typer.Option(
+            help="Nulls to fit, separated by commas; `needed_by_loss` is bh_drop's, `needed` its "
+            "part that needs no gradients."
+        ),
     ] = "background,pooled",
     max_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of text to use.")

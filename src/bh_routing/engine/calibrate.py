@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bh_routing.engine.contributions import SlotObserver
+from bh_routing.engine.contributions import SlotObserver, join_windows, summarize
 from bh_routing.engine.texts import text_sha256
 from bh_routing.engine.windows import spread_tokens
 from bh_routing.errors import CalibrationError, InputError
@@ -131,24 +131,14 @@ def _read(
     seed: int,
 ) -> Contributions | None:
     """Run the model over the windows; observe slots and losses only where a null asks for it."""
-    by_loss = NEEDED["loss"] in nulls
     if not nulls & set(NEEDED.values()):
         with torch.inference_mode():
             for window in windows:
                 model(window.to(model.device), use_cache=False, logits_to_keep=1)
         return None
-    observer = SlotObserver(model, routers, by_loss=by_loss)
+    observer = SlotObserver(model, routers, by_loss=NEEDED["loss"] in nulls)
     try:
-        for window in windows:
-            ids = window.to(model.device)
-            if by_loss and ids.shape[1] > 1:
-                with torch.enable_grad():
-                    logits = model(ids, use_cache=False).logits[0, :-1].float()
-                    nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
-            elif not by_loss:
-                with torch.no_grad():
-                    model(ids, use_cache=False, logits_to_keep=1)
-            observer.finish_window()
+        layers = join_windows([observer.read(window.to(model.device)) for window in windows])
     finally:
         observer.close()
-    return observer.contributions(capacity, seed)
+    return summarize(layers, routers.num_experts, capacity, seed)

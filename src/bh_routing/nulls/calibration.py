@@ -30,7 +30,7 @@ from bh_routing.nulls.calibration_file import (
     read_calibration,
 )
 from bh_routing.nulls.catalog import NULLS
-from bh_routing.nulls.contributions import NEEDED, Contributions
+from bh_routing.nulls.contributions import NEEDED, Contributions, remedy
 from bh_routing.nulls.limits import DRAWS_ON_FIRST_LINE, MIN_DOCUMENTS, MIN_TOKENS
 from bh_routing.nulls.reservoir import row_capacity
 
@@ -225,9 +225,10 @@ class Calibration:
 
     def _tables_of(self, null: str) -> tuple[ReferenceTable, ...]:
         if null not in self.tables:
+            advice = remedy(null) if null in NEEDED.values() else _REMEDY
             raise CalibrationError(
                 f"calibration holds no table of null {null!r}, only of: "
-                f"{', '.join(self.nulls) or 'none'}; {_REMEDY}"
+                f"{', '.join(self.nulls) or 'none'}; {advice}"
             )
         return self.tables[null]
 

@@ -22,6 +22,8 @@ FORMAT: Final = "bh_routing.calibration"
 SCHEMA: Final = 2
 CONTRIBUTIONS: Final = "contributions"
 _RESIDUAL_NORMS: Final = "residual_norms"
+_KINDS: Final = (("scale", 1), ("all", 1), ("needed", 2), ("cut", 1))
+"""Kind of a tensor that describes slots, and how many words follow it."""
 _REMEDY: Final = "run: bh-routing calibrate --model NAME"
 
 
@@ -120,6 +122,7 @@ def _take_contributions(
     scales: dict[Statistic, Tensor] = {}
     all_scores: dict[Statistic, ReferenceTable] = {}
     needed_scores: dict[tuple[Statistic, Definition], ReferenceTable] = {}
+    cuts: dict[Definition, float] = {}
     shape_LE = (facts.num_layers, facts.num_experts)
     residual_norms_L = _take_scale(path, tensors, _RESIDUAL_NORMS, shape_LE[:1])
     for name in facts.contributions:
@@ -127,10 +130,13 @@ def _take_contributions(
             continue
         kind, *words = name.split(".")
         known = [word in (*get_args(Statistic), *get_args(Definition)) for word in words]
-        if not all(known) or (kind, len(words)) not in (("scale", 1), ("all", 1), ("needed", 2)):
+        if not all(known) or (kind, len(words)) not in _KINDS:
             raise CalibrationError(
                 f"calibration {path} holds contributions of an unknown kind {name!r}; {_REMEDY}"
             )
+        if kind == "cut":
+            cuts[cast(Definition, words[0])] = float(_take_scale(path, tensors, name, ()))
+            continue
         statistic = cast(Statistic, words[0])
         if kind == "scale":
             scales[statistic] = _take_scale(path, tensors, name, shape_LE)
@@ -144,6 +150,7 @@ def _take_contributions(
         scales=scales,
         all_scores=all_scores,
         needed_scores=needed_scores,
+        cuts=cuts,
     )
 
 

@@ -54,7 +54,7 @@ class BenjaminiHochbergDrop(ContributionRule):
         Candès (2023) for the population's variant.
     Example:
         >>> BenjaminiHochbergDrop(0.2, scope="block", block_tokens=32).required_null
-        'needed'
+        'needed_by_loss'
     """
 
     method: ClassVar[str] = "bh_drop"

@@ -37,7 +37,7 @@ class ContributionThreshold(ContributionRule):
 
     Example:
         >>> ContributionThreshold(0.05).required_null
-        'needed'
+        'needed_by_loss'
     """
 
     method: ClassVar[str] = "contribution_threshold"
