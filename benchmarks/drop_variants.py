@@ -77,7 +77,7 @@ VARIANTS: dict[str, tuple[Knob, bool]] = {
     "min_p": (lambda x: MinP(_alpha(x)), False),
     "entropy": (lambda x: Entropy(math.exp(x)), True),
     "bh background": (lambda x: BenjaminiHochberg(_alpha(x)), True),
-    "threshold contribution": fixed(),
+    "threshold contribution": fixed(statistic="contribution"),
     "threshold weight": fixed(statistic="weight"),
     "threshold sensitivity": fixed(statistic="sensitivity"),
     "threshold layer_sensitivity": fixed(statistic="layer_sensitivity"),
@@ -85,12 +85,16 @@ VARIANTS: dict[str, tuple[Knob, bool]] = {
     "bh_drop block 64 sensitivity norm": drop(
         scope="block", block_tokens=64, statistic="sensitivity"
     ),
-    "bh_drop token contribution norm": drop(),
-    "bh_drop token contribution loss": drop(needed="loss"),
+    "bh_drop token contribution norm": drop(statistic="contribution"),
+    "bh_drop token contribution loss": drop(statistic="contribution", needed="loss"),
     "bh_drop token sensitivity norm": drop(statistic="sensitivity"),
     "bh_drop token sensitivity loss": drop(statistic="sensitivity", needed="loss"),
-    "bh_drop block 64 contribution norm": drop(scope="block", block_tokens=64),
-    "bh_drop block 512 contribution norm": drop(scope="block", block_tokens=512),
+    "bh_drop block 64 contribution norm": drop(
+        scope="block", block_tokens=64, statistic="contribution"
+    ),
+    "bh_drop block 512 contribution norm": drop(
+        scope="block", block_tokens=512, statistic="contribution"
+    ),
     "bh_drop block 64 sensitivity loss": drop(
         scope="block", block_tokens=64, statistic="sensitivity", needed="loss"
     ),
