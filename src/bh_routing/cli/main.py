@@ -18,6 +18,7 @@ from bh_routing.cli.evaluate import evaluate
 from bh_routing.cli.export import export
 from bh_routing.cli.interrupts import Terminated
 from bh_routing.cli.lm_eval import lm_eval
+from bh_routing.cli.report import report
 from bh_routing.cli.run import run
 from bh_routing.cli.surroundings import Surroundings
 from bh_routing.errors import BHRoutingError, ExperimentError
@@ -39,6 +40,7 @@ app.command()(run)
 app.command()(calibrate)
 app.command()(evaluate)
 app.command("lm-eval")(lm_eval)
+app.command()(report)
 app.command()(export)
 
 

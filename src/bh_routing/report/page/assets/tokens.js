@@ -1,6 +1,7 @@
 "use strict";
 // The token view, and which experts are kept together; both unpack a trace when it is asked for.
 (() => {
+  if (!document.getElementById("token-view")) return;
   const traces = page.data.traces;
   const { configs, prompts } = page.data.experiments;
   if (traces.length === 0) {
