@@ -17,6 +17,7 @@ from bh_routing.nulls.base import ReferenceTable, RouterPass
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.catalog import get_null
 from bh_routing.nulls.contributions import NEEDED, Contributions
+from bh_routing.nulls.limits import OBSERVED_TOKENS
 from bh_routing.nulls.reservoir import Reservoir, reservoir_capacity, row_capacity
 
 
@@ -64,8 +65,14 @@ def calibrate(
         for ids, length in zip(documents, taken, strict=True)
         for start in range(0, length, context)
     ]
+    logits = {
+        site.layer: Reservoir(OBSERVED_TOKENS, (seed, len(tabled), site.layer), routers.num_experts)
+        for site in routers.sites
+    }
     hooks = [
-        site.module.register_forward_hook(_reference_hook(site, tabled, reservoirs))
+        site.module.register_forward_hook(
+            _reference_hook(site, tabled, reservoirs, logits[site.layer])
+        )
         for site in routers.sites
     ]
     try:
@@ -77,6 +84,10 @@ def calibrate(
         tables={
             null: tuple(_table(null, reservoirs[null, site.layer]) for site in routers.sites)
             for null in tabled
+        },
+        observed={
+            null: tuple(get_null(null).score(logits[site.layer].rows()) for site in routers.sites)
+            for null in {**dict.fromkeys(tabled), "gaussian": None}
         },
         contributions=contributions,
         num_layers=len(routers.sites),
@@ -104,7 +115,10 @@ def _table(null: str, reservoir: Reservoir) -> ReferenceTable:
 
 
 def _reference_hook(
-    site: RouterSite, nulls: Sequence[str], reservoirs: Mapping[tuple[str, int], Reservoir]
+    site: RouterSite,
+    nulls: Sequence[str],
+    reservoirs: Mapping[tuple[str, int], Reservoir],
+    logits: Reservoir,
 ) -> Callable[[nn.Module, Any, Any], None]:
     def hook(router: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
         logits_TE, index_TK = output[0].detach(), output[2]
@@ -116,6 +130,7 @@ def _reference_hook(
         hidden_TH = inputs[0].detach().reshape(len(logits_TE), -1)
         gate_EH = getattr(router, "weight", None)
         seen = RouterPass(logits_TE.float(), index_TK, hidden_TH, gate_EH)
+        logits.add(seen.router_logits_TE)
         for null in nulls:
             reservoirs[null, site.layer].add(get_null(null).reference_of(seen))
 

@@ -1,7 +1,7 @@
 """A frozen calibration: reference tables of one model, where they came from, and one file.
 
-The file is safetensors: tensors `<null>.<layer>` and `contributions.*`, and JSON facts in its
-header. Nothing in it is executable. Axes: N reference scores.
+The file is safetensors: tensors `<null>.<layer>`, `observed.<null>.<layer>` and `contributions.*`,
+and JSON facts in its header. Nothing in it is executable. Axes: N reference scores.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil, floor, log10
 from pathlib import Path
@@ -25,6 +25,7 @@ from bh_routing.nulls.base import ReferenceTable
 from bh_routing.nulls.calibration_file import (
     CONTRIBUTIONS,
     FORMAT,
+    OBSERVED,
     SCHEMA,
     CalibrationFacts,
     read_calibration,
@@ -57,6 +58,9 @@ class Calibration:
     """Most scores a table was allowed to hold."""
     contributions: Contributions | None = None
     """What is known of slots; None unless "needed" was calibrated."""
+    observed: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    """Null -> each layer's scores of a few calibration tokens, float32 (T, E): for pictures, which
+    lay them beside the reference. No rule looks at them."""
     created_at: str = ""
     """UTC, ISO 8601; no part of the fingerprint."""
 
@@ -110,7 +114,8 @@ class Calibration:
     def fingerprint(self) -> str:
         """sha256 over tables and facts, in hex; the date is left out."""
         digest = hashlib.sha256()
-        facts = self._facts().model_dump(mode="json")
+        # Without defaults: a file of schema 2, which knows none, keeps its fingerprint.
+        facts = self._facts().model_dump(mode="json", exclude_defaults=True)
         digest.update(json.dumps(facts, sort_keys=True).encode())
         for null in sorted(self.tables):
             for table in self.tables[null]:
@@ -118,6 +123,9 @@ class Calibration:
         for name, tensor in sorted(self._contribution_tensors().items()):
             digest.update(name.encode())
             digest.update(tensor.cpu().numpy().astype("<f4").tobytes())
+        for name, tensor in sorted(self._observed_tensors().items()):
+            digest.update(name.encode())
+            digest.update(tensor.numpy().astype("<f4").tobytes())
         return digest.hexdigest()
 
     def check(
@@ -173,6 +181,7 @@ class Calibration:
             f"{CONTRIBUTIONS}.{name}": tensor.cpu().contiguous()
             for name, tensor in self._contribution_tensors().items()
         }
+        tensors |= self._observed_tensors()
         header = {
             "format": FORMAT,
             "schema": str(SCHEMA),
@@ -197,9 +206,12 @@ class Calibration:
             CalibrationError: no such file, a foreign or damaged one, or one of another schema.
         """
         parts = read_calibration(Path(path))
-        fields: dict[str, Any] = parts.facts.model_dump(exclude={"nulls", "contributions"})
+        fields: dict[str, Any] = parts.facts.model_dump(
+            exclude={"nulls", "contributions", "observed"}
+        )
         loaded = cls(
             tables=parts.tables,
+            observed=parts.observed,
             contributions=parts.contributions,
             created_at=parts.created_at,
             **fields,
@@ -222,6 +234,13 @@ class Calibration:
 
     def _contribution_tensors(self) -> dict[str, Tensor]:
         return {} if self.contributions is None else self.contributions.tensors()
+
+    def _observed_tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{OBSERVED}.{null}.{layer}": scores_TE.cpu().contiguous()
+            for null, layers in self.observed.items()
+            for layer, scores_TE in enumerate(layers)
+        }
 
     def _tables_of(self, null: str) -> tuple[ReferenceTable, ...]:
         if null not in self.tables:
@@ -281,6 +300,7 @@ class Calibration:
             text_sha256=self.text_sha256,
             seed=self.seed,
             table_capacity=self.table_capacity,
+            observed=sorted(self.observed),
         )
 
 

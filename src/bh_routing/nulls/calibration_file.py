@@ -19,7 +19,10 @@ from bh_routing.nulls.catalog import NULLS
 from bh_routing.nulls.contributions import Contributions, Definition, Statistic
 
 FORMAT: Final = "bh_routing.calibration"
-SCHEMA: Final = 2
+SCHEMA: Final = 3
+_READABLE: Final = ("2", str(SCHEMA))
+"""Schema 2 is schema 3 without observed scores."""
+OBSERVED: Final = "observed"
 CONTRIBUTIONS: Final = "contributions"
 _RESIDUAL_NORMS: Final = "residual_norms"
 _KINDS: Final = (("scale", 1), ("all", 1), ("needed", 2), ("cut", 1))
@@ -44,6 +47,8 @@ class CalibrationFacts(BaseModel):
     text_sha256: str
     seed: int
     table_capacity: PositiveInt
+    observed: list[str] = []
+    """Nulls with a sample of observed scores; none in schema 2."""
 
 
 class CalibrationParts(NamedTuple):
@@ -51,6 +56,7 @@ class CalibrationParts(NamedTuple):
 
     facts: CalibrationFacts
     tables: dict[str, tuple[ReferenceTable, ...]]
+    observed: dict[str, tuple[Tensor, ...]]
     contributions: Contributions | None
     fingerprint: str
     created_at: str
@@ -80,6 +86,13 @@ def read_calibration(path: Path) -> CalibrationParts:
         )
         for null in facts.nulls
     }
+    observed = {
+        null: tuple(
+            _take_observed(path, tensors, f"{OBSERVED}.{null}.{layer}", facts.num_experts)
+            for layer in range(facts.num_layers)
+        )
+        for null in facts.observed
+    }
     contributions = _take_contributions(path, tensors, facts) if facts.contributions else None
     if tensors:
         raise CalibrationError(
@@ -89,6 +102,7 @@ def read_calibration(path: Path) -> CalibrationParts:
     return CalibrationParts(
         facts,
         tables,
+        observed,
         contributions,
         header.get("fingerprint", ""),
         header.get("created_at", ""),
@@ -100,10 +114,10 @@ def _read_facts(path: Path, header: dict[str, str]) -> CalibrationFacts:
         raise CalibrationError(
             f"{path} is a safetensors file, but no calibration of bh-routing; {_REMEDY}"
         )
-    if header.get("schema") != str(SCHEMA):
+    if header.get("schema") not in _READABLE:
         raise CalibrationError(
             f"calibration {path} has schema {header.get('schema')!r}, this version reads "
-            f"{SCHEMA}; {_REMEDY}"
+            f"{' and '.join(_READABLE)}; {_REMEDY}"
         )
     try:
         return CalibrationFacts.model_validate_json(header.get("facts", ""))
@@ -168,6 +182,20 @@ def _take_scale(
             f"{name!r} of calibration {path} must be finite and at least 0; {_REMEDY}"
         )
     return scale
+
+
+def _take_observed(path: Path, tensors: dict[str, Tensor], name: str, num_experts: int) -> Tensor:
+    """Remove a sample of scores from `tensors` and return it, if it is one."""
+    scores_TE = tensors.pop(name, torch.empty(0))
+    is_shaped = scores_TE.ndim == 2 and scores_TE.shape[-1] == num_experts and len(scores_TE) > 0
+    is_sound = scores_TE.dtype == torch.float32 and bool(scores_TE.isfinite().all())
+    if not is_shaped or not is_sound:
+        raise CalibrationError(
+            f"{name!r} of calibration {path} must be finite float32 scores of shape "
+            f"(T, {num_experts}), got {scores_TE.dtype} of shape {tuple(scores_TE.shape)}; "
+            f"{_REMEDY}"
+        )
+    return scores_TE
 
 
 def _rows_of(null: str, facts: CalibrationFacts) -> tuple[int, ...]:
