@@ -54,17 +54,18 @@ class ReferenceTable:
         Raises:
             CalibrationError: some expert has no score.
         """
-        is_none_TE = scores_TE.isnan()
-        size = int((~is_none_TE).sum(dim=0).min())
+        is_reference_ET = ~scores_TE.isnan().T
+        count_ET = is_reference_ET.cumsum(dim=-1)
+        size = int(count_ET[:, -1].min())
         if size == 0:
-            expert = int((~is_none_TE).sum(dim=0).argmin())
+            expert = int(count_ET[:, -1].argmin())
             raise CalibrationError(
                 f"expert {expert} is among the model's top-k of every calibration token, so it "
                 "has no reference of its own; calibrate on more text, or choose null='background'"
             )
-        first_NE = is_none_TE.int().argsort(dim=0, stable=True)[:size]
-        scores_NE = scores_TE.to(torch.float32).gather(0, first_NE)
-        return cls(scores_NE.T.contiguous().sort(dim=-1).values)
+        is_taken_ET = is_reference_ET & (count_ET <= size)
+        scores_EN = scores_TE.to(torch.float32).T[is_taken_ET].reshape(-1, size)
+        return cls(scores_EN.sort(dim=-1).values)
 
     def __len__(self) -> int:
         return self.sorted_scores_N.shape[-1]
