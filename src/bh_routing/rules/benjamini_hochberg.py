@@ -42,6 +42,7 @@ from bh_routing.rules.fields import (
     check_count,
     check_mixture,
 )
+from bh_routing.rules.knobs import LOG_ODDS, Knob
 from bh_routing.rules.slots import keep_best
 
 OnEmpty = Literal["min_k", "model_k"]
@@ -62,6 +63,7 @@ class BenjaminiHochberg(Rule):
     """
 
     method: ClassVar[str] = "bh"
+    knob: ClassVar[Knob | None] = Knob("alpha", LOG_ODDS, keeps_more=True)
 
     alpha: float
     """Target false discovery rate under the null, in (0, 1); a larger one keeps more experts."""
@@ -122,13 +124,13 @@ class BenjaminiHochberg(Rule):
         """Refuse more experts than there are."""
         check_at_most_experts("max_k", self.max_k, num_experts)
 
-    def count_kept(self, num_rejected: int, model_top_k: int) -> int:
-        """How many experts a token with this many rejections (among its slots) keeps."""
     @property
     def keeps_best_by_logit(self) -> bool:
         """Not where each expert has a table of its own."""
         return not get_null(self.null).by_expert
 
+    def count_kept(self, num_rejected: int, model_top_k: int) -> int:
+        """How many experts a token with this many rejections (among its slots) keeps."""
         is_empty = num_rejected == 0 and self.on_empty == "model_k"
         wanted = model_top_k if is_empty else num_rejected
         return min(max(wanted, self.min_k), self.max_k)
@@ -144,19 +146,17 @@ class BenjaminiHochberg(Rule):
         null = get_null(self.null)
         kept = [self.count_kept(n, context.model_top_k) for n in range(context.num_experts + 1)]
         kept_by_count = torch.tensor(kept, device=context.device)
-        temperature = self.temperature
-
         if null.by_expert:
             return self._select_by_p_values(context, kept_by_count)
         count = self._counter(context)
+        temperature = self.temperature
+
         def select(candidates: Candidates) -> Tensor:
             scores_TE = null.descending_scores(candidates.router_logits_TE, temperature)
             return keep_best(candidates, kept_by_count.take(count(scores_TE)))
 
         return select
 
-    def _counter(self, context: LayerContext) -> Callable[[Tensor], Tensor]:
-        """Return descending scores (T, E) -> number rejected (T, 1), by cut-offs."""
     def _select_by_p_values(self, context: LayerContext, kept_by_count: Tensor) -> Selector:
         """Reject by p-values themselves: no cut-off serves experts with tables of their own."""
         null = get_null(self.null)
@@ -174,6 +174,8 @@ class BenjaminiHochberg(Rule):
 
         return select
 
+    def _counter(self, context: LayerContext) -> Callable[[Tensor], Tensor]:
+        """Return descending scores (T, E) -> number rejected (T, 1), by cut-offs."""
         null, device = get_null(self.null), context.device
         rank_E = ranks(context.num_experts, device)
         if self.procedure == "storey":

@@ -27,6 +27,7 @@ from bh_routing.rules.contribution import (
     slot_scores,
 )
 from bh_routing.rules.fields import check_choice, check_count
+from bh_routing.rules.knobs import LOG_ODDS, Knob
 
 Scope = Literal["token", "block", "population"]
 
@@ -58,6 +59,7 @@ class BenjaminiHochbergDrop(ContributionRule):
     """
 
     method: ClassVar[str] = "bh_drop"
+    knob: ClassVar[Knob | None] = Knob("alpha", LOG_ODDS, keeps_more=False)
 
     alpha: float
     """Target false discovery rate, in (0, 1); a larger one keeps fewer experts."""

@@ -19,6 +19,7 @@ from bh_routing.nulls.catalog import get_null
 from bh_routing.nulls.cut_offs import count_at_cut_offs, cut_offs_where
 from bh_routing.rules.base import Candidates, LayerContext, Selector
 from bh_routing.rules.fields import check_at_most_experts, check_count
+from bh_routing.rules.knobs import SIGNED_LOG, Knob
 from bh_routing.rules.mixing import MixingRule
 from bh_routing.rules.slots import keep_best
 
@@ -38,6 +39,7 @@ class HigherCriticism(MixingRule):
     """
 
     method: ClassVar[str] = "higher_criticism"
+    knob: ClassVar[Knob | None] = Knob("threshold", SIGNED_LOG, keeps_more=False)
 
     threshold: float
     """Smallest criticism, any number; a larger one keeps fewer experts."""

@@ -14,6 +14,7 @@ from bh_routing.nulls.contributions import NEEDED
 from bh_routing.rules.base import Candidates, LayerContext, Selector
 from bh_routing.rules.contribution import DroppingRule, rank_slots, require_contributions
 from bh_routing.rules.contribution_threshold import check_contribution_threshold
+from bh_routing.rules.knobs import LOG, Knob
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class OracleContribution(DroppingRule):
     """
 
     method: ClassVar[str] = "oracle_contribution"
+    knob: ClassVar[Knob | None] = Knob("threshold", LOG, keeps_more=False)
 
     threshold: float
     """At least 0, a share of the residual's norm; a larger one keeps fewer experts."""
