@@ -65,7 +65,7 @@ MODULE_CHECKS: list[tuple[Callable[[Modules], list[str]], Mapping[str, str]]] = 
     (architecture.upward_imports, {"analysis.results": "from bh_routing.report import text"}),
     (architecture.homeless_modules, {"attic": "shelf = 1"}),
     (architecture.strangers, {"report.figures": "import torch"}),
-    (architecture.strangers, {"analysis.results": "from safetensors import safe_open"}),
+    (architecture.strangers, {"analysis.results": "from safetensors.torch import load_file"}),
     (architecture.strangers, {"engine.generate": "from transformers import AutoTokenizer"}),
     (architecture.strangers, {"experiments.store": "import pickle"}),
     (
