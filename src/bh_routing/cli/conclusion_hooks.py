@@ -62,3 +62,16 @@ def _quality_blocks(results: Results, summary: dict[str, Any]) -> dict[str, Any]
         agreement = text_agreement(results.details, baseline)
         blocks["text_agreement"] = to_strict({name: asdict(a) for name, a in agreement.items()})
     return blocks
+
+
+def conclude_sweep(folder: Path, seed: int) -> list[str]:
+    """Make the tables, pictures and report of a sweep; return a sentence if that failed."""
+    from bh_routing.analysis.quality import QualityOptions
+    from bh_routing.experiments.conclusion import guard
+    from bh_routing.report import sweep
+
+    problems: list[str] = []
+    guard(
+        "the conclusion", problems, lambda: sweep.conclude_sweep(folder, QualityOptions(seed=seed))
+    )
+    return problems

@@ -21,6 +21,7 @@ from bh_routing.cli.lm_eval import lm_eval
 from bh_routing.cli.report import report
 from bh_routing.cli.run import run
 from bh_routing.cli.surroundings import Surroundings
+from bh_routing.cli.sweep import sweep
 from bh_routing.errors import BHRoutingError, ExperimentError
 
 EXIT_DONE: Final = 0
@@ -39,6 +40,7 @@ app = typer.Typer(
 app.command()(run)
 app.command()(calibrate)
 app.command()(evaluate)
+app.command()(sweep)
 app.command("lm-eval")(lm_eval)
 app.command()(report)
 app.command()(export)

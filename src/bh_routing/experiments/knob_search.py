@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 from scipy.optimize import brentq
@@ -202,10 +203,10 @@ class KnobSearch:
         records: dict[str, list[QualityRecord]] = defaultdict(list)
         title = f"correction {corrections}" if corrections else "measure"
         total = self.num_tokens * len(rules)
-        options = {"window": self.text.window, "stride": self.text.stride}
-        parts = (self._model, self._tokenizer, self.text.documents, rules, self._calibration)
+        model, tokenizer, text = self._model, self._tokenizer, self.text
+        records_of = partial(score, model, tokenizer, text.documents, rules, self._calibration)
         with tqdm(total=total, unit="token", desc=title, unit_scale=True) as bar:
-            for record in score(*parts, **options):
+            for record in records_of(window=text.window, stride=text.stride):
                 records[record.config_name].append(record)
                 bar.update(record.tokens)
         return {
