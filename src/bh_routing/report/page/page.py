@@ -28,6 +28,7 @@ from bh_routing.report.files import write_text
 from bh_routing.report.page.charts import Chart
 from bh_routing.report.page.experiments import experiment_table
 from bh_routing.report.page.layer_charts import layer_charts
+from bh_routing.report.page.null_charts import null_charts
 from bh_routing.report.page.quality_chart import quality_charts
 from bh_routing.report.page.time_charts import time_charts
 from bh_routing.report.page.traces import for_page, read_traces
@@ -110,6 +111,7 @@ def _sections(facts: Facts, results: Results) -> list[Section]:
         body = "\n\n".join(_HEADING.sub("", text, count=1) for text in texts if text)
         return Section(key=key, title=title, charts=charts, text=to_html(body), widget=widget)
 
+    nulls = null_charts(results.folder)
     layers = layer_charts(facts, results.details)
     parts = [
         part(
@@ -125,7 +127,7 @@ def _sections(facts: Facts, results: Results) -> list[Section]:
             widget="coactivation",
         ),
         part("time", "Time", sections.time(facts), charts=time_charts(facts)),
-        part("nulls", "What alpha means", provenance.nulls(facts)),
+        part("nulls", "What alpha means", provenance.nulls(facts), charts=nulls),
         part("expected", "Expected and measured", _expectations(facts)),
         part("tests", "Statistical tests", sections.tests(facts)),
         part("conclusions", "Conclusions", bullets(conclude(facts))),
