@@ -45,7 +45,12 @@ def make_hooks(surroundings: Surroundings) -> Hooks:
 
         return (surroundings.report or generate_markdown_report)(experiments, summary, folder)
 
-    return Hooks(load=load, analyze=analyze, visualize=visualize, report=report)
+    def page(folder: Path) -> Any:
+        from bh_routing.report.page.page import write_page
+
+        return write_page(folder)
+
+    return Hooks(load=load, analyze=analyze, visualize=visualize, report=report, page=page)
 
 
 def _quality_blocks(results: Results, summary: dict[str, Any]) -> dict[str, Any]:
