@@ -171,11 +171,11 @@ def _plan(text: ScoredText, config_name: str, curve: Curve) -> _Test:
         inside = stretch[0][0] - _ROUNDING <= mean <= stretch[-1][0] + _ROUNDING
         if inside and len(stretch) > 1:
             return _Test(config_name, curve, tuple(name for _, name in stretch), "")
-    where = ", ".join(f"{knot:.2f}" for knot, _ in knots) or "none"
+    where = ", ".join(f"{knot:.2f}" for knot, _ in knots) or "nowhere"
     return _Test(
         config_name, curve, (),
-        f"No two points of {curve.name} at most {curve.widest:g} experts apart lie around a mean "
-        f"of {mean:.2f} (there are: {where}), and nothing is extrapolated.",
+        f"{mean:.2f} experts don't lie between two points of {curve.name} at most "
+        f"{curve.widest:g} apart (they are at {where}), and nothing is extrapolated.",
     )  # fmt: skip
 
 

@@ -109,7 +109,11 @@ def read_sweep(folder: Path) -> Sweep:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise half_read(path, f"a point of the sweep isn't whole ({error!r})") from error
-    return Sweep(run=run, points=points, records=read_quality(folder / QUALITY_JOURNAL))
+    names = {point.config_name for point in points}
+    records = read_quality(folder / QUALITY_JOURNAL)
+    # An earlier sweep of the same folder may have scored other points.
+    records = tuple(record for record in records if record.config_name in names)
+    return Sweep(run=run, points=points, records=records)
 
 
 def align(records: Sequence[QualityRecord]) -> ScoredText:
@@ -143,7 +147,7 @@ def align(records: Sequence[QualityRecord]) -> ScoredText:
 
 
 def _static_point(entry: Mapping[str, Any]) -> SweepPoint:
-    k = float(entry["k"])
+    k = _budget(entry["k"])
     return SweepPoint(
         config_name=str(entry["config_name"]),
         rule=STATIC,
@@ -164,11 +168,18 @@ def _point(entry: Mapping[str, Any]) -> SweepPoint:
         variant=str(entry.get("variant") or ""),
         knob=_number(entry.get("knob")),
         knob_field=str(entry.get("knob_field") or ""),
-        budget=float(entry["budget"]),
+        budget=_budget(entry["budget"]),
         calibration_mean_experts=_number(entry.get("calibration_mean_experts")),
         corrections=_number(entry.get("corrections")),
         unreachable=str(entry.get("unreachable") or ""),
     )
+
+
+def _budget(value: object) -> float:
+    budget = _number(value)
+    if not (budget > 0 and math.isfinite(budget)):
+        raise ValueError(f"budget {value!r}")
+    return budget
 
 
 def _number(value: object) -> float:

@@ -114,7 +114,12 @@ def render_sweep(tables: SweepTables) -> str:
             "domain. Intervals hold one by one here; read the signs.",
         ),
         section("What was measured on what", _provenance(tables)),
-        section("Run it again", f"    {_command(tables.sweep.run)}"),
+        section(
+            "Run it again",
+            f"    {_command(tables.sweep.run)}",
+            "The knobs that were found are in `sweep.json`; `bh-routing evaluate --config "
+            "sweep.json` scores them again.",
+        ),
         section("Limits", bullets(_limits(tables))),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -126,7 +131,9 @@ _HOW: Final = (
     "the rule avoids. Static top-k lies on the line between its whole neighbours, top-p on the "
     "line between its own points. Books are drawn with replacement, and means and lines are "
     "computed anew in each resample. Intervals are simultaneous over all tests of the table, p is "
-    "corrected by Holm over the same tests. *yes* needs both."
+    "corrected by Holm over the same tests. *yes* needs both. A rule called "
+    "`contribution_threshold` is BH-drop too: run once over all calibration slots, BH gives such a "
+    "threshold."
 )
 
 
@@ -324,11 +331,13 @@ def _command(run: Mapping[str, Any]) -> str:
     budgets = ",".join(f"{budget:g}" for budget in child(run, "sweep").get("budgets") or [])
     model = str(child(run, "model").get("name") or "demo")
     quoted = shlex.quote(model) if model.isprintable() else "MODEL"
-    return f"bh-routing sweep --model {quoted} --budgets {budgets}"
+    tokens = child(run, "text").get("tokens")
+    size = f" --tokens {tokens}" if isinstance(tokens, int) else ""
+    return f"bh-routing sweep --model {quoted} --budgets {budgets}{size} --output FOLDER"
 
 
 def _limits(tables: SweepTables) -> list[str]:
-    used = max((row for row in tables.rows), key=lambda row: row.clusters)
+    used = max(tables.rows, key=lambda row: row.clusters)
     return [
         f"{used.tokens:,} tokens of {used.documents} documents in {used.clusters} clusters, "
         f"{tables.num_tests} tests. What holds for this text and model need not hold for others.",

@@ -56,11 +56,9 @@ def domains_title(winners: Sequence[Winner]) -> str:
     fewest, of = min(row.top_k_domains for row in rows), rows[0].domains
     if fewest == of:
         return f"The best rule loses less than static top-k in all {of} domains, at every budget"
-    return (
-        f"The best rule of a budget loses less than static top-k in {fewest} to {of} domains"
-        if fewest
-        else "At some budget the best rule loses less than static top-k in no domain"
-    )
+    if fewest == 0:
+        return "At some budget the best rule loses less than static top-k in no domain"
+    return f"The best rule of a budget loses less than static top-k in {fewest} to {of} domains"
 
 
 def _against_top_k(winners: Sequence[Winner]) -> str:
