@@ -214,18 +214,25 @@ FLAGS = {
     "run": (
         "--model --output --max-tokens --checkpoint-interval --no-resume --device --no-fp16 "
         "--config --configs --prompts --calibration --calibration-text --seed --executor "
-        "--eval-text --no-eval --eval-tokens --json"
+        "--eval-text --no-eval --eval-tokens --budget --json"
     ),
-    "calibrate": "--output --model --text --nulls --max-tokens --seed --device --no-fp16 --json",
+    "calibrate": (
+        "--output --model --text --nulls --max-tokens --seed --plots --device --no-fp16 --json"
+    ),
     "evaluate": (
         "--model --text --config --configs --rule --tokens --window --stride --margin "
-        "--calibration --calibration-text --output --device --no-fp16 --seed --json"
+        "--calibration --calibration-text --output --device --no-fp16 --seed --budget --json"
+    ),
+    "sweep": (
+        "--output --model --budgets --rules --text --tokens --calibration --calibration-text "
+        "--device --no-fp16 --seed --json"
     ),
     "lm-eval": (
         "--tasks --model --include-path --config --configs --limit --num-fewshot --batch-size "
         "--calibration --calibration-text --output --device --no-fp16 --seed --json"
     ),
     "export": "folder --to --output",
+    "doctor": "--output --statistics --tokens --json",
     "report": "folders --output --format",
 }
 

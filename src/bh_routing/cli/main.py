@@ -14,6 +14,7 @@ import typer
 
 import bh_routing
 from bh_routing.cli.calibrate import calibrate
+from bh_routing.cli.doctor import doctor
 from bh_routing.cli.evaluate import evaluate
 from bh_routing.cli.export import export
 from bh_routing.cli.interrupts import Terminated
@@ -44,6 +45,7 @@ app.command()(sweep)
 app.command("lm-eval")(lm_eval)
 app.command()(report)
 app.command()(export)
+app.command()(doctor)
 
 
 def _print_version(asked: bool) -> None:
