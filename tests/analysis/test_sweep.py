@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -192,7 +193,7 @@ def test_only_the_seed_moves_intervals(tables: SweepTables, folder: Path) -> Non
     ],
 )
 def test_a_folder_that_is_no_sweep_is_refused_by_name(
-    tmp_path: Path, damage: dict[str, object]
+    tmp_path: Path, damage: dict[str, Any]
 ) -> None:
     folder = write_sweep(tmp_path, usual_points(), usual_records(documents=4), **damage)
     with pytest.raises(ResultsError, match=RUN_JSON):

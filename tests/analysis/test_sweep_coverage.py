@@ -58,7 +58,7 @@ def measure(trials: int, *, tail: bool, simultaneous: bool) -> dict[str, float]:
         found = compare_at_equal_cost(
             text, list(RULES), [STATIC], resamples=1000, seed=seed, simultaneous=simultaneous
         )
-        inside = {"difference": [], "saved": []}
+        inside: dict[str, list[bool]] = {"difference": [], "saved": []}
         for rule in RULES:
             own, (difference, saved) = found[rule, "top_k"], truth(rule)
             inside["difference"].append(own.low <= difference <= own.high)

@@ -7,8 +7,10 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from bh_routing.analysis.quality import QualityOptions
 from bh_routing.analysis.sweep import SweepTables, analyze_sweep
@@ -54,11 +56,8 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def drawn_points(axes: Axes) -> set[tuple[float, float]]:
     """Points of everything that is drawn in data coordinates."""
     lines = [line for line in axes.get_lines() if line.get_transform() == axes.transData]
-    return {
-        (round(float(x), 9), round(float(y), 9))
-        for line in lines
-        for x, y in zip(*line.get_data(), strict=True)
-    }
+    points = np.concatenate([np.asarray(line.get_xydata()) for line in lines])
+    return {(round(float(x), 9), round(float(y), 9)) for x, y in points}
 
 
 def test_all_files_are_written_and_the_same_again(
@@ -76,10 +75,13 @@ def test_all_files_are_written_and_the_same_again(
 def test_every_value_of_the_pictures_is_in_a_row(
     written: list[Path], monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
-    figures = []
-    monkeypatch.setattr(
-        "bh_routing.report.sweep.save", lambda figure, path: figures.append(figure) or path
-    )
+    figures: list[Figure] = []
+
+    def keep(figure: Figure, path: Path) -> Path:
+        figures.append(figure)
+        return path
+
+    monkeypatch.setattr("bh_routing.report.sweep.save", keep)
     conclude_sweep(folder, FEW)
     for figure, name in zip(figures, ("sweep.csv", "sweep_domains.csv"), strict=True):
         rows = rows_of(folder / name)

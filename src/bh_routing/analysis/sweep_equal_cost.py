@@ -292,32 +292,27 @@ def _evaluate(
 def _intervals(
     sampled: Sequence[Sampled], num_clusters: int, confidence: float, simultaneous: bool
 ) -> Ends:
-    known = [one for one in sampled if math.isfinite(one.se)]
-    resampled = [one.t_B for one in known if one.t_B is not None]
+    known_N = np.array([math.isfinite(one.se) for one in sampled], dtype=bool)
+    t_2N = np.full((2, len(sampled)), math.nan)
     tail = (1 - confidence) / 2
+    resampled = [one.t_B for one in sampled if one.t_B is not None]
     if resampled:
         t_BN = np.stack(resampled, axis=1)
         # Unknown in a resample counts against both ends.
-        most_BN, least_BN = np.nan_to_num(t_BN, nan=np.inf), np.nan_to_num(t_BN, nan=-np.inf)
+        least_BN, most_BN = np.nan_to_num(t_BN, nan=-np.inf), np.nan_to_num(t_BN, nan=np.inf)
         if simultaneous:
-            most_BN, least_BN = most_BN.max(axis=1), least_BN.min(axis=1)
-        high_t = np.quantile(most_BN, 1 - tail, axis=0)
-        low_t = np.quantile(least_BN, tail, axis=0)
-    else:
-        shared = max(1, len(known)) if simultaneous else 1
-        usable = num_clusters >= MIN_CLUSTERS
-        df = max(1, num_clusters - 1)
-        high_t = float(stats.t.isf(tail / shared, df)) if usable else math.nan
-        low_t = -high_t
-    estimate_N = np.array([one.estimate for one in sampled])
-    se_N = np.array([one.se for one in sampled])
-    t_2N = np.full((2, len(sampled)), math.nan)
-    t_2N[:, np.isfinite(se_N)] = np.broadcast_to(
-        np.stack([np.asarray(low_t), np.asarray(high_t)]).reshape(2, -1), (2, len(known))
-    )
-    ends_2N = estimate_N - t_2N[::-1] * se_N
-    ends_2N[~np.isfinite(ends_2N)] = math.nan
-    return Ends(ends_2N[0], ends_2N[1])
+            least_BN = least_BN.min(axis=1, keepdims=True)
+            most_BN = most_BN.max(axis=1, keepdims=True)
+        t_2N[0, known_N] = np.quantile(least_BN, tail, axis=0)
+        t_2N[1, known_N] = np.quantile(most_BN, 1 - tail, axis=0)
+    elif num_clusters >= MIN_CLUSTERS:
+        shared = max(1, int(known_N.sum())) if simultaneous else 1
+        t = float(stats.t.isf(tail / shared, num_clusters - 1))
+        t_2N[:, known_N] = np.array([[-t], [t]])
+    estimate_N, se_N = (np.array([getattr(one, f) for one in sampled]) for f in ("estimate", "se"))
+    high_N, low_N = estimate_N - t_2N * se_N
+    is_known_N = np.isfinite(low_N + high_N)
+    return Ends(np.where(is_known_N, low_N, math.nan), np.where(is_known_N, high_N, math.nan))
 
 
 def _p_different(sampled: Sampled, num_clusters: int) -> float:

@@ -17,6 +17,7 @@ from bh_routing.analysis.bootstrap import Floats
 from bh_routing.report.quality_plot import percent_change
 from bh_routing.report.style import (
     BASELINE_COLOUR,
+    DPI,
     EDGE_COLOUR,
     FIXED_COLOURS,
     FIXED_MARKERS,
@@ -241,7 +242,7 @@ def _name_lines(axes: Axes, series: Sequence[Series], looks: Mapping[str, Look])
             ends.append((float(to_axes.transform(point)[1]), point, one))
     ends.sort(key=lambda end: end[0])
     names = [_wrapped(one.label) for _, _, one in ends]
-    line = 0.2 / (axes.get_position().height * axes.figure.get_figheight())
+    line = 0.2 / (axes.get_window_extent().height / DPI)
     sizes = [line * (1.3 + name.count("\n")) for name in names]
     heights = _spaced([end[0] for end in ends], sizes)
     for (_, point, one), name, at in zip(ends, names, heights, strict=True):
