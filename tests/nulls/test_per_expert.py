@@ -5,15 +5,22 @@ Axes: T tokens, E experts.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from bh_routing.engine.calibrate import calibrate
+from bh_routing.engine.texts import packaged_documents
 from bh_routing.errors import CalibrationError, InputError
+from bh_routing.models.load import LoadedModel
+from bh_routing.models.routing import route
 from bh_routing.nulls import Calibration, ReferenceTable, Reservoir, RouterPass, get_null, p_values
+from bh_routing.nulls.limits import MIN_TOKENS
 from bh_routing.nulls.reservoir import row_capacity
 from bh_routing.rules import BenjaminiHochberg, HigherCriticism, LayerContext
 from tests.nulls.test_calibration import check, make, rewrite
@@ -166,3 +173,22 @@ def test_memory_is_bounded_by_rows() -> None:
 def test_higher_criticism_refuses_tables_by_expert() -> None:
     with pytest.raises(InputError, match="null 'per_expert' has one an expert; use method bh"):
         HigherCriticism(2.0, null="per_expert")
+
+
+def test_the_demo_is_routed_under_tables_by_expert(
+    demo: LoadedModel, demo_inputs: dict[str, Any], tmp_path: Path
+) -> None:
+    texts = [document.text for document in packaged_documents("calibration")]
+    calibration = calibrate(
+        demo.model, demo.tokenizer, texts, nulls=("per_expert",), max_tokens=2_600
+    )
+    # As if from more text: less is refused, and more takes longer than a test should.
+    calibration = replace(calibration, num_tokens=MIN_TOKENS)
+    calibration = Calibration.load(calibration.save(tmp_path / "calibration.safetensors"))
+    assert calibration.table("per_expert", 0).sorted_scores_N.shape[0] == 64
+    assert set(calibration.observed) == {"gaussian", "per_expert"}
+    rule = BenjaminiHochberg(0.95, null="per_expert")
+    with torch.inference_mode(), route(demo.model, rule, calibration) as trace:
+        demo.model(**demo_inputs)
+    counts = trace.expert_counts
+    assert 1 <= int(counts.min()) <= int(counts.max()) == 8

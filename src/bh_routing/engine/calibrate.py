@@ -58,13 +58,8 @@ def calibrate(
         for number, name in enumerate(tabled)
         for site in routers.sites
     }
-    context = int(getattr(model.config, "max_position_embeddings", None) or 2048)
     taken = spread_tokens([len(ids) for ids in documents], max_tokens)
-    windows = [
-        torch.tensor([ids[start : min(start + context, length)]])
-        for ids, length in zip(documents, taken, strict=True)
-        for start in range(0, length, context)
-    ]
+    windows = _windows(model, documents, taken)
     logits = {
         site.layer: Reservoir(OBSERVED_TOKENS, (seed, len(tabled), site.layer), routers.num_experts)
         for site in routers.sites
@@ -100,6 +95,16 @@ def calibrate(
         seed=seed,
         table_capacity=capacity,
     )
+
+
+def _windows(model: Any, documents: Sequence[list[int]], taken: Sequence[int]) -> list[Tensor]:
+    """Cut the start of each document into windows that fit the model's context."""
+    context = int(getattr(model.config, "max_position_embeddings", None) or 2048)
+    return [
+        torch.tensor([ids[start : min(start + context, length)]])
+        for ids, length in zip(documents, taken, strict=True)
+        for start in range(0, length, context)
+    ]
 
 
 def _reservoir(null: str, num_experts: int, seed: Sequence[int]) -> Reservoir:

@@ -172,7 +172,7 @@ class PerExpert(Background):
     """Reference: the same expert on tokens where it was outside the model's own top-k.
 
     An expert whose logits are high for most tokens must be higher still to stand out, so the
-    order of p-values may differ from that of the logits, and load evens out.
+    order of p-values may differ from that of the logits.
     """
 
     name: ClassVar[str] = "per_expert"
