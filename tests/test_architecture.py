@@ -233,7 +233,7 @@ FLAGS = {
     ),
     "export": "folder --to --output",
     "doctor": "--output --statistics --tokens --json",
-    "report": "folders --output --format",
+    "report": "folders --output --format --track",
 }
 
 

@@ -28,6 +28,9 @@ def report(
         typer.Option(help="The page; default: report.html in the folder. Needed to compare."),
     ] = None,
     format: Annotated[Format, typer.Option(help="Format of the plots.")] = Format.PNG,
+    track: Annotated[
+        str | None, typer.Option(help="Log the run to mlflow, wandb or tensorboard as well.")
+    ] = None,
 ) -> int:
     """Write report.html, REPORT.md and the plots of a run, or compare several runs."""
     if len(folders) > 1:
@@ -54,4 +57,8 @@ def report(
     written.append(write_page(folder, output))
     for path in written:
         typer.echo(f"wrote {path}", err=True)
+    if track is not None:
+        from bh_routing.analysis.trackers import track_run
+
+        typer.echo(f"logged to {track_run(folder, track)}", err=True)
     return 0

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from bh_routing.analysis.nested import flatten
 from bh_routing.analysis.results import load_results
 from bh_routing.errors import InputError
 from bh_routing.report import findings
@@ -83,7 +84,7 @@ def _differences(runs: Mapping[str, Facts]) -> str:
         name: {
             key: value
             for part in COMPARED
-            for key, value in _flat(part, facts.run.get(part)).items()
+            for key, value in flatten(part, facts.run.get(part)).items()
         }
         for name, facts in runs.items()
     }
@@ -96,16 +97,6 @@ def _differences(runs: Mapping[str, Facts]) -> str:
     if not rows:
         return "Nothing: the runs have the same settings, model and versions."
     return text_table(["setting", *(markdown(name, 60) for name in runs)], rows)
-
-
-def _flat(prefix: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    return {
-        name: leaf
-        for key, child in value.items()
-        for name, leaf in _flat(f"{prefix}.{key}", child).items()
-    }
 
 
 def _shown(value: Any) -> str:
