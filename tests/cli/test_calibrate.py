@@ -11,6 +11,7 @@ from bh_routing.cli.main import main
 from bh_routing.nulls import Calibration
 
 
+@pytest.mark.full
 def test_calibrate_writes_the_file_and_a_picture_of_each_null(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
