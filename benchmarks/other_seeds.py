@@ -1,13 +1,13 @@
 """Does the order of the rules hold on models trained from other seeds?
 
-    python -m benchmarks.other_seeds train --corpus CORPUS --work FOLDER --output OUT --seeds 1 2
-    python -m benchmarks.other_seeds collect OUT/seed-1.tar.gz OUT/seed-2.tar.gz
+    python -m benchmarks.other_seeds train --corpus CORPUS --work FOLDER --output OUT --seeds 0 1 2
+    python -m benchmarks.other_seeds collect OUT/seed-*.tar.gz
     python -m benchmarks.other_seeds render
 
 `train`, on a machine with a GPU, trains one model a seed by tools/train_demo.py, all at the same
-time, then sweeps the rules over the packaged evaluation text in float32: two seeds take about eight
-minutes on one H100. The models share the demo's tokenizer and its corpus, or as much of it as lies
-in CORPUS: `train.txt.xz` may be cut short. They aren't kept; OUT holds what the sweeps left.
+time, then sweeps the rules over the packaged evaluation text in float32; 0 stands for the packaged
+model. The others share its tokenizer and its corpus, or as much of it as lies in CORPUS:
+`train.txt.xz` may be cut short. They aren't kept; OUT holds what the sweeps left.
 `collect` analyses the sweeps and writes `other_seeds.json`, which `render` turns into
 `other_seeds.md` and the table of docs/method.md.
 """
@@ -49,7 +49,9 @@ RULES = (
     "min_p",
     "oracle_contribution",
 )
-KEPT = ("run.json", "quality.jsonl", "training.json")
+KEPT = ("run.json", "quality.jsonl", "training.json", "log.txt")
+PACKAGED = 0
+"""Seed of the packaged model, which isn't trained again."""
 COLUMNS = (
     *("rule", "variant", "budget", "knob", "mean_experts", "delta_nll", "delta_nll_low"),
     *("delta_nll_high", "perplexity_ratio", "top_k_at_mean", "top_k_difference", "top_k_low"),
@@ -77,33 +79,41 @@ def prepare(corpus: Path, work: Path, seeds: Sequence[int]) -> None:
 
 
 def train_and_sweep(options: argparse.Namespace, seed: int) -> None:
-    """Train one seed, sweep it, and pack what `collect` needs; keep the model if that failed."""
+    """Train a model unless it is packaged, sweep it, and pack what `collect` needs."""
     model, swept = options.work / f"seed-{seed}", options.work / f"sweep-{seed}"
-    with (options.output / f"seed-{seed}.log").open("w") as log:
-        trainer = (sys.executable, "tools/train_demo.py", "--corpus", options.corpus)
-        places = ("--output", model, "--state", options.work / f"state-{seed}")
-        clock = ("--total-seconds", str(options.seconds), "--seed", str(seed))
-        subprocess.run([*trainer, *places, *clock], stdout=log, stderr=log, check=True)
+    with (options.work / f"seed-{seed}.log").open("w") as log:
+        if seed == PACKAGED:
+            model = demo_folder()
+        else:
+            trainer = (sys.executable, "tools/train_demo.py", "--corpus", options.corpus)
+            places = ("--output", model, "--state", options.work / f"state-{seed}")
+            clock = ("--total-seconds", str(options.seconds), "--seed", str(seed))
+            subprocess.run([*trainer, *places, *clock], stdout=log, stderr=log, check=True)
         command = (sys.executable, "-m", "bh_routing", "sweep", "--model", model, "--no-fp16")
         what = ("--output", swept, "--budgets", BUDGETS, "--rules", ",".join(RULES))
         tokens = ("--tokens", str(options.tokens)) if options.tokens else ()
         done = subprocess.run([*command, *what, *tokens], stdout=log, stderr=log, check=False)
     print(f"seed {seed}: sweep ended with {done.returncode}", flush=True)
+    if done.returncode:
+        print(Path(log.name).read_text("utf-8")[-2000:], flush=True)
     shutil.copy(model / "training.json", swept)
+    shutil.copy(log.name, swept / "log.txt")
     with tarfile.open(options.output / f"seed-{seed}.tar.gz", "w:gz") as packed:
         for name in KEPT:
             packed.add(swept / name, name)
-    if done.returncode:
-        for part in model.glob("*.safetensors"):
-            shutil.copy(part, options.output / f"seed-{seed}-{part.name}")
 
 
 def train(options: argparse.Namespace) -> int:
     """Prepare, then train and sweep all seeds at the same time."""
-    prepare(options.corpus, options.work, options.seeds)
     options.output.mkdir(parents=True, exist_ok=True)
+    options.work.mkdir(parents=True, exist_ok=True)
+    others = [seed for seed in options.seeds if seed != PACKAGED]
     with ThreadPoolExecutor(len(options.seeds)) as pool:
-        list(pool.map(lambda seed: train_and_sweep(options, seed), options.seeds))
+        jobs = [pool.submit(train_and_sweep, options, s) for s in options.seeds if s == PACKAGED]
+        prepare(options.corpus, options.work, others)
+        jobs += [pool.submit(train_and_sweep, options, seed) for seed in others]
+        for job in jobs:
+            job.result()
     return 0
 
 
@@ -172,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     training.add_argument("--corpus", type=Path, required=True, help="folder with *.txt.xz")
     training.add_argument("--work", type=Path, required=True, help="folder for models and tokens")
     training.add_argument("--output", type=Path, required=True)
-    training.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    training.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     training.add_argument("--seconds", type=float, default=200.0, help="of training")
     training.add_argument("--tokens", type=int, default=None, help="to score; default: all")
     collecting = commands.add_parser("collect", help="analyse what `train` left")

@@ -182,7 +182,7 @@ def render(results: dict[str, Any]) -> str:
     wrong = {(r["variant"], r["domain"]): r for r in results["wrong"]}
     lines += [
         "",
-        "Each cell: mean-per-token share of wrong drops (95 % interval); α·π₀ there.",
+        "Each cell: share of wrong drops, mean per token or block (95 % interval); α·π₀ there.",
         "",
         f"| rule | calibrated on | α | {head} |",
         f"|:--|:--|--:|{align}",
@@ -191,7 +191,7 @@ def render(results: dict[str, Any]) -> str:
         rule, source = variant.split(", ")
         at = [wrong[variant, target] for target in DOMAINS]
         cells = [
-            f"{percent(r['per_token'])}; {100 * r['alpha'] * r['share_mattered']:.1f} %" for r in at
+            f"{percent(r['per_block'])}; {100 * r['alpha'] * r['share_mattered']:.1f} %" for r in at
         ]
         lines.append(f"| `{rule}` | {source} | {at[0]['alpha']:.3f} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", footer(results)]) + "\n"
