@@ -20,19 +20,18 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from scipy.optimize import brentq
 
 from benchmarks.drop_variants import (
     BUDGETS,
     WINDOW,
-    bisect,
-    capture,
     describe,
-    mean_experts,
     measure_all,
     split,
 )
 from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.contributions import LayerSlots, SlotObserver, join_windows, summarize
+from bh_routing.engine.proposals import capture_proposals, mean_experts
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.engine.windows import TokenizedDocument, tokenize_documents
 from bh_routing.models import find_routers, load_model
@@ -113,15 +112,18 @@ def compare(tokens: int, fit_tokens: int) -> dict[str, Any]:
     )
     references = {cut: by_layer(pooled, slots, cut) for cut in ("pooled", "own")}
     text = tokenize_documents(tokenizer, choose, tokens)
-    seen = capture(model, calibration, text)
+    routers = find_routers(model)
+    seen = capture_proposals(
+        model, tokenizer, text, window=WINDOW, num_candidates=calibration.model_top_k
+    )
 
     def rule(statistic: Statistic, cut: Cut | None, log_odds: float) -> Rule:
         alpha = float(torch.tensor(log_odds, dtype=torch.float64).sigmoid())
         plain = BenjaminiHochbergDrop(alpha, statistic=statistic)
         return plain if cut is None else DropByLayer(inner=plain, layers=references[cut])
 
-    def kept_by(make: Callable[[float], Rule], log_odds: float) -> float:
-        return mean_experts(make(log_odds), calibration, seen)
+    def excess(log_odds: float, make: Callable[[float], Rule], budget: float) -> float:
+        return mean_experts(make(log_odds), seen, routers, calibration) - budget
 
     rows = []
     for budget in BUDGETS:
@@ -130,7 +132,7 @@ def compare(tokens: int, fit_tokens: int) -> dict[str, Any]:
             for cut in (None, "pooled", "own"):
                 name = "one table for all layers" if cut is None else f"a table a layer, {cut} cut"
                 make = partial(rule, statistic, cut)
-                found = bisect(partial(kept_by, make), budget, rises=False)
+                found = brentq(excess, -12.0, 12.0, args=(make, budget), xtol=1e-3)
                 rules[f"{statistic}, {name}"] = make(found)
         records = measure_all(model, tokenizer, text, rules, calibration)
         for name, kept in rules.items():

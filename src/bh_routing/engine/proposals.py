@@ -103,10 +103,15 @@ def capture_proposals(
 
 
 def _join(calls: list[Candidates]) -> Candidates:
-    columns = [torch.cat(column) for column in zip(*(c[:3] for c in calls), strict=True)]
     norms = [c.output_norms_TK for c in calls if c.output_norms_TK is not None]
-    calls.clear()
-    return Candidates(*columns, torch.cat(norms) if norms else None)
+    joined = Candidates(
+        router_logits_TE=torch.cat([c.router_logits_TE for c in calls]),
+        top_k_index_TK=torch.cat([c.top_k_index_TK for c in calls]),
+        top_k_weights_TK=torch.cat([c.top_k_weights_TK for c in calls]),
+        output_norms_TK=torch.cat(norms) if norms else None,
+    )
+    calls.clear()  # one layer at a time is there twice
+    return joined
 
 
 @torch.inference_mode()
