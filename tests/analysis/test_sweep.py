@@ -21,7 +21,7 @@ from bh_routing.analysis.sweep_row import (
     winner_columns,
 )
 from bh_routing.errors import ResultsError
-from bh_routing.records import RUN_JSON
+from bh_routing.records import QUALITY_JOURNAL, RUN_JSON
 from tests.analysis.scored import scored_documents
 from tests.analysis.swept import (
     STATIC_LOSSES,
@@ -204,6 +204,9 @@ def test_a_folder_without_anything_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ResultsError, match="bh-routing sweep"):
         read_sweep(tmp_path)
     (tmp_path / RUN_JSON).write_text(json.dumps([]))
+    with pytest.raises(ResultsError, match=QUALITY_JOURNAL):
+        read_sweep(tmp_path)
+    (tmp_path / QUALITY_JOURNAL).touch()
     with pytest.raises(ResultsError, match=RUN_JSON):
         read_sweep(tmp_path)
 

@@ -11,6 +11,15 @@ Intervals are simultaneous over all tests of a family: the largest t of a resamp
 of a single test's (single-step max-t; Bonferroni where t is Student's). They hold for the test one
 picks after looking. p is two-sided and corrected by Holm.
 
+Measured on 400 simulated sweeps a row, 42 books, 4 rules (test_sweep_coverage.py, marked `full`):
+share of 95 % intervals of the difference that hold the truth, and of sweeps where all four do.
+
+    effects by book   one interval   all four
+    normal            0.948          0.955
+    exponential       0.926          0.908
+
+So with a long tail of books that a rule harms badly, a claim comes a little too easily.
+
 Axes: D documents, G clusters, B resamples, K points of the curve, N tests, J ratios: the rule's
 loss, the curve's K losses, the rule's mean experts, the curve's K means.
 """

