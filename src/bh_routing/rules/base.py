@@ -105,3 +105,10 @@ class Rule(ABC):
     @abstractmethod
     def bind(self, context: LayerContext) -> Selector:
         """Do the work of one layer that doesn't depend on tokens, and return its selector."""
+
+    def slot_p_values(self, context: LayerContext) -> Callable[[Candidates], Tensor] | None:
+        """Return what gives each candidate slot its p-value, float64 (T, K): for reports.
+
+        None for a rule that has none.
+        """
+        return None

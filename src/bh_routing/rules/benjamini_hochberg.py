@@ -157,6 +157,17 @@ class BenjaminiHochberg(Rule):
 
         return select
 
+    def slot_p_values(self, context: LayerContext) -> Callable[[Candidates], Tensor] | None:
+        """The upper tail of the null at each candidate's score."""
+        null, temperature = get_null(self.null), self.temperature
+        table = null.require_table(context.table) if null.needs_table else None
+
+        def p_values(candidates: Candidates) -> Tensor:
+            scores_TE = null.score(candidates.router_logits_TE, temperature)
+            return null.p_from_score(scores_TE, table).gather(-1, candidates.top_k_index_TK)
+
+        return p_values
+
     def _select_by_p_values(self, context: LayerContext, kept_by_count: Tensor) -> Selector:
         """Reject by p-values themselves: no cut-off serves experts with tables of their own."""
         null = get_null(self.null)

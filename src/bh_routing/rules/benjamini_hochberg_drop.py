@@ -5,6 +5,7 @@ Axes: T tokens, E experts, K slots, N reference scores.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Final, Literal, get_args
 
@@ -103,6 +104,13 @@ class BenjaminiHochbergDrop(ContributionRule):
         if self.scope == "block":
             return self._bind_block(context)
         return self._bind_population(context)
+
+    def slot_p_values(self, context: LayerContext) -> Callable[[Candidates], Tensor] | None:
+        """The lower tail of the slots that mattered; small where a slot can be left out."""
+        contributions = require_contributions(self.method, context)
+        scale_E = layer_scale(self.method, self.statistic, context)
+        needed = contributions.needed(self.statistic, self.needed).to(context.device)
+        return lambda candidates: lower_tail(slot_scores(candidates, scale_E), needed)
 
     def cut_off(self, context: LayerContext) -> float:
         """Return the score up to which scope "population" drops; -inf if nothing is rejected."""
