@@ -46,22 +46,34 @@ FAMILIES = {
     "aria": "AriaExperts",
     "muse_spark": "MuseSparkExperts",
 }
+SMALL_BLOCKS: dict[str, dict[str, Any]] = {
+    "torch": {"MOST_GATHERED": 4},
+    "few": dict.fromkeys(("UP", "DOWN", "UP_TRANSPOSED", "DOWN_TRANSPOSED"), (32, 16, 2, 1)),
+    "grouped": {"PAIRS_AT_A_TIME": 8, "COLUMNS_AT_A_TIME": 32},
+}
+"""Of the modules' constants: several blocks a matrix of these sizes, and few programs."""
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 Mix = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
-pytestmark = pytest.mark.parametrize("device", DEVICES)
+pytestmark = [
+    pytest.mark.parametrize("device", DEVICES),
+    # Tiles multiply whatever lies past their group's rows, and don't store it.
+    pytest.mark.filterwarnings("ignore:.* encountered in matmul:RuntimeWarning"),
+]
 
 
 @pytest.fixture(params=["torch", "few", "grouped"])
-def mix(request: pytest.FixtureRequest, device: str) -> Mix:
-    """One of the three ways to mix, by name; the kernels where they can run."""
-    if request.param == "torch":
-        return mix_torch
+def mix(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> Mix:
+    """One of the three ways to mix, by name; the kernels where they can run, in small blocks."""
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not find_spec("triton") or is_interpreted != (device == "cpu"):
+    is_kernel = request.param != "torch"
+    if is_kernel and (not find_spec("triton") or is_interpreted != (device == "cpu")):
         pytest.skip("needs Triton: with TRITON_INTERPRET=1 on a CPU, without it on a GPU")
     module = importlib.import_module(f"bh_routing.kernels.experts_{request.param}")
+    for name, size in SMALL_BLOCKS[request.param].items():
+        is_block = isinstance(size, tuple)
+        monkeypatch.setattr(module, name, module.Block(*size) if is_block else size)
     found: Mix = getattr(module, f"mix_{request.param}")
     return found
 
@@ -134,7 +146,7 @@ def test_every_layout_mixes_what_a_loop_mixes(mix: Mix, family: str, device: str
     experts = make_experts(family, device)
     if family == "muse_spark" and mix.__name__ == "mix_few":
         pytest.skip("a norm needs each expert's whole output")
-    assert_near(*mixed_and_expected(mix, experts, *make_routing(5, experts)))
+    assert_near(*mixed_and_expected(mix, experts, *make_routing(3, experts)))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -142,13 +154,13 @@ def test_every_dtype_mixes_what_a_loop_mixes(mix: Mix, dtype: torch.dtype, devic
     experts = make_experts("olmoe", device, dtype)
     if (device, dtype, mix.__name__) == ("cpu", torch.bfloat16, "mix_grouped"):
         pytest.skip("Triton's interpreter multiplies matrices of bfloat16 as if they were integers")
-    hidden, index, weights = make_routing(4, experts)
+    hidden, index, weights = make_routing(3, experts)
     mixed, expected = mixed_and_expected(mix, experts, hidden, index, weights.to(dtype))
     assert mixed.dtype == dtype
     assert_near(mixed, expected)
 
 
-@pytest.mark.parametrize("tokens", [1, 33, pytest.param(300, marks=pytest.mark.full)])
+@pytest.mark.parametrize("tokens", [1, 20, pytest.param(300, marks=pytest.mark.full)])
 def test_any_number_of_tokens_mixes_what_a_loop_mixes(mix: Mix, tokens: int, device: str) -> None:
     if device == "cpu" and tokens > 1 and mix.__name__ == "mix_few":
         pytest.skip("an interpreted program takes milliseconds, and there is one a slot and block")
@@ -159,7 +171,7 @@ def test_any_number_of_tokens_mixes_what_a_loop_mixes(mix: Mix, tokens: int, dev
 def test_sizes_that_fill_no_block_mix_what_a_loop_mixes(mix: Mix, device: str) -> None:
     sizes = SimpleNamespace(**{**vars(SIZES), "hidden_size": 37, "intermediate_size": 21})
     experts = make_experts("olmoe", device, sizes=sizes)
-    assert_near(*mixed_and_expected(mix, experts, *make_routing(5, experts, slots=5)))
+    assert_near(*mixed_and_expected(mix, experts, *make_routing(3, experts, slots=5)))
 
 
 def test_one_expert_can_take_all_tokens(mix: Mix, device: str) -> None:
@@ -168,18 +180,15 @@ def test_one_expert_can_take_all_tokens(mix: Mix, device: str) -> None:
     assert_near(*mixed_and_expected(mix, experts, hidden, index * 0 + 5, weights))
 
 
-def test_a_dropped_expert_is_never_read(mix: Mix, device: str) -> None:
+def test_a_poisoned_dropped_expert_changes_no_bit(mix: Mix, device: str) -> None:
     experts = make_experts("gpt_oss", device)
-    hidden, index, weights = make_routing(7, experts, dropped=0.0)
+    hidden, index, weights = make_routing(3, experts, dropped=0.0)
     index[index == 2] = 1
+    index[:, 1], weights[:, 1] = 2, 0.0
     clean = mix(read_experts(experts), hidden, index, weights)
     for parameter in experts.parameters():
         parameter[2] = torch.nan
-    index[:, 1], weights[:, 1] = torch.where(index[:, 1] == 1, 2, index[:, 1]), 0.0
-    kept = weights.clone()
-    poisoned = mix(read_experts(experts), hidden, index, kept)
-    assert poisoned.isfinite().all()
-    assert not torch.equal(clean, poisoned)
+    assert torch.equal(mix(read_experts(experts), hidden, index, weights), clean)
 
 
 def test_a_token_with_every_slot_dropped_is_exactly_zero(mix: Mix, device: str) -> None:
@@ -201,8 +210,10 @@ def test_an_index_of_no_expert_counts_as_dropped(mix: Mix, device: str) -> None:
 
 
 def test_two_runs_give_the_same_bits(mix: Mix, device: str) -> None:
+    if device == "cpu" and mix is not mix_torch:
+        pytest.skip("an interpreter runs programs one after the other")
     experts = make_experts("olmoe", device, torch.bfloat16)
-    routing = make_routing(3 if device == "cpu" else 300, experts)
+    routing = make_routing(300, experts)
     once, again = (mix(read_experts(experts), *routing) for _ in range(2))
     assert torch.equal(once, again)
 
@@ -222,7 +233,7 @@ def test_a_gradient_flows_to_the_hidden_states(device: str) -> None:
         leaf = hidden.clone().requires_grad_()
         mixed(experts, leaf, index, weights).square().sum().backward()
         gradients.append(leaf.grad)
-    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
 def test_silu_gated_experts_take_the_fused_kernel(demo: LoadedModel, device: str) -> None:

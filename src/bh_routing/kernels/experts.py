@@ -19,8 +19,12 @@ from bh_routing.kernels.experts_torch import mix_torch
 
 NAME: Final = "bh_sparse"
 """The name under which the function is registered."""
-MOST_FEW_TOKENS: Final = 4
-"""Tokens up to which each slot reads its expert for itself; above, tokens share what is read."""
+MOST_FEW_TOKENS: Final = 8
+"""Tokens up to which each slot reads its expert for itself; above, tokens share what is read.
+
+Measured on one H100 with OLMoE-1B-7B's experts: 6 tokens take 154 us against 160 us, 8 take 185
+against 187, 12 take 238 against 226.
+"""
 
 # Triton is optional, and these modules can't be imported without it.
 _FEW: Final[Any] = import_module("bh_routing.kernels.experts_few") if find_spec("triton") else None

@@ -28,7 +28,7 @@ class ExpertWeights(NamedTuple):
     down_bias: Tensor | None
     """(E, H)."""
     is_silu_gated: bool
-    """The first F rows of `up` are the gate and the activation is silu(gate) * up, nothing else."""
+    """The first F rows of `up` are the gate, the step between is silu(gate) * up, and no bias."""
     activate: Callable[[Tensor], Tensor]
     """The family's own step between the projections, (..., N) -> (..., F)."""
     normalize: Callable[[Tensor], Tensor] | None
@@ -59,9 +59,18 @@ def read_experts(experts: Any) -> ExpertWeights:
         up_bias=getattr(experts, f"{name}_bias") if has_bias else None,
         down=down,
         down_bias=experts.down_proj_bias if has_bias else None,
-        is_silu_gated=has_gate and _is_silu_gated(experts),
+        is_silu_gated=has_gate and not has_bias and _is_silu_gated(experts),
         activate=experts._apply_gate if has_gate else experts.act_fn,
         normalize=experts.post_expert_norm if has_norm else None,
+    )
+
+
+def runs_on_hopper() -> bool:
+    """Whether the GPU is one of NVIDIA's since Hopper: large shared memory, dependent launches."""
+    return (
+        torch.cuda.is_available()
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability() >= (9, 0)
     )
 
 

@@ -50,7 +50,10 @@ def mix_torch(
     if experts.normalize is not None:
         outputs_SH = experts.normalize(outputs_SH)
     weighted_SH = outputs_SH * weights_TK[token_S, slot_S].unsqueeze(-1)
-    return torch.zeros_like(hidden_TH).index_add_(0, token_S, weighted_SH.to(hidden_TH.dtype))
+    # Placed, then summed: on a GPU `index_add_` adds in another order each time.
+    weighted_TKH = weighted_SH.new_zeros(*kept_TK.shape, weighted_SH.shape[1])
+    weighted_TKH[token_S, slot_S] = weighted_SH
+    return weighted_TKH.sum(1).to(hidden_TH.dtype)
 
 
 def _gathered_linear(
