@@ -52,6 +52,7 @@ RULES = (
 KEPT = ("run.json", "quality.jsonl", "training.json", "log.txt")
 PACKAGED = 0
 """Seed of the packaged model, which isn't trained again."""
+MADE = ("bh_routing", "python", "torch", "transformers", "started_at")
 COLUMNS = (
     *("rule", "variant", "budget", "knob", "mean_experts", "delta_nll", "delta_nll_low"),
     *("delta_nll_high", "perplexity_ratio", "top_k_at_mean", "top_k_difference", "top_k_low"),
@@ -130,48 +131,95 @@ def read_seed(path: Path) -> dict[str, Any]:
         "seed": training["recipe"]["seed"],
         "model": run["model"]["fingerprint"],
         "machine": run["model"]["device_name"],
-        "provenance": run["provenance"],
+        "made": {name: run["provenance"][name] for name in MADE},
         "text": run["text"],
         "training": {name: training[name] for name in facts},
         "rows": [{name: asdict(row)[name] for name in COLUMNS} for row in tables.rows],
     }
 
 
-def render(results: dict[str, Any]) -> str:
-    """Render rules by budget, a column a seed, lowest loss of the first seed first."""
-    seeds = results["seeds"]
-    found = [{(r["budget"], r["variant"]): r for r in seed["rows"]} for seed in seeds]
+def at_budgets(seed: dict[str, Any]) -> dict[tuple[float, str], dict[str, Any]]:
+    """Rows of one seed at the budgets, by budget and variant."""
+    budgets = [float(budget) for budget in BUDGETS.split(",")]
+    rows = {(r["budget"], r["variant"] or r["rule"]): r for r in seed["rows"]}
+    return {at: row for at, row in rows.items() if at[0] in budgets}
+
+
+def by_loss(rows: dict[tuple[float, str], dict[str, Any]]) -> list[tuple[float, str]]:
+    """Larger budget first, then lowest loss."""
+    return sorted(rows, key=lambda at: (-at[0], rows[at]["delta_nll"] or math.inf))
+
+
+def render_first(seed: dict[str, Any]) -> str:
+    """Render one seed's rules against static top-k and top-p, each at the rule's own mean."""
+    rows = at_budgets(seed)
+    lines = [
+        "| budget | rule | mean experts | Δ perplexity, 95 % | saved | ΔNLL − static top-k's | "
+        "domains won |",
+        "|--:|:--|--:|--:|--:|--:|--:|",
+    ]
+    for budget, variant in by_loss(rows):
+        row = rows[budget, variant]
+        low, high = (100 * math.expm1(row[f"delta_nll_{end}"]) for end in ("low", "high"))
+        cells = [
+            f"{row['mean_experts']:.2f}",
+            f"{100 * (row['perplexity_ratio'] - 1):+.1f} % ({low:.1f} to {high:.1f})",
+            _saved(row),
+            _difference(row),
+            "–" if row["top_k_saved"] is None else f"{row['top_k_domains']} of {row['domains']}",
+        ]
+        lines.append(f"| {budget:g} | `{variant}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _saved(row: dict[str, Any]) -> str:
+    if row["top_k_saved"] is None:
+        return "–"
+    return f"{100 * row['top_k_saved']:.0f} %" if row["top_k_saved"] > 0 else "none"
+
+
+def _difference(row: dict[str, Any]) -> str:
+    if row["top_k_difference"] is None:
+        return "–"
+    difference, low, high = (row[f"top_k_{name}"] for name in ("difference", "low", "high"))
+    return f"{difference:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def render_all(seeds: Sequence[dict[str, Any]]) -> str:
+    """Render rules by budget, a column a seed, in the order of the first."""
+    found = [at_budgets(seed) for seed in seeds]
     names = [f"seed {seed['seed']}" for seed in seeds]
     lines = [
-        "Each cell: mean experts; Δ perplexity; how much of static top-k's at that mean is saved.",
-        "",
         f"| budget | rule | {' | '.join(names)} |",
         f"|--:|:--|{'--:|' * len(names)}",
     ]
-    for budget, variant in sorted(
-        found[0], key=lambda at: (-at[0], found[0][at]["delta_nll"] or math.inf)
-    ):
-        cells = [_cell(rows.get((budget, variant))) for rows in found]
-        lines.append(f"| {budget:g} | `{variant}` | {' | '.join(cells)} |")
-    lines += [
-        "",
-        *(
-            f"Seed {seed['seed']}: {seed['training']['tokens_seen'] / 1e6:.0f} million tokens of "
-            f"training, {seed['training']['heldout_nll']:.3f} nats a held-out token; swept on "
-            f"{seed['text']['tokens']:,} tokens, float32, {seed['machine']}.  "
-            for seed in seeds
-        ),
+    for at in by_loss(found[0]):
+        cells = [_cell(rows.get(at)) for rows in found]
+        lines.append(f"| {at[0]:g} | `{at[1]}` | {' | '.join(cells)} |")
+    facts = [
+        f"seed {seed['seed']}: {seed['training']['tokens_seen'] / 1e6:,.0f} million tokens of "
+        f"training, {seed['training']['heldout_nll']:.2f} nats a held-out token"
+        for seed in seeds
     ]
+    lines += ["", f"{'; '.join(facts)}."]
     return "\n".join(lines) + "\n"
 
 
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None or row["delta_nll"] is None:
         return "–"
-    cost = f"{row['mean_experts']:.2f}; {100 * (row['perplexity_ratio'] - 1):+.1f} %"
-    if row["top_k_saved"] is None:
-        return cost
-    return f"{cost}; {100 * row['top_k_saved']:.0f} %"
+    return f"{row['mean_experts']:.2f}; {100 * (row['perplexity_ratio'] - 1):+.1f} %; {_saved(row)}"
+
+
+def render(results: dict[str, Any]) -> str:
+    """Render both tables as Markdown."""
+    first = results["seeds"][0]
+    return (
+        f"The packaged model, {first['text']['tokens']:,} tokens, float32, {first['machine']}:\n\n"
+        f"{render_first(first)}\n"
+        "All seeds; each cell: mean experts, Δ perplexity, saved:\n\n"
+        f"{render_all(results['seeds'])}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
