@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-LINEAR_THEN_FULL: Final = ("linear_attention", "full_attention")
+_LINEAR_THEN_FULL: Final = ("linear_attention", "full_attention")
 
-SPECIAL: Final[Mapping[str, Mapping[str, Any]]] = {
-    "bailing_hybrid": {"layer_types": LINEAR_THEN_FULL},
-    "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
-        "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 16, "moe_top_k": 4},
-    },
+_SPECIAL: Final[Mapping[str, Mapping[str, Any]]] = {
+    "bailing_hybrid": {"layer_types": _LINEAR_THEN_FULL},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_v4": {
         # The second layer has a router; the first looks experts up by token.
         "mlp_layer_types": ("hash_moe", "moe"),
@@ -34,8 +31,8 @@ SPECIAL: Final[Mapping[str, Mapping[str, Any]]] = {
             "mrope_section": (1, 1, 2),
         }
     },
-    "glm5_next": {"layer_types": LINEAR_THEN_FULL, "qk_rope_head_dim": 0, "index_kpool": 4},
-    "granitemoehybrid": {"layer_types": LINEAR_THEN_FULL},
+    "glm5_next": {"layer_types": _LINEAR_THEN_FULL, "qk_rope_head_dim": 0, "index_kpool": 4},
+    "granitemoehybrid": {"layer_types": _LINEAR_THEN_FULL},
     "jamba": {
         "expert_layer_period": 1,
         "expert_layer_offset": 0,
@@ -43,7 +40,7 @@ SPECIAL: Final[Mapping[str, Mapping[str, Any]]] = {
         "attn_layer_offset": 1,
         "use_mamba_kernels": False,
     },
-    "kimi_linear": {"layer_types": LINEAR_THEN_FULL},
+    "kimi_linear": {"layer_types": _LINEAR_THEN_FULL},
     "lfm2_moe": {"layer_types": ("conv", "full_attention")},
     # Its sliding layers have twice as many.
     "mimo_v2_flash": {"num_key_value_heads": 2},
@@ -58,10 +55,10 @@ SPECIAL: Final[Mapping[str, Mapping[str, Any]]] = {
         },
     },
     "nemotron_h": {"layer_types": ("linear_attention", "moe", "full_attention", "moe")},
-    "qwen3_5_moe": {"layer_types": LINEAR_THEN_FULL},
-    "qwen3_next": {"layer_types": LINEAR_THEN_FULL},
+    "qwen3_5_moe": {"layer_types": _LINEAR_THEN_FULL},
+    "qwen3_next": {"layer_types": _LINEAR_THEN_FULL},
     "qwen4_exp": {
-        "layer_types": LINEAR_THEN_FULL,
+        "layer_types": _LINEAR_THEN_FULL,
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 16,
@@ -71,3 +68,11 @@ SPECIAL: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     "zaya": {"num_experts_per_tok": 1},
 }
+
+
+def special_fields(name: str, top_k: int) -> dict[str, Any]:
+    """Return the fields of one family's configuration that no other family shares."""
+    fields = dict(_SPECIAL.get(name, {}))
+    if name == "dbrx":
+        fields["ffn_config"] = {"ffn_hidden_size": 16, "moe_num_experts": 16, "moe_top_k": top_k}
+    return fields

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +15,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from tests.families.special import SPECIAL
+from tests.families.special import special_fields
 
 NUM_EXPERTS: Final = 16
 TOP_K: Final = 4
@@ -91,11 +92,6 @@ _SMALL: Final[dict[str, Any]] = {
     "n_routed_experts": NUM_EXPERTS,
     "moe_num_experts": NUM_EXPERTS,
     "zero_expert_num": 4,
-    "num_experts_per_tok": TOP_K,
-    "num_experts_per_token": TOP_K,
-    "moe_k": TOP_K,
-    "moe_topk": TOP_K,
-    "top_k_experts": TOP_K,
     "n_shared_experts": 1,
     "num_shared_experts": 1,
     "moe_num_shared_experts": 1,
@@ -109,6 +105,14 @@ _SMALL: Final[dict[str, Any]] = {
     "eos_token_id": 2,
 }
 """Wherever a configuration has a field of this name, a tiny model sets it to this."""
+
+_TOP_K_FIELDS: Final = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_k",
+    "moe_topk",
+    "top_k_experts",
+)
 
 _HEADS: Final = ("ForCausalLM", "TextModel", "ForTokenClassification")
 """Which class of a family is built: the first kind that there is."""
@@ -124,13 +128,19 @@ def left_out() -> tuple[str, ...]:
     return tuple(name for name in _folders_with_experts() if _model_class(name) is None)
 
 
-def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Build a random model of one family, the same on every call, in evaluation mode."""
+def tiny_model(name: str, dtype: torch.dtype = torch.float32, top_k: int = TOP_K) -> Any:
+    """Build a random model of one family, the same on every call, in evaluation mode.
+
+    Args:
+        name: one of `family_names`.
+        dtype: of the parameters that the family doesn't keep in float32.
+        top_k: experts a token, as the family's own configuration says it.
+    """
     model_class: Any = _model_class(name)
-    config = _tiny_config(model_class.config_class, SPECIAL.get(name, {}))
+    config = _tiny_config(model_class.config_class, top_k, special_fields(name, top_k))
     torch.manual_seed(_SEED)
     model = model_class(config)
-    _decide(model)
+    _decide(model, top_k)
     _cast(model, dtype)
     return model.eval().requires_grad_(False)
 
@@ -157,11 +167,11 @@ def _model_class(name: str) -> type[PreTrainedModel] | None:
     return None
 
 
-def _tiny_config(config_class: Any, special: Any) -> Any:
-    default = config_class()
-    known = {*default.to_dict(), *config_class.attribute_map}
-    values = {field: value for field, value in _SMALL.items() if field in known}
-    return config_class(**{k: _as_list(v) for k, v in {**values, **special}.items()})
+def _tiny_config(config_class: Any, top_k: int, special: Mapping[str, Any]) -> Any:
+    known = {*config_class().to_dict(), *config_class.attribute_map}
+    small = {**_SMALL, **dict.fromkeys(_TOP_K_FIELDS, top_k)}
+    values = {field: value for field, value in small.items() if field in known}
+    return config_class(**{field: _as_list(v) for field, v in {**values, **special}.items()})
 
 
 def _as_list(value: Any) -> Any:
@@ -169,7 +179,7 @@ def _as_list(value: Any) -> Any:
 
 
 @torch.no_grad()
-def _decide(model: nn.Module) -> None:
+def _decide(model: nn.Module, top_k: int) -> None:
     """Spread the router's scores, as training does; a random router scores all experts alike."""
     for block in model.modules():
         if isinstance(getattr(block, "experts", None), nn.Module) or hasattr(block, "router_gate"):
@@ -178,7 +188,7 @@ def _decide(model: nn.Module) -> None:
                     continue
                 if not tensor.is_floating_point():
                     # A table of experts for each token, all zeros until a checkpoint fills it.
-                    tensor.copy_(torch.rand(len(tensor), NUM_EXPERTS).argsort()[:, :TOP_K])
+                    tensor.copy_(torch.rand(len(tensor), NUM_EXPERTS).argsort()[:, :top_k])
                     continue
                 if tensor.ndim == 2 and {"gate", "router", "router_gate"} & set(name.split(".")):
                     nn.init.normal_(tensor, std=_ROUTER_STD)
