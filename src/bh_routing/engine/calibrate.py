@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from bh_routing.engine.contributions import SlotObserver
 from bh_routing.engine.texts import text_sha256
 from bh_routing.engine.windows import spread_tokens
 from bh_routing.errors import CalibrationError, InputError
-from bh_routing.models.discovery import Routers, RouterSite, find_routers, model_fingerprint
+from bh_routing.models.discovery import Routers, find_routers, model_fingerprint, text_config
+from bh_routing.models.sites import Callback, Proposal, RouterSite
 from bh_routing.nulls.base import RouterPass
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.catalog import get_null
@@ -57,22 +58,19 @@ def calibrate(
         for number, name in enumerate(tabled)
         for site in routers.sites
     }
-    context = int(getattr(model.config, "max_position_embeddings", None) or 2048)
+    context = int(getattr(text_config(model), "max_position_embeddings", None) or 2048)
     taken = spread_tokens([len(ids) for ids in documents], max_tokens)
     windows = [
         torch.tensor([ids[start : min(start + context, length)]])
         for ids, length in zip(documents, taken, strict=True)
         for start in range(0, length, context)
     ]
-    hooks = [
-        site.module.register_forward_hook(_reference_hook(site, tabled, reservoirs))
-        for site in routers.sites
-    ]
+    undo = [site.watch(_observe(site, tabled, reservoirs)) for site in routers.sites]
     try:
         contributions = _read(model, routers, windows, set(nulls), capacity, seed)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for take_out in undo:
+            take_out()
     return Calibration(
         tables={
             null: tuple(reservoirs[null, site.layer].table() for site in routers.sites)
@@ -91,23 +89,22 @@ def calibrate(
     )
 
 
-def _reference_hook(
+def _observe(
     site: RouterSite, nulls: Sequence[str], reservoirs: Mapping[tuple[str, int], Reservoir]
-) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(router: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        logits_TE, index_TK = output[0].detach(), output[2]
-        if not bool(torch.isfinite(logits_TE).all()):
+) -> Callback:
+    def observe(proposal: Proposal) -> None:
+        scores_TE = proposal.scores_TE.detach()
+        if not bool(torch.isfinite(scores_TE).all()):
             raise CalibrationError(
                 f"router {site.name} gave NaN or infinite logits on the calibration text; "
                 "the checkpoint is damaged or the dtype too narrow: try --no-fp16"
             )
-        hidden_TH = inputs[0].detach().reshape(len(logits_TE), -1)
-        gate_EH = getattr(router, "weight", None)
-        seen = RouterPass(logits_TE.float(), index_TK, hidden_TH, gate_EH)
+        hidden_TH = proposal.hidden_TH.detach()
+        seen = RouterPass(scores_TE, proposal.top_k_index_TK, hidden_TH, site.linear_gate())
         for null in nulls:
             reservoirs[null, site.layer].add(get_null(null).reference_of(seen))
 
-    return hook
+    return observe
 
 
 def _read(
