@@ -12,7 +12,8 @@ from bh_routing.engine.contributions import SlotObserver
 from bh_routing.engine.texts import text_sha256
 from bh_routing.engine.windows import spread_tokens
 from bh_routing.errors import CalibrationError, InputError
-from bh_routing.models.discovery import Routers, find_routers, model_fingerprint, text_config
+from bh_routing.models.discovery import Routers, find_routers, model_fingerprint
+from bh_routing.models.listen import text_config
 from bh_routing.models.sites import Callback, Proposal, RouterSite
 from bh_routing.nulls.base import RouterPass
 from bh_routing.nulls.calibration import Calibration

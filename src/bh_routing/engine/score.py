@@ -18,7 +18,8 @@ from torch import Tensor
 
 from bh_routing.engine.tally import DocumentTally
 from bh_routing.engine.windows import TokenizedDocument, Window, cut_windows, prefix_token
-from bh_routing.models.discovery import find_routers, text_config
+from bh_routing.models.discovery import find_routers
+from bh_routing.models.listen import text_config
 from bh_routing.models.routing import BoundRule, bind_rule, install
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.records import QualityRecord

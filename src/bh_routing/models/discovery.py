@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 from bh_routing.errors import ModelError
 from bh_routing.models.families import family_of
-from bh_routing.models.listen import listen_to_text
+from bh_routing.models.listen import listen_to_text, text_config
 from bh_routing.models.probe import establish
 from bh_routing.models.refusals import refuse_spread_and_quantised
 from bh_routing.models.sites import RouterSite
@@ -65,6 +65,7 @@ def find_routers(model: nn.Module) -> Routers:
         ModelError: the model has no router, is spread, quantised or of a family that isn't
             supported, or something about a router can't be established.
     """
+    model = uncompiled(model)
     known = _known.get(model)
     if known is not None and (model in ROUTED or _is_as_found(model, known)):
         return known
@@ -95,10 +96,10 @@ def find_routers(model: nn.Module) -> Routers:
     return routers
 
 
-def text_config(model: nn.Module) -> Any:
-    """Return the configuration of a model's text part; None if it has none."""
-    config = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` wrapped, or the module itself."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def model_type_of(model: nn.Module) -> str:
@@ -161,7 +162,7 @@ def model_fingerprint(model: nn.Module) -> str:
     checkpoint or a fine-tuned one never does. The same on every device; not on every dtype.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in sorted(uncompiled(model).named_parameters()):
         flat = parameter.detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLED_VALUES)
         values = flat[::step][:_SAMPLED_VALUES].float().cpu().contiguous()

@@ -165,9 +165,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def _read_text(model: Any) -> None:
-    config = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    vocabulary = int(getattr(text_config, "vocab_size", 0) or NUM_TOKENS)
+    vocabulary = int(getattr(text_config(model), "vocab_size", 0) or NUM_TOKENS)
     device = next(model.parameters()).device
     # Evenly spread, and clear of the first ids, which tend to be padding.
     ids = torch.linspace(vocabulary / 8, vocabulary * 5 / 8, NUM_TOKENS, device=device).long()[None]
@@ -177,6 +175,12 @@ def _read_text(model: Any) -> None:
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"a forward pass over text fails ({reason})") from error
+
+
+def text_config(model: nn.Module) -> Any:
+    """Return the configuration of a model's text part; None if it has none."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Establish by experiment how a router scores, selects and weighs; refuse what can't be established.
+"""Establish by experiment how a router scores, selects and weighs, or refuse it.
 
 The router is called on random hidden states, with one thing changed at a time: more slots, other
 hidden states, another value for each tensor that has one number an expert. What its weights and
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ from bh_routing.models.sites import (
     Routed,
     RouterFacts,
     Scoring,
-    as_routed,
 )
 
 _SPREAD: Final = 2.0
@@ -334,8 +333,9 @@ def _declared_groups(bench: _Bench, num_experts: int) -> Groups | None:
         chosen = getattr(owner, "topk_group", None)
         for name in _GROUP_NAMES:
             count = getattr(owner, name, None)
-            is_count = isinstance(count, int) and isinstance(chosen, int)
-            if is_count and count > chosen > 0 and num_experts % count == 0:
+            if not isinstance(count, int) or not isinstance(chosen, int):
+                continue
+            if count > chosen > 0 and num_experts % count == 0:
                 return Groups(count, chosen)
     return None
 

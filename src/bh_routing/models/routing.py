@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bh_routing.errors import CalibrationError, InputError, ModelError
-from bh_routing.models.discovery import ROUTED, Routers, find_routers, model_fingerprint
+from bh_routing.models.discovery import ROUTED, Routers, find_routers, model_fingerprint, uncompiled
 from bh_routing.models.experts import slot_output_norms
 from bh_routing.models.sites import Decision, Proposal, RouterSite
 from bh_routing.models.trace import ExpertTrace
@@ -99,6 +99,7 @@ def _check_site(site: RouterSite, rule: Rule) -> None:
 @contextmanager
 def install(model: nn.Module, bound: BoundRule) -> Iterator[ExpertTrace]:
     """Hook a bound rule into the model inside a `with` block, and yield a new trace."""
+    model = uncompiled(model)
     if model in ROUTED:
         raise ModelError("this model is already inside route(); leave that block first")
     routers = bound.routers
@@ -106,6 +107,9 @@ def install(model: nn.Module, bound: BoundRule) -> Iterator[ExpertTrace]:
     with ExitStack() as undo:
         ROUTED.add(model)
         undo.callback(ROUTED.discard, model)
+        # Compiled code looks for no new hook, and goes on running one that was taken out.
+        torch.compiler.reset()
+        undo.callback(torch.compiler.reset)
         for site, selector in zip(routers.sites, bound.selectors, strict=True):
             undo.callback(site.watch(_make_callback(site, bound, selector, trace)))
             if (widener := site.facts.widener) is not None:
@@ -191,7 +195,7 @@ def _make_callback(
             weights_TK = (weights_TK.float() * factor_T1).to(proposed_TK.dtype)
             if shared_TS is not None:
                 shared_TS = (shared_TS.float() * factor_T1).to(shared_TS.dtype)
-        trace.record(site.layer, index_TK, keep_TK)
+        index_TK = trace.record(site.layer, index_TK, keep_TK)
         index_TK, weights_TK = alias_dropped(index_TK, weights_TK, keep_TK)
         return Decision(index_TK, weights_TK, shared_TS)
 

@@ -197,8 +197,8 @@ class RouterSite(RouterPlace):
         def hook(_: nn.Module, inputs: tuple[Any, ...], __: Tensor) -> None:
             seen[0] = inputs[0]
 
-        def method(*arguments: Tensor) -> tuple[Tensor, ...]:
-            pair = original(*arguments)
+        def method(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+            pair: tuple[Tensor, Tensor] = original(*arguments)
             decided = self._ask(callback, seen[0], as_routed(arguments[-1], pair))
             if decided is None:
                 return pair
