@@ -7,6 +7,8 @@ from typing import Any, Final
 
 _LINEAR_THEN_FULL: Final = ("linear_attention", "full_attention")
 
+_IN_GROUPS: Final = {"topk_method": "group_limited_greedy"}
+
 _SPECIAL: Final[Mapping[str, Mapping[str, Any]]] = {
     "bailing_hybrid": {"layer_types": _LINEAR_THEN_FULL},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
@@ -15,6 +17,9 @@ _SPECIAL: Final[Mapping[str, Mapping[str, Any]]] = {
         "mlp_layer_types": ("hash_moe", "moe"),
         "layer_types": ("sliding_attention", "sliding_attention"),
     },
+    "deepseek_ocr2": _IN_GROUPS,
+    "deepseek_v2": _IN_GROUPS,
+    "diffusion_gemma": {"layer_types": ("sliding_attention", "full_attention")},
     "dots3_note": {"layer_types": ("full_attention", "full_attention")},
     "doge": {"is_moe": True},
     "ernie4_5_vl_moe": {
@@ -22,7 +27,10 @@ _SPECIAL: Final[Mapping[str, Mapping[str, Any]]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": (1, 1, 2)},
     },
     "flint": {"layer_types": ("sliding_attention", "full_attention")},
-    "gemma4": {"enable_moe_block": True},
+    "gemma4": {
+        "enable_moe_block": True,
+        "layer_types": ("sliding_attention", "full_attention"),
+    },
     "glm4v_moe": {
         "rope_parameters": {
             "rope_type": "default",
@@ -38,7 +46,6 @@ _SPECIAL: Final[Mapping[str, Mapping[str, Any]]] = {
         "expert_layer_offset": 0,
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
-        "use_mamba_kernels": False,
     },
     "kimi_linear": {"layer_types": _LINEAR_THEN_FULL},
     "lfm2_moe": {"layer_types": ("conv", "full_attention")},
@@ -66,6 +73,7 @@ _SPECIAL: Final[Mapping[str, Mapping[str, Any]]] = {
         "indexer_compress_ratio": 4,
         "hc_lowrank": 8,
     },
+    "unlimited_ocr": _IN_GROUPS,
     "zaya": {"num_experts_per_tok": 1},
 }
 
