@@ -5,7 +5,6 @@ A test fails when a listed family starts to work, or an unlisted one stops.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import pytest
@@ -13,10 +12,8 @@ import torch
 
 from bh_routing.errors import InputError, ModelError
 from tests.families import checks
-from tests.families.checks import IMPLEMENTATIONS, Subject, family_subject
+from tests.families.checks import IMPLEMENTATIONS, Check, family_subject
 from tests.families.zoo import family_names
-
-Check = Callable[[Subject], None]
 
 
 class Miss(NamedTuple):

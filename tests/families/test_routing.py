@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.families import checks
-from tests.families.checks import IMPLEMENTATIONS
-from tests.families.misses import LEAST, MISSES, REFUSED, Check, families_that_work, hold
+from tests.families.checks import IMPLEMENTATIONS, Check
+from tests.families.misses import LEAST, MISSES, REFUSED, families_that_work, hold
 from tests.families.zoo import family_names, left_out
 
 every_family = pytest.mark.parametrize("family", family_names())
