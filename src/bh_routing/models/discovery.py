@@ -81,7 +81,7 @@ def find_routers(model: nn.Module) -> Routers:
                 call.place.module,
                 call.place.block,
                 call.place.experts,
-                call.place.block_decides,
+                call.place.order,
                 layer,
                 establish(call, family),
             )
@@ -110,8 +110,8 @@ def model_type_of(model: nn.Module) -> str:
 def _agree(sites: tuple[RouterSite, ...]) -> Routers:
     if not sites:
         raise ModelError(
-            "it has no mixture-of-experts router that text passes; give a model that mixes "
-            "experts, for example --model demo"
+            "no mixture-of-experts router was found on the way of a text; give a model that mixes "
+            "experts, such as demo"
         )
     for what in ("num_experts", "top_k"):
         values = sorted({getattr(site.facts, what) for site in sites})

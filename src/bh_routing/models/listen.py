@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bh_routing.errors import ModelError
-from bh_routing.models.sites import BLOCK_METHOD, Routed, RouterPlace, as_routed
+from bh_routing.models.sites import BLOCK_METHOD, Order, Routed, RouterPlace, as_routed
 
 NUM_TOKENS: Final = 12
 
@@ -26,7 +26,6 @@ class Heard:
     place: RouterPlace
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
-    routed: Routed
     experts_see_input: bool
 
 
@@ -43,7 +42,7 @@ class _Block:
             if child is not self.experts
         ]
         self.calls: list[tuple[str, nn.Module, tuple[Any, ...], dict[str, Any], Any]] = []
-        self.decided: list[tuple[Tensor, Tensor]] = []
+        self.decided: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
         self.given: list[tuple[Any, ...]] = []
 
     def listen(self, order: list[_Block]) -> Iterator[Callable[[], None]]:
@@ -67,7 +66,7 @@ class _Block:
 
             def method(*arguments: Tensor) -> tuple[Tensor, Tensor]:
                 pair: tuple[Tensor, Tensor] = original(*arguments)
-                self.decided.append(pair)
+                self.decided.append((arguments[-1], pair))
                 return pair
 
             setattr(self.module, BLOCK_METHOD, method)
@@ -82,49 +81,30 @@ class _Block:
         if len(self.given) > 1:
             raise ModelError(f"{self.name} runs {len(self.given)} times in one forward pass")
         for name, child, arguments, keywords, output in self.calls:
-            routed = self._as_routed(output)
+            order, routed = self._answer(output)
             if routed is None or not arguments or not isinstance(arguments[0], Tensor):
                 continue
             given = [value for value in self.given[0] if isinstance(value, Tensor)]
             expected = (routed.index_TK, routed.weights_TK)
             if len(given) < 3 or not all(map(_equal, given[1:3], expected)):
                 raise ModelError(f"the experts of {self.name} aren't given the router's slots")
-            place = RouterPlace(
-                f"{self.name}.{name}" if self.name else name,
-                child,
-                self.module,
-                self.experts,
-                bool(self.decided),
-            )
+            full_name = f"{self.name}.{name}" if self.name else name
             hidden = arguments[0].reshape(-1, arguments[0].shape[-1])
             return Heard(
-                place=place,
+                place=RouterPlace(full_name, child, self.module, self.experts, order),
                 arguments=arguments,
                 keywords=keywords,
-                routed=routed,
                 experts_see_input=_equal(given[0].reshape(-1, given[0].shape[-1]), hidden),
             )
         raise ModelError(f"no module of {self.name} returns router logits, weights and indices")
 
-    def _as_routed(self, output: Any) -> Routed | None:
-        if self.decided:
-            is_logits = (
-                isinstance(output, Tensor) and output.shape[-1] >= self.decided[0][0].shape[1]
-            )
-            return as_routed(output, self.decided[0]) if is_logits else None
-        if not isinstance(output, tuple) or len(output) < 3:
-            return None
-        logits, weights, index, *rest = output
-        if not all(isinstance(part, Tensor) and part.ndim == 2 for part in output[:3]):
-            return None
-        is_router = (
-            weights.is_floating_point()
-            and index.dtype in (torch.int64, torch.int32)
-            and weights.shape == index.shape
-            and logits.shape[0] == index.shape[0]
-            and logits.shape[1] >= index.shape[1]
-        )
-        return Routed(logits, weights, index, tuple(rest)) if is_router else None
+    def _answer(self, output: Any) -> tuple[Order | None, Routed | None]:
+        if not self.decided:
+            order = Order.of(output)
+            return order, None if order is None else order.unpack(output)
+        logits, pair = self.decided[0]
+        is_logits = isinstance(output, Tensor) and _equal(output, logits)
+        return None, as_routed(logits, pair) if is_logits else None
 
 
 def listen_to_text(model: nn.Module) -> list[Heard]:

@@ -75,10 +75,9 @@ class _Bench:
         }
         with _exchanged(changes):
             output = self.place.module.forward(hidden, *rest, **keywords)
-            if self.place.block_decides:
+            if self.place.order is None:
                 return self.place.decide(hidden, output)
-        logits_TE, weights_TK, index_TK, *others = output
-        return Routed(logits_TE, weights_TK, index_TK, tuple(others))
+        return self.place.order.unpack(output)
 
     @contextmanager
     def with_top_k(self, widener: Held, top_k: int) -> Iterator[None]:
@@ -131,7 +130,7 @@ def _find_widener(bench: _Bench, top_k: int, num_experts: int) -> Held | None:
     """Find the number that is the router's top-k: one more there gives one slot more."""
     other = top_k + 1 if top_k < num_experts else top_k - 1
     place = bench.place
-    owners = [place.block, place.module] if place.block_decides else [place.module, place.block]
+    owners = [place.block, place.module] if place.order is None else [place.module, place.block]
     config = getattr(place.module, "config", None)
     for owner in (*owners, *([] if config is None else [config])):
         for name, value in list(vars(owner).items()):

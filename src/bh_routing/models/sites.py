@@ -1,8 +1,8 @@
 """One router of a model: what is known of it, and the one place where its proposal can be changed.
 
 Two shapes cover every family. In the usual one the router module itself returns (logits, weights,
-index, *rest); in the other it returns logits only and its block's `route_tokens_to_experts` turns
-them into weights and index (dbrx, and many families before transformers 5.18).
+index, *rest), the three in some order; in the other it returns logits only and its block's
+`route_tokens_to_experts` turns them into weights and index (dbrx, and more in older transformers).
 
 Axes: T tokens, E experts, K candidate slots, S shared experts, H hidden.
 """
@@ -129,12 +129,52 @@ Undo = Callable[[], None]
 
 
 class Routed(NamedTuple):
-    """A router's answer in the order that most families use."""
+    """A router's answer, whatever the order in which it came."""
 
     logits_TE: Tensor
     weights_TK: Tensor
     index_TK: Tensor
     rest: tuple[Any, ...] = ()
+
+
+class Order(NamedTuple):
+    """Where in a router's answer each part stands."""
+
+    logits_at: int
+    weights_at: int
+    index_at: int
+
+    @classmethod
+    def of(cls, output: Any) -> Order | None:
+        """Read the order off dtypes and shapes; None if this is no router's answer."""
+        if not isinstance(output, tuple) or len(output) < 3:
+            return None
+        parts = output[:3]
+        if not all(isinstance(part, Tensor) and part.ndim == 2 for part in parts):
+            return None
+        integers = [i for i, part in enumerate(parts) if part.dtype in (torch.int64, torch.int32)]
+        if len(integers) != 1 or len({part.shape[0] for part in parts}) != 1:
+            return None
+        index = integers[0]
+        # The usual order, with logits first, wins where the router proposes every expert.
+        first, second = (i for i in range(3) if i != index)
+        logits, weights = (
+            (first, second) if parts[second].shape == parts[index].shape else (second, first)
+        )
+        fits = parts[weights].shape == parts[index].shape
+        is_wide = parts[logits].shape[1] >= parts[index].shape[1]
+        return cls(logits, weights, index) if fits and is_wide else None
+
+    def unpack(self, output: tuple[Any, ...]) -> Routed:
+        """Bring a router's answer into our order."""
+        return Routed(
+            output[self.logits_at], output[self.weights_at], output[self.index_at], output[3:]
+        )
+
+    def pack(self, routed: Routed) -> tuple[Any, ...]:
+        """Bring an answer back into the router's order."""
+        parts = dict(zip(self, routed[:3], strict=True))
+        return (parts[0], parts[1], parts[2], *routed.rest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,8 +186,8 @@ class RouterPlace:
     block: nn.Module
     """Holds the router and the experts."""
     experts: nn.Module
-    block_decides: bool
-    """Whether the block's own method turns logits into weights and index."""
+    order: Order | None
+    """None where the block's own method turns logits into weights and index."""
 
     def decide(self, hidden: Tensor, logits_TE: Tensor) -> Routed:
         """Run the block's method on logits, past whatever is installed."""
@@ -170,14 +210,12 @@ class RouterSite(RouterPlace):
         Returns:
             A function that takes the hook out again.
         """
-        if self.block_decides:
+        if (order := self.order) is None:
             return self._watch_block(callback)
 
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> Any:
-            logits_TE, weights_TK, index_TK, *rest = output
-            routed = Routed(logits_TE, weights_TK, index_TK, tuple(rest))
-            decided = self._ask(callback, inputs[0], routed)
-            return None if decided is None else (logits_TE, *decided[1:3], *decided.rest)
+            decided = self._ask(callback, inputs[0], order.unpack(output))
+            return None if decided is None else order.pack(decided)
 
         return self.module.register_forward_hook(hook).remove
 
