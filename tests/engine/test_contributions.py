@@ -14,7 +14,6 @@ from bh_routing.engine.contributions import SlotObserver
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.errors import CalibrationError
 from bh_routing.models import find_routers, route
-from bh_routing.models.experts import experts_of
 from bh_routing.models.load import LoadedModel
 from bh_routing.nulls import Calibration
 from bh_routing.rules import BenjaminiHochbergDrop, ContributionThreshold, OracleContribution
@@ -37,7 +36,7 @@ def test_a_slots_norm_is_that_of_its_expert_run_by_hand(demo: LoadedModel, ids: 
     routers = find_routers(demo.model)
     observer = SlotObserver(demo.model, routers, by_loss=False)
     seen: list[tuple[Tensor, ...]] = []
-    experts = experts_of(demo.model, routers.sites[2])
+    experts = routers.sites[2].experts
     handle = experts.register_forward_hook(lambda _, inputs, __: seen.append(inputs))
     try:
         norms_TK = observer.read(ids)[2].norms

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bh_routing.engine.contributions import SlotObserver, join_windows, summarize
 from bh_routing.engine.texts import text_sha256
 from bh_routing.engine.windows import spread_tokens
 from bh_routing.errors import CalibrationError, InputError
-from bh_routing.models.discovery import Routers, RouterSite, find_routers, model_fingerprint
+from bh_routing.models.discovery import Routers, find_routers, model_fingerprint
+from bh_routing.models.listen import text_config
+from bh_routing.models.sites import Callback, Proposal, RouterSite
 from bh_routing.nulls.base import ReferenceTable, RouterPass
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.catalog import get_null
@@ -61,20 +63,19 @@ def calibrate(
     taken = spread_tokens([len(ids) for ids in documents], max_tokens)
     windows = _windows(model, documents, taken)
     logits = {
-        site.layer: Reservoir(OBSERVED_TOKENS, (seed, len(tabled), site.layer), routers.num_experts)
-        for site in routers.sites
-    }
-    hooks = [
-        site.module.register_forward_hook(
-            _reference_hook(site, tabled, reservoirs, logits[site.layer])
+        site.layer: Reservoir(
+            OBSERVED_TOKENS, (seed, len(tabled), site.layer), site.facts.num_experts
         )
         for site in routers.sites
+    }
+    undo = [
+        site.watch(_observe(site, tabled, reservoirs, logits[site.layer])) for site in routers.sites
     ]
     try:
         contributions = _read(model, routers, windows, set(nulls), capacity, seed)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for take_out in undo:
+            take_out()
     return Calibration(
         tables={
             null: tuple(_table(null, reservoirs[null, site.layer]) for site in routers.sites)
@@ -99,7 +100,7 @@ def calibrate(
 
 def _windows(model: Any, documents: Sequence[list[int]], taken: Sequence[int]) -> list[Tensor]:
     """Cut the start of each document into windows that fit the model's context."""
-    context = int(getattr(model.config, "max_position_embeddings", None) or 2048)
+    context = int(getattr(text_config(model), "max_position_embeddings", None) or 2048)
     return [
         torch.tensor([ids[start : min(start + context, length)]])
         for ids, length in zip(documents, taken, strict=True)
@@ -119,27 +120,26 @@ def _table(null: str, reservoir: Reservoir) -> ReferenceTable:
     return reservoir.table()
 
 
-def _reference_hook(
+def _observe(
     site: RouterSite,
     nulls: Sequence[str],
     reservoirs: Mapping[tuple[str, int], Reservoir],
     logits: Reservoir,
-) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(router: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        logits_TE, index_TK = output[0].detach(), output[2]
-        if not bool(torch.isfinite(logits_TE).all()):
+) -> Callback:
+    def observe(proposal: Proposal) -> None:
+        scores_TE = proposal.scores_TE.detach()
+        if not bool(torch.isfinite(scores_TE).all()):
             raise CalibrationError(
                 f"router {site.name} gave NaN or infinite logits on the calibration text; "
                 "the checkpoint is damaged or the dtype too narrow: try --no-fp16"
             )
-        hidden_TH = inputs[0].detach().reshape(len(logits_TE), -1)
-        gate_EH = getattr(router, "weight", None)
-        seen = RouterPass(logits_TE.float(), index_TK, hidden_TH, gate_EH)
-        logits.add(seen.router_logits_TE)
+        hidden_TH = proposal.hidden_TH.detach()
+        seen = RouterPass(scores_TE, proposal.top_k_index_TK, hidden_TH, site.linear_gate())
+        logits.add(scores_TE)
         for null in nulls:
             reservoirs[null, site.layer].add(get_null(null).reference_of(seen))
 
-    return hook
+    return observe
 
 
 def _read(

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from bh_routing.errors import CalibrationError
-from bh_routing.models.discovery import Routers, RouterSite
-from bh_routing.models.experts import decoder_layer_of, experts_of, slot_output_norms
+from bh_routing.models.discovery import Routers
+from bh_routing.models.experts import decoder_layer_of, slot_output_norms
+from bh_routing.models.sites import Callback, Decision, Proposal, RouterSite
 from bh_routing.nulls.base import ReferenceTable
 from bh_routing.nulls.contributions import Contributions, Definition, Statistic
 
@@ -52,15 +53,15 @@ class SlotObserver:
         self._residuals: dict[int, Tensor] = {}
         self._undo = ExitStack()
         for site in routers.sites:
-            experts = experts_of(model, site)
             layer = decoder_layer_of(model, site)
             hooks = (
-                site.module.register_forward_hook(self._on_router(site)),
-                experts.register_forward_hook(self._on_experts(site)),
+                site.experts.register_forward_hook(self._on_experts(site)),
                 layer.register_forward_hook(self._on_layer(site)),
             )
             for hook in hooks:
                 self._undo.callback(hook.remove)
+            if by_loss:
+                self._undo.callback(site.watch(self._on_router(site)))
 
     def close(self) -> None:
         """Take every hook out again."""
@@ -113,21 +114,22 @@ class SlotObserver:
         self._residuals.clear()
         return taken
 
-    def _on_router(self, site: RouterSite) -> Callable[..., Any]:
-        def hook(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> Any:
-            logits_TE, weights_TK, *rest = output
-            if not self._by_loss:
-                return None
+    def _on_router(self, site: RouterSite) -> Callback:
+        def switch(proposal: Proposal) -> Decision:
+            weights_TK = proposal.top_k_weights_TK
             # d loss / d switch at 1 is w * d loss / d w: what leaving the slot out changes.
             switch_TK = torch.ones_like(weights_TK, requires_grad=True)
             self._switches[site.layer] = switch_TK
-            return (logits_TE, weights_TK * switch_TK, *rest)
+            return Decision(
+                proposal.top_k_index_TK, weights_TK * switch_TK, proposal.shared_weights_TS
+            )
 
-        return hook
+        return switch
 
     def _on_experts(self, site: RouterSite) -> Callable[..., None]:
         def hook(experts: nn.Module, inputs: tuple[Tensor, ...], _: Any) -> None:
-            hidden_TH, index_TK, weights_TK = (tensor.detach() for tensor in inputs)
+            hidden, index_TK, weights_TK = (tensor.detach() for tensor in inputs[:3])
+            hidden_TH = hidden.reshape(len(index_TK), -1)
             norms_TK = slot_output_norms(experts, hidden_TH, index_TK, weights_TK.dtype)
             self._open[site.layer] = (index_TK, weights_TK, norms_TK)
 
@@ -136,8 +138,11 @@ class SlotObserver:
     def _on_layer(self, site: RouterSite) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             stream = output if isinstance(output, Tensor) else output[0]
-            norms = stream.detach().float().norm(dim=-1)
-            self._residuals[site.layer] = norms.flatten()
+            # A stream of several lanes has one more axis; its norm is that of all lanes.
+            num_tokens = stream.shape[0] * stream.shape[1]
+            self._residuals[site.layer] = (
+                stream.detach().float().reshape(num_tokens, -1).norm(dim=-1)
+            )
 
         return hook
 

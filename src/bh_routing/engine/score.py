@@ -19,6 +19,7 @@ from torch import Tensor
 from bh_routing.engine.tally import DocumentTally
 from bh_routing.engine.windows import TokenizedDocument, Window, cut_windows, prefix_token
 from bh_routing.models.discovery import find_routers
+from bh_routing.models.listen import text_config
 from bh_routing.models.routing import BoundRule, bind_rule, install
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.records import QualityRecord
@@ -104,7 +105,7 @@ def score(
             for name in rules
         }
         windows = list(cut_windows(group, prefix, window, stride))
-        for batch in _batches(windows, model.config.vocab_size, model):
+        for batch in _batches(windows, text_config(model).vocab_size, model):
             baseline = _forward(model, own, batch)
             top_k = _predictions(baseline.logits_PV, batch)
             for name, rule in bound.items():

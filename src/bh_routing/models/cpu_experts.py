@@ -9,6 +9,7 @@ Axes: T tokens, K slots, S kept slots, H hidden, F expert hidden.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Final
 
 import torch
@@ -58,14 +59,15 @@ def cpu_experts_forward(
 def _is_plain(experts: Any) -> bool:
     # Not every version of transformers that we support knows every one of these.
     return bool(
-        getattr(experts, "has_gate", True)
+        getattr(experts, "has_gate", False)
         and not getattr(experts, "has_bias", False)
         and not getattr(experts, "is_transposed", False)
         and not getattr(experts, "has_post_expert_norm", False)
     )
 
 
-def use_cpu_experts(model: Any) -> None:
-    """Let a model on a CPU run its experts this way."""
-    ALL_EXPERTS_FUNCTIONS.register(NAME, cpu_experts_forward)
-    model.set_experts_implementation(NAME)
+def use_cpu_experts(model: Any, experts: Iterable[Any]) -> None:
+    """Let a model on a CPU run its experts this way, if all of them are laid out plainly."""
+    if all(_is_plain(module) for module in experts):
+        ALL_EXPERTS_FUNCTIONS.register(NAME, cpu_experts_forward)
+        model.set_experts_implementation(NAME)

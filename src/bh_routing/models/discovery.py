@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Final
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
 
 from bh_routing.errors import ModelError
-from bh_routing.models.families import Family, family_of
+from bh_routing.models.families import family_of
+from bh_routing.models.listen import listen_to_text, text_config
+from bh_routing.models.probe import establish
+from bh_routing.models.refusals import refuse_spread_and_quantised
+from bh_routing.models.sites import RouterSite
 
 _SAMPLED_VALUES = 256
 
+ROUTED: Final[WeakSet[nn.Module]] = WeakSet()
+"""Models inside `route` now."""
 
-@dataclass(frozen=True, slots=True)
-class RouterSite:
-    """One mixture-of-experts layer's router."""
-
-    name: str
-    module: nn.Module
-    layer: int
-    """0 for the first layer that has a router, counting only such layers."""
+_known: Final[WeakKeyDictionary[nn.Module, Routers]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,9 +30,13 @@ class Routers:
     """All routers of a model; they share one number of experts and one top-k."""
 
     sites: tuple[RouterSite, ...]
-    family: Family
     num_experts: int
     model_top_k: int
+
+    @property
+    def most_slots(self) -> int:
+        """How many slots every router can be asked for."""
+        return min(site.facts.most_slots for site in self.sites)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,33 +57,82 @@ class ModelFacts:
 
 
 def find_routers(model: nn.Module) -> Routers:
-    """Find every router by structure: a block with `.experts` and a `.gate` or `.router`.
+    """Find every router that text passes, and establish what it does.
+
+    The first call reads a short text and experiments with each router; later calls remember.
 
     Raises:
-        ModelError: the model has no router, or its family isn't supported.
+        ModelError: the model has no router, is spread, quantised or of a family that isn't
+            supported, or something about a router can't be established.
     """
-    model_type = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
-    sites: list[RouterSite] = []
-    for name, block in model.named_modules():
-        for attribute in ("gate", "router"):
-            router = getattr(block, attribute, None)
-            if isinstance(getattr(block, "experts", None), nn.Module) and isinstance(
-                router, nn.Module
-            ):
-                sites.append(RouterSite(f"{name}.{attribute}", router, len(sites)))
+    model = uncompiled(model)
+    known = _known.get(model)
+    if known is not None and (model in ROUTED or _is_as_found(model, known)):
+        return known
+    _known.pop(model, None)
+    model_type = model_type_of(model)
+    family = family_of(model_type)
+    refuse_spread_and_quantised(model)
+    try:
+        heard = listen_to_text(model)
+        sites = tuple(
+            RouterSite(
+                call.place.name,
+                call.place.module,
+                call.place.block,
+                call.place.experts,
+                call.place.order,
+                layer,
+                establish(call, family),
+            )
+            for layer, call in enumerate(heard)
+        )
+        routers = _agree(sites)
+    except ModelError as error:
+        raise ModelError(
+            f"model type {model_type!r} can't be routed: {error}; see: bh-routing models"
+        ) from error
+    _known[model] = routers
+    return routers
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` wrapped, or the module itself."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def model_type_of(model: nn.Module) -> str:
+    """Return the name of the model's family."""
+    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+
+
+def _agree(sites: tuple[RouterSite, ...]) -> Routers:
     if not sites:
         raise ModelError(
-            f"model type {model_type!r} has no mixture-of-experts router; give a model that "
-            "mixes experts, for example --model demo"
+            "no mixture-of-experts router was found on the way of a text; give a model that mixes "
+            "experts, such as demo"
         )
-    family = family_of(model_type)
-    first = sites[0].module
+    for what in ("num_experts", "top_k"):
+        values = sorted({getattr(site.facts, what) for site in sites})
+        if len(values) > 1:
+            raise ModelError(f"its layers differ in {what} ({', '.join(map(str, values))})")
     return Routers(
-        sites=tuple(sites),
-        family=family,
-        num_experts=int(getattr(first, "num_experts")),  # noqa: B009  # typed as Tensor | Module
-        model_top_k=int(getattr(first, family.top_k_attribute)),
+        sites=sites, num_experts=sites[0].facts.num_experts, model_top_k=sites[0].facts.top_k
     )
+
+
+def _is_as_found(model: nn.Module, routers: Routers) -> bool:
+    """Whether nobody has exchanged a router, or set its top-k, since it was probed."""
+    for site in routers.sites:
+        try:
+            is_same = model.get_submodule(site.name) is site.module
+        except AttributeError:
+            return False
+        widener = site.facts.widener
+        if not is_same or (widener is not None and widener.get() != site.facts.top_k):
+            return False
+    return True
 
 
 def describe_model(model: nn.Module) -> ModelFacts:
@@ -86,7 +140,7 @@ def describe_model(model: nn.Module) -> ModelFacts:
     routers = find_routers(model)
     parameter = next(model.parameters())
     config = getattr(model, "config", None)
-    context = getattr(config, "max_position_embeddings", None)
+    context = getattr(text_config(model), "max_position_embeddings", None)
     return ModelFacts(
         model_type=str(getattr(config, "model_type", "")),
         num_layers=len(routers.sites),
@@ -108,7 +162,7 @@ def model_fingerprint(model: nn.Module) -> str:
     checkpoint or a fine-tuned one never does. The same on every device; not on every dtype.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in sorted(uncompiled(model).named_parameters()):
         flat = parameter.detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLED_VALUES)
         values = flat[::step][:_SAMPLED_VALUES].float().cpu().contiguous()

@@ -8,17 +8,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bh_routing.models.discovery import RouterSite
-
-
-def experts_of(model: nn.Module, site: RouterSite) -> nn.Module:
-    """Return the experts of the router's block."""
-    return model.get_submodule(f"{site.name.rpartition('.')[0]}.experts")
+from bh_routing.errors import ModelError
+from bh_routing.models.sites import RouterSite
 
 
 def decoder_layer_of(model: nn.Module, site: RouterSite) -> nn.Module:
-    """Return the module that holds the router's block: its output is the residual stream."""
-    return model.get_submodule(site.name.rsplit(".", 2)[0])
+    """Return the decoder layer of a router: the nearest module around it that is one of a list.
+
+    Its output is the residual stream.
+
+    Raises:
+        ModelError: no module around the router is one of a list.
+    """
+    parts = site.name.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        if parts[length - 1].isdecimal():
+            return model.get_submodule(".".join(parts[:length]))
+    raise ModelError(
+        f"router {site.name} is in no list of layers, so there is no residual stream to compare "
+        "with; choose a null other than 'needed'"
+    )
 
 
 @torch.no_grad()

@@ -79,9 +79,9 @@ def load_model(name: str, *, device: DeviceName = "auto", dtype: DtypeName = "au
         )
     model.to(target)
     model.eval().requires_grad_(False)
+    routers = find_routers(model)
     if target.type == "cpu":
-        use_cpu_experts(model)
-    find_routers(model)
+        use_cpu_experts(model, [site.experts for site in routers.sites])
     return LoadedModel(model, tokenizer)
 
 

@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from bh_routing.errors import CalibrationError, InputError, ModelError
-from bh_routing.models.discovery import Routers, RouterSite, find_routers, model_fingerprint
-from bh_routing.models.experts import experts_of, slot_output_norms
+from bh_routing.models.discovery import ROUTED, Routers, find_routers, model_fingerprint, uncompiled
+from bh_routing.models.experts import slot_output_norms
+from bh_routing.models.sites import Decision, Proposal, RouterSite
 from bh_routing.models.trace import ExpertTrace
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.contributions import NEEDED
 from bh_routing.rules.base import Candidates, LayerContext, Rule, Selector
 from bh_routing.rules.weights import alias_dropped, kept_weights
-
-_routed: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,34 +65,57 @@ def bind_rule(model: nn.Module, rule: Rule, calibration: Calibration | None = No
     """
     routers = find_routers(model)
     rule.check(num_experts=routers.num_experts, model_top_k=routers.model_top_k)
-    if rule.temperature != 1.0 and routers.family.scoring != "softmax":
-        raise InputError(
-            f"temperature {rule.temperature} needs a router that scores by softmax, this model's "
-            f"scores by {routers.family.scoring}; use temperature 1.0"
-        )
+    for site in routers.sites:
+        _check_site(site, rule)
     check_calibration(model, routers, rule, calibration)
     selectors = tuple(_bind_layer(site, routers, rule, calibration) for site in routers.sites)
     return BoundRule(rule=rule, routers=routers, selectors=selectors)
 
 
+def _check_site(site: RouterSite, rule: Rule) -> None:
+    """Raise InputError if what `rule` asks for doesn't go with this router."""
+    facts = site.facts
+    if rule.temperature != 1.0 and not facts.takes_temperature:
+        raise InputError(
+            f"temperature {rule.temperature} needs a router that weighs and selects by the softmax "
+            f"of its logits alone, and {site.name} doesn't; use temperature 1.0"
+        )
+    num_slots = rule.num_candidates(facts.top_k)
+    if num_slots > facts.most_slots:
+        reason = facts.why_not_wider
+        if facts.groups is not None and not reason:
+            reason = f"{facts.groups.num_chosen} of {facts.groups.num_groups} groups hold no more"
+        raise InputError(
+            f"rule {rule.method!r} asks for {num_slots} experts a token, {site.name} can propose "
+            f"at most {facts.most_slots} ({reason}); ask for no more than that"
+        )
+    if rule.needs_output_norms and not facts.experts_see_input:
+        raise InputError(
+            f"rule {rule.method!r} runs the experts on the router's input, and those of "
+            f"{site.name} are given something else; choose another rule"
+        )
+
+
 @contextmanager
 def install(model: nn.Module, bound: BoundRule) -> Iterator[ExpertTrace]:
     """Hook a bound rule into the model inside a `with` block, and yield a new trace."""
-    if model in _routed:
+    model = uncompiled(model)
+    if model in ROUTED:
         raise ModelError("this model is already inside route(); leave that block first")
     routers = bound.routers
     trace = ExpertTrace(len(routers.sites), routers.num_experts)
-    num_candidates = bound.rule.num_candidates(routers.model_top_k)
-    attribute = routers.family.top_k_attribute
     with ExitStack() as undo:
-        _routed.add(model)
-        undo.callback(_routed.discard, model)
+        ROUTED.add(model)
+        undo.callback(ROUTED.discard, model)
+        # Compiled code looks for no new hook, and goes on running one that was taken out.
+        torch.compiler.reset()
+        undo.callback(torch.compiler.reset)
         for site, selector in zip(routers.sites, bound.selectors, strict=True):
-            experts = experts_of(model, site) if bound.rule.needs_output_norms else None
-            hook = _make_hook(site, bound, selector, trace, experts)
-            undo.callback(site.module.register_forward_hook(hook).remove)
-            undo.callback(setattr, site.module, attribute, getattr(site.module, attribute))
-            setattr(site.module, attribute, num_candidates)
+            undo.callback(site.watch(_make_callback(site, bound, selector, trace)))
+            if (widener := site.facts.widener) is not None:
+                undo.callback(setattr, widener.owner, widener.name, widener.get())
+                num_slots = bound.rule.num_candidates(site.facts.top_k)
+                setattr(widener.owner, widener.name, num_slots)
         yield trace
 
 
@@ -134,8 +154,8 @@ def _bind_layer(
     return rule.bind(
         LayerContext(
             layer=site.layer,
-            num_experts=routers.num_experts,
-            model_top_k=routers.model_top_k,
+            num_experts=site.facts.num_experts,
+            model_top_k=site.facts.top_k,
             device=device,
             table=table,
             contributions=contributions,
@@ -144,39 +164,50 @@ def _bind_layer(
     )
 
 
-def _make_hook(
-    site: RouterSite,
-    bound: BoundRule,
-    select: Selector,
-    trace: ExpertTrace,
-    experts: nn.Module | None,
-) -> Callable[[nn.Module, Any, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    rule = bound.rule
-    normalises = bound.routers.family.normalises(site.module)
-    model_top_k = bound.routers.model_top_k
+def _make_callback(
+    site: RouterSite, bound: BoundRule, select: Selector, trace: ExpertTrace
+) -> Callable[[Proposal], Decision]:
+    rule, facts = bound.rule, site.facts
+    # Where the sum that is normalised isn't the slots' own, the factor is taken below.
+    has_own_sum = facts.has_gains or facts.shares_with > 0
 
     @torch.no_grad()
-    def hook(_: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        router_logits_TE, top_k_weights_TK, top_k_index_TK, *rest = output
-        candidates = Candidates(router_logits_TE.float(), top_k_index_TK, top_k_weights_TK)
-        if experts is not None:
-            hidden_TH = inputs[0].reshape(-1, inputs[0].shape[-1])
-            norms_TK = slot_output_norms(experts, hidden_TH, top_k_index_TK, top_k_weights_TK.dtype)
+    def decide(proposal: Proposal) -> Decision:
+        hidden_TH, scores_TE, index_TK, proposed_TK, masses_TK, shared_TS = proposal
+        candidates = Candidates(scores_TE, index_TK, proposed_TK)
+        if rule.needs_output_norms:
+            norms_TK = slot_output_norms(site.experts, hidden_TH, index_TK, proposed_TK.dtype)
             candidates = candidates._replace(output_norms_TK=norms_TK)
         keep_TK = select(candidates)
         weights_TK = kept_weights(
-            top_k_weights_TK,
+            proposed_TK,
             keep_TK,
             convention=rule.weights,
-            normalises=normalises,
+            normalises=facts.normalises and not has_own_sum,
             temperature=rule.temperature,
-            router_logits_TE=candidates.router_logits_TE,
-            top_k_index_TK=top_k_index_TK,
-            model_top_k=model_top_k,
+            router_logits_TE=scores_TE,
+            top_k_index_TK=index_TK,
+            model_top_k=facts.top_k,
             temperature_weights=rule.temperature_weights,
         )
-        trace.record(site.layer, top_k_index_TK, keep_TK)
-        index_TK, weights_TK = alias_dropped(top_k_index_TK, weights_TK, keep_TK)
-        return (router_logits_TE, weights_TK, index_TK, *rest)
+        if has_own_sum and facts.normalises and rule.weights == "model":
+            factor_T1 = _sum_ratio(masses_TK, keep_TK, shared_TS)
+            weights_TK = (weights_TK.float() * factor_T1).to(proposed_TK.dtype)
+            if shared_TS is not None:
+                shared_TS = (shared_TS.float() * factor_T1).to(shared_TS.dtype)
+        index_TK = trace.record(site.layer, index_TK, keep_TK)
+        index_TK, weights_TK = alias_dropped(index_TK, weights_TK, keep_TK)
+        return Decision(index_TK, weights_TK, shared_TS)
 
-    return hook
+    return decide
+
+
+def _sum_ratio(masses_TK: Tensor, keep_TK: Tensor, shared_TS: Tensor | None) -> Tensor:
+    """All masses over the kept ones, shared experts' counted in both: shape (T, 1)."""
+    masses_TK = masses_TK.float()
+    all_T1 = masses_TK.sum(-1, keepdim=True)
+    kept_T1 = torch.where(keep_TK, masses_TK, 0.0).sum(-1, keepdim=True)
+    if shared_TS is not None:
+        shared_T1 = shared_TS.float().sum(-1, keepdim=True)
+        return (all_T1 + shared_T1) / (kept_T1 + shared_T1)
+    return all_T1 / kept_T1

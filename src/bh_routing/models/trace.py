@@ -5,12 +5,18 @@ Axes: F forward calls, T tokens, L layers, K candidate slots, E experts.
 
 from __future__ import annotations
 
+import itertools
 from functools import cached_property
+from typing import Final
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 DROPPED = -1
+
+_numbers: Final = itertools.count()
+_traces: Final[WeakValueDictionary[int, ExpertTrace]] = WeakValueDictionary()
 
 
 class ExpertTrace:
@@ -23,12 +29,23 @@ class ExpertTrace:
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self.num_experts = num_experts
+        self._number = next(_numbers)
+        _traces[self._number] = self
         self._kept_index: list[list[Tensor]] = [[] for _ in range(num_layers)]
 
-    def record(self, layer: int, top_k_index_TK: Tensor, keep_TK: Tensor) -> None:
-        """Add one forward call of one layer."""
-        kept = torch.where(keep_TK, top_k_index_TK, DROPPED)
-        self._kept_index[layer].append(kept.to(torch.int16))
+    def record(self, layer: int, top_k_index_TK: Tensor, keep_TK: Tensor) -> Tensor:
+        """Add one forward call of one layer.
+
+        Returns:
+            The index to go on with. In a compiled model recording is an operation of the graph,
+            which runs in every call because the experts wait for what it returns.
+        """
+        kept_TK = torch.where(keep_TK, top_k_index_TK, DROPPED).to(torch.int16)
+        if torch.compiler.is_compiling():
+            index_TK: Tensor = _record(top_k_index_TK, kept_TK, self._number, layer)
+            return index_TK
+        self._kept_index[layer].append(kept_TK)
+        return top_k_index_TK
 
     def clear(self) -> None:
         """Forget everything recorded so far."""
@@ -65,3 +82,17 @@ def count_experts(kept_index_TLK: Tensor, num_experts: int) -> Tensor:
     layers_L = torch.arange(num_layers)[None, :, None]
     flat = (kept_index_TLK.long() + layers_L * num_experts)[kept_index_TLK != DROPPED]
     return torch.bincount(flat, minlength=num_layers * num_experts).view(num_layers, num_experts)
+
+
+# A CUDA graph would replay without us: inductor leaves such an operation out of it.
+@torch.library.custom_op("bh_routing::record", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _record(index_TK: Tensor, kept_TK: Tensor, number: int, layer: int) -> Tensor:
+    trace = _traces.get(number)
+    if trace is not None:
+        trace._kept_index[layer].append(kept_TK.clone())
+    return index_TK.clone()
+
+
+@_record.register_fake
+def _(index_TK: Tensor, kept_TK: Tensor, number: int, layer: int) -> Tensor:
+    return torch.empty_like(index_TK)

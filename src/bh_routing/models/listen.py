@@ -1,0 +1,167 @@
+"""Find the routers that a text goes through: one short forward pass, listening at every block.
+
+Axes: T tokens, E experts, K slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from bh_routing.errors import ModelError
+from bh_routing.models.sites import BLOCK_METHOD, Order, Routed, RouterPlace, as_routed
+
+NUM_TOKENS: Final = 12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Heard:
+    """One router's call in the pass, as it was made."""
+
+    place: RouterPlace
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    experts_see_input: bool
+
+
+class _Block:
+    """What passes through one block with experts; `router` is None until a child answers."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name = name
+        self.module = module
+        self.experts: nn.Module = getattr(module, "experts")  # noqa: B009  # Tensor | Module
+        self.children = [
+            (child_name, child)
+            for child_name, child in module.named_children()
+            if child is not self.experts
+        ]
+        self.calls: list[tuple[str, nn.Module, tuple[Any, ...], dict[str, Any], Any]] = []
+        self.decided: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+        self.given: list[tuple[Any, ...]] = []
+
+    def listen(self, order: list[_Block]) -> Iterator[Callable[[], None]]:
+        """Hook everything, and yield what takes each hook out again."""
+
+        def on_child(name: str) -> Callable[..., None]:
+            def hook(child: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                self.calls.append((name, child, args, kwargs, output))
+
+            return hook
+
+        def on_experts(_: nn.Module, args: Any, kwargs: Any) -> None:
+            self.given.append((*args, *kwargs.values()))
+            order.append(self)
+
+        for name, child in self.children:
+            yield child.register_forward_hook(on_child(name), with_kwargs=True).remove
+        yield self.experts.register_forward_pre_hook(on_experts, with_kwargs=True).remove
+        if hasattr(type(self.module), BLOCK_METHOD):
+            original = getattr(self.module, BLOCK_METHOD)
+
+            def method(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+                pair: tuple[Tensor, Tensor] = original(*arguments)
+                self.decided.append((arguments[-1], pair))
+                return pair
+
+            setattr(self.module, BLOCK_METHOD, method)
+            yield lambda: delattr(self.module, BLOCK_METHOD)
+
+    def heard(self) -> Heard:
+        """Tell which child is the router.
+
+        Raises:
+            ModelError: none is, or the experts weren't given what it answered.
+        """
+        if len(self.given) > 1:
+            raise ModelError(f"{self.name} runs {len(self.given)} times in one forward pass")
+        for name, child, arguments, keywords, output in self.calls:
+            order, routed = self._answer(output)
+            if routed is None or not arguments or not isinstance(arguments[0], Tensor):
+                continue
+            given = [value for value in self.given[0] if isinstance(value, Tensor)]
+            expected = (routed.index_TK, routed.weights_TK)
+            if len(given) < 3 or not all(map(_equal, given[1:3], expected)):
+                raise ModelError(f"the experts of {self.name} aren't given the router's slots")
+            full_name = f"{self.name}.{name}" if self.name else name
+            hidden = arguments[0].reshape(-1, arguments[0].shape[-1])
+            return Heard(
+                place=RouterPlace(full_name, child, self.module, self.experts, order),
+                arguments=arguments,
+                keywords=keywords,
+                experts_see_input=_equal(given[0].reshape(-1, given[0].shape[-1]), hidden),
+            )
+        raise ModelError(f"no module of {self.name} returns router logits, weights and indices")
+
+    def _answer(self, output: Any) -> tuple[Order | None, Routed | None]:
+        if not self.decided:
+            order = Order.of(output)
+            return order, None if order is None else order.unpack(output)
+        logits, pair = self.decided[0]
+        is_logits = isinstance(output, Tensor) and _equal(output, logits)
+        return None, as_routed(logits, pair) if is_logits else None
+
+
+def listen_to_text(model: nn.Module) -> list[Heard]:
+    """Run a short text through the model and return its routers in the order they ran.
+
+    Only routers that text passes are found: those of a vision tower stay silent.
+
+    Raises:
+        ModelError: there is no router, the pass fails, or a block isn't of a known shape.
+    """
+    blocks = [
+        _Block(name, module)
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "experts", None), nn.Module)
+    ]
+    order: list[_Block] = []
+    with ExitStack() as undo:
+        for block in blocks:
+            for take_out in block.listen(order):
+                undo.callback(take_out)
+        undo.enter_context(_undisturbed(model))
+        _read_text(model)
+    return [block.heard() for block in dict.fromkeys(order)]
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluate without gradients; leave the random state and every training flag as they were."""
+    training = [module for module in model.modules() if module.training]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        model.eval()
+        with torch.random.fork_rng(devices=[d.index or 0 for d in devices]), torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _read_text(model: Any) -> None:
+    vocabulary = int(getattr(text_config(model), "vocab_size", 0) or NUM_TOKENS)
+    device = next(model.parameters()).device
+    # Evenly spread, and clear of the first ids, which tend to be padding.
+    ids = torch.linspace(vocabulary / 8, vocabulary * 5 / 8, NUM_TOKENS, device=device).long()[None]
+    try:
+        # Past a compiled call, which would listen to no hook.
+        model.forward(input_ids=ids, use_cache=False)
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"a forward pass over text fails ({reason})") from error
+
+
+def text_config(model: nn.Module) -> Any:
+    """Return the configuration of a model's text part; None if it has none."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.equal(first, second)

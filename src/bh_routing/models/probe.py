@@ -1,0 +1,382 @@
+"""Establish by experiment how a router scores, selects and weighs, or refuse it.
+
+The router is called on random hidden states, with one thing changed at a time: more slots, other
+hidden states, another value for each tensor that has one number an expert. What its weights and
+its selection then do says what it is; names say nothing. Nothing that runs here leaves a trace:
+no hook fires, no parameter is written to, the random state stays.
+
+Axes: T tokens, E experts, K slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bh_routing.errors import ModelError
+from bh_routing.models.families import Family
+from bh_routing.models.listen import Heard
+from bh_routing.models.sites import (
+    TRANSFORMS,
+    Groups,
+    Held,
+    Routed,
+    RouterFacts,
+    Scoring,
+)
+
+_SPREAD: Final = 2.0
+"""Standard deviation that the probe's logits are brought to: decisive, but not saturated."""
+_TOLERANCE: Final = {torch.float32: 2e-4, torch.float64: 2e-4, torch.float16: 1e-2}
+_COARSE: Final = 1.5e-2
+"""For bfloat16, whose steps are 0.4 percent."""
+_MARGIN: Final = 3.0
+"""How many times worse than the tolerance any other explanation must be."""
+_ERRORS: Final = (
+    RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError, AssertionError,
+)  # fmt: skip
+"""What a router may raise when it is asked for what it can't do."""
+_GROUP_NAMES: Final = ("num_group", "n_group", "num_groups", "n_groups")
+
+Changes = Mapping[Held, Tensor]
+
+
+class _Bench:
+    """One router with the arguments of its call, to be called again with something changed."""
+
+    def __init__(self, heard: Heard) -> None:
+        self.heard = heard
+        self.place = heard.place
+        hidden = heard.arguments[0]
+        generator = torch.Generator().manual_seed(0)
+        self._noise = [
+            torch.randn(hidden.shape, generator=generator).to(hidden.device) for _ in range(3)
+        ]
+        self._dtype = hidden.dtype
+        self._gain = 1.0
+        spread = float(self.call().logits_TE.float().std(-1).mean())
+        if not 0 < spread < float("inf"):
+            raise ModelError(f"{self.place.name} gives every expert the same logit")
+        self._gain = _SPREAD / spread
+
+    def call(self, noise: int = 0, changes: Changes | None = None) -> Routed:
+        """Route one of three sets of random hidden states, with some tensors exchanged."""
+        changes = changes or {}
+        by_identity = {id(held.get()): value for held, value in changes.items()}
+        hidden = (self._noise[noise] * self._gain).to(self._dtype)
+        rest = [by_identity.get(id(value), value) for value in self.heard.arguments[1:]]
+        keywords = {
+            name: by_identity.get(id(value), value) for name, value in self.heard.keywords.items()
+        }
+        with _exchanged(changes):
+            output = self.place.module.forward(hidden, *rest, **keywords)
+            if self.place.order is None:
+                return self.place.decide(hidden, output)
+        return self.place.order.unpack(output)
+
+    @contextmanager
+    def with_top_k(self, widener: Held, top_k: int) -> Iterator[None]:
+        before = widener.get()
+        setattr(widener.owner, widener.name, top_k)
+        try:
+            yield
+        finally:
+            setattr(widener.owner, widener.name, before)
+
+
+def establish(heard: Heard, family: Family) -> RouterFacts:
+    """Establish all facts of one router.
+
+    Raises:
+        ModelError: something can't be established; the text says what.
+    """
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return _establish(_Bench(heard), family)
+
+
+def _establish(bench: _Bench, family: Family) -> RouterFacts:
+    routed = bench.call()
+    num_experts, top_k = routed.logits_TE.shape[1], routed.index_TK.shape[1]
+    widener = _find_widener(bench, top_k, num_experts)
+    roles = _roles(bench, num_experts)
+    law = _weight_law(bench, family, widener, roles.gain)
+    by_token = _is_by_token(bench)
+    facts = RouterFacts(
+        num_experts=num_experts,
+        top_k=top_k,
+        scoring=law.scoring,
+        normalises=law.normalises,
+        scale=law.scale,
+        ranks_by="logits",
+        bias=roles.bias,
+        has_gains=roles.gain is not None,
+        shares_with=law.shares_with,
+        by_token=by_token,
+        skips=family.skips,
+        is_sorted=bool((routed.weights_TK.diff(dim=-1) <= 0).all()),
+        experts_see_input=bench.heard.experts_see_input,
+    )
+    if not by_token:
+        facts = _selection(bench, facts, widener)
+    return _widening(facts, law, widener)
+
+
+def _find_widener(bench: _Bench, top_k: int, num_experts: int) -> Held | None:
+    """Find the number that is the router's top-k: one more there gives one slot more."""
+    other = top_k + 1 if top_k < num_experts else top_k - 1
+    place = bench.place
+    owners = [place.block, place.module] if place.order is None else [place.module, place.block]
+    config = getattr(place.module, "config", None)
+    for owner in (*owners, *([] if config is None else [config])):
+        for name, value in list(vars(owner).items()):
+            if type(value) is not int or value != top_k or name.startswith("_"):
+                continue
+            widener = Held(owner, name)
+            try:
+                with bench.with_top_k(widener, other):
+                    slots = bench.call().index_TK.shape[1]
+            except _ERRORS:
+                continue
+            if slots == other:
+                return widener
+    return None
+
+
+class _Roles(NamedTuple):
+    bias: Held | None
+    gain: Held | None
+
+
+def _roles(bench: _Bench, num_experts: int) -> _Roles:
+    """Change each tensor that has one number an expert, and see what it is for."""
+    place = bench.place
+    owners: list[nn.Module] = [*place.module.modules(), place.block]
+    base = bench.call()
+    generator = torch.Generator().manual_seed(1)
+    found: dict[str, Held] = {}
+    for owner in dict.fromkeys(owners):
+        for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+            if tensor is None or tensor.numel() != num_experts or not tensor.is_floating_point():
+                continue
+            held = Held(owner, name)
+            noise = torch.rand(tensor.shape, generator=generator) + 0.5
+            changed = bench.call(changes={held: noise.to(tensor)})
+            if not torch.equal(changed.logits_TE, base.logits_TE):
+                continue  # part of the logits, which we are given
+            if not torch.equal(_as_set(changed.index_TK), _as_set(base.index_TK)):
+                role = "bias"
+            elif not torch.equal(changed.weights_TK, base.weights_TK):
+                role = "gain"
+            else:
+                continue
+            if role in found:
+                raise ModelError(f"{place.name} has two tensors that act as a {role} of experts")
+            found[role] = held
+    return _Roles(found.get("bias"), found.get("gain"))
+
+
+class _Law(NamedTuple):
+    """How a router's weights follow from its logits."""
+
+    scoring: Scoring
+    normalises: bool
+    scale: float | None
+    shares_with: int = 0
+    scale_depends_on_top_k: bool = False
+
+
+def _weight_law(bench: _Bench, family: Family, widener: Held | None, gain: Held | None) -> _Law:
+    if family.scoring is not None:
+        return _Law(family.scoring, bool(family.normalises), None)
+    narrow = bench.call()
+    law = _fit_law(bench, narrow, gain)
+    if widener is None:
+        return law
+    top_k, num_experts = narrow.index_TK.shape[1], narrow.logits_TE.shape[1]
+    with bench.with_top_k(widener, min(top_k + 1, num_experts - 1)):
+        wide = _fit_law(bench, bench.call(), gain)
+    if top_k == 1:
+        # The weight of a single slot doesn't show what it was made of: one more does.
+        law = wide
+    if (law.scoring, law.normalises) != (wide.scoring, wide.normalises):
+        raise ModelError(f"{bench.place.name} weighs more slots by another law than its own")
+    if law.scale is None or wide.scale is None:
+        return law
+    is_same = abs(law.scale - wide.scale) <= _COARSE * abs(law.scale)
+    return law._replace(scale_depends_on_top_k=not is_same)
+
+
+def _fit_law(bench: _Bench, routed: Routed, gain: Held | None) -> _Law:
+    """Find the one function of the logits to which the weights of each token are proportional."""
+    logits_TE, weights_TK = routed.logits_TE.double(), routed.weights_TK.double()
+    tolerance = _tolerance(routed)
+    if gain is not None:
+        weights_TK = weights_TK / gain.get().double().view(-1)[routed.index_TK]
+    is_simplex = bool((logits_TE >= 0).all()) and _is_constant(logits_TE.sum(-1), tolerance)
+    ratios: dict[Scoring, Tensor] = {}
+    for scoring, transform in TRANSFORMS.items():
+        if (scoring == "probabilities") != is_simplex:
+            continue
+        ratios[scoring] = weights_TK / transform(logits_TE).gather(-1, routed.index_TK)
+    errors = {
+        scoring: float(ratio_TK.log().std(-1, correction=0).nan_to_num(9.0).max())
+        for scoring, ratio_TK in ratios.items()
+    }
+    fitting = [scoring for scoring, error in errors.items() if error < tolerance]
+    near = [scoring for scoring, error in errors.items() if error < tolerance * _MARGIN]
+    if weights_TK.shape[1] == 1:
+        near = fitting = [s for s in near if _is_constant(ratios[s].flatten(), tolerance)] or near
+    if len(near) != 1 or not fitting:
+        raise ModelError(
+            f"{bench.place.name} turns logits into weights in a way that is none of "
+            f"{', '.join(TRANSFORMS)}"
+        )
+    ratio_T = ratios[near[0]].mean(-1)
+    sums_T = weights_TK.sum(-1)
+    shared = _shared_weights(routed)
+    scale = None if gain is not None else float
+    if _is_constant(sums_T, tolerance):
+        return _Law(near[0], True, scale and scale(sums_T.mean()))
+    if _is_constant(ratio_T, tolerance):
+        return _Law(near[0], False, scale and scale(ratio_T.mean()))
+    if shared is not None and _is_constant(sums_T + shared.double().sum(-1), tolerance):
+        total_T = sums_T + shared.double().sum(-1)
+        return _Law(near[0], True, float(total_T.mean()), shared.shape[1])
+    raise ModelError(f"the weights of {bench.place.name} are scaled by something unknown")
+
+
+def _shared_weights(routed: Routed) -> Tensor | None:
+    first = routed.rest[0] if routed.rest else None
+    is_like_weights = (
+        isinstance(first, Tensor)
+        and first.ndim == 2
+        and first.shape[0] == routed.weights_TK.shape[0]
+        and first.is_floating_point()
+    )
+    return first if is_like_weights else None
+
+
+def _is_by_token(bench: _Bench) -> bool:
+    """Whether other hidden states leave the selection as it is."""
+    first = _as_set(bench.call(0).index_TK)
+    return all(torch.equal(first, _as_set(bench.call(noise).index_TK)) for noise in (1, 2))
+
+
+def _selection(bench: _Bench, facts: RouterFacts, widener: Held | None) -> RouterFacts:
+    """Establish what is compared, and among which experts."""
+    groups = _declared_groups(bench, facts.num_experts)
+    tries: list[RouterFacts] = []
+    for ranks_by in ("logits", "scores") if facts.bias else ("logits",):
+        for limited in (None, groups) if groups else (None,):
+            tries.append(replace(facts, ranks_by=ranks_by, groups=limited))
+    for trial in tries:
+        if all(_explains(bench, trial, widener, seed) for seed in range(3)):
+            return trial
+    raise ModelError(
+        f"{bench.place.name} selects experts that aren't the best by its logits, weights or groups"
+    )
+
+
+def _explains(bench: _Bench, facts: RouterFacts, widener: Held | None, seed: int) -> bool:
+    """Whether no expert was left out that `facts` rank above a chosen one."""
+    changes: dict[Held, Tensor] = {}
+    if facts.bias is not None:
+        generator = torch.Generator().manual_seed(seed + 10)
+        bias = facts.bias.get()
+        noise = torch.rand(bias.shape, generator=generator) * (0.1, 0.5, 2.0)[seed]
+        changes = {facts.bias: noise.to(bias)}
+    if widener is None:
+        return _is_best(bench.call(seed, changes), facts, changes)
+    widest = _widest(facts)
+    for slots in {facts.top_k, min(facts.top_k + 1, widest), widest}:
+        with bench.with_top_k(widener, slots):
+            if not _is_best(bench.call(seed, changes), facts, changes):
+                return False
+    return True
+
+
+def _widest(facts: RouterFacts) -> int:
+    if facts.groups is None:
+        return facts.num_experts
+    return facts.groups.num_chosen * (facts.num_experts // facts.groups.num_groups)
+
+
+def _is_best(routed: Routed, facts: RouterFacts, changes: Changes) -> bool:
+    index_TK = routed.index_TK
+    if facts.skips:
+        index_TK = index_TK.masked_fill(routed.weights_TK == 0, facts.num_experts - 1)
+    with _exchanged(changes):
+        scores_TE = facts.scores(routed.logits_TE)
+    chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, index_TK, True)
+    open_TE = torch.ones_like(chosen_TE)
+    if facts.groups is not None:
+        shape = (len(chosen_TE), facts.groups.num_groups, -1)
+        open_TG = chosen_TE.view(shape).any(-1)
+        if bool((open_TG.sum(-1) > facts.groups.num_chosen).any()):
+            return False
+        open_TE = open_TG[..., None].expand(chosen_TE.view(shape).shape).reshape(chosen_TE.shape)
+    worst_T = scores_TE.masked_fill(~chosen_TE, float("inf")).amin(-1)
+    best_left_T = scores_TE.masked_fill(chosen_TE | ~open_TE, float("-inf")).amax(-1)
+    slack = 1e-5 if routed.logits_TE.dtype == torch.float32 else _COARSE
+    is_distinct = int(chosen_TE.sum()) == index_TK.numel()
+    return is_distinct and bool((worst_T >= best_left_T - slack).all())
+
+
+def _declared_groups(bench: _Bench, num_experts: int) -> Groups | None:
+    for owner in (bench.place.module, bench.place.block):
+        chosen = getattr(owner, "topk_group", None)
+        for name in _GROUP_NAMES:
+            count = getattr(owner, name, None)
+            if not isinstance(count, int) or not isinstance(chosen, int):
+                continue
+            if count > chosen > 0 and num_experts % count == 0:
+                return Groups(count, chosen)
+    return None
+
+
+def _widening(facts: RouterFacts, law: _Law, widener: Held | None) -> RouterFacts:
+    reason = ""
+    if facts.by_token:
+        reason = "it looks experts up by token id"
+    elif widener is None:
+        reason = "no number of it sets how many experts it selects"
+    elif law.scale_depends_on_top_k:
+        reason = "the sum of its weights depends on how many experts it selects"
+    if reason:
+        return replace(facts, why_not_wider=reason, most_slots=facts.top_k)
+    return replace(facts, widener=widener, most_slots=_widest(facts))
+
+
+@contextmanager
+def _exchanged(changes: Changes) -> Iterator[None]:
+    """Put other tensors in a module's places, and the very same objects back."""
+    places = []
+    for (owner, name), value in changes.items():
+        held: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers
+        places.append((held, name, held[name]))
+        held[name] = (
+            nn.Parameter(value, requires_grad=False) if held is owner._parameters else value
+        )
+    try:
+        yield
+    finally:
+        for held, name, original in places:
+            held[name] = original
+
+
+def _as_set(index_TK: Tensor) -> Tensor:
+    return index_TK.sort(dim=-1).values
+
+
+def _is_constant(values: Tensor, tolerance: float) -> bool:
+    return bool((values - values.mean()).abs().max() <= tolerance * values.abs().mean())
+
+
+def _tolerance(routed: Routed) -> float:
+    kinds = (routed.logits_TE.dtype, routed.weights_TK.dtype)
+    return max(_TOLERANCE.get(kind, _COARSE) for kind in kinds)

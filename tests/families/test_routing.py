@@ -1,0 +1,75 @@
+"""Under `route`, a model of every family does what it is told and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.families import checks
+from tests.families.checks import IMPLEMENTATIONS, Check
+from tests.families.misses import LEAST, MISSES, REFUSED, families_that_work, hold
+from tests.families.zoo import family_names, left_out
+
+every_family = pytest.mark.parametrize("family", family_names())
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)]
+)
+
+
+@every_family
+def test_keeping_everything_changes_no_bit(family: str) -> None:
+    hold(checks.keeping_everything_changes_nothing, family)
+
+
+@every_family
+def test_keeping_everything_changes_no_bit_in_bfloat16(family: str) -> None:
+    # One implementation of the experts a family; the full tier tries all.
+    own = IMPLEMENTATIONS[family_names().index(family) % len(IMPLEMENTATIONS)]
+    hold(checks.keeping_everything_changes_nothing, family, torch.bfloat16, (own,))
+
+
+@pytest.mark.full
+@every_family
+def test_keeping_everything_changes_no_bit_in_bfloat16_and_every_implementation(
+    family: str,
+) -> None:
+    hold(checks.keeping_everything_changes_nothing, family, torch.bfloat16)
+
+
+@every_family
+def test_a_second_route_is_refused(family: str) -> None:
+    hold(checks.a_second_route_is_refused, family)
+
+
+@every_family
+def test_pruning_equals_the_familys_own_smaller_top_k(family: str) -> None:
+    hold(checks.pruning_equals_the_familys_own_smaller_top_k, family)
+
+
+@every_family
+@every_dtype
+def test_counts_vary_by_token(family: str, dtype: torch.dtype) -> None:
+    hold(checks.counts_vary_by_token, family, dtype)
+
+
+@every_family
+@every_dtype
+def test_dropped_experts_are_never_read(family: str, dtype: torch.dtype) -> None:
+    hold(checks.dropped_experts_are_never_read, family, dtype)
+
+
+@every_family
+@every_dtype
+def test_widening_adds_to_the_models_own(family: str, dtype: torch.dtype) -> None:
+    hold(checks.widening_adds_to_the_models_own, family, dtype)
+
+
+@pytest.mark.parametrize("check", LEAST, ids=lambda check: check.__name__)
+def test_a_claim_holds_for_enough_families(check: Check) -> None:
+    assert len(families_that_work(check)) >= LEAST[check]
+
+
+def test_every_listed_miss_is_of_an_installed_family() -> None:
+    listed = {*REFUSED}.union(*MISSES.values())
+    assert listed <= {*family_names()}
+    assert left_out() == ("nllb_moe", "switch_transformers", "vitpose_backbone")
