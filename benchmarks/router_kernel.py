@@ -4,8 +4,8 @@
 
 Three ways, each the same for all contenders:
 
-- plain: one call between two CUDA events, the L2 cache cleared before each (triton's do_bench):
-  what the GPU takes, gaps between launches included, while the host is ahead.
+- plain: one call between two CUDA events, behind a gigabyte of zeros: they empty the L2 cache and
+  keep the GPU busy until the host has launched everything. What the GPU takes, gaps included.
 - graph: calls inside a captured CUDA graph, one after the other, divided by their number; their
   input is in the cache, as it is behind the linear layer of a router.
 - host: calls one after the other without waiting, wall time; for few tokens what the host takes.
@@ -33,7 +33,7 @@ from bh_routing.rules import BenjaminiHochberg, LayerContext
 NUM_TOKENS = (1, 512, 8_192, 65_536)
 NUM_EXPERTS, TOP_K = 64, 8
 RULE = BenjaminiHochberg(0.05)
-CALLS_IN_A_GRAPH, REPLAYS = 20, 50
+CALLS_IN_A_GRAPH, REPEATS = 20, 100
 Call = Callable[[], Any]
 
 
@@ -64,9 +64,31 @@ def summarise(times_us: list[float]) -> dict[str, float]:
     return {"median_us": median, "low_quartile_us": low, "high_quartile_us": high}
 
 
+def make_events() -> list[tuple[torch.cuda.Event, torch.cuda.Event]]:
+    def event() -> torch.cuda.Event:
+        return torch.cuda.Event(enable_timing=True)
+
+    return [(event(), event()) for _ in range(REPEATS)]
+
+
+def read_events(
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event]], calls: int = 1
+) -> dict[str, float]:
+    """Microseconds a call; the first fifth of the repeats warms up."""
+    torch.cuda.synchronize()
+    times_us = [1e3 * start.elapsed_time(end) / calls for start, end in events]
+    return summarise(times_us[REPEATS // 5 :])
+
+
 def time_plain(call: Call) -> dict[str, float]:
-    times_ms = triton.testing.do_bench(call, warmup=20, rep=60, return_mode="all")
-    return summarise([1e3 * time_ms for time_ms in times_ms])
+    zeros = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    events = make_events()
+    for start, end in events:
+        zeros.zero_()
+        start.record()
+        call()
+        end.record()
+    return read_events(events)
 
 
 def time_graph(call: Call) -> dict[str, float]:
@@ -74,14 +96,12 @@ def time_graph(call: Call) -> dict[str, float]:
     with torch.cuda.graph(graph):
         for _ in range(CALLS_IN_A_GRAPH):
             call()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPLAYS)]
+    events = make_events()
     for start, end in events:
         start.record()
         graph.replay()
         end.record()
-    torch.cuda.synchronize()
-    times_us = [1e3 * start.elapsed_time(end) / CALLS_IN_A_GRAPH for start, end in events]
-    return summarise(times_us[REPLAYS // 5 :])
+    return read_events(events, CALLS_IN_A_GRAPH)
 
 
 def time_host(call: Call) -> dict[str, float]:

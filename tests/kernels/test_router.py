@@ -6,13 +6,14 @@ Axes: T tokens, E experts, K slots.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import Tensor
 
-from bh_routing.errors import CalibrationError
+from bh_routing.errors import CalibrationError, InputError
 from bh_routing.kernels.router import fused_router
 from bh_routing.kernels.router_plan import plan_of
 from bh_routing.kernels.router_twin import RoutedSlots, SoftmaxFamily, twin_router
@@ -177,10 +178,12 @@ def test_a_rule_without_a_fused_form_is_left_to_its_twin(rule: Rule, device: str
     assert fused_router(rule, context_for(rule, device=device), RAW) is None
 
 
-def test_a_missing_calibration_is_refused_before_any_token(device: str) -> None:
+def test_what_does_not_fit_the_layer_is_refused_before_any_token(device: str) -> None:
     context = context_for(TopK(4), device=device)
     with pytest.raises(CalibrationError, match="needs a calibration"):
         fused_router(BenjaminiHochberg(0.05), context, RAW)
+    with pytest.raises(InputError, match="k has 1 entries"):
+        fused_router(PerLayerTopK((4,)), replace(context, num_layers=2), RAW)
 
 
 @pytest.mark.gpu
@@ -189,7 +192,7 @@ def test_a_missing_calibration_is_refused_before_any_token(device: str) -> None:
 def test_a_gpu_agrees_with_the_twin_bit_for_bit_in_bfloat16(
     rule: Rule, family: SoftmaxFamily
 ) -> None:
-    logits_TE = random_logits(65_536, seed=11).bfloat16()
+    logits_TE = random_logits(16_384, seed=11).bfloat16()
     assert_same(*route_both(rule, logits_TE, "cuda", family))
 
 

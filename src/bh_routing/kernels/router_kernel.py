@@ -8,7 +8,7 @@ agree bit for bit:
   logits go to the smaller number;
 - scores are one subtraction, and one correctly rounded division where studentized;
 - weights are softmax in the order in which torch adds up a row on CUDA, with the same `expf`, and
-  a correctly rounded division.
+  a correctly rounded division; so keeping every slot leaves a model's weights as they were.
 
 Axes: B tokens of a program, P experts, padded to a power of two, C slots, likewise.
 """
@@ -140,7 +140,7 @@ def _scores(
         deviations_BP = tl.where(place_P < E, tl.abs(scores_BP), -1.0)
         bits_BP = _sort_descending(deviations_BP.to(tl.int32, bitcast=True), LOG_B, LOG_P)
         mad_B1 = _median(bits_BP.to(tl.float32, bitcast=True), place_P, E)
-        # float64: exact, so that the order doesn't matter.
+        # float64: rounded once, whatever the order. It counts only where most logits are equal.
         sum_B1 = tl.sum(tl.maximum(deviations_BP, 0.0).to(tl.float64), axis=1, keep_dims=True)
         mean_B1 = (sum_B1 / E).to(tl.float32)
         scale_B1 = tl.where(mad_B1 > 0, mad_B1 * 1.4826, mean_B1 * 1.2533141373155001)

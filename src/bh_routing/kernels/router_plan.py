@@ -77,6 +77,7 @@ def _top_k(rule: TopK, context: LayerContext) -> RouterPlan | None:
 
 @plan_of.register
 def _per_layer_top_k(rule: PerLayerTopK, context: LayerContext) -> RouterPlan | None:
+    rule.bind(context)  # refuses a list that doesn't fit the layers
     return _count_plan(rule, context, rule.k[context.layer])
 
 
