@@ -82,8 +82,8 @@ def in_a_graph(run: Pass) -> Pass:
 def milliseconds(runs: dict[str, Pass]) -> dict[str, list[float]]:
     """Time every pass in every round, in random order, so that a drift meets all alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    # Reading it keeps the GPU busy while the host prepares a launch, which is no part of a pass, and
-    # leaves nothing of it in the cache that would have to be written back during the pass.
+    # Reading it keeps the GPU busy while the host prepares a launch, which is no part of a pass,
+    # and leaves nothing of it in the cache that would have to be written back during the pass.
     filler = torch.zeros(2**28, dtype=torch.bfloat16, device="cuda")
     for round_ in range(ROUNDS + 1):
         for name in random.Random(round_).sample(list(runs), len(runs)):
