@@ -36,6 +36,7 @@ from benchmarks.wrong_drops import (
     made,
     percent,
     publish,
+    save,
 )
 from bh_routing.analysis.clustered import estimate_ratio
 from bh_routing.engine.calibrate import calibrate
@@ -208,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if not options.render:
         results = measure(options.device, options.tokens, options.search_tokens)
-        options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        save(results, options.output)
     results = json.loads(options.output.read_text(encoding="utf-8"))
     if options.output.parent == HERE:
         publish("transfer", render(results), render(results))

@@ -293,6 +293,16 @@ def render(results: dict[str, Any], only: str = "") -> str:
     return "\n".join([*lines, "", footer(results)]) + "\n"
 
 
+def save(results: dict[str, Any], path: Path) -> None:
+    """Write JSON with one line for each row of each table."""
+    parts = []
+    for name, value in results.items():
+        rows = value if isinstance(value, list) else None
+        body = "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]" if rows else json.dumps(value)
+        parts.append(f"{json.dumps(name)}: {body}")
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+
+
 def publish(name: str, table: str, excerpt: str) -> None:
     """Write a table beside its JSON, and an excerpt between the page's markers for it."""
     (HERE / f"{name}.md").write_text(table, encoding="utf-8")
@@ -334,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if not options.render:
         results = measure(options.device, options.tokens)
-        options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        save(results, options.output)
     results = json.loads(options.output.read_text(encoding="utf-8"))
     if options.output.parent == HERE:
         publish("wrong_drops", render(results), render(results, "sensitivity, norm"))
