@@ -1,12 +1,38 @@
-"""Greedy generation by transformers' own `generate`, with the clock read at each token."""
+"""Greedy generation of one text, timed: by the decode engine, or by transformers' `generate`."""
 
 from __future__ import annotations
 
+import logging
 import time
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
+
+from bh_routing.engine.decode import decode_greedily, engine_of
+from bh_routing.kernels.decode_layout import UndecodableError
+from bh_routing.models.routing import route
+from bh_routing.models.trace import ExpertTrace
+from bh_routing.nulls.calibration import Calibration
+from bh_routing.rules.base import Rule
+
+log = logging.getLogger(__name__)
+
+LOGITS_SETTINGS: Final = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "guidance_scale": None,
+    "sequence_bias": None,
+    "exponential_decay_length_penalty": None,
+}
+"""Settings of a checkpoint that change logits before the largest is taken -> what does nothing."""
 
 
 class Generation(NamedTuple):
@@ -17,9 +43,77 @@ class Generation(NamedTuple):
     """Generated ids alone, an end-of-text token included."""
     num_input_tokens: int
     inference_time_sec: float
+    """Prefill and decode; compiling, capturing and tokenizing aren't part of it."""
     prefill_time_sec: float
     """Until the first token was known."""
     decode_time_sec: float
+
+
+class RoutedGeneration(NamedTuple):
+    """A continuation and what was kept for it."""
+
+    generation: Generation
+    trace: ExpertTrace
+    has_nan: bool
+    """Whether the engine's last logits were NaN: from the first NaN on they all are."""
+
+
+def generate_routed(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int,
+    rule: Rule,
+    calibration: Calibration | None = None,
+) -> RoutedGeneration:
+    """Continue `prompt` greedily under a rule, by the decode engine where there is one.
+
+    Otherwise `generate` runs under `route`, and one line of the log says why.
+
+    Args:
+        model: a transformers model with `generate`, not inside `route`.
+        tokenizer: its tokenizer.
+        prompt: text, at least one token.
+        max_new_tokens: most tokens to generate; an end-of-text token ends earlier.
+        rule: which experts stay.
+        calibration: what the rule's null needs.
+    Raises:
+        CalibrationError, ModelError, InputError: as `route` does.
+    """
+    token_1P = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+    try:
+        _refuse_logits_settings(model)
+        decoded = decode_greedily(
+            model,
+            token_1P,
+            rule,
+            calibration,
+            max_new_tokens=max_new_tokens,
+            end_ids=_end_ids(model),
+        )
+    except UndecodableError as error:
+        log.warning("%s is written by plain generate: %s", rule.method, error)
+        with route(model, rule, calibration) as trace:
+            plain = generate_greedy(model, tokenizer, prompt, max_new_tokens)
+        return RoutedGeneration(plain, trace, has_nan=False)
+    token_ids = decoded.token_SB[:, 0].tolist()
+    generation = Generation(
+        text=tokenizer.decode(token_ids, skip_special_tokens=True),
+        token_ids=token_ids,
+        num_input_tokens=token_1P.shape[1],
+        inference_time_sec=decoded.prefill_sec + decoded.decode_sec,
+        prefill_time_sec=decoded.prefill_sec,
+        decode_time_sec=decoded.decode_sec,
+    )
+    return RoutedGeneration(generation, decoded.trace, decoded.has_nan)
+
+
+def startup_seconds(model: Any) -> float | None:
+    """Time that the model's decode engine took for compiling and capturing; None without one."""
+    try:
+        return engine_of(model).startup_sec
+    except UndecodableError:
+        return None
 
 
 class _Clock:
@@ -73,3 +167,16 @@ def generate_greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int
         prefill_time_sec=first_token - start,
         decode_time_sec=end - first_token,
     )
+
+
+def _refuse_logits_settings(model: Any) -> None:
+    settings = model.generation_config
+    for name, nothing in LOGITS_SETTINGS.items():
+        value = getattr(settings, name, nothing)
+        if value is not None and value != nothing:
+            raise UndecodableError(f"its generation settings say {name}={value!r}")
+
+
+def _end_ids(model: Any) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    return set() if ends is None else set(ends) if isinstance(ends, list) else {ends}

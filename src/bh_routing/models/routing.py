@@ -28,6 +28,8 @@ class BoundRule:
     routers: Routers
     selectors: tuple[Selector, ...]
     """One for each router, in their order."""
+    contexts: tuple[LayerContext, ...]
+    """What each selector was bound to."""
 
 
 @contextmanager
@@ -68,8 +70,9 @@ def bind_rule(model: nn.Module, rule: Rule, calibration: Calibration | None = No
     for site in routers.sites:
         _check_site(site, rule)
     check_calibration(model, routers, rule, calibration)
-    selectors = tuple(_bind_layer(site, routers, rule, calibration) for site in routers.sites)
-    return BoundRule(rule=rule, routers=routers, selectors=selectors)
+    contexts = tuple(_layer_context(site, routers, rule, calibration) for site in routers.sites)
+    selectors = tuple(rule.bind(context) for context in contexts)
+    return BoundRule(rule=rule, routers=routers, selectors=selectors, contexts=contexts)
 
 
 def _check_site(site: RouterSite, rule: Rule) -> None:
@@ -141,9 +144,9 @@ def check_calibration(
     )
 
 
-def _bind_layer(
+def _layer_context(
     site: RouterSite, routers: Routers, rule: Rule, calibration: Calibration | None
-) -> Selector:
+) -> LayerContext:
     device = next(site.module.parameters()).device
     table = contributions = None
     if rule.required_null in NEEDED.values() and calibration is not None:
@@ -151,16 +154,14 @@ def _bind_layer(
             contributions = calibration.contributions.to(torch.device("cpu"))
     elif rule.required_null is not None and calibration is not None:
         table = calibration.table(rule.required_null, site.layer).to(device)
-    return rule.bind(
-        LayerContext(
-            layer=site.layer,
-            num_experts=site.facts.num_experts,
-            model_top_k=site.facts.top_k,
-            device=device,
-            table=table,
-            contributions=contributions,
-            num_layers=len(routers.sites),
-        )
+    return LayerContext(
+        layer=site.layer,
+        num_experts=site.facts.num_experts,
+        model_top_k=site.facts.top_k,
+        device=device,
+        table=table,
+        contributions=contributions,
+        num_layers=len(routers.sites),
     )
 
 
