@@ -6,6 +6,9 @@ definitions of the CSV's columns; `docs/columns.md` is generated from them.
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
@@ -24,6 +27,32 @@ PLOTS: Final = "plots"
 
 STATUS_OK: Final = "ok"
 STATUS_FAILED: Final = "failed"
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of plain JSON data, independent of the order of keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def line_checksum(previous: str, body: Mapping[str, Any]) -> str:
+    """Checksum of a journal's line: it covers the line and the checksum of the one before it.
+
+    Args:
+        previous: the checksum before it; in front of the first line a hash of what all of the
+            file's lines share.
+        body: the line without its own checksum.
+    """
+    return json_digest([previous, body])
+
+
+def journal_seed(identity: Mapping[str, Any]) -> str:
+    """What the checksums of a run's journal build on: all of run.json's identity but two.
+
+    The calibration is left out because a folder may get its first one later, with its first
+    configuration that needs one; the model's name because its fingerprint says more.
+    """
+    return json_digest({k: v for k, v in identity.items() if k not in ("calibration", "model")})
 
 
 def column(text: str, **kwargs: Any) -> Any:
@@ -196,6 +225,8 @@ TOKEN_TRACES: Final = "token_traces.jsonl"
 class TokenTrace:
     """One line of `token_traces.jsonl`: every slot of one experiment's tokens."""
 
+    key: str
+    """The experiment's in the journal."""
     config_name: str
     prompt_text: str
     tokens: list[str]
@@ -208,5 +239,6 @@ class TokenTrace:
     """The first so many slots are what the model alone would use."""
     planes: str
     """Base64 of zlib of three little-endian arrays, each (tokens, layers, slots). int16: the
-    expert e if it was kept, -1 - e if it was dropped. uint16: its weight times 65,535, rounded.
+    expert e if it was kept, -1 - e if it was dropped. uint16: its share of the candidates' weight
+    times 65,535, rounded.
     uint16: -1000 log10 p, rounded, 65,534 at most; 65,535 where the rule has no p-value."""

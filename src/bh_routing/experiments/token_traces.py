@@ -1,39 +1,163 @@
 """What every token of an experiment kept, written small: the file behind the token view.
 
+Traces are made after the experiments, in one pass over each text: nothing is recorded while a text
+is generated and timed. A rule that decides tokens together (`decides_tokens_alone` is false) may
+decide otherwise in that pass than while it generated.
+
 Axes: T tokens, L layers, K slots.
 """
 
 from __future__ import annotations
 
 import base64
+import json
 import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-_UNKNOWN = 65_535
+from bh_routing.experiments.experiment import Subject
+from bh_routing.experiments.files import write_atomically
+from bh_routing.experiments.grid import Cell
+from bh_routing.models.routing import BoundRule, bind_rule, install
+from bh_routing.models.sites import Proposal
+from bh_routing.records import JOURNAL, TOKEN_TRACES, TokenTrace
+from bh_routing.rules.base import Candidates
+
+MAX_TOKENS: Final = 256
+"""Tokens of a text that are traced; the rest is left out."""
+_UNKNOWN: Final = 65_535
+
+
+def write_token_traces(
+    folder: Path, subject: Subject, grid: Sequence[Cell], num_prompts: int
+) -> None:
+    """Trace the first prompts of every configuration into `token_traces.jsonl`.
+
+    Args:
+        folder: the run's; its journal says what was generated.
+        subject: model, tokenizer and calibration.
+        grid: the experiments of the run; those not in the journal are passed over.
+        num_prompts: prompts of each configuration; 0 takes the file away.
+    """
+    path = folder / TOKEN_TRACES
+    if num_prompts == 0:
+        path.unlink(missing_ok=True)
+        return
+    texts = list(dict.fromkeys(cell.prompt.text for cell in grid))[:num_prompts]
+    wanted = {cell.key: cell for cell in grid if cell.prompt.text in texts}
+    known = {trace["key"]: trace for trace in _lines(path) if "key" in trace}
+    generated = {
+        line["key"]: line["detail"]["output_token_ids"]
+        for line in _lines(folder / JOURNAL)
+        if line["key"] in wanted and line["record"]["status"] == "ok"
+    }
+    traces = []
+    for key, token_ids in generated.items():
+        if key in known:
+            traces.append(known[key])
+        elif (trace := trace_tokens(subject, wanted[key], token_ids)) is not None:
+            traces.append(asdict(trace))
+    lines = [json.dumps(trace, ensure_ascii=False) + "\n" for trace in traces]
+    write_atomically(path, "".join(lines).encode())
+
+
+@torch.inference_mode()
+def trace_tokens(subject: Subject, cell: Cell, token_ids: Sequence[int]) -> TokenTrace | None:
+    """Run the model over a prompt and what it generated, and note every slot.
+
+    Args:
+        subject: model, tokenizer and calibration.
+        cell: the experiment.
+        token_ids: what it generated; the last was never fed back, and isn't traced.
+    Returns:
+        The trace; None for a model whose routers propose different numbers of slots.
+    """
+    model, tokenizer = subject.model, subject.tokenizer
+    prompt_ids = tokenizer(cell.prompt.text)["input_ids"]
+    ids = [*prompt_ids, *token_ids[:-1]][:MAX_TOKENS]
+    bound = bind_rule(model, cell.named_rule.rule, subject.calibration)
+    seen: dict[int, Proposal] = {}
+    with ExitStack() as undo:
+        for site in bound.routers.sites:
+
+            def watch(proposal: Proposal, layer: int = site.layer) -> None:
+                seen[layer] = proposal
+
+            # Before the rule's own hook, so that the proposal is seen as the router made it.
+            undo.callback(site.watch(watch))
+        trace = undo.enter_context(install(model, bound))
+        model(torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=1)
+    layers = [_slots(bound, layer, seen[layer]) for layer in range(len(bound.routers.sites))]
+    if len({index_TK.shape for index_TK, _, _ in layers}) > 1:
+        return None
+    expert_TLK, weight_TLK, p_TLK = (np.stack(a, axis=1) for a in zip(*layers, strict=True))
+    kept_TLK = trace.kept_index.numpy() >= 0
+    order_TLK = np.argsort(-weight_TLK, axis=2, kind="stable")
+    planes = [
+        np.take_along_axis(a, order_TLK, 2) for a in (expert_TLK, kept_TLK, weight_TLK, p_TLK)
+    ]
+    return TokenTrace(
+        key=cell.key,
+        config_name=cell.named_rule.name,
+        prompt_text=cell.prompt.text,
+        tokens=[tokenizer.decode([token]) for token in ids],
+        num_prompt_tokens=min(len(prompt_ids), len(ids)),
+        layers=expert_TLK.shape[1],
+        slots=expert_TLK.shape[2],
+        model_top_k=bound.routers.model_top_k,
+        planes=pack(*planes),
+    )
+
+
+def _slots(bound: BoundRule, layer: int, proposal: Proposal) -> tuple[NDArray[Any], ...]:
+    """Expert, share of the weight and p-value of each slot of one layer."""
+    index_TK, weights_TK = proposal.top_k_index_TK, proposal.top_k_weights_TK.float()
+    share_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(1e-30)
+    p_TK = torch.full_like(share_TK, float("nan"))
+    if (p_values := bound.rule.slot_p_values(bound.contexts[layer])) is not None:
+        p_TK = p_values(Candidates(proposal.scores_TE, index_TK, proposal.top_k_weights_TK))
+    return index_TK.cpu().numpy(), share_TK.cpu().numpy(), p_TK.double().cpu().numpy()
 
 
 def pack(
     expert_TLK: NDArray[np.integer],
     kept_TLK: NDArray[np.bool_],
     weight_TLK: NDArray[np.floating],
-    p_TLK: NDArray[np.floating] | None,
+    p_TLK: NDArray[np.floating],
 ) -> str:
     """Pack slots as `records.TokenTrace.planes` says.
 
     Args:
         expert_TLK: the expert of each slot, best slot first.
         kept_TLK: whether it was kept.
-        weight_TLK: the weight the model gives it, in [0, 1].
-        p_TLK: its p-value, in (0, 1], NaN where unknown; None if the rule has none.
+        weight_TLK: its share of the candidates' weight, in [0, 1].
+        p_TLK: its p-value, in (0, 1]; NaN where there is none.
     """
     expert = np.where(kept_TLK, expert_TLK, -1 - expert_TLK).astype("<i2")
     weight = np.rint(np.clip(weight_TLK, 0.0, 1.0) * 65_535).astype("<u2")
     p = np.full(expert.shape, _UNKNOWN, dtype="<u2")
-    if p_TLK is not None:
-        known = np.isfinite(p_TLK) & (p_TLK > 0)
-        tenths = np.rint(-1000.0 * np.log10(p_TLK, where=known, out=np.zeros(p_TLK.shape)))
-        p[known] = np.clip(tenths[known], 0, _UNKNOWN - 1).astype("<u2")
+    known = np.isfinite(p_TLK) & (p_TLK > 0)
+    p[known] = np.clip(np.rint(-1000.0 * np.log10(p_TLK[known])), 0, _UNKNOWN - 1).astype("<u2")
     raw = expert.tobytes() + weight.tobytes() + p.tobytes()
     return base64.b64encode(zlib.compress(raw)).decode("ascii")
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects in a file of JSON lines; none if it is missing, and up to the first torn line."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                value = json.loads(line)
+            except ValueError:
+                return
+            if isinstance(value, dict):
+                yield value

@@ -53,6 +53,7 @@ def fill_page(fill_folder: FillFolder) -> FillPage:
             detail = asdict(detail_of(kept_TLK, expert_TLK))
             journal.append(json.dumps({"record": record, "detail": detail}))
             trace = TokenTrace(
+                key="k",
                 config_name=row["config_name"],
                 prompt_text=row["prompt_text"],
                 tokens=[f"{text} " for text in TEXTS],

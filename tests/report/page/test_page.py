@@ -98,6 +98,7 @@ def test_a_trace_survives_packing() -> None:
     weight_TLK = np.array([[[0.5, 0.25, 0.0]]])
     p_TLK = np.array([[[1e-4, 0.5, np.nan]]])
     trace = TokenTrace(
+        key="k",
         config_name="a", prompt_text="b", tokens=["c"], num_prompt_tokens=1, layers=1, slots=3,
         model_top_k=2, planes=pack(expert_TLK, kept_TLK, weight_TLK, p_TLK),
     )  # fmt: skip

@@ -37,6 +37,8 @@
   page.options(choice.config, unique("config").map((i) => configs[i]), unique("config"));
   page.options(choice.prompt, unique("prompt").map((i) => shorten(prompts[i])), unique("prompt"));
   page.options(choice.layer, ["mean of all", ...layers], ["", ...layers]);
+  const varied = traces.find((t) => configs[t.config] !== page.data.experiments.baseline);
+  if (varied) choice.config.value = varied.config;
   let current = null, selected = 0;
 
   function counts(trace, layer) {
@@ -115,7 +117,7 @@
         page.element("th", { scope: "row", textContent: `layer ${layer}` }),
         page.element("td", { className: "number", textContent: `${kept} of ${trace.topK}` }), cell);
     }));
-    const head = page.element("tr", {}, ...["layer", "kept", "expert (weight, p-value); struck out: only Top-K uses it"]
+    const head = page.element("tr", {}, ...["layer", "kept", "expert (share of the weight, p-value); struck out: only Top-K uses it"]
       .map((label) => page.element("th", { scope: "col", textContent: label })));
     const table = page.element("table", {}, page.element("thead", {}, head), body);
     const box = page.element("div", { className: "scroll", tabIndex: 0 }, table);
@@ -159,7 +161,7 @@
       }
     }
     let best = { lift: 0 };
-    const z = both.map((row, a) => Array.from(row, (together, b) => {
+    const lifts = both.map((row, a) => Array.from(row, (together, b) => {
       const expected = both[a][a] * both[b][b] / tokens;
       if (a === b || expected === 0) return null;
       const lift = together / expected;
@@ -171,9 +173,15 @@
         `${best.lift.toFixed(1)} times as often.`;
     page.draw("coactivation", {
       data: [{
-        type: "heatmap", z, colorscale: "RdBu", reversescale: true, zmid: 1, zmin: 0, zmax: 3,
-        colorbar: { title: { text: "× chance" } },
-        hovertemplate: "experts %{y} and %{x}: %{z} × chance<extra></extra>",
+        type: "heatmap",
+        z: lifts.map((row) => row.map((lift) => lift === null ? null : Math.log2(lift || 1e-9))),
+        text: lifts,
+        colorscale: [[0, "#b2182b"], [0.5, "#f7f7f7"], [1, "#2166ac"]], zmin: -2, zmax: 2,
+        colorbar: {
+          title: { text: "× chance" },
+          tickvals: [-2, -1, 0, 1, 2], ticktext: ["¼ or less", "½", "1", "2", "4 or more"],
+        },
+        hovertemplate: "experts %{y} and %{x}: %{text} × chance<extra></extra>",
       }],
       layout: {
         xaxis: { title: { text: "expert" } },
