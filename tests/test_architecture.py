@@ -203,7 +203,11 @@ def state():
 
 before = state()
 for name in MODULE_NAMES:
-    importlib.import_module(name)
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != "triton":  # optional: what can't be imported changes nothing
+            raise
 after = state()
 print(*[key for key in before if before[key] != after[key]])
 """.replace("MODULE_NAMES", repr([name for name in MODULES if not name.endswith("__main__")]))
@@ -214,7 +218,7 @@ FLAGS = {
     "run": (
         "--model --output --max-tokens --checkpoint-interval --no-resume --device --no-fp16 "
         "--config --configs --prompts --calibration --calibration-text --seed --executor "
-        "--eval-text --no-eval --eval-tokens --budget --json"
+        "--eval-text --no-eval --eval-tokens --token-traces --track --budget --json"
     ),
     "calibrate": (
         "--output --model --text --nulls --max-tokens --seed --plots --device --no-fp16 --json"

@@ -58,18 +58,28 @@ def track_run(folder: str | Path, tracker: str) -> str:
         InputError: the tracker isn't known or isn't installed.
         ResultsError: the folder isn't a results folder.
     """
+    module = find_tracker(tracker)
+    results = load_results(folder)
+    _, log = TRACKERS[tracker]
+    return log(module, tracked(results), results.folder)
+
+
+def find_tracker(tracker: str) -> ModuleType:
+    """Import a tracker's package; ask before a long run, whose results it is to get.
+
+    Raises:
+        InputError: the tracker isn't known or isn't installed.
+    """
     if tracker not in TRACKERS:
         raise InputError(f"tracker must be one of {', '.join(TRACKERS)}; got {tracker!r}")
-    package, log = TRACKERS[tracker]
+    package, _ = TRACKERS[tracker]
     try:
-        module = importlib.import_module(package)
+        return importlib.import_module(package)
     except ImportError as error:
         raise InputError(
             f"tracker {tracker!r} needs the package {package}; "
             f"install it with: pip install 'bh-routing[{tracker}]'"
         ) from error
-    results = load_results(folder)
-    return log(module, tracked(results), results.folder)
 
 
 def tracked(results: Results) -> TrackedRun:

@@ -17,6 +17,7 @@ SEED: Final = 0
 EXECUTOR: Final = "local"
 CALIBRATION_TOKENS: Final = 16_384
 EVAL_TOKENS: Final = 3_000
+TOKEN_TRACES: Final = 12
 
 ROUTING_CONFIGS: dict[str, dict[str, Any]] = {
     "topk_8": {

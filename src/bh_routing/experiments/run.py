@@ -22,6 +22,7 @@ from bh_routing.experiments.run_log import FILE_ONLY, RunLog
 from bh_routing.experiments.spec import RunSpec, resolved, shorten
 from bh_routing.experiments.store import ResultStore
 from bh_routing.experiments.threads import torch_threads
+from bh_routing.experiments.token_traces import write_token_traces
 from bh_routing.records import LOG, STATUS_OK, ExperimentRecord
 
 log = logging.getLogger(__name__)
@@ -106,6 +107,13 @@ def _run_begun(
         for record in store.records
         if record.status != STATUS_OK
     ]
+    traces_start = time.perf_counter()
+    with torch_threads(prepared.loaded.batch_threads):
+        guard(
+            "tracing tokens",
+            problems,
+            lambda: write_token_traces(folder, prepared.subject, grid, spec.token_traces),
+        )
     quality_start = time.perf_counter()
     quality_sec = None
     if (quality := prepared.quality) is not None:
@@ -119,7 +127,8 @@ def _run_begun(
     timing = {
         "load_sec": prepared.loaded.seconds,
         "calibrate_sec": prepared.calibrate_sec,
-        "experiments_sec": earlier_sec + quality_start - grid_start,
+        "experiments_sec": earlier_sec + traces_start - grid_start,
+        "token_traces_sec": quality_start - traces_start,
         "quality_sec": quality_sec,
         "total_sec": earlier_sec + time.perf_counter() - start,
     }

@@ -105,6 +105,8 @@ class RunSpec(BaseModel):
     """Leave out the scoring of quality."""
     eval_tokens: Annotated[int, Field(ge=1)] = defaults.EVAL_TOKENS
     """Most tokens scored."""
+    token_traces: Annotated[int, Field(ge=0)] = defaults.TOKEN_TRACES
+    """Prompts of each configuration whose tokens are traced for report.html; 0: none."""
 
     @model_validator(mode="after")
     def _whole(self) -> RunSpec:
