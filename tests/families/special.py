@@ -61,7 +61,8 @@ _SPECIAL: Final[Mapping[str, Mapping[str, Any]]] = {
             "llama_4_scaling_beta": 0.1,
         },
     },
-    "nemotron_h": {"layer_types": ("linear_attention", "moe", "full_attention", "moe")},
+    # A state space, experts, attention, experts.
+    "nemotron_h": {"hybrid_override_pattern": "ME*E"},
     "qwen3_5_moe": {"layer_types": _LINEAR_THEN_FULL},
     "qwen3_next": {"layer_types": _LINEAR_THEN_FULL},
     "qwen4_exp": {
