@@ -226,6 +226,7 @@ FLAGS = {
         "--calibration --calibration-text --output --device --no-fp16 --seed --json"
     ),
     "export": "folder --to --output",
+    "models": "--check --device --no-fp16 --json",
 }
 
 

@@ -18,6 +18,7 @@ from bh_routing.cli.evaluate import evaluate
 from bh_routing.cli.export import export
 from bh_routing.cli.interrupts import Terminated
 from bh_routing.cli.lm_eval import lm_eval
+from bh_routing.cli.models import models
 from bh_routing.cli.run import run
 from bh_routing.cli.surroundings import Surroundings
 from bh_routing.errors import BHRoutingError, ExperimentError
@@ -40,6 +41,7 @@ app.command()(calibrate)
 app.command()(evaluate)
 app.command("lm-eval")(lm_eval)
 app.command()(export)
+app.command()(models)
 
 
 def _print_version(asked: bool) -> None:
