@@ -172,7 +172,7 @@ def test_a_compiled_model_is_compiled_once_for_all_calls_in_a_block(olmoe: Any) 
         return graph.forward
 
     olmoe.set_experts_implementation("batched_mm")
-    compiled = torch.compile(olmoe, fullgraph=True, backend=backend)
+    compiled: Any = torch.compile(olmoe, fullgraph=True, backend=backend)
     ids = torch.tensor([[5, 6, 7]])
     with route(compiled, TopK(2)) as trace, torch.no_grad():
         for _ in range(10):
