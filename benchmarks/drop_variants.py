@@ -3,8 +3,8 @@
     nice python benchmarks/drop_variants.py --tokens 6000
 
 Half of the calibration documents fit the references, the other half choose. The evaluation text
-is never read. Each rule's knob is bisected on captured router outputs and corrected once after
-the first measurement. Writes `drop_variants.json` and `drop_variants.md`.
+is never read. Knobs are found as `bh-routing sweep` finds them. Writes `drop_variants.json` and
+`drop_variants.md`.
 """
 
 from __future__ import annotations
@@ -14,165 +14,58 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import bh_routing
 from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.score import score
 from bh_routing.engine.texts import Document, packaged_documents
-from bh_routing.engine.windows import TokenizedDocument, tokenize_documents
+from bh_routing.engine.windows import TokenizedDocument
+from bh_routing.experiments.knob_search import KnobSearch
+from bh_routing.experiments.settings import Goal
+from bh_routing.experiments.variants import parse_variants
 from bh_routing.models import load_model
-from bh_routing.models.routing import route
 from bh_routing.nulls import Calibration
 from bh_routing.nulls.limits import MIN_DOCUMENTS
 from bh_routing.records import QualityRecord
-from bh_routing.rules import (
-    BenjaminiHochberg,
-    BenjaminiHochbergDrop,
-    Candidates,
-    ContributionThreshold,
-    Entropy,
-    LayerContext,
-    MinP,
-    OracleContribution,
-    Rule,
-    Selector,
-    TopK,
-    TopP,
-)
-from bh_routing.rules.mixing import MixingRule
+from bh_routing.rules import Rule, TopK
 
 BUDGETS = (5.0, 4.0)
 WINDOW = 512
-TOLERANCE = 0.01
 HERE = Path(__file__).parent
-Knob = Callable[[float], Rule]
-
-
-def drop(**fields: Any) -> tuple[Knob, bool]:
-    """A variant of BH-drop by the log-odds of its alpha; a larger one keeps fewer."""
-    return lambda x: BenjaminiHochbergDrop(_alpha(x), **fields), False
-
-
-def fixed(**fields: Any) -> tuple[Knob, bool]:
-    """A variant of the fixed threshold by its logarithm."""
-    return lambda x: ContributionThreshold(math.exp(x), **fields), False
-
-
-def _alpha(log_odds: float) -> float:
-    return 1.0 / (1.0 + math.exp(-log_odds))
-
-
-# Name -> (number -> rule, whether a larger number keeps more).
-VARIANTS: dict[str, tuple[Knob, bool]] = {
-    "top_p": (lambda x: TopP(_alpha(x)), True),
-    "min_p": (lambda x: MinP(_alpha(x)), False),
-    "entropy": (lambda x: Entropy(math.exp(x)), True),
-    "bh background": (lambda x: BenjaminiHochberg(_alpha(x)), True),
-    "threshold contribution": fixed(),
-    "threshold weight": fixed(statistic="weight"),
-    "threshold sensitivity": fixed(statistic="sensitivity"),
-    "threshold layer_sensitivity": fixed(statistic="layer_sensitivity"),
-    "bh_drop token layer_sensitivity norm": drop(statistic="layer_sensitivity"),
-    "bh_drop block 64 sensitivity norm": drop(
-        scope="block", block_tokens=64, statistic="sensitivity"
-    ),
-    "bh_drop token contribution norm": drop(),
-    "bh_drop token contribution loss": drop(needed="loss"),
-    "bh_drop token sensitivity norm": drop(statistic="sensitivity"),
-    "bh_drop token sensitivity loss": drop(statistic="sensitivity", needed="loss"),
-    "bh_drop block 64 contribution norm": drop(scope="block", block_tokens=64),
-    "bh_drop block 512 contribution norm": drop(scope="block", block_tokens=512),
-    "bh_drop block 64 sensitivity loss": drop(
-        scope="block", block_tokens=64, statistic="sensitivity", needed="loss"
-    ),
-    "oracle": (lambda x: OracleContribution(math.exp(x)), False),
-}
-
-
-@dataclass(frozen=True)
-class Recorder(MixingRule):
-    """Keep everything and remember what was proposed, layer by layer."""
-
-    method: ClassVar[str] = "recorder"
-    seen: tuple[list[Candidates], ...]
-
-    @property
-    def needs_output_norms(self) -> bool:
-        """The oracle is bisected too."""
-        return True
-
-    def bind(self, context: LayerContext) -> Selector:
-        """Append what comes to the layer's list."""
-        mine = self.seen[context.layer]
-
-        def select(candidates: Candidates) -> Tensor:
-            mine.append(candidates)
-            return torch.ones_like(candidates.top_k_index_TK, dtype=torch.bool)
-
-        return select
+VARIANTS = (
+    "top_p",
+    "min_p",
+    "entropy",
+    "bh",
+    "contribution_threshold:statistic=contribution",
+    "contribution_threshold:statistic=weight",
+    "contribution_threshold:statistic=sensitivity",
+    "contribution_threshold:statistic=layer_sensitivity",
+    "bh_drop:statistic=layer_sensitivity",
+    "bh_drop:scope=block,statistic=sensitivity",
+    "bh_drop:statistic=contribution",
+    "bh_drop:statistic=contribution,needed=loss",
+    "bh_drop:statistic=sensitivity",
+    "bh_drop:statistic=sensitivity,needed=loss",
+    "bh_drop:scope=block,statistic=contribution",
+    "bh_drop:scope=block,block_tokens=512,statistic=contribution",
+    "bh_drop:scope=block,statistic=sensitivity,needed=loss",
+    "oracle_contribution",
+)
 
 
 def split(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
     """Halve the documents within each domain: one half fits, the other chooses."""
     ordered = sorted(documents, key=lambda d: (d.domain, d.cluster, d.name))
     return ordered[0::2], ordered[1::2]
-
-
-def capture(
-    model: Any, calibration: Calibration, text: Sequence[TokenizedDocument]
-) -> tuple[list[Candidates], ...]:
-    """Read the start of every document and return each layer's proposals."""
-    seen: tuple[list[Candidates], ...] = tuple([] for _ in range(calibration.num_layers))
-    with torch.inference_mode(), route(model, Recorder(seen)):
-        for document in text:
-            model(torch.tensor([document.ids[:WINDOW]]), use_cache=False, logits_to_keep=1)
-    return seen
-
-
-def mean_experts(rule: Rule, calibration: Calibration, seen: tuple[list[Candidates], ...]) -> float:
-    """Mean number of slots that a rule keeps of captured proposals."""
-    kept = total = 0
-    null = rule.required_null or ""
-    for layer, calls in enumerate(seen):
-        # Bound by hand: on its way the search asks for alphas that no table can decide.
-        select = rule.bind(
-            LayerContext(
-                layer=layer,
-                num_experts=calibration.num_experts,
-                model_top_k=calibration.model_top_k,
-                device=torch.device("cpu"),
-                table=calibration.table(null, layer)
-                if null and null in calibration.tables
-                else None,
-                contributions=calibration.contributions,
-            )
-        )
-        for candidates in calls:
-            keep_TK = select(candidates)
-            kept += int(keep_TK.sum())
-            total += len(keep_TK)
-    return kept / total
-
-
-def bisect(measure: Callable[[float], float], target: float, *, rises: bool) -> float:
-    """Find the number at which a monotone measure meets the target."""
-    low, high = -12.0, 12.0
-    for _ in range(16):
-        middle = (low + high) / 2
-        if (measure(middle) < target) == rises:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
 
 
 def measure_all(
@@ -221,36 +114,20 @@ def describe(
 
 
 def compare(
-    model: Any,
-    tokenizer: Any,
-    text: Sequence[TokenizedDocument],
-    calibration: Calibration,
-    budget: float,
-    only: str,
+    model: Any, tokenizer: Any, search: KnobSearch, calibration: Calibration, only: str
 ) -> list[dict[str, Any]]:
-    """Compare all variants at one budget."""
-    seen = capture(model, calibration, text)
-    chosen = {name: entry for name, entry in VARIANTS.items() if only in name}
-
-    def at(target: float, name: str) -> Rule:
-        knob, rises = chosen[name]
-        return knob(bisect(lambda x: mean_experts(knob(x), calibration, seen), target, rises=rises))
-
-    rules: dict[str, Rule] = {"top_k": TopK(round(budget))}
-    rules |= {name: at(budget, name) for name in chosen}
-    records = measure_all(model, tokenizer, text, rules, calibration)
-    again = {
-        name: at(budget + budget - mean_of(records[name]), name)
-        for name in chosen
-        if abs(mean_of(records[name]) / budget - 1) > TOLERANCE
-    }
-    if again:
-        records |= measure_all(model, tokenizer, text, again, calibration)
-    rules |= again
-    return [
-        {"budget": budget, **describe(name, rule, records[name], records["top_k"])}
-        for name, rule in rules.items()
-    ]
+    """Bring every variant to every budget, and compare them there on the same text."""
+    chosen = [variant for variant in parse_variants(VARIANTS) if only in variant.name]
+    settings = search.find([Goal(variant=v, budget=b) for v in chosen for b in BUDGETS])
+    own: dict[str, Rule] = {f"top_k@{budget:g}": TopK(round(budget)) for budget in BUDGETS}
+    rules = own | {setting.goal.config_name: setting.rule for setting in settings}
+    records = measure_all(model, tokenizer, search.text.documents, rules, calibration)
+    rows = []
+    for config_name, rule in rules.items():
+        name, _, budget = config_name.rpartition("@")
+        row = describe(name, rule, records[config_name], records[f"top_k@{budget}"])
+        rows.append({"budget": float(budget), **row})
+    return rows
 
 
 def render(results: dict[str, Any]) -> str:
@@ -293,18 +170,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Half of the packaged documents are fewer than a calibration must have. That limit guards
     # what an alpha means to a user; here only the order at equal cost is asked.
     calibration = replace(calibration, num_documents=max(len(fit), MIN_DOCUMENTS))
-    text = tokenize_documents(tokenizer, choose, options.tokens)
-    rows = []
-    for budget in BUDGETS:
-        rows += compare(model, tokenizer, text, calibration, budget, options.only)
-        print(f"budget {budget:g} after {time.perf_counter() - start:.0f} s", flush=True)
+    search = KnobSearch(model, tokenizer, choose, calibration, options.tokens)
+    rows = compare(model, tokenizer, search, calibration, options.only)
+    print(f"compared after {time.perf_counter() - start:.0f} s", flush=True)
     results = {
         "made": {
             "model": calibration.model_fingerprint,
             "fit_documents": len(fit),
             "fit_tokens": calibration.num_tokens,
-            "documents": len(text),
-            "tokens": sum(len(document.ids) for document in text),
+            "documents": len(search.text.documents),
+            "tokens": search.num_tokens,
             "bh_routing": bh_routing.__version__,
             "torch": torch.__version__,
             "machine": f"{platform.system()} {platform.machine()}, CPU",

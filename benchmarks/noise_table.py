@@ -14,6 +14,7 @@ import json
 import platform
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,17 +28,22 @@ import bh_routing
 from bh_routing.engine import calibrate
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.models import find_routers, load_model
-from bh_routing.multitest.step_up import ranks
-from bh_routing.nulls import NULLS, Calibration, count_at_cut_offs, cut_offs, noise_control
+from bh_routing.multitest import benjamini_hochberg
+from bh_routing.nulls import NULLS, Calibration, noise_control
+from bh_routing.nulls.drop_noise import drop_noise_control
 
 ALPHAS = (0.01, 0.05, 0.10)
+DROP_ALPHAS = (0.01, 0.05, 0.10, 0.30)
 NUM_EXPERTS = 64
 MODEL_TOP_K = 8
 SEEDS = (0, 1, 2, 3, 4)
 TEXT_TOKENS = 8_192
+FIT_TOKENS_BY_EXPERT = 49_152
+"""Tokens behind tables by expert, to which a token gives one score and not E."""
 HERE = Path(__file__).parent
 METHOD = HERE.parent / "docs" / "method.md"
 BLOCK = re.compile(r"(<!-- noise table: .*? -->\n).*(<!-- noise table: end -->)", re.DOTALL)
+DROP_BLOCK = re.compile(r"(<!-- drop noise: .*? -->\n).*(<!-- drop noise: end -->)", re.DOTALL)
 
 
 def measure_noise(tokens: int) -> list[dict[str, Any]]:
@@ -74,22 +80,36 @@ def measure_noise(tokens: int) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_drop_noise(tokens: int) -> list[dict[str, Any]]:
+    """Run BH-drop on noise."""
+    results = drop_noise_control(
+        alphas=DROP_ALPHAS, num_experts=NUM_EXPERTS, model_top_k=MODEL_TOP_K, tokens=tokens
+    )
+    return [asdict(result) | {"dropped": result.dropped._asdict()} for result in results]
+
+
 def measure_text(model_name: str) -> dict[str, Any]:
     """Run every null on held-out text: calibrated on one split, counted on the other."""
     model, tokenizer = load_model(model_name, device="cpu", dtype="float32")
     texts = [document.text for document in packaged_documents("calibration")]
-    tabled = [name for name, null in NULLS.items() if null.needs_table]
+    tabled = [name for name, null in NULLS.items() if null.needs_table and not null.by_expert]
     calibration = calibrate(model, tokenizer, texts, nulls=tabled)
+    by_expert = [name for name, null in NULLS.items() if null.by_expert]
+    larger = calibrate(model, tokenizer, texts, nulls=by_expert, max_tokens=FIT_TOKENS_BY_EXPERT)
     logits_LTE = collect_logits(model, tokenizer)
-    rows = [
-        {"null": name, "alpha": alpha, **count_on_text(name, alpha, logits_LTE, calibration)}
-        for name in NULLS
-        for alpha in ALPHAS
-    ]
+    rows = []
+    for name in NULLS:
+        fitted = larger if name in by_expert else calibration
+        for alpha in ALPHAS:
+            if NULLS[name].needs_table and fitted.resolution(name) > alpha:
+                continue
+            counted = count_on_text(name, alpha, logits_LTE, fitted)
+            rows.append({"null": name, "alpha": alpha, **counted})
     return {
         "model": model_name,
         "model_fingerprint": calibration.model_fingerprint,
         "calibration_tokens": calibration.num_tokens,
+        "calibration_tokens_by_expert": larger.num_tokens,
         "tokens": int(logits_LTE.shape[1]),
         "layers": int(logits_LTE.shape[0]),
         "top_k_mass_temperature_1": top_k_mass(logits_LTE, calibration.model_top_k, 1.0),
@@ -128,18 +148,16 @@ def count_on_text(
     name: str, alpha: float, logits_LTE: Tensor, calibration: Calibration
 ) -> dict[str, float]:
     """Mean experts over tokens and layers, and the share of them with any rejection."""
-    null, num_experts = NULLS[name], calibration.num_experts
-    rank_E = ranks(num_experts, logits_LTE.device)
-    counts = []
+    null, used, has_any = NULLS[name], [], []
     for layer, logits_TE in enumerate(logits_LTE):
         table = calibration.table(name, layer) if null.needs_table else None
-        cut_offs_E = cut_offs(null, alpha, num_experts, table)
-        scores_TE = null.descending_scores(logits_TE)
-        counts.append(count_at_cut_offs(scores_TE, cut_offs_E, rank_E))
-    counts_LT = torch.cat(counts, dim=-1).double()
+        rejected_TE = benjamini_hochberg(null.p_from_score(null.score(logits_TE), table), alpha)
+        top_k_index_TK = logits_TE.topk(calibration.model_top_k).indices
+        used.append(rejected_TE.gather(-1, top_k_index_TK).sum(dim=-1).clamp_min(1))
+        has_any.append(rejected_TE.any(dim=-1))
     return {
-        "mean_experts": float(counts_LT.clamp(1, calibration.model_top_k).mean()),
-        "share_any": float((counts_LT > 0).double().mean()),
+        "mean_experts": float(torch.cat(used).double().mean()),
+        "share_any": float(torch.cat(has_any).double().mean()),
     }
 
 
@@ -153,8 +171,9 @@ def render(results: dict[str, Any]) -> str:
     ]
     for row in results["noise"]:
         on_text = text.get((row["null"], row["alpha"]))
-        experts = f"{on_text['mean_experts']:.2f}" if on_text else "not run"
-        share = f"{100 * on_text['share_any']:.1f} %" if on_text else "not run"
+        missing = "out of reach" if text else "not run"
+        experts = f"{on_text['mean_experts']:.2f}" if on_text else missing
+        share = f"{100 * on_text['share_any']:.1f} %" if on_text else missing
         lines.append(
             f"| `{row['null']}` | {row['alpha_is']} | {row['alpha']:.2f} "
             f"| {row['mean_experts']:.2f} | {row['mean_experts_lowest_seed']:.2f} to "
@@ -173,11 +192,29 @@ def render(results: dict[str, Any]) -> str:
         on = results["text"]
         lines.append(
             f"Text: model `{on['model']}` ({on['model_fingerprint'][:12]}), {on['layers']} layers, "
-            f"tables from {on['calibration_tokens']:,} tokens of the packaged calibration text, "
-            f"counted on {on['tokens']:,} tokens of the packaged evaluation text. The top-k "
-            f"probabilities there sum to {on['top_k_mass_temperature_1']:.2f} on average, at "
-            f"temperature 2 to {on['top_k_mass_temperature_2']:.2f}."
+            f"tables from {on['calibration_tokens']:,} tokens of the packaged calibration text "
+            f"(by expert from {on['calibration_tokens_by_expert']:,}), counted on "
+            f"{on['tokens']:,} tokens of the packaged evaluation text. The top-k probabilities "
+            f"there sum to {on['top_k_mass_temperature_1']:.2f} on average, at temperature 2 to "
+            f"{on['top_k_mass_temperature_2']:.2f}."
         )
+    return "\n".join(lines) + "\n"
+
+
+def render_drop(results: dict[str, Any]) -> str:
+    """Render what BH-drop does on noise."""
+    lines = [
+        "| slots that mattered | α | slots kept of 8 | tokens with any drop, 95 % interval | mean "
+        "share of the dropped that mattered, 95 % interval | α / 2 |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['mattered']} | {row['alpha']:.2f} | {row['mean_kept']:.2f} "
+        f"| {100 * row['dropped']['share']:.1f} % ({100 * row['dropped']['low']:.1f} to "
+        f"{100 * row['dropped']['high']:.1f}) | {row['false_share']:.4f} "
+        f"({row['false_low']:.4f} to {row['false_high']:.4f}) | {row['alpha'] / 2:.3f} |"
+        for row in results["drop_noise"]
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -201,15 +238,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             "date": datetime.now(UTC).date().isoformat(),
         },
         "noise": measure_noise(options.tokens),
+        "drop_noise": measure_drop_noise(options.tokens),
         "text": measure_text(options.model) if options.model else {},
     }
     written = json.dumps(results, indent=1) + "\n"
     (HERE / "noise_table.json").write_text(written, encoding="utf-8")
-    table = render(json.loads(written))
-    (HERE / "noise_table.md").write_text(table, encoding="utf-8")
+    tables = {BLOCK: render(json.loads(written)), DROP_BLOCK: render_drop(json.loads(written))}
+    (HERE / "noise_table.md").write_text("\n".join(tables.values()), encoding="utf-8")
     page = METHOD.read_text(encoding="utf-8")
-    METHOD.write_text(BLOCK.sub(lambda found: found[1] + table + found[2], page), encoding="utf-8")
-    print(table)
+    for block, table in tables.items():
+        page = block.sub(lambda found, table=table: found[1] + table + found[2], page)
+        print(table)
+    METHOD.write_text(page, encoding="utf-8")
     return 0
 
 

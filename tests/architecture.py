@@ -40,7 +40,7 @@ HOMES_OF: Mapping[str, frozenset[str]] = {
     "lm_eval": frozenset({"integrations"}),
     "typer": frozenset({"cli"}),
 }
-NEVER_IN_READING = frozenset({"torch", "transformers", "safetensors", "tokenizers", "triton"})
+NEVER_IN_READING = frozenset({"torch", "transformers", "safetensors.torch", "tokenizers", "triton"})
 NEVER_ANYWHERE = frozenset({"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"})
 SWITCHES = frozenset({"TYPE_CHECKING", "__name__ == '__main__'"})
 NAMELESS = frozenset({"utils", "util", "helpers", "common", "misc"})
@@ -175,7 +175,7 @@ def strangers(modules: Modules) -> list[str]:
         for found in imports_of(module):
             away = found.root in HOMES_OF and module.home not in HOMES_OF[found.root]
             banned = NEVER_ANYWHERE | (NEVER_IN_READING if is_reading else frozenset())
-            if away or found.root in banned:
+            if away or any(f"{found.target}.".startswith(f"{name}.") for name in banned):
                 wrong.append(f"{module.name}:{found.line} imports {found.target}")
     return wrong
 

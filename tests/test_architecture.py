@@ -65,7 +65,7 @@ MODULE_CHECKS: list[tuple[Callable[[Modules], list[str]], Mapping[str, str]]] = 
     (architecture.upward_imports, {"analysis.results": "from bh_routing.report import text"}),
     (architecture.homeless_modules, {"attic": "shelf = 1"}),
     (architecture.strangers, {"report.figures": "import torch"}),
-    (architecture.strangers, {"analysis.results": "from safetensors import safe_open"}),
+    (architecture.strangers, {"analysis.results": "from safetensors.torch import load_file"}),
     (architecture.strangers, {"engine.generate": "from transformers import AutoTokenizer"}),
     (architecture.strangers, {"experiments.store": "import pickle"}),
     (
@@ -214,12 +214,18 @@ FLAGS = {
     "run": (
         "--model --output --max-tokens --checkpoint-interval --no-resume --device --no-fp16 "
         "--config --configs --prompts --calibration --calibration-text --seed --executor "
-        "--eval-text --no-eval --eval-tokens --json"
+        "--eval-text --no-eval --eval-tokens --budget --json"
     ),
-    "calibrate": "--output --model --text --nulls --max-tokens --seed --device --no-fp16 --json",
+    "calibrate": (
+        "--output --model --text --nulls --max-tokens --seed --plots --device --no-fp16 --json"
+    ),
     "evaluate": (
         "--model --text --config --configs --rule --tokens --window --stride --margin "
-        "--calibration --calibration-text --output --device --no-fp16 --seed --json"
+        "--calibration --calibration-text --output --device --no-fp16 --seed --budget --json"
+    ),
+    "sweep": (
+        "--output --model --budgets --rules --text --tokens --calibration --calibration-text "
+        "--device --no-fp16 --seed --json"
     ),
     "lm-eval": (
         "--tasks --model --include-path --config --configs --limit --num-fewshot --batch-size "
@@ -227,6 +233,8 @@ FLAGS = {
     ),
     "export": "folder --to --output",
     "models": "--check --device --no-fp16 --json",
+    "doctor": "--output --statistics --tokens --json",
+    "report": "folders --output --format --track",
 }
 
 

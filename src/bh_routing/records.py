@@ -15,6 +15,7 @@ JOURNAL: Final = "records.jsonl"
 RESULTS_CSV: Final = "bh_routing_results.csv"
 SUMMARY_JSON: Final = "analysis_summary.json"
 REPORT_MD: Final = "REPORT.md"
+REPORT_HTML: Final = "report.html"
 LOG: Final = "experiment_log.txt"
 RUN_JSON: Final = "run.json"
 CHECKPOINT: Final = "checkpoints/latest_checkpoint.json"
@@ -186,3 +187,26 @@ class TaskOutcome:
     metrics: dict[str, float | list[float]]
     """What lm-eval aggregates: a number an item, or a sum and its weight, such as
     log-likelihood and bytes. Metrics of another shape are left out."""
+
+
+TOKEN_TRACES: Final = "token_traces.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenTrace:
+    """One line of `token_traces.jsonl`: every slot of one experiment's tokens."""
+
+    config_name: str
+    prompt_text: str
+    tokens: list[str]
+    """Text of each token that was routed, the prompt's first."""
+    num_prompt_tokens: int
+    layers: int
+    slots: int
+    """Candidates of a token and layer, in order of the family's own weight, largest first."""
+    model_top_k: int
+    """The first so many slots are what the model alone would use."""
+    planes: str
+    """Base64 of zlib of three little-endian arrays, each (tokens, layers, slots). int16: the
+    expert e if it was kept, -1 - e if it was dropped. uint16: its weight times 65,535, rounded.
+    uint16: -1000 log10 p, rounded, 65,534 at most; 65,535 where the rule has no p-value."""

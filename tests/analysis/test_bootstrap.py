@@ -69,7 +69,7 @@ def test_t_of_a_resample_is_that_of_its_documents_written_out(
     drawn_BG = np.random.default_rng(7).multinomial(
         len(names), np.full(len(names), 1 / len(names)), 5
     )
-    monkeypatch.setattr(bootstrap, "_draws", lambda *_: [drawn_BG.astype(float)])
+    monkeypatch.setattr(bootstrap, "draw_clusters", lambda *_: [drawn_BG.astype(float)])
     ours = cluster_bootstrap(values, weights, clusters)
     estimate = values.sum() / weights.sum()
     for b, drawn_G in enumerate(drawn_BG):

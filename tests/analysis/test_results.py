@@ -16,6 +16,7 @@ from bh_routing.experiments.files import render_header, render_row
 from bh_routing.records import (
     CSV_COLUMNS,
     JOURNAL,
+    REPORT_HTML,
     RESULTS_CSV,
     RUN_JSON,
     SCHEMA_VERSION,
@@ -183,3 +184,25 @@ def test_a_missing_or_foreign_folder_is_refused_with_the_way_out(tmp_path: Path)
         load_results(tmp_path / "nowhere")
     with pytest.raises(ResultsError, match="holds neither"):
         load_results(tmp_path)
+
+
+def test_a_notebook_shows_means_of_finished_experiments_as_text(tmp_path: Path) -> None:
+    rows = [record("<b>x</b>"), record("<b>x</b>", "second", status="failed")]
+    text = render_header() + "".join(render_row(row) for row in rows)
+    (tmp_path / RESULTS_CSV).write_text(text, encoding="utf-8", newline="")
+    shown = load_results(tmp_path)._repr_html_()
+    assert "&lt;b&gt;x&lt;/b&gt;" in shown
+    assert "<td>1</td>" in shown
+    assert "<td>0.3</td>" in shown
+
+
+def test_show_opens_the_page_or_says_how_to_make_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    with pytest.raises(ResultsError, match="bh-routing report"):
+        load_results(folder).show()
+    (folder / REPORT_HTML).write_text("page")
+    assert load_results(folder).show() == (folder / REPORT_HTML).resolve()
+    assert opened == [(folder / REPORT_HTML).resolve().as_uri()]

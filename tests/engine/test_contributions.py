@@ -39,8 +39,7 @@ def test_a_slots_norm_is_that_of_its_expert_run_by_hand(demo: LoadedModel, ids: 
     experts = routers.sites[2].experts
     handle = experts.register_forward_hook(lambda _, inputs, __: seen.append(inputs))
     try:
-        demo.model(ids)
-        norms_TK = observer._open[2][2]
+        norms_TK = observer.read(ids)[2].norms
     finally:
         handle.remove()
         observer.close()
@@ -54,14 +53,14 @@ def test_a_slots_norm_is_that_of_its_expert_run_by_hand(demo: LoadedModel, ids: 
 def test_the_residual_is_what_the_decoder_layer_returns(demo: LoadedModel, ids: Tensor) -> None:
     observer = SlotObserver(demo.model, find_routers(demo.model), by_loss=False)
     try:
-        states = demo.model(ids, output_hidden_states=True).hidden_states
-        residual_T = observer._residuals[1]
+        residuals_TK = observer.read(ids)[1].residuals
     finally:
         observer.close()
-    assert torch.allclose(residual_T, states[2][0].norm(dim=-1), rtol=1e-5)
+    states = demo.model(ids, output_hidden_states=True).hidden_states
+    assert torch.allclose(residuals_TK[:, 0], states[2][0].norm(dim=-1), rtol=1e-5)
 
 
-def test_the_loss_of_a_slot_is_the_slope_of_the_loss_along_its_weight(
+def test_the_loss_of_a_slot_is_the_size_of_the_slope_along_its_weight(
     demo: LoadedModel, ids: Tensor
 ) -> None:
     def loss() -> Tensor:
@@ -71,9 +70,7 @@ def test_the_loss_of_a_slot_is_the_slope_of_the_loss_along_its_weight(
     routers = find_routers(demo.model)
     observer = SlotObserver(demo.model, routers, by_loss=True)
     try:
-        with torch.enable_grad():
-            loss().backward()
-        slope = float(observer._switches[1].grad[3, 0])  # type: ignore[index]
+        size = float(observer.read(ids)[1].losses[3, 0])
     finally:
         observer.close()
 
@@ -89,7 +86,8 @@ def test_the_loss_of_a_slot_is_the_slope_of_the_loss_along_its_weight(
         finally:
             handle.remove()
 
-    assert slope == pytest.approx((scaled(1.05) - scaled(0.95)) / 0.1, rel=0.05, abs=1e-3)
+    slope = (scaled(1.05) - scaled(0.95)) / 0.1
+    assert size == pytest.approx(abs(slope), rel=0.05, abs=1e-3)
 
 
 def test_observing_leaves_the_model_as_it_was(demo: LoadedModel, ids: Tensor) -> None:
@@ -113,33 +111,66 @@ def test_half_of_all_slots_mattered(observed: Calibration) -> None:
     assert abs(num_needed / num_all - 0.5) < 1e-4
 
 
+def test_what_mattered_is_above_the_cut_that_calibration_keeps(
+    demo: LoadedModel, observed: Calibration, ids: Tensor
+) -> None:
+    slots = observed.contributions
+    assert slots is not None
+    observer = SlotObserver(demo.model, find_routers(demo.model), by_loss=False)
+    try:
+        layers = observer.read(ids)
+    finally:
+        observer.close()
+    truth = torch.stack([layer.truth("norm") for layer in layers])
+    assert set(slots.cuts) == {"norm"}
+    assert 0.3 < float((truth > slots.cuts["norm"]).double().mean()) < 0.7
+
+
 def test_a_calibration_of_slots_comes_back_from_its_file(
     observed: Calibration, tmp_path: Path
 ) -> None:
     loaded = Calibration.load(observed.save(tmp_path / "calibration.safetensors"))
     assert loaded.fingerprint == observed.fingerprint
     assert loaded.nulls == ("needed",)
+    assert loaded.contributions is not None
+    assert observed.contributions is not None
+    assert loaded.contributions.cuts == observed.contributions.cuts
     assert loaded.resolution("needed") == observed.resolution("needed")
 
 
 def test_a_loss_that_was_not_calibrated_is_refused_by_name(
     demo: LoadedModel, observed: Calibration
 ) -> None:
-    rule = BenjaminiHochbergDrop(0.2, statistic="sensitivity")
-    with (
-        pytest.raises(CalibrationError, match="no table of null 'needed_by_loss', only of: needed"),
-        route(demo.model, rule, observed),
-    ):
+    rule = BenjaminiHochbergDrop(0.2)
+    sentence = (
+        "no table of null 'needed_by_loss', only of: needed; run: bh-routing calibrate --nulls "
+        "background,needed_by_loss, or use statistic: contribution"
+    )
+    with pytest.raises(CalibrationError, match=sentence), route(demo.model, rule, observed):
         pass
+
+
+def test_a_model_without_gradients_is_refused_by_name(demo: LoadedModel, ids: Tensor) -> None:
+    def cut(_: object, __: object, output: Tensor) -> Tensor:
+        return output.detach()
+
+    handle = demo.model.model.norm.register_forward_hook(cut)
+    observer = SlotObserver(demo.model, find_routers(demo.model), by_loss=True)
+    try:
+        with pytest.raises(CalibrationError, match=r"no gradients.*use statistic: contribution"):
+            observer.read(ids)
+    finally:
+        observer.close()
+        handle.remove()
 
 
 @pytest.mark.parametrize(
     "rule",
     [
-        BenjaminiHochbergDrop(0.3),
-        BenjaminiHochbergDrop(0.3, scope="block"),
-        BenjaminiHochbergDrop(0.3, scope="population"),
-        ContributionThreshold(0.05),
+        BenjaminiHochbergDrop(0.3, statistic="contribution"),
+        BenjaminiHochbergDrop(0.3, statistic="contribution", scope="block"),
+        BenjaminiHochbergDrop(0.3, statistic="contribution", scope="population"),
+        ContributionThreshold(0.05, statistic="contribution"),
         OracleContribution(0.05),
     ],
     ids=str,

@@ -18,6 +18,8 @@ from torch import Tensor
 from bh_routing.errors import CalibrationError
 from bh_routing.nulls import Calibration, ReferenceTable
 
+FINGERPRINT_OF_SCHEMA_2 = "5f5c33bd24215f052e4c903f65552caa91b8bb8034f8a2e1667a1512d0d9e054"
+
 Tensors = dict[str, Tensor]
 Header = dict[str, str]
 
@@ -30,6 +32,9 @@ def make(size: int = 2_000, **changes: Any) -> Calibration:
                 ReferenceTable.from_scores(torch.randn(size, generator=generator)) for _ in range(2)
             )
             for null in ("background", "pooled")
+        },
+        "observed": {
+            "pooled": tuple(torch.randn(5, 8, generator=generator) for _ in range(2)),
         },
         "model_fingerprint": "a" * 64,
         "num_layers": 2,
@@ -73,9 +78,23 @@ def test_a_saved_calibration_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert loaded.created_at == saved.created_at
     ours, theirs = saved.table("pooled", 1), loaded.table("pooled", 1)
     assert torch.equal(ours.sorted_scores_N, theirs.sorted_scores_N)
+    assert torch.equal(saved.observed["pooled"][1], loaded.observed["pooled"][1])
     for field in dataclasses.fields(Calibration):
-        if field.name != "tables":
+        if field.name not in ("tables", "observed"):
             assert getattr(loaded, field.name) == getattr(saved, field.name)
+
+
+def test_a_file_of_schema_2_is_still_read(tmp_path: Path) -> None:
+    def make_older(tensors: Tensors, header: Header) -> None:
+        facts = json.loads(header["facts"])
+        del facts["observed"]
+        header["facts"], header["schema"] = json.dumps(facts), "2"
+        # Written by the version before, for this very calibration.
+        header["fingerprint"] = FINGERPRINT_OF_SCHEMA_2
+
+    path = make(observed={}).save(tmp_path / "calibration.safetensors")
+    rewrite(path, make_older)
+    assert Calibration.load(path).observed == {}
 
 
 def test_saving_leaves_no_temporary_file(tmp_path: Path) -> None:
@@ -144,7 +163,19 @@ def _no_json(tensors: Tensors, header: Header) -> None:
 
 
 def _newer_schema(tensors: Tensors, header: Header) -> None:
-    header["schema"] = "3"
+    header["schema"] = "4"
+
+
+def _observed_of_other_experts(tensors: Tensors, header: Header) -> None:
+    tensors["observed.pooled.1"] = torch.zeros(5, 7)
+
+
+def _observed_not_finite(tensors: Tensors, header: Header) -> None:
+    tensors["observed.pooled.0"][0, 0] = float("inf")
+
+
+def _edited_observed(tensors: Tensors, header: Header) -> None:
+    tensors["observed.pooled.0"][0, 0] += 1
 
 
 def _foreign(tensors: Tensors, header: Header) -> None:
@@ -163,8 +194,11 @@ def _foreign(tensors: Tensors, header: Header) -> None:
         (_edited_fact, "was changed after it was written"),
         (_wrong_type, "unreadable facts .num_layers"),
         (_no_json, "unreadable facts"),
-        (_newer_schema, "has schema '3', this version reads 2"),
+        (_newer_schema, "has schema '4', this version reads 2 and 3;"),
         (_foreign, "no calibration of bh-routing"),
+        (_observed_of_other_experts, r"'observed.pooled.1' .* shape \(T, 8\), got torch.float32"),
+        (_observed_not_finite, "'observed.pooled.0' .* must be finite"),
+        (_edited_observed, "was changed after it was written"),
     ],
 )
 def test_a_changed_file_is_refused_in_one_sentence(

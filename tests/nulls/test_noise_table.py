@@ -5,11 +5,24 @@ from __future__ import annotations
 import doctest
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from benchmarks.noise_table import ALPHAS, BLOCK, HERE, METHOD, NUM_EXPERTS, render
+from benchmarks.noise_table import (
+    ALPHAS,
+    BLOCK,
+    DROP_ALPHAS,
+    DROP_BLOCK,
+    HERE,
+    METHOD,
+    NUM_EXPERTS,
+    measure_drop_noise,
+    render,
+    render_drop,
+)
 from bh_routing.nulls import NULLS, noise_control
+from bh_routing.nulls.drop_noise import Mattered
 
 RESULTS = json.loads((HERE / "noise_table.json").read_text(encoding="utf-8"))
 
@@ -59,3 +72,31 @@ def test_the_examples_of_the_page_run() -> None:
     outcome = doctest.testfile(str(METHOD), module_relative=False)
     assert outcome.attempted >= 6
     assert outcome.failed == 0
+
+
+DROP = {(row["mattered"], row["alpha"]): row for row in RESULTS["drop_noise"]}
+
+
+def test_the_page_shows_what_bh_drop_does_on_noise() -> None:
+    for page in (METHOD, HERE / "noise_table.md"):
+        assert render_drop(RESULTS) in page.read_text(encoding="utf-8")
+    assert len(DROP_BLOCK.findall(METHOD.read_text(encoding="utf-8"))) == 1
+    assert list(DROP) == [(way, alpha) for way in get_args(Mattered) for alpha in DROP_ALPHAS]
+
+
+def test_where_slots_matter_by_chance_alpha_bounds_the_tokens_with_any_drop() -> None:
+    for (mattered, alpha), row in DROP.items():
+        assert row["false_low"] <= alpha / 2
+        if mattered == "by chance":
+            assert row["dropped"]["low"] <= alpha
+        else:
+            assert row["dropped"]["low"] > alpha
+
+
+def test_measuring_the_drops_again_gives_the_published_numbers() -> None:
+    again = measure_drop_noise(RESULTS["made"]["tokens"])
+    for new, row in zip(again, RESULTS["drop_noise"], strict=True):
+        # Not to the bit: another torch may draw other noise.
+        assert new["mean_kept"] == pytest.approx(row["mean_kept"], abs=0.1)
+        assert new["false_share"] == pytest.approx(row["false_share"], abs=0.01)
+        assert new["dropped"]["share"] == pytest.approx(row["dropped"]["share"], abs=0.02)

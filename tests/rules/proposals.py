@@ -58,7 +58,7 @@ def context_for(
             hidden_states_TH=torch.randn(2_000, 32, generator=generator),
             gate_EH=torch.randn(num_experts, 32, generator=generator) / 32**0.5,
         )
-        table = ReferenceTable.from_scores(get_null(rule.required_null).reference_of(seen))
+        table = get_null(rule.required_null).table_of(seen)
     return LayerContext(
         layer=0,
         num_experts=num_experts,

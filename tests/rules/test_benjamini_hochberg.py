@@ -14,7 +14,7 @@ from torch import Tensor
 from bh_routing.errors import CalibrationError, InputError
 from bh_routing.multitest import count_rejected
 from bh_routing.multitest.step_up import harmonic_number
-from bh_routing.nulls import NULLS, ReferenceTable, p_values
+from bh_routing.nulls import NULLS, ReferenceTable, get_null, p_values
 from bh_routing.rules import BenjaminiHochberg, Candidates, LayerContext
 from bh_routing.rules.benjamini_hochberg import OnEmpty
 from tests.rules.proposals import (
@@ -28,16 +28,25 @@ from tests.rules.proposals import (
 
 
 def by_p_values(rule: BenjaminiHochberg, candidates: Candidates, context: LayerContext) -> Tensor:
-    """The slow, obvious twin: p-values, BH's count, limits, the best slots one by one."""
+    """The slow, obvious twin: p-values, BH's count, limits, the best slots one by one.
+
+    Where experts have tables of their own, the count is that of rejected slots, best by p-value.
+    """
     p_TE = p_values(candidates.router_logits_TE, rule.null, context.table, rule.temperature)
     counts = count_rejected(p_TE, rule.alpha, rule.procedure).tolist()
     keep_TK = torch.zeros_like(candidates.top_k_index_TK, dtype=torch.bool)
     for token, count in enumerate(counts):
+        p = p_TE[token, candidates.top_k_index_TK[token]].tolist()
+        if get_null(rule.null).by_expert:
+            rejected = p_TE[token].sort().values[:count].tolist()
+            count = sum(value in rejected for value in p)
+        else:
+            p = [0.0] * len(p)
         if count == 0 and rule.on_empty == "model_k":
             count = context.model_top_k
         count = min(max(count, rule.min_k), rule.max_k)
         logits = candidates.router_logits_TE[token, candidates.top_k_index_TK[token]].tolist()
-        best_first = sorted(range(len(logits)), key=lambda slot: (-logits[slot], slot))
+        best_first = sorted(range(len(logits)), key=lambda slot: (p[slot], -logits[slot], slot))
         for slot in best_first[:count]:
             keep_TK[token, slot] = True
     return keep_TK
@@ -182,6 +191,7 @@ def test_only_tabled_nulls_require_a_calibration() -> None:
         "background": "background",
         "background_studentized": "background_studentized",
         "gaussian": None,
+        "per_expert": "per_expert",
         "permutation": "permutation",
         "pooled": "pooled",
         "softmax": None,

@@ -49,6 +49,8 @@ EXAMPLES: dict[str, list[Rule]] = {
         BenjaminiHochberg(0.05, null="softmax", temperature=0.5),
         BenjaminiHochberg(0.05, null="pooled", max_k=4, on_empty="model_k"),
         BenjaminiHochberg(0.05, procedure="storey"),
+        BenjaminiHochberg(0.1, null="per_expert"),
+        BenjaminiHochberg(0.2, null="per_expert", procedure="storey", max_k=12, on_empty="model_k"),
         BenjaminiHochberg(0.10, null="gaussian", procedure="storey", max_k=12),
     ],
     "bh_drop": [

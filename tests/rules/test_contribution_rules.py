@@ -31,17 +31,17 @@ def kept(rule: Rule) -> Tensor:
     return rule.bind(context_of(rule))(SLOTS)
 
 
-def scores(rule: Rule) -> Tensor:
+def scores(rule: BenjaminiHochbergDrop) -> Tensor:
     contributions = context_of(rule).contributions
     assert contributions is not None
-    return SLOTS.top_k_weights_TK * contributions.scale("contribution", 1)[SLOTS.top_k_index_TK]
+    return SLOTS.top_k_weights_TK * contributions.scale(rule.statistic, 1)[SLOTS.top_k_index_TK]
 
 
 def p_values(rule: BenjaminiHochbergDrop) -> Tensor:
     """The definition, by counting."""
     contributions = context_of(rule).contributions
     assert contributions is not None
-    needed_N = contributions.needed("contribution", "norm").sorted_scores_N
+    needed_N = contributions.needed(rule.statistic, "norm").sorted_scores_N
     not_above_TK = (needed_N <= scores(rule)[..., None]).sum(-1)
     return (1 + not_above_TK).double() / (len(needed_N) + 1)
 
@@ -78,8 +78,8 @@ def test_over_the_population_the_cut_off_is_the_last_score_on_bhs_line(alpha: fl
     rule = BenjaminiHochbergDrop(alpha, scope="population")
     contributions = context_of(rule).contributions
     assert contributions is not None
-    all_N = contributions.all_of("contribution").sorted_scores_N
-    needed_N = contributions.needed("contribution", "norm").sorted_scores_N
+    all_N = contributions.all_of(rule.statistic).sorted_scores_N
+    needed_N = contributions.needed(rule.statistic, "norm").sorted_scores_N
     p_N = torch.tensor(
         [(1 + int((needed_N <= s).sum())) / (len(needed_N) + 1) for s in all_N[::10]],
         dtype=torch.float64,
@@ -109,6 +109,13 @@ def test_a_larger_alpha_drops_more_down_to_min_k(scope: str) -> None:
     assert int(kept(BenjaminiHochbergDrop(0.99, min_k=2)).sum(-1).min()) == 2
 
 
+def test_the_statistic_is_the_sensitivity_unless_another_is_named() -> None:
+    assert BenjaminiHochbergDrop(0.2).required_null == "needed_by_loss"
+    assert BenjaminiHochbergDrop(0.2, statistic="contribution").required_null == "needed"
+    assert ContributionThreshold(0.1).required_null == "needed_by_loss"
+    assert OracleContribution(0.1).required_null == "needed"
+
+
 def test_the_oracle_drops_by_the_true_norm_over_the_layers_residual() -> None:
     assert SLOTS.output_norms_TK is not None
     truth_TK = SLOTS.top_k_weights_TK * SLOTS.output_norms_TK / 2.0  # the residual of layer 1
@@ -121,7 +128,9 @@ def test_the_oracle_drops_by_the_true_norm_over_the_layers_residual() -> None:
 )
 def test_without_a_calibration_the_remedy_is_named(rule: Rule) -> None:
     context = dataclasses.replace(context_for(rule), contributions=None)
-    with pytest.raises(CalibrationError, match="--nulls background,needed"):
+    with pytest.raises(
+        CalibrationError, match="--nulls background,needed_by_loss, or use statistic: contr"
+    ):
         rule.bind(context)
 
 

@@ -190,7 +190,8 @@ def cluster_bootstrap(
     estimate_R = y_GR.sum(axis=0) / w_G.sum()
     # Centred: then squares don't cancel when the spread is small beside the ratio.
     y_GR = y_GR - estimate_R * w_G[:, None]
-    parts = [_resample(y_GR, w_G, drawn_BG) for drawn_BG in _draws(num_clusters, resamples, seed)]
+    draws = draw_clusters(num_clusters, resamples, seed)
+    parts = [_resample(y_GR, w_G, drawn_BG) for drawn_BG in draws]
     shift_BR, t_BR = (np.concatenate(column) for column in zip(*parts, strict=True))
     others_GR = y_GR.sum(axis=0) - y_GR
     return ClusterBootstrap(
@@ -219,7 +220,7 @@ def _resample(y_GR: Floats, w_G: Floats, drawn_BG: Floats) -> tuple[Floats, Floa
     return shift_BR, t_BR
 
 
-def _draws(num_clusters: int, resamples: int, seed: int) -> Iterable[Floats]:
+def draw_clusters(num_clusters: int, resamples: int, seed: int) -> Iterable[Floats]:
     """How often each resample drew each cluster, in chunks of rows."""
     if num_clusters * resamples <= _CHUNK_CELLS:
         return _small_draws(num_clusters, resamples, seed)

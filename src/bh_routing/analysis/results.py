@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import webbrowser
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +21,7 @@ from bh_routing.records import (
     CSV_COLUMNS,
     JOURNAL,
     QUALITY_JOURNAL,
+    REPORT_HTML,
     RESULTS_CSV,
     RUN_JSON,
     STATUS_FAILED,
@@ -32,6 +34,9 @@ from bh_routing.records import (
 
 TEXT_COLUMNS: Final = tuple(f.name for f in fields(ExperimentRecord) if f.type == "str")
 """Read as they stand: a prompt `NA` is a prompt, not a missing value."""
+
+
+SHOWN: Final = ("avg_experts_per_token", "tokens_per_sec", "expert_utilization_cv")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +54,27 @@ class Results:
     """analysis_summary.json, if there is one."""
     quality: tuple[QualityRecord, ...]
     """Scored documents, one for each configuration and document; empty if nothing was scored."""
+
+    def _repr_html_(self) -> str:
+        """Mean of each configuration's finished experiments, as notebooks show it."""
+        finished = self.experiments[self.experiments["status"] == STATUS_OK]
+        means = finished.groupby("config_name", sort=False)[list(SHOWN)].mean()
+        means.insert(0, "experiments", finished.groupby("config_name", sort=False).size())
+        return str(means.to_html(float_format=lambda value: f"{value:.3g}"))
+
+    def show(self) -> Path:
+        """Open the run's report.html in the browser.
+
+        Returns:
+            The page's path, for where there is no browser.
+        Raises:
+            ResultsError: the folder has no report.html.
+        """
+        page = (self.folder / REPORT_HTML).resolve()
+        if not page.is_file():
+            raise ResultsError(f"no {page}; make it with: bh-routing report {self.folder}")
+        webbrowser.open(page.as_uri())
+        return page
 
 
 def load_results(folder: str | Path) -> Results:

@@ -9,30 +9,35 @@ from typing import Annotated
 import typer
 
 from bh_routing.cli.console import console_log
+from bh_routing.cli.options import DeviceOption, Float32Option, JsonOption, ModelOption
 from bh_routing.experiments import defaults
 
 
 def calibrate(
     output: Annotated[Path, typer.Option(help="File to write, such as model.safetensors.")],
-    model: Annotated[
-        str, typer.Option(help="`demo`, a folder with a checkpoint, or a Hugging Face id.")
-    ] = defaults.MODEL,
+    model: ModelOption = defaults.MODEL,
     text: Annotated[
         list[Path] | None,
         typer.Option(help="Text file; may be given several times. Default: the packaged text."),
     ] = None,
     nulls: Annotated[
-        str, typer.Option(help="Nulls to fit, separated by commas; `needed` is bh_drop's.")
+        str,
+        typer.Option(
+            help="Nulls to fit, separated by commas; `needed_by_loss` is bh_drop's, `needed` its "
+            "part that needs no gradients."
+        ),
     ] = "background,pooled",
     max_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of text to use.")
     ] = defaults.CALIBRATION_TOKENS,
     seed: Annotated[int, typer.Option(help="Seed of the sampling of scores.")] = defaults.SEED,
-    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = defaults.DEVICE,
-    no_fp16: Annotated[
-        bool, typer.Option("--no-fp16", help="float32 instead of bfloat16 on CUDA.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
+    plots: Annotated[
+        Path | None,
+        typer.Option(help="Folder for diagnostics pictures, one page a null."),
+    ] = None,
+    device: DeviceOption = defaults.DEVICE,
+    no_fp16: Float32Option = False,
+    as_json: JsonOption = False,
 ) -> int:
     """Fit reference distributions of a model's router scores; `run --calibration` takes them."""
     from bh_routing.engine.calibrate import calibrate as fit
@@ -41,6 +46,7 @@ def calibrate(
     from bh_routing.models.load import load_model
     from bh_routing.nulls.catalog import get_null
     from bh_routing.nulls.contributions import NEEDED
+    from bh_routing.report.calibration_plots import plot_calibration
 
     names = [name.strip() for name in nulls.split(",") if name.strip()]
     observed = NEEDED.values()
@@ -60,11 +66,13 @@ def calibrate(
             seed=seed,
         )
         fitted.save(output)
+        pages = plot_calibration(output, plots) if plots else []
     facts = {
         "file": str(output),
         "fingerprint": fitted.fingerprint,
         "num_tokens": fitted.num_tokens,
         "num_documents": fitted.num_documents,
+        "plots": [str(page) for page in pages],
         "smallest_alpha": {name: fitted.resolution(name) for name in names},
     }
     typer.echo(

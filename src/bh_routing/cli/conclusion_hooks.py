@@ -45,7 +45,12 @@ def make_hooks(surroundings: Surroundings) -> Hooks:
 
         return (surroundings.report or generate_markdown_report)(experiments, summary, folder)
 
-    return Hooks(load=load, analyze=analyze, visualize=visualize, report=report)
+    def page(folder: Path) -> Any:
+        from bh_routing.report.page.page import write_page
+
+        return write_page(folder)
+
+    return Hooks(load=load, analyze=analyze, visualize=visualize, report=report, page=page)
 
 
 def _quality_blocks(results: Results, summary: dict[str, Any]) -> dict[str, Any]:
@@ -62,3 +67,16 @@ def _quality_blocks(results: Results, summary: dict[str, Any]) -> dict[str, Any]
         agreement = text_agreement(results.details, baseline)
         blocks["text_agreement"] = to_strict({name: asdict(a) for name, a in agreement.items()})
     return blocks
+
+
+def conclude_sweep(folder: Path, seed: int) -> list[str]:
+    """Make the tables, pictures and report of a sweep; return a sentence if that failed."""
+    from bh_routing.analysis.quality import QualityOptions
+    from bh_routing.experiments.conclusion import guard
+    from bh_routing.report import sweep
+
+    problems: list[str] = []
+    guard(
+        "the conclusion", problems, lambda: sweep.conclude_sweep(folder, QualityOptions(seed=seed))
+    )
+    return problems

@@ -9,6 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bh_routing.cli.console import console_log
+from bh_routing.cli.options import (
+    BudgetOption,
+    CalibrationOption,
+    CalibrationTextOption,
+    ConfigOption,
+    ConfigsOption,
+    DeviceOption,
+    Float32Option,
+    JsonOption,
+    ModelOption,
+    SeedOption,
+    TextOption,
+    TokensOption,
+)
 from bh_routing.cli.run import choose, split_items
 from bh_routing.experiments import defaults
 
@@ -19,22 +33,10 @@ if TYPE_CHECKING:
 
 def evaluate(
     context: typer.Context,
-    model: Annotated[
-        str, typer.Option(help="`demo`, a folder with a checkpoint, or a Hugging Face id.")
-    ] = defaults.MODEL,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Text or JSONL file, or hf:NAME:SPLIT; may be given several times. Default: the "
-            "packaged evaluation text."
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file with further configurations.")
-    ] = None,
-    configs: Annotated[
-        str | None, typer.Option(help="Only these configurations, such as topk_8,bh_strict.")
-    ] = None,
+    model: ModelOption = defaults.MODEL,
+    text: TextOption = None,
+    config: ConfigOption = None,
+    configs: ConfigsOption = None,
     rule: Annotated[
         list[str] | None,
         typer.Option(
@@ -42,10 +44,7 @@ def evaluate(
             "Without --config and --configs only these are scored."
         ),
     ] = None,
-    tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Most tokens scored, spread over the documents. Default: all."),
-    ] = None,
+    tokens: TokensOption = None,
     window: Annotated[
         int | None,
         typer.Option(min=1, help="Input tokens of a forward pass. Default: context, up to 1024."),
@@ -58,24 +57,17 @@ def evaluate(
         float | None,
         typer.Option(min=1e-9, help="Non-inferiority margin in nats a token. Default: ln 1.01."),
     ] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="File made by `bh-routing calibrate`.")
-    ] = None,
-    calibration_text: Annotated[
-        Path | None, typer.Option(help="Text to calibrate on instead of the packaged one.")
-    ] = None,
+    calibration: CalibrationOption = None,
+    calibration_text: CalibrationTextOption = None,
     output: Annotated[
         Path | None,
         typer.Option(help="Folder for quality.csv, quality.json and every document's record."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = defaults.DEVICE,
-    no_fp16: Annotated[
-        bool, typer.Option("--no-fp16", help="float32 instead of bfloat16 on CUDA.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of whatever draws at random.")] = defaults.SEED,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the table as JSON on stdout.")
-    ] = False,
+    device: DeviceOption = defaults.DEVICE,
+    no_fp16: Float32Option = False,
+    seed: SeedOption = defaults.SEED,
+    budget: BudgetOption = None,
+    as_json: JsonOption = False,
 ) -> int:
     """Score configurations against the model's own top-k on the same tokens."""
     from bh_routing.analysis.quality import QualityOptions, analyze_quality
@@ -89,6 +81,7 @@ def evaluate(
         device=device,
         dtype="float32" if no_fp16 else defaults.DTYPE,
         configs=_configs(context.obj, config, configs, rule),
+        budget=budget,
         calibration=calibration,
         calibration_text=calibration_text,
         seed=seed,

@@ -12,6 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bh_routing.cli.console import console_log
+from bh_routing.cli.options import (
+    CalibrationOption,
+    CalibrationTextOption,
+    ConfigOption,
+    ConfigsOption,
+    DeviceOption,
+    Float32Option,
+    JsonOption,
+    ModelOption,
+    SeedOption,
+)
 from bh_routing.cli.run import choose, split_items
 from bh_routing.errors import InputError, ResultsError
 from bh_routing.experiments import defaults
@@ -31,23 +42,13 @@ def lm_eval(
             "bh_choice, bh_rolling."
         ),
     ] = "bh_cloze,bh_choice,bh_rolling",
-    model: Annotated[
-        str, typer.Option(help="`demo`, a folder with a checkpoint, or a Hugging Face id.")
-    ] = defaults.MODEL,
+    model: ModelOption = defaults.MODEL,
     include_path: Annotated[
         list[Path] | None,
         typer.Option(help="Folder with further tasks; may be given several times."),
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file with further configurations.")
-    ] = None,
-    configs: Annotated[
-        str | None,
-        typer.Option(
-            help="Only these configurations, such as topk_8,bh_moderate; one of them must be the "
-            "model's own top-k."
-        ),
-    ] = None,
+    config: ConfigOption = None,
+    configs: ConfigsOption = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Items of each task. Default: all.")
     ] = None,
@@ -55,21 +56,15 @@ def lm_eval(
         int | None, typer.Option(min=0, help="Examples in each prompt. Default: the task's own.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests of a forward pass.")] = 8,
-    calibration: Annotated[
-        Path | None, typer.Option(help="File made by `bh-routing calibrate`.")
-    ] = None,
-    calibration_text: Annotated[
-        Path | None, typer.Option(help="Text to calibrate on instead of the packaged one.")
-    ] = None,
+    calibration: CalibrationOption = None,
+    calibration_text: CalibrationTextOption = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for every item's outcome and the comparisons.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = defaults.DEVICE,
-    no_fp16: Annotated[
-        bool, typer.Option("--no-fp16", help="float32 instead of bfloat16 on CUDA.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of whatever draws at random.")] = defaults.SEED,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    device: DeviceOption = defaults.DEVICE,
+    no_fp16: Float32Option = False,
+    seed: SeedOption = defaults.SEED,
+    as_json: JsonOption = False,
 ) -> int:
     """Run lm-eval tasks under each configuration; compare with the model's own top-k."""
     _require_extra()

@@ -14,13 +14,16 @@ import typer
 
 import bh_routing
 from bh_routing.cli.calibrate import calibrate
+from bh_routing.cli.doctor import doctor
 from bh_routing.cli.evaluate import evaluate
 from bh_routing.cli.export import export
 from bh_routing.cli.interrupts import Terminated
 from bh_routing.cli.lm_eval import lm_eval
 from bh_routing.cli.models import models
+from bh_routing.cli.report import report
 from bh_routing.cli.run import run
 from bh_routing.cli.surroundings import Surroundings
+from bh_routing.cli.sweep import sweep
 from bh_routing.errors import BHRoutingError, ExperimentError
 
 EXIT_DONE: Final = 0
@@ -39,9 +42,12 @@ app = typer.Typer(
 app.command()(run)
 app.command()(calibrate)
 app.command()(evaluate)
+app.command()(sweep)
 app.command("lm-eval")(lm_eval)
+app.command()(report)
 app.command()(export)
 app.command()(models)
+app.command()(doctor)
 
 
 def _print_version(asked: bool) -> None:

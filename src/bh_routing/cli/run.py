@@ -12,6 +12,18 @@ import typer
 from bh_routing.cli.conclusion_hooks import make_hooks
 from bh_routing.cli.console import console_log
 from bh_routing.cli.interrupts import Terminated, sigterm_raises
+from bh_routing.cli.options import (
+    BudgetOption,
+    CalibrationOption,
+    CalibrationTextOption,
+    ConfigOption,
+    ConfigsOption,
+    DeviceOption,
+    Float32Option,
+    JsonOption,
+    ModelOption,
+    SeedOption,
+)
 from bh_routing.cli.surroundings import Surroundings
 from bh_routing.experiments import defaults
 
@@ -22,9 +34,7 @@ if TYPE_CHECKING:
 
 def run(
     context: typer.Context,
-    model: Annotated[
-        str, typer.Option(help="`demo`, a folder with a checkpoint, or a Hugging Face id.")
-    ] = defaults.MODEL,
+    model: ModelOption = defaults.MODEL,
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path(defaults.OUTPUT),
     max_tokens: Annotated[
         int, typer.Option(help="Most tokens generated per experiment.")
@@ -36,34 +46,19 @@ def run(
         bool,
         typer.Option("--no-resume", help="Move an earlier run in the folder aside, start anew."),
     ] = False,
-    device: Annotated[
-        str, typer.Option(help="auto, cuda or cpu; auto is CUDA where there is one.")
-    ] = defaults.DEVICE,
-    no_fp16: Annotated[
-        bool,
-        typer.Option(
-            "--no-fp16", help="float32 instead of bfloat16 on CUDA; needs twice the memory."
-        ),
-    ] = False,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file with further configurations and prompts.")
-    ] = None,
-    configs: Annotated[
-        str | None, typer.Option(help="Only these configurations, such as topk_8,bh_strict.")
-    ] = None,
+    device: DeviceOption = defaults.DEVICE,
+    no_fp16: Float32Option = False,
+    config: ConfigOption = None,
+    configs: ConfigsOption = None,
     prompts: Annotated[
         str | None,
         typer.Option(
             help="Only these prompts: numbers from 1, ranges or categories: 1,4-6,simple."
         ),
     ] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="File made by `bh-routing calibrate`.")
-    ] = None,
-    calibration_text: Annotated[
-        Path | None, typer.Option(help="Text to calibrate on instead of the packaged one.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of whatever draws at random.")] = defaults.SEED,
+    calibration: CalibrationOption = None,
+    calibration_text: CalibrationTextOption = None,
+    seed: SeedOption = defaults.SEED,
     executor: Annotated[
         str, typer.Option(help="Where experiments run; `local` is this process.")
     ] = defaults.EXECUTOR,
@@ -74,9 +69,8 @@ def run(
         bool, typer.Option("--no-eval", help="Leave out the scoring of quality.")
     ] = False,
     eval_tokens: Annotated[int, typer.Option(help="Most tokens scored.")] = defaults.EVAL_TOKENS,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the outcome as JSON on stdout.")
-    ] = False,
+    budget: BudgetOption = None,
+    as_json: JsonOption = False,
 ) -> int:
     """Compare routing configurations on prompts; goes on where an earlier run stopped."""
     surroundings = context.obj
@@ -91,6 +85,7 @@ def run(
         "dtype": "float32" if no_fp16 else defaults.DTYPE,
         "configs": chosen.configs,
         "prompts": chosen.prompts,
+        "budget": budget,
         "calibration": calibration,
         "calibration_text": calibration_text,
         "seed": seed,

@@ -6,20 +6,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bh_routing.engine.contributions import SlotObserver
+from bh_routing.engine.contributions import SlotObserver, join_windows, summarize
 from bh_routing.engine.texts import text_sha256
 from bh_routing.engine.windows import spread_tokens
 from bh_routing.errors import CalibrationError, InputError
 from bh_routing.models.discovery import Routers, find_routers, model_fingerprint
 from bh_routing.models.listen import text_config
 from bh_routing.models.sites import Callback, Proposal, RouterSite
-from bh_routing.nulls.base import RouterPass
+from bh_routing.nulls.base import ReferenceTable, RouterPass
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.catalog import get_null
 from bh_routing.nulls.contributions import NEEDED, Contributions
-from bh_routing.nulls.reservoir import Reservoir, reservoir_capacity
+from bh_routing.nulls.limits import OBSERVED_TOKENS
+from bh_routing.nulls.reservoir import Reservoir, reservoir_capacity, row_capacity
 
 
 def calibrate(
@@ -55,18 +56,21 @@ def calibrate(
     capacity = reservoir_capacity(routers.num_experts)
     tabled = [name for name in nulls if name not in NEEDED.values()]
     reservoirs = {
-        (name, site.layer): Reservoir(capacity, seed=(seed, number, site.layer))
+        (name, site.layer): _reservoir(name, routers.num_experts, (seed, number, site.layer))
         for number, name in enumerate(tabled)
         for site in routers.sites
     }
-    context = int(getattr(text_config(model), "max_position_embeddings", None) or 2048)
     taken = spread_tokens([len(ids) for ids in documents], max_tokens)
-    windows = [
-        torch.tensor([ids[start : min(start + context, length)]])
-        for ids, length in zip(documents, taken, strict=True)
-        for start in range(0, length, context)
+    windows = _windows(model, documents, taken)
+    logits = {
+        site.layer: Reservoir(
+            OBSERVED_TOKENS, (seed, len(tabled), site.layer), site.facts.num_experts
+        )
+        for site in routers.sites
+    }
+    undo = [
+        site.watch(_observe(site, tabled, reservoirs, logits[site.layer])) for site in routers.sites
     ]
-    undo = [site.watch(_observe(site, tabled, reservoirs)) for site in routers.sites]
     try:
         contributions = _read(model, routers, windows, set(nulls), capacity, seed)
     finally:
@@ -74,8 +78,12 @@ def calibrate(
             take_out()
     return Calibration(
         tables={
-            null: tuple(reservoirs[null, site.layer].table() for site in routers.sites)
+            null: tuple(_table(null, reservoirs[null, site.layer]) for site in routers.sites)
             for null in tabled
+        },
+        observed={
+            null: tuple(get_null(null).score(logits[site.layer].rows()) for site in routers.sites)
+            for null in {**dict.fromkeys(tabled), "gaussian": None}
         },
         contributions=contributions,
         num_layers=len(routers.sites),
@@ -90,8 +98,33 @@ def calibrate(
     )
 
 
+def _windows(model: Any, documents: Sequence[list[int]], taken: Sequence[int]) -> list[Tensor]:
+    """Cut the start of each document into windows that fit the model's context."""
+    context = int(getattr(text_config(model), "max_position_embeddings", None) or 2048)
+    return [
+        torch.tensor([ids[start : min(start + context, length)]])
+        for ids, length in zip(documents, taken, strict=True)
+        for start in range(0, length, context)
+    ]
+
+
+def _reservoir(null: str, num_experts: int, seed: Sequence[int]) -> Reservoir:
+    if get_null(null).by_expert:
+        return Reservoir(row_capacity(num_experts), seed, row_length=num_experts)
+    return Reservoir(reservoir_capacity(num_experts), seed)
+
+
+def _table(null: str, reservoir: Reservoir) -> ReferenceTable:
+    if get_null(null).by_expert:
+        return ReferenceTable.by_expert(reservoir.rows())
+    return reservoir.table()
+
+
 def _observe(
-    site: RouterSite, nulls: Sequence[str], reservoirs: Mapping[tuple[str, int], Reservoir]
+    site: RouterSite,
+    nulls: Sequence[str],
+    reservoirs: Mapping[tuple[str, int], Reservoir],
+    logits: Reservoir,
 ) -> Callback:
     def observe(proposal: Proposal) -> None:
         scores_TE = proposal.scores_TE.detach()
@@ -102,6 +135,7 @@ def _observe(
             )
         hidden_TH = proposal.hidden_TH.detach()
         seen = RouterPass(scores_TE, proposal.top_k_index_TK, hidden_TH, site.linear_gate())
+        logits.add(scores_TE)
         for null in nulls:
             reservoirs[null, site.layer].add(get_null(null).reference_of(seen))
 
@@ -117,24 +151,14 @@ def _read(
     seed: int,
 ) -> Contributions | None:
     """Run the model over the windows; observe slots and losses only where a null asks for it."""
-    by_loss = NEEDED["loss"] in nulls
     if not nulls & set(NEEDED.values()):
         with torch.inference_mode():
             for window in windows:
                 model(window.to(model.device), use_cache=False, logits_to_keep=1)
         return None
-    observer = SlotObserver(model, routers, by_loss=by_loss)
+    observer = SlotObserver(model, routers, by_loss=NEEDED["loss"] in nulls)
     try:
-        for window in windows:
-            ids = window.to(model.device)
-            if by_loss and ids.shape[1] > 1:
-                with torch.enable_grad():
-                    logits = model(ids, use_cache=False).logits[0, :-1].float()
-                    nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
-            elif not by_loss:
-                with torch.no_grad():
-                    model(ids, use_cache=False, logits_to_keep=1)
-            observer.finish_window()
+        layers = join_windows([observer.read(window.to(model.device)) for window in windows])
     finally:
         observer.close()
-    return observer.contributions(capacity, seed)
+    return summarize(layers, routers.num_experts, capacity, seed)

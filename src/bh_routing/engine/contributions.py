@@ -5,7 +5,7 @@ Axes: B windows, S positions, T tokens, H hidden, K slots, L layers, E experts, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Final, NamedTuple
 
@@ -22,8 +22,8 @@ from bh_routing.nulls.contributions import Contributions, Definition, Statistic
 _SMALLEST_NORM: Final = 1e-30
 
 
-class _LayerSlots(NamedTuple):
-    """Slots of one layer, each field on the host, shape (M,)."""
+class LayerSlots(NamedTuple):
+    """Slots of one layer, each field on the host, shape (T, K), or (M,) once they are joined."""
 
     experts: Tensor
     weights: Tensor
@@ -34,18 +34,20 @@ class _LayerSlots(NamedTuple):
     losses: Tensor
     """|dL/dw x w|; empty without gradients."""
 
+    def truth(self, definition: Definition) -> Tensor:
+        """Return what each slot contributed: it mattered if this is above the cut."""
+        if definition == "loss":
+            return self.losses
+        return self.weights * self.norms / self.residuals.clamp_min(_SMALLEST_NORM)
+
 
 class SlotObserver:
-    """Hooks that see each slot of every layer; memory is 20 bytes a slot on the host.
-
-    With `by_loss` the forward pass must run with gradients enabled and `backward` be called on
-    its loss before the next one.
-    """
+    """Hooks that see each slot of every layer; memory is 20 bytes a slot on the host."""
 
     def __init__(self, model: nn.Module, routers: Routers, *, by_loss: bool) -> None:
+        self._model = model
         self._routers = routers
         self._by_loss = by_loss
-        self._seen: list[list[_LayerSlots]] = [[] for _ in routers.sites]
         self._open: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._switches: dict[int, Tensor] = {}
         self._residuals: dict[int, Tensor] = {}
@@ -65,31 +67,52 @@ class SlotObserver:
         """Take every hook out again."""
         self._undo.close()
 
-    def finish_window(self) -> None:
+    def read(self, ids_1S: Tensor) -> list[LayerSlots]:
+        """Run the model over one window, and over its loss if that is asked for.
+
+        Args:
+            ids_1S: token ids on the model's device, shape (1, S).
+        Returns:
+            The slots of each layer; nothing if a loss is asked for and there is no next token.
+        Raises:
+            CalibrationError: a loss is asked for and the model gives no gradients.
+        """
+        if not self._by_loss:
+            with torch.no_grad():
+                self._model(ids_1S, use_cache=False, logits_to_keep=1)
+        elif ids_1S.shape[1] > 1:
+            with torch.enable_grad():
+                logits = self._model(ids_1S, use_cache=False).logits[0, :-1].float()
+                loss = nn.functional.cross_entropy(logits, ids_1S[0, 1:], reduction="sum")
+            if not loss.requires_grad:
+                raise CalibrationError(
+                    "this model's layers give no gradients, which 'needed_by_loss' is made from; "
+                    "calibrate 'needed' and use statistic: contribution"
+                )
+            loss.backward()
+        return self._take()
+
+    def _take(self) -> list[LayerSlots]:
         """Move what the last forward pass (and its backward pass) left to the host."""
+        taken = []
         for layer, (index_TK, weights_TK, norms_TK) in self._open.items():
-            residual_T = self._residuals[layer]
             losses_TK = torch.empty(0)
             if self._by_loss:
                 gradient_TK = self._switches[layer].grad
-                assert gradient_TK is not None  # our own bug: no backward pass was made
-                losses_TK = gradient_TK.abs()
+                assert gradient_TK is not None  # our own bug: backward passed the switch by
+                losses_TK = gradient_TK.float().abs()
             columns = (
                 index_TK,
                 weights_TK.float(),
                 norms_TK,
-                residual_T[:, None].expand_as(norms_TK),
+                self._residuals[layer][:, None].expand_as(norms_TK),
                 losses_TK,
             )
-            self._seen[layer].append(_LayerSlots(*(c.detach().flatten().cpu() for c in columns)))
+            taken.append(LayerSlots(*(column.detach().cpu() for column in columns)))
         self._open.clear()
         self._switches.clear()
         self._residuals.clear()
-
-    def contributions(self, capacity: int, seed: int) -> Contributions:
-        """Summarize everything seen; at most `capacity` scores a table, drawn by `seed`."""
-        layers = [_LayerSlots(*map(torch.cat, zip(*seen, strict=True))) for seen in self._seen]
-        return summarize(layers, self._routers.num_experts, capacity, seed)
+        return taken
 
     def _on_router(self, site: RouterSite) -> Callback:
         def switch(proposal: Proposal) -> Decision:
@@ -124,23 +147,40 @@ class SlotObserver:
         return hook
 
 
+def join_windows(windows: Sequence[list[LayerSlots]]) -> list[LayerSlots]:
+    """Put the slots of all windows together, layer by layer."""
+    return [
+        LayerSlots(
+            *(torch.cat([t.flatten() for t in column]) for column in zip(*seen, strict=True))
+        )
+        for seen in zip(*(layers for layers in windows if layers), strict=True)
+    ]
+
+
 def summarize(
-    layers: list[_LayerSlots], num_experts: int, capacity: int, seed: int
+    layers: list[LayerSlots], num_experts: int, capacity: int, seed: int
 ) -> Contributions:
-    """Turn slots into scales and reference tables."""
+    """Turn joined slots into scales and reference tables.
+
+    Args:
+        layers: the slots of each layer.
+        num_experts: experts of a layer.
+        capacity: most scores a table holds.
+        seed: of the draw if there are more.
+    Returns:
+        What rules need to know of slots.
+    Raises:
+        CalibrationError: something isn't finite.
+    """
     norms_LE = torch.stack([_mean_by_expert(s, s.norms, num_experts) for s in layers])
     residuals_L = torch.stack([s.residuals.mean() for s in layers]).clamp_min(_SMALLEST_NORM)
     scales: dict[Statistic, Tensor] = {
         "contribution": norms_LE / residuals_L[:, None],
         "weight": torch.ones_like(norms_LE),
     }
-    truths: dict[Definition, Tensor] = {
-        "norm": torch.cat(
-            [s.weights * s.norms / s.residuals.clamp_min(_SMALLEST_NORM) for s in layers]
-        )
-    }
+    truths: dict[Definition, Tensor] = {"norm": torch.cat([s.truth("norm") for s in layers])}
     if all(s.losses.numel() for s in layers):
-        truths["loss"] = torch.cat([s.losses for s in layers])
+        truths["loss"] = torch.cat([s.truth("loss") for s in layers])
         squares = [(s, (s.losses / s.weights.clamp_min(_SMALLEST_NORM)).square()) for s in layers]
         by_expert = [_mean_by_expert(s, square, num_experts) for s, square in squares]
         scales["sensitivity"] = torch.stack(by_expert).sqrt()
@@ -156,19 +196,21 @@ def summarize(
         name: torch.cat([s.weights * scale_LE[i, s.experts] for i, s in enumerate(layers)])
         for name, scale_LE in scales.items()
     }
+    cuts = {definition: float(truth.median()) for definition, truth in truths.items()}
     return Contributions(
         residual_norms_L=residuals_L,
         scales=scales,
         all_scores={name: _sample(values, capacity, seed) for name, values in scores.items()},
         needed_scores={
-            (name, definition): _sample(values[truth > truth.median()], capacity, seed + 1)
+            (name, definition): _sample(values[truth > cuts[definition]], capacity, seed + 1)
             for name, values in scores.items()
             for definition, truth in truths.items()
         },
+        cuts=cuts,
     )
 
 
-def _mean_by_expert(slots: _LayerSlots, values: Tensor, num_experts: int) -> Tensor:
+def _mean_by_expert(slots: LayerSlots, values: Tensor, num_experts: int) -> Tensor:
     """Mean over the slots of each expert; the layer's mean for one that was never chosen."""
     sums_E = torch.zeros(num_experts, dtype=torch.float64)
     sums_E.index_add_(0, slots.experts, values.double())

@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from bh_routing.engine.calibrate import calibrate
-from bh_routing.engine.texts import packaged_documents, read_documents, text_sha256
+from bh_routing.engine.texts import (
+    Document,
+    packaged_documents,
+    read_documents,
+    text_sha256,
+)
 from bh_routing.errors import CalibrationError
 from bh_routing.experiments.defaults import CALIBRATION_TOKENS
 from bh_routing.experiments.spec import NamedRule, RunSpec
@@ -33,18 +38,43 @@ class CalibrationOutcome(NamedTuple):
     document: dict[str, Any] | None
 
 
+class CalibrationText(NamedTuple):
+    """What a run calibrates on, and what that is called."""
+
+    documents: list[Document]
+    source: str
+
+
+def calibration_documents(spec: RunSpec) -> CalibrationText:
+    """Read the calibration text of a run.
+
+    Raises:
+        InputError: it can't be read.
+    """
+    if spec.calibration_text is None:
+        return CalibrationText(packaged_documents("calibration"), "packaged text")
+    return CalibrationText(read_documents([spec.calibration_text]), f"text {spec.calibration_text}")
+
+
 def obtain_calibration(
     spec: RunSpec,
     rules: Sequence[NamedRule],
     model: Any,
     tokenizer: Any,
     stored: StoredRun | None,
+    usual_nulls: Sequence[str] = USUAL_NULLS,
 ) -> CalibrationOutcome:
     """Load or make the calibration of a run.
 
     A resumed run takes the one in its folder if it was made from the same text, so that its
     results are those of an uninterrupted run.
 
+    Args:
+        spec: the model's name, the calibration or its text, the seed and the folder.
+        rules: what needs a calibration.
+        model, tokenizer: what is calibrated.
+        stored: an earlier run of the folder.
+        usual_nulls: fitted beside those that the rules need, if they need any.
     Raises:
         CalibrationError: a file can't be read, or isn't a calibration.
         InputError: the text can't be read.
@@ -56,12 +86,8 @@ def obtain_calibration(
         start = time.perf_counter()
         loaded = Calibration.load(spec.calibration)
         return _outcome(loaded, f"file {spec.calibration}", time.perf_counter() - start)
-    if spec.calibration_text is None:
-        texts = [document.text for document in packaged_documents("calibration")]
-        source = "packaged text"
-    else:
-        texts = [document.text for document in read_documents([spec.calibration_text])]
-        source = f"text {spec.calibration_text}"
+    documents, source = calibration_documents(spec)
+    texts = [document.text for document in documents]
     reused = _reuse(spec, needed, stored, text_sha256(texts), model_fingerprint(model))
     if reused is not None:
         return reused
@@ -70,7 +96,7 @@ def obtain_calibration(
         model,
         tokenizer,
         texts,
-        nulls=sorted({*USUAL_NULLS, *needed}),
+        nulls=sorted({*usual_nulls, *needed}),
         max_tokens=CALIBRATION_TOKENS,
         seed=spec.seed,
     )

@@ -32,6 +32,8 @@ class Hooks:
     """Table and folder -> plots in the folder."""
     report: Callable[[Any, dict[str, Any], Path], Any] | None = None
     """Table, summary and folder -> REPORT.md in the folder."""
+    page: Callable[[Path], Any] | None = None
+    """Folder -> report.html in it; takes no table, since it reads what the others wrote."""
 
 
 def conclude(folder: Path, hooks: Hooks) -> list[str]:
@@ -50,6 +52,8 @@ def conclude(folder: Path, hooks: Hooks) -> list[str]:
         guard("drawing the plots", problems, lambda: visualize(results, folder))
     if report is not None and summary is not None:
         guard("writing the report", problems, lambda: report(results, summary, folder))
+    if (page := hooks.page) is not None:
+        guard("writing the page", problems, lambda: page(folder))
     return problems
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bh_routing.engine.texts import packaged_documents, read_documents
+from bh_routing.experiments.budget import bring_to_budget
 from bh_routing.experiments.calibrating import obtain_calibration
 from bh_routing.experiments.chained_lines import digest
 from bh_routing.experiments.quality import QualityLedger, QualityText, prepare_text, score_missing
@@ -62,7 +63,7 @@ def evaluate(spec: RunSpec, options: EvaluateOptions) -> Evaluation:
         InputError: model, text, calibration or a configuration can't be used.
     """
     documents = read_documents(options.texts) if options.texts else packaged_documents("evaluation")
-    rules = make_rules(spec.configs)
+    rules = make_rules(spec.configs, spec.budget)
     model, tokenizer = load_model(spec.model, device=spec.device, dtype=spec.dtype)
     facts = describe_model(model)
     text = prepare_text(
@@ -74,6 +75,7 @@ def evaluate(spec: RunSpec, options: EvaluateOptions) -> Evaluation:
         stride=options.stride,
     )
     calibration = obtain_calibration(spec, rules, model, tokenizer, stored=None).calibration
+    rules = bring_to_budget(spec, rules, model, tokenizer, calibration).rules
     for named in rules:
         bind_rule(model, named.rule, calibration)
     fingerprint = calibration.fingerprint if calibration else None

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bh_routing.errors import InputError
+from bh_routing.experiments.budget import bring_to_budget
 from bh_routing.experiments.calibrating import obtain_calibration
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.grid import make_grid
@@ -77,7 +78,7 @@ class Preparation:
 
     def __init__(self, spec: RunSpec, store: ResultStore, loaded: Loaded) -> None:
         self.loaded = loaded
-        self.rules = make_rules(spec.configs)
+        self.rules = make_rules(spec.configs, spec.budget)
         check_prompts(spec, loaded.tokenizer, loaded.facts)
         for named in self.rules:
             with _naming(named.name):
@@ -90,6 +91,10 @@ class Preparation:
         with torch_threads(loaded.batch_threads):
             calibration, self.calibration_document = obtain_calibration(
                 spec, self.rules, loaded.model, loaded.tokenizer, store.stored
+            )
+            known = store.stored.document.get("budget", []) if store.stored is not None else []
+            self.rules, self.budget = bring_to_budget(
+                spec, self.rules, loaded.model, loaded.tokenizer, calibration, known
             )
         self.calibrate_sec = time.perf_counter() - start
         self.subject = Subject(loaded.model, loaded.tokenizer, calibration)

@@ -53,7 +53,7 @@ class QualityPhase:
         by_name = {named.name: named.rule for named in rules}
         with self.ledger(folder, identity) as ledger:
 
-            def score_all(part: dict[str, Rule]) -> list[QualityRecord]:
+            def score_all(part: Mapping[str, Rule]) -> list[QualityRecord]:
                 return score_missing(
                     subject.model,
                     subject.tokenizer,
@@ -70,7 +70,7 @@ class QualityPhase:
 
 def static_references(
     rules: Mapping[str, Rule], records: Iterable[QualityRecord]
-) -> dict[str, Rule]:
+) -> dict[str, TopK]:
     """Return the static top-k rules that the others must be compared with at equal cost.
 
     For each configuration with a fractional mean k, the whole numbers on both sides of it, but
@@ -89,7 +89,7 @@ def static_references(
         units[record.config_name] += record.units
     means = [experts[name] / units[name] for name in experts]
     needed = {k for mean in means for k in (math.floor(mean), math.ceil(mean))}
-    references: dict[str, Rule] = {f"topk_{k}": TopK(k=k) for k in sorted(needed)}
+    references = {f"topk_{k}": TopK(k=k) for k in sorted(needed)}
     return {
         name: rule
         for name, rule in references.items()

@@ -153,6 +153,7 @@ def _document(spec: RunSpec, prepared: Preparation, store: ResultStore) -> dict[
             **asdict(facts),
             "device_name": device_name(prepared.subject.model.device),
         },
+        "budget": prepared.budget,
         "calibration": prepared.calibration_document or stored.get("calibration"),
         "nulls": describe_nulls(
             prepared.rules,

@@ -18,9 +18,10 @@ from bh_routing.errors import InputError, unknown_name
 from bh_routing.experiments import defaults
 from bh_routing.experiments.validation import describe_error
 from bh_routing.rules.base import Rule
-from bh_routing.rules.catalog import make_rule, rule_to_config
+from bh_routing.rules.catalog import get_rule, make_rule, rule_to_config
+from bh_routing.rules.top_k import TopK
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+@-]{0,63}")
 _SHOWN = 40
 
 
@@ -88,6 +89,8 @@ class RunSpec(BaseModel):
         default_factory=lambda: [Prompt(**prompt) for prompt in defaults.TEST_PROMPTS]
     )
     """Texts to continue; every configuration continues each."""
+    budget: Annotated[float, Field(ge=1)] | None = None
+    """Mean experts a token that every rule but static top-k is brought to; None: as configured."""
     calibration: Path | None = None
     """A file that `bh-routing calibrate` saved; None: calibrate if a rule needs it."""
     calibration_text: Path | None = None
@@ -134,24 +137,29 @@ def make_spec(**values: Any) -> RunSpec:
         spec = RunSpec(**values)
     except ValidationError as error:
         raise InputError(describe_error(error, RunSpec, {"prompts": Prompt})) from None
-    make_rules(spec.configs)
+    make_rules(spec.configs, spec.budget)
     return spec
 
 
-def make_rules(configs: Mapping[str, Mapping[str, Any]]) -> list[NamedRule]:
+def make_rules(
+    configs: Mapping[str, Mapping[str, Any]], budget: float | None = None
+) -> list[NamedRule]:
     """Turn configurations into rules, in their order.
 
+    Args:
+        configs: name -> configuration.
+        budget: if there is one, a configuration may lack its rule's knob, which will be found.
     Raises:
         InputError: a name or a field isn't allowed; the text starts with the configuration.
     """
-    return [_make_rule(name, config) for name, config in configs.items()]
+    return [_make_rule(name, config, budget is not None) for name, config in configs.items()]
 
 
-def _make_rule(name: str, config: Mapping[str, Any]) -> NamedRule:
+def _make_rule(name: str, config: Mapping[str, Any], may_lack_knob: bool) -> NamedRule:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InputError(
             f"configuration name {shorten(str(name))!r} must be 1 to 64 letters, digits, or "
-            "_ . + - and start with a letter or digit; rename it"
+            "_ . + @ - and start with a letter or digit; rename it"
         )
     fields = dict(config)
     description = fields.pop("description", "")
@@ -162,9 +170,16 @@ def _make_rule(name: str, config: Mapping[str, Any]) -> NamedRule:
     if "method" not in fields:
         raise InputError(f"configuration {name!r} has no method; add for example method: bh")
     try:
-        return NamedRule(name, description, make_rule(fields))
+        return NamedRule(name, description, make_rule(_placeholder(fields, may_lack_knob) | fields))
     except InputError as error:
         raise InputError(f"configuration {name!r}: {error}") from error
+
+
+def _placeholder(fields: Mapping[str, Any], may_lack_knob: bool) -> dict[str, Any]:
+    knob = get_rule(fields).knob if may_lack_knob else None
+    if knob is None or knob is TopK.knob:
+        return {}
+    return knob.fields(knob.scale.value_at(sum(knob.scale.ends(model_top_k=1)) / 2), num_layers=1)
 
 
 def resolved(spec: RunSpec, rules: Sequence[NamedRule]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def load_model(name: str, *, device: DeviceName = "auto", dtype: DtypeName = "au
     source = str(demo_folder()) if name == "demo" else name
     options: dict[str, Any] = {"trust_remote_code": False}
     if not _is_folder(source):
-        options["local_files_only"] = not _hub_answers()
+        options["local_files_only"] = not hub_answers()
     transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source, **options)
@@ -134,8 +134,11 @@ def _is_folder(source: str) -> bool:
     return False
 
 
-def _hub_answers() -> bool:
-    """Ask once, briefly: the hub's own client retries for half a minute before it gives up."""
+def hub_answers() -> bool:
+    """Say whether the Hugging Face hub can be reached, after one question and 5 s at most.
+
+    The hub's own client retries for half a minute before it gives up.
+    """
     if constants.HF_HUB_OFFLINE:
         return False
     request = urllib.request.Request(constants.ENDPOINT, method="HEAD")

@@ -22,7 +22,8 @@ class ReferenceTable:
     """The scores of one layer's background, sorted: an empirical null distribution."""
 
     sorted_scores_N: Tensor
-    """float32, ascending, finite, shape (N,)."""
+    """float32, ascending along the last axis, finite; shape (N,), or (E, N) with one distribution
+    an expert."""
 
     @classmethod
     def from_scores(cls, scores: Tensor) -> ReferenceTable:
@@ -40,15 +41,55 @@ class ReferenceTable:
             )
         return cls(scores_N.sort().values)
 
+    @classmethod
+    def by_expert(cls, scores_TE: Tensor) -> ReferenceTable:
+        """Sort each expert's scores into a distribution of its own, all of the same size.
+
+        The expert with the fewest scores sets the size, and the others keep as many, the first:
+        with sizes that differ, p-values beyond every reference would be ordered by size.
+
+        Args:
+            scores_TE: finite, or NaN where a token is no reference for an expert; rows in an
+                order that has nothing to do with the scores.
+        Raises:
+            CalibrationError: some expert has no score.
+        """
+        is_reference_ET = ~scores_TE.isnan().T
+        count_ET = is_reference_ET.cumsum(dim=-1)
+        size = int(count_ET[:, -1].min())
+        if size == 0:
+            expert = int(count_ET[:, -1].argmin())
+            raise CalibrationError(
+                f"expert {expert} is among the model's top-k of every calibration token, so it "
+                "has no reference of its own; calibrate on more text, or choose null='background'"
+            )
+        is_taken_ET = is_reference_ET & (count_ET <= size)
+        scores_EN = scores_TE.to(torch.float32).T[is_taken_ET].reshape(-1, size)
+        return cls(scores_EN.sort(dim=-1).values)
+
     def __len__(self) -> int:
-        return self.sorted_scores_N.numel()
+        return self.sorted_scores_N.shape[-1]
 
     def p_values(self, scores: Tensor) -> Tensor:
-        """Return (1 + #{reference >= s}) / (N + 1) as float64, in the shape of `scores`."""
-        reference_N = self.sorted_scores_N
-        below = torch.searchsorted(reference_N, scores.contiguous(), side="left")
-        size = reference_N.numel()
-        return (1 + size - below).to(torch.float64) / (size + 1)
+        """Return (1 + #{reference >= s}) / (N + 1) as float64, in the shape of `scores`.
+
+        Raises:
+            CalibrationError: there is one distribution an expert, and the scores' last axis isn't
+                as many experts.
+        """
+        reference = self.sorted_scores_N
+        if reference.ndim == 1:
+            below = torch.searchsorted(reference, scores.contiguous(), side="left")
+        else:
+            num_experts = len(reference)
+            if scores.ndim == 0 or scores.shape[-1] != num_experts:
+                raise CalibrationError(
+                    f"the reference has {num_experts} experts, scores have shape "
+                    f"{tuple(scores.shape)}; its last axis must be those experts"
+                )
+            scores_ET = scores.reshape(-1, num_experts).T.contiguous()
+            below = torch.searchsorted(reference, scores_ET, side="left").T.reshape(scores.shape)
+        return (1 + len(self) - below).to(torch.float64) / (len(self) + 1)
 
     def to(self, device: torch.device) -> ReferenceTable:
         """Return the table with its scores on `device`."""
@@ -77,6 +118,10 @@ class Null(ABC):
     needs_table: ClassVar[bool]
     needs_gate: ClassVar[bool] = False
     """Whether its reference is made from the router's input and weight."""
+    by_expert: ClassVar[bool] = False
+    """Whether each expert has a reference distribution of its own. p-values then fall with the
+    score of one expert, not across experts: no cut-off serves all, and their order may differ
+    from that of the logits."""
 
     @abstractmethod
     def score(self, router_logits_TE: Tensor, temperature: float = 1.0) -> Tensor:
@@ -98,12 +143,20 @@ class Null(ABC):
         return self.score(router_logits_TE, temperature).sort(dim=-1, descending=True).values
 
     def reference(self, router_logits_TE: Tensor, top_k_index_TK: Tensor) -> Tensor:
-        """The scores among these logits that belong to this null's background, shape (N,)."""
+        """The scores among these logits that belong to this null's background, shape (N,).
+
+        Of a null `by_expert`, shape (T, E), NaN where a token is no reference for an expert.
+        """
         raise AssertionError(f"null {self.name!r} needs no reference")  # our own bug
 
     def reference_of(self, seen: RouterPass) -> Tensor:
         """As `reference`, from all that a router saw; a null that needs more overrides this."""
         return self.reference(seen.router_logits_TE, seen.top_k_index_TK)
+
+    def table_of(self, seen: RouterPass) -> ReferenceTable:
+        """Make a table from all that a router saw at once."""
+        make = ReferenceTable.by_expert if self.by_expert else ReferenceTable.from_scores
+        return make(self.reference_of(seen))
 
     def require_table(self, table: ReferenceTable | None) -> ReferenceTable:
         """Return the table, or raise CalibrationError if there is none."""

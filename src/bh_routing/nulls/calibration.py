@@ -1,7 +1,7 @@
 """A frozen calibration: reference tables of one model, where they came from, and one file.
 
-The file is safetensors: tensors `<null>.<layer>` and `contributions.*`, and JSON facts in its
-header. Nothing in it is executable. Axes: N reference scores.
+The file is safetensors: tensors `<null>.<layer>`, `observed.<null>.<layer>` and `contributions.*`,
+and JSON facts in its header. Nothing in it is executable. Axes: N reference scores.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil, floor, log10
 from pathlib import Path
@@ -25,12 +25,15 @@ from bh_routing.nulls.base import ReferenceTable
 from bh_routing.nulls.calibration_file import (
     CONTRIBUTIONS,
     FORMAT,
+    OBSERVED,
     SCHEMA,
     CalibrationFacts,
     read_calibration,
 )
-from bh_routing.nulls.contributions import NEEDED, Contributions
+from bh_routing.nulls.catalog import NULLS
+from bh_routing.nulls.contributions import NEEDED, Contributions, remedy
 from bh_routing.nulls.limits import DRAWS_ON_FIRST_LINE, MIN_DOCUMENTS, MIN_TOKENS
+from bh_routing.nulls.reservoir import row_capacity
 
 _REMEDY: Final = "run: bh-routing calibrate --model NAME"
 
@@ -55,6 +58,9 @@ class Calibration:
     """Most scores a table was allowed to hold."""
     contributions: Contributions | None = None
     """What is known of slots; None unless "needed" was calibrated."""
+    observed: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    """Null -> each layer's scores of a few calibration tokens, float32 (T, E): for pictures, which
+    lay them beside the reference. No rule looks at them."""
     created_at: str = ""
     """UTC, ISO 8601; no part of the fingerprint."""
 
@@ -108,7 +114,8 @@ class Calibration:
     def fingerprint(self) -> str:
         """sha256 over tables and facts, in hex; the date is left out."""
         digest = hashlib.sha256()
-        facts = self._facts().model_dump(mode="json")
+        # Without defaults: a file of schema 2, which knows none, keeps its fingerprint.
+        facts = self._facts().model_dump(mode="json", exclude_defaults=True)
         digest.update(json.dumps(facts, sort_keys=True).encode())
         for null in sorted(self.tables):
             for table in self.tables[null]:
@@ -116,6 +123,9 @@ class Calibration:
         for name, tensor in sorted(self._contribution_tensors().items()):
             digest.update(name.encode())
             digest.update(tensor.cpu().numpy().astype("<f4").tobytes())
+        for name, tensor in sorted(self._observed_tensors().items()):
+            digest.update(name.encode())
+            digest.update(tensor.numpy().astype("<f4").tobytes())
         return digest.hexdigest()
 
     def check(
@@ -171,6 +181,7 @@ class Calibration:
             f"{CONTRIBUTIONS}.{name}": tensor.cpu().contiguous()
             for name, tensor in self._contribution_tensors().items()
         }
+        tensors |= self._observed_tensors()
         header = {
             "format": FORMAT,
             "schema": str(SCHEMA),
@@ -195,9 +206,12 @@ class Calibration:
             CalibrationError: no such file, a foreign or damaged one, or one of another schema.
         """
         parts = read_calibration(Path(path))
-        fields: dict[str, Any] = parts.facts.model_dump(exclude={"nulls", "contributions"})
+        fields: dict[str, Any] = parts.facts.model_dump(
+            exclude={"nulls", "contributions", "observed"}
+        )
         loaded = cls(
             tables=parts.tables,
+            observed=parts.observed,
             contributions=parts.contributions,
             created_at=parts.created_at,
             **fields,
@@ -221,11 +235,19 @@ class Calibration:
     def _contribution_tensors(self) -> dict[str, Tensor]:
         return {} if self.contributions is None else self.contributions.tensors()
 
+    def _observed_tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{OBSERVED}.{null}.{layer}": scores_TE.cpu().contiguous()
+            for null, layers in self.observed.items()
+            for layer, scores_TE in enumerate(layers)
+        }
+
     def _tables_of(self, null: str) -> tuple[ReferenceTable, ...]:
         if null not in self.tables:
+            advice = remedy(null) if null in NEEDED.values() else _REMEDY
             raise CalibrationError(
                 f"calibration holds no table of null {null!r}, only of: "
-                f"{', '.join(self.nulls) or 'none'}; {_REMEDY}"
+                f"{', '.join(self.nulls) or 'none'}; {advice}"
             )
         return self.tables[null]
 
@@ -245,17 +267,25 @@ class Calibration:
         # The subtrahend undoes rounding: 20 * 64 / 0.01 must ask for 128,000 and no more.
         needed = ceil(DRAWS_ON_FIRST_LINE * self.num_experts / alpha - 1e-6)
         if size < needed:
-            remedy = (
-                "calibrate with larger tables"
-                if size >= self.table_capacity
-                else "calibrate on a larger --calibration-text"
-            )
-            reach = _rounded_up(self.resolution(null))
+            reach, remedy = _rounded_up(self.resolution(null)), self._way_to_reach(null, needed)
             advice = f"use alpha >= {reach:g}, or {remedy}" if reach < 1 else remedy
             raise CalibrationError(
                 f"alpha {alpha:g} is out of the calibration's reach: its tables of null {null!r} "
                 f"hold {size} scores and {needed} are needed; {advice}"
             )
+
+    def _way_to_reach(self, null: str, needed: int) -> str:
+        """Say how a table of `needed` scores is made, if it can be."""
+        size = self.table_size(null)
+        if null in NULLS and NULLS[null].by_expert:
+            # A token gives each expert one score at most, fewer to those in its top-k.
+            tokens = ceil(1.05 * needed * self.num_tokens / size)
+            if tokens <= row_capacity(self.num_experts):
+                return f"run: bh-routing calibrate --nulls {null} --max-tokens {tokens}"
+            return "another null: tables by expert can't be that large"
+        if size >= self.table_capacity:
+            return "calibrate with larger tables"
+        return "calibrate on a larger --calibration-text"
 
     def _facts(self) -> CalibrationFacts:
         return CalibrationFacts(
@@ -270,6 +300,7 @@ class Calibration:
             text_sha256=self.text_sha256,
             seed=self.seed,
             table_capacity=self.table_capacity,
+            observed=sorted(self.observed),
         )
 
 

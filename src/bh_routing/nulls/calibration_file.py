@@ -15,12 +15,18 @@ from torch import Tensor
 
 from bh_routing.errors import CalibrationError
 from bh_routing.nulls.base import ReferenceTable
+from bh_routing.nulls.catalog import NULLS
 from bh_routing.nulls.contributions import Contributions, Definition, Statistic
 
 FORMAT: Final = "bh_routing.calibration"
-SCHEMA: Final = 2
+SCHEMA: Final = 3
+_READABLE: Final = ("2", str(SCHEMA))
+"""Schema 2 is schema 3 without observed scores."""
+OBSERVED: Final = "observed"
 CONTRIBUTIONS: Final = "contributions"
 _RESIDUAL_NORMS: Final = "residual_norms"
+_KINDS: Final = (("scale", 1), ("all", 1), ("needed", 2), ("cut", 1))
+"""Kind of a tensor that describes slots, and how many words follow it."""
 _REMEDY: Final = "run: bh-routing calibrate --model NAME"
 
 
@@ -41,6 +47,8 @@ class CalibrationFacts(BaseModel):
     text_sha256: str
     seed: int
     table_capacity: PositiveInt
+    observed: list[str] = []
+    """Nulls with a sample of observed scores; none in schema 2."""
 
 
 class CalibrationParts(NamedTuple):
@@ -48,6 +56,7 @@ class CalibrationParts(NamedTuple):
 
     facts: CalibrationFacts
     tables: dict[str, tuple[ReferenceTable, ...]]
+    observed: dict[str, tuple[Tensor, ...]]
     contributions: Contributions | None
     fingerprint: str
     created_at: str
@@ -71,8 +80,18 @@ def read_calibration(path: Path) -> CalibrationParts:
         ) from error
     facts = _read_facts(path, header)
     tables = {
-        null: tuple(_take(path, tensors, f"{null}.{layer}") for layer in range(facts.num_layers))
+        null: tuple(
+            _take(path, tensors, f"{null}.{layer}", _rows_of(null, facts))
+            for layer in range(facts.num_layers)
+        )
         for null in facts.nulls
+    }
+    observed = {
+        null: tuple(
+            _take_observed(path, tensors, f"{OBSERVED}.{null}.{layer}", facts.num_experts)
+            for layer in range(facts.num_layers)
+        )
+        for null in facts.observed
     }
     contributions = _take_contributions(path, tensors, facts) if facts.contributions else None
     if tensors:
@@ -83,6 +102,7 @@ def read_calibration(path: Path) -> CalibrationParts:
     return CalibrationParts(
         facts,
         tables,
+        observed,
         contributions,
         header.get("fingerprint", ""),
         header.get("created_at", ""),
@@ -94,10 +114,10 @@ def _read_facts(path: Path, header: dict[str, str]) -> CalibrationFacts:
         raise CalibrationError(
             f"{path} is a safetensors file, but no calibration of bh-routing; {_REMEDY}"
         )
-    if header.get("schema") != str(SCHEMA):
+    if header.get("schema") not in _READABLE:
         raise CalibrationError(
             f"calibration {path} has schema {header.get('schema')!r}, this version reads "
-            f"{SCHEMA}; {_REMEDY}"
+            f"{' and '.join(_READABLE)}; {_REMEDY}"
         )
     try:
         return CalibrationFacts.model_validate_json(header.get("facts", ""))
@@ -116,6 +136,7 @@ def _take_contributions(
     scales: dict[Statistic, Tensor] = {}
     all_scores: dict[Statistic, ReferenceTable] = {}
     needed_scores: dict[tuple[Statistic, Definition], ReferenceTable] = {}
+    cuts: dict[Definition, float] = {}
     shape_LE = (facts.num_layers, facts.num_experts)
     residual_norms_L = _take_scale(path, tensors, _RESIDUAL_NORMS, shape_LE[:1])
     for name in facts.contributions:
@@ -123,10 +144,13 @@ def _take_contributions(
             continue
         kind, *words = name.split(".")
         known = [word in (*get_args(Statistic), *get_args(Definition)) for word in words]
-        if not all(known) or (kind, len(words)) not in (("scale", 1), ("all", 1), ("needed", 2)):
+        if not all(known) or (kind, len(words)) not in _KINDS:
             raise CalibrationError(
                 f"calibration {path} holds contributions of an unknown kind {name!r}; {_REMEDY}"
             )
+        if kind == "cut":
+            cuts[cast(Definition, words[0])] = float(_take_scale(path, tensors, name, ()))
+            continue
         statistic = cast(Statistic, words[0])
         if kind == "scale":
             scales[statistic] = _take_scale(path, tensors, name, shape_LE)
@@ -140,6 +164,7 @@ def _take_contributions(
         scales=scales,
         all_scores=all_scores,
         needed_scores=needed_scores,
+        cuts=cuts,
     )
 
 
@@ -159,14 +184,37 @@ def _take_scale(
     return scale
 
 
-def _take(path: Path, tensors: dict[str, Tensor], name: str) -> ReferenceTable:
+def _take_observed(path: Path, tensors: dict[str, Tensor], name: str, num_experts: int) -> Tensor:
+    """Remove a sample of scores from `tensors` and return it, if it is one."""
+    scores_TE = tensors.pop(name, torch.empty(0))
+    is_shaped = scores_TE.ndim == 2 and scores_TE.shape[-1] == num_experts and len(scores_TE) > 0
+    is_sound = scores_TE.dtype == torch.float32 and bool(scores_TE.isfinite().all())
+    if not is_shaped or not is_sound:
+        raise CalibrationError(
+            f"{name!r} of calibration {path} must be finite float32 scores of shape "
+            f"(T, {num_experts}), got {scores_TE.dtype} of shape {tuple(scores_TE.shape)}; "
+            f"{_REMEDY}"
+        )
+    return scores_TE
+
+
+def _rows_of(null: str, facts: CalibrationFacts) -> tuple[int, ...]:
+    """The axes of a null's table in front of its scores."""
+    return (facts.num_experts,) if null in NULLS and NULLS[null].by_expert else ()
+
+
+def _take(
+    path: Path, tensors: dict[str, Tensor], name: str, rows: tuple[int, ...] = ()
+) -> ReferenceTable:
     """Remove a tensor from `tensors` and return it as a table, if it is one."""
     if name not in tensors:
         raise CalibrationError(f"calibration {path} lacks the table {name!r}; {_REMEDY}")
     scores_N = tensors.pop(name)
-    if scores_N.dtype != torch.float32 or scores_N.ndim != 1 or scores_N.numel() == 0:
+    is_shaped = scores_N.ndim == len(rows) + 1 and scores_N.shape[:-1] == rows
+    if scores_N.dtype != torch.float32 or not is_shaped or scores_N.numel() == 0:
+        wanted = ", ".join([*map(str, rows), "N" if rows else "N,"])
         raise CalibrationError(
-            f"table {name!r} of calibration {path} must be float32 of shape (N,), got "
+            f"table {name!r} of calibration {path} must be float32 of shape ({wanted}), got "
             f"{scores_N.dtype} of shape {tuple(scores_N.shape)}; {_REMEDY}"
         )
     if not bool(scores_N.isfinite().all()):

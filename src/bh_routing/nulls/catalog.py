@@ -10,7 +10,13 @@ from torch import Tensor
 
 from bh_routing.errors import InputError, unknown_name
 from bh_routing.nulls.base import Null, ReferenceTable
-from bh_routing.nulls.centred import Background, BackgroundStudentized, Gaussian, Pooled
+from bh_routing.nulls.centred import (
+    Background,
+    BackgroundStudentized,
+    Gaussian,
+    PerExpert,
+    Pooled,
+)
 from bh_routing.nulls.permutation import Permutation
 from bh_routing.nulls.softmax import Softmax
 
@@ -18,6 +24,7 @@ _ALL: Final[tuple[Null, ...]] = (
     Background(),
     BackgroundStudentized(),
     Gaussian(),
+    PerExpert(),
     Permutation(),
     Pooled(),
     Softmax(),

@@ -146,6 +146,9 @@ class Background(TabledNull):
         Raises:
             CalibrationError: the model uses all of its experts, so that none is background.
         """
+        return self.score(router_logits_TE)[self._is_outside(router_logits_TE, top_k_index_TK)]
+
+    def _is_outside(self, router_logits_TE: Tensor, top_k_index_TK: Tensor) -> Tensor:
         num_experts = router_logits_TE.shape[-1]
         if top_k_index_TK.shape[-1] >= num_experts:
             raise CalibrationError(
@@ -153,8 +156,7 @@ class Background(TabledNull):
                 f"{num_experts}; choose null='gaussian'"
             )
         is_outside_TE = torch.ones_like(router_logits_TE, dtype=torch.bool)
-        is_outside_TE.scatter_(-1, top_k_index_TK, False)
-        return self.score(router_logits_TE)[is_outside_TE]
+        return is_outside_TE.scatter_(-1, top_k_index_TK, False)
 
 
 class BackgroundStudentized(Background):
@@ -164,3 +166,23 @@ class BackgroundStudentized(Background):
 
     def _scores(self, logits_TE: Tensor, sorted_TE: Tensor) -> Tensor:
         return studentize(logits_TE, sorted_TE)
+
+
+class PerExpert(Background):
+    """Reference: the same expert on tokens where it was outside the model's own top-k.
+
+    An expert whose logits are high for most tokens must be higher still to stand out, so the
+    order of p-values may differ from that of the logits.
+    """
+
+    name: ClassVar[str] = "per_expert"
+    by_expert: ClassVar[bool] = True
+
+    def reference(self, router_logits_TE: Tensor, top_k_index_TK: Tensor) -> Tensor:
+        """Return the scores, shape (T, E), NaN inside the top-k.
+
+        Raises:
+            CalibrationError: the model uses all of its experts, so that none is background.
+        """
+        is_outside_TE = self._is_outside(router_logits_TE, top_k_index_TK)
+        return self.score(router_logits_TE).masked_fill(~is_outside_TE, torch.nan)

@@ -10,7 +10,7 @@ Axes: L layers, E experts, N reference scores.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 import torch
@@ -50,6 +50,8 @@ class Contributions:
     """Statistic -> a sample of the scores of all slots of all layers."""
     needed_scores: Mapping[tuple[Statistic, Definition], ReferenceTable]
     """Statistic and definition -> a sample of the scores of the slots that mattered."""
+    cuts: Mapping[Definition, float] = field(default_factory=dict)
+    """Definition -> the contribution above which a slot mattered."""
 
     def scale(self, statistic: Statistic, layer: int) -> Tensor:
         """Return the scale of each expert in a layer, shape (E,)."""
@@ -84,6 +86,7 @@ class Contributions:
         named |= {f"all.{s}": table.sorted_scores_N for s, table in self.all_scores.items()}
         for (statistic, definition), table in self.needed_scores.items():
             named[f"needed.{statistic}.{definition}"] = table.sorted_scores_N
+        named |= {f"cut.{definition}": torch.tensor(cut) for definition, cut in self.cuts.items()}
         return named
 
     def to(self, device: torch.device) -> Contributions:
@@ -93,7 +96,16 @@ class Contributions:
             scales={name: scale_LE.to(device) for name, scale_LE in self.scales.items()},
             all_scores={name: table.to(device) for name, table in self.all_scores.items()},
             needed_scores={name: table.to(device) for name, table in self.needed_scores.items()},
+            cuts=self.cuts,
         )
+
+
+def remedy(null: str) -> str:
+    """Say what to do where a calibration lacks "needed" or "needed_by_loss"."""
+    calibrate = f"run: bh-routing calibrate --nulls background,{null}"
+    if null == NEEDED["loss"]:
+        return f"{calibrate}, or use statistic: contribution, which needs no gradients"
+    return calibrate
 
 
 def _lacks(what: str) -> CalibrationError:

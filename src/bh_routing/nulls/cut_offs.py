@@ -75,6 +75,7 @@ def cut_offs_where(
     Returns:
         float32 tensor on the CPU, of the shape that `is_rejected` gives.
     """
+    assert not null.by_expert  # our own bug: no score is a cut-off for every expert
     cpu_table = None if table is None else table.to(torch.device("cpu"))
     return smallest_scores(
         lambda scores: null.p_from_score(scores, cpu_table), num_experts, is_rejected

@@ -5,7 +5,7 @@ Axes: T tokens, E experts, H hidden, K slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal, NamedTuple
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from bh_routing.multitest import benjamini_hochberg, benjamini_yekutieli, storey
-from bh_routing.nulls.base import ReferenceTable, RouterPass
+from bh_routing.nulls.base import RouterPass
 from bh_routing.nulls.catalog import NULLS
+from bh_routing.nulls.noise import share_with_interval
 
 Design = Literal["independent", "low rank"]
 """independent: logits N(0, 1), planted ones shifted. low rank: logits = W h with fewer hidden
@@ -66,7 +67,9 @@ class _Sample(NamedTuple):
     is_planted_TE: Tensor
 
 
-def run_laboratory(tokens: int = 10_000, seed: int = 0) -> list[Row]:
+def run_laboratory(
+    tokens: int = 10_000, seed: int = 0, nulls: Sequence[str] = (TRUE_NULL, *NULLS)
+) -> list[Row]:
     """Measure every null under every procedure on planted signals and on none.
 
     Each token has 0 to 7 planted experts. A null that needs a table gets it from other tokens of
@@ -74,7 +77,8 @@ def run_laboratory(tokens: int = 10_000, seed: int = 0) -> list[Row]:
 
     Args:
         tokens: fresh tokens of each cell.
-        seed: of everything drawn.
+        seed: of everything drawn, which is the same whatever the nulls.
+        nulls: `TRUE_NULL` or names of the catalog.
     Returns:
         Rows by design, null, procedure and alpha.
     """
@@ -85,13 +89,13 @@ def run_laboratory(tokens: int = 10_000, seed: int = 0) -> list[Row]:
         gate_EH = torch.randn(NUM_EXPERTS, NUM_HIDDEN, generator=generator)
         gate_EH = gate_EH / gate_EH.norm(dim=-1, keepdim=True)
         fitting, planted = (_draw(design, tokens, gate_EH, generator) for _ in range(2))
-        noise = _draw(design, tokens, gate_EH, generator, most_planted=0)
-        for null in (TRUE_NULL, *NULLS):
-            p_TE, noise_p_TE = (_p_values(null, fitting, s) for s in (planted, noise))
+        unplanted = _draw(design, tokens, gate_EH, generator, most_planted=0)
+        for null in nulls:
+            p_TE, noise_p_TE = (_p_values(null, fitting, s) for s in (planted, unplanted))
             for procedure, reject in _PROCEDURES.items():
                 for alpha in ALPHAS:
                     rejected_TE = reject(p_TE, alpha)
-                    num_any = int(reject(noise_p_TE, alpha).any(dim=-1).sum())
+                    noise = share_with_interval(reject(noise_p_TE, alpha).any(dim=-1))
                     rows.append(
                         Row(
                             design=design,
@@ -100,7 +104,9 @@ def run_laboratory(tokens: int = 10_000, seed: int = 0) -> list[Row]:
                             alpha=alpha,
                             tokens=tokens,
                             **_rates(rejected_TE, planted.is_planted_TE),
-                            **_noise_rate(num_any, tokens),
+                            noise_share_any=noise.share,
+                            noise_low=noise.low,
+                            noise_high=noise.high,
                         )
                     )
     return rows
@@ -133,7 +139,7 @@ def _p_values(name: str, fitting: _Sample, sample: _Sample) -> Tensor:
     null = NULLS[name]
     table = None
     if null.needs_table:
-        table = ReferenceTable.from_scores(null.reference_of(fitting.seen))
+        table = null.table_of(fitting.seen)
     return null.p_from_score(null.score(logits_TE), table)
 
 
@@ -151,16 +157,4 @@ def _rates(rejected_TE: Tensor, is_planted_TE: Tensor) -> dict[str, float]:
         "pooled_share": int(num_false_T.sum()) / num_rejected if num_rejected else float("nan"),
         "power": int((rejected_TE & is_planted_TE).sum()) / int(is_planted_TE.sum()),
         "mean_rejected": num_rejected / len(share_T),
-    }
-
-
-def _noise_rate(num_any: int, tokens: int) -> dict[str, float]:
-    # Loaded here: scipy.stats takes longer to import than everything else in this package.
-    from scipy.stats import binomtest
-
-    interval = binomtest(num_any, tokens).proportion_ci(confidence_level=0.95, method="wilson")
-    return {
-        "noise_share_any": num_any / tokens,
-        "noise_low": float(interval.low),
-        "noise_high": float(interval.high),
     }

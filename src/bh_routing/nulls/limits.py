@@ -12,6 +12,13 @@ With 20 the cut-off's tail probability has a relative sampling error of 1 / sqrt
 So a table needs n >= 20 * E / alpha.
 """
 
+BY_EXPERT_ALPHA: Final = 0.05
+"""The level that tables by expert are made for. Each expert needs 20 * E / alpha tokens outside the
+top-k, so memory grows with the square of E: 13 MB a layer of 64 experts, 52 MB of 128."""
+
+OBSERVED_TOKENS: Final = 256
+"""Tokens whose scores a calibration keeps for pictures."""
+
 MIN_TOKENS: Final = 5_000
 """Distinct tokens. The slots of one token share a hidden state: they aren't independent draws, so
 the number of scores overstates how much was seen."""

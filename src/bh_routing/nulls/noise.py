@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bh_routing.multitest.step_up import ranks
+from bh_routing.multitest import benjamini_hochberg
 from bh_routing.nulls.base import Null, ReferenceTable, RouterPass
 from bh_routing.nulls.catalog import get_null
-from bh_routing.nulls.cut_offs import count_at_cut_offs, cut_offs
 
 FIT_TOKENS: Final = 16_384
 """Noise tokens behind a table: as many as a calibration reads by default."""
+
+FIT_TOKENS_BY_EXPERT: Final = 4 * FIT_TOKENS
+"""The same for one table an expert, to which a token gives one score and not E."""
 
 NOISE_HIDDEN: Final = 512
 """Width of the random hidden states, for a null whose reference is made from a gate."""
@@ -30,7 +32,7 @@ class NoiseResult:
 
     alpha: float
     mean_experts: float
-    """Mean number of experts a token uses: those rejected, at least 1 and at most the model's k."""
+    """Mean number of experts a token uses: those of its top-k that are rejected, at least 1."""
     share_any: float
     """Share of tokens with any rejection."""
     share_any_low: float
@@ -73,14 +75,9 @@ def noise_control(
     generator = torch.Generator().manual_seed(seed)
     table = _fit_on_noise(null, num_experts, model_top_k, generator)
     logits_TE = torch.randn(tokens, num_experts, generator=generator)
-    scores_TE = null.descending_scores(logits_TE)
-    rank_E = ranks(num_experts, logits_TE.device)
-    results = []
-    for alpha in alphas:
-        cut_offs_E = cut_offs(null, alpha, num_experts, table)
-        counts_T1 = count_at_cut_offs(scores_TE, cut_offs_E, rank_E)
-        results.append(_summarize(alpha, counts_T1, model_top_k))
-    return results
+    top_k_index_TK = logits_TE.topk(model_top_k).indices
+    p_TE = null.p_from_score(null.score(logits_TE), table)
+    return [_summarize(alpha, benjamini_hochberg(p_TE, alpha), top_k_index_TK) for alpha in alphas]
 
 
 def _fit_on_noise(
@@ -91,9 +88,10 @@ def _fit_on_noise(
     if null.needs_gate:
         seen = _noise_with_gate(num_experts, model_top_k, generator)
     else:
-        logits_TE = torch.randn(FIT_TOKENS, num_experts, generator=generator)
+        tokens = FIT_TOKENS_BY_EXPERT if null.by_expert else FIT_TOKENS
+        logits_TE = torch.randn(tokens, num_experts, generator=generator)
         seen = RouterPass(logits_TE, logits_TE.topk(model_top_k, dim=-1).indices)
-    return ReferenceTable.from_scores(null.reference_of(seen))
+    return null.table_of(seen)
 
 
 def _noise_with_gate(num_experts: int, model_top_k: int, generator: torch.Generator) -> RouterPass:
@@ -105,19 +103,33 @@ def _noise_with_gate(num_experts: int, model_top_k: int, generator: torch.Genera
     return RouterPass(logits_TE, top_k_index_TK, hidden_TH, gate_EH)
 
 
-def _summarize(alpha: float, counts_T1: Tensor, model_top_k: int) -> NoiseResult:
+def _summarize(alpha: float, rejected_TE: Tensor, top_k_index_TK: Tensor) -> NoiseResult:
+    used_T = rejected_TE.gather(-1, top_k_index_TK).sum(dim=-1).clamp_min(1)
+    share = share_with_interval(rejected_TE.any(dim=-1))
+    return NoiseResult(
+        alpha=alpha,
+        mean_experts=float(used_T.double().mean()),
+        share_any=share.share,
+        share_any_low=share.low,
+        share_any_high=share.high,
+        tokens=len(rejected_TE),
+        mean_rejected=float(rejected_TE.sum(dim=-1).double().mean()),
+    )
+
+
+class Share(NamedTuple):
+    """A share of tokens and its Wilson 95 % interval."""
+
+    share: float
+    low: float
+    high: float
+
+
+def share_with_interval(is_true_T: Tensor) -> Share:
+    """Return the share of True."""
     # Loaded here: scipy.stats takes longer to import than everything else in this package.
     from scipy.stats import binomtest
 
-    tokens = counts_T1.numel()
-    num_any = int((counts_T1 > 0).sum())
-    interval = binomtest(num_any, tokens).proportion_ci(confidence_level=0.95, method="wilson")
-    return NoiseResult(
-        alpha=alpha,
-        mean_experts=float(counts_T1.clamp(1, model_top_k).to(torch.float64).mean()),
-        share_any=num_any / tokens,
-        share_any_low=float(interval.low),
-        share_any_high=float(interval.high),
-        tokens=tokens,
-        mean_rejected=float(counts_T1.to(torch.float64).mean()),
-    )
+    num_true = int(is_true_T.sum())
+    interval = binomtest(num_true, len(is_true_T)).proportion_ci(0.95, method="wilson")
+    return Share(num_true / len(is_true_T), float(interval.low), float(interval.high))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bh_routing.errors import InputError
 from bh_routing.nulls.base import ReferenceTable
-from bh_routing.nulls.limits import DRAWS_ON_FIRST_LINE
+from bh_routing.nulls.limits import BY_EXPERT_ALPHA, DRAWS_ON_FIRST_LINE
 
 
 def reservoir_capacity(num_experts: int, smallest_alpha: float = 0.005) -> int:
@@ -24,8 +24,23 @@ def reservoir_capacity(num_experts: int, smallest_alpha: float = 0.005) -> int:
     return ceil(DRAWS_ON_FIRST_LINE * num_experts / smallest_alpha)
 
 
+def row_capacity(num_experts: int) -> int:
+    """Return how many tokens' rows are kept where each expert gets a table of its own.
+
+    Twice what a table needs at `BY_EXPERT_ALPHA`: enough for an expert that is among the model's
+    top-k of half of all tokens.
+
+    Example:
+        >>> row_capacity(64)
+        51200
+    """
+    return 2 * reservoir_capacity(num_experts, BY_EXPERT_ALPHA)
+
+
 class Reservoir:
     """Keeps `capacity` scores of a stream, every subset of that size being equally likely.
+
+    With `row_length` it keeps whole rows of scores instead, such as those of one token.
 
     Each score draws a key and the smallest keys stay, so the sample depends on the seed and the
     stream but not on how the stream was cut into chunks. Memory never exceeds twice the capacity
@@ -34,7 +49,9 @@ class Reservoir:
     Source: Efraimidis & Spirakis (2006), with equal weights.
     """
 
-    def __init__(self, capacity: int, seed: int | Sequence[int]) -> None:
+    def __init__(
+        self, capacity: int, seed: int | Sequence[int], row_length: int | None = None
+    ) -> None:
         """Start empty; give each (null, layer) its own seed, such as (seed, null, layer)."""
         if capacity < 1:
             raise InputError(f"capacity must be at least 1, got {capacity}")
@@ -42,18 +59,19 @@ class Reservoir:
         self.num_seen = 0
         self._random = np.random.default_rng(seed)
         self._keys = np.empty(0, dtype=np.float64)
-        self._scores = np.empty(0, dtype=np.float32)
+        self._row = () if row_length is None else (row_length,)
+        self._scores = np.empty((0, *self._row), dtype=np.float32)
         self._highest_kept_key = np.inf
 
     def __len__(self) -> int:
-        """Number of scores in the sample."""
+        """Number of scores, or rows, in the sample."""
         return min(self.num_seen, self.capacity)
 
     def add(self, scores: Tensor) -> None:
-        """Offer scores of any shape; they are copied to the CPU once."""
-        offered = scores.detach().to("cpu", torch.float32).flatten().numpy()
-        keys = self._random.random(offered.size)
-        self.num_seen += offered.size
+        """Offer scores, of any shape if they aren't kept by row; one copy to the CPU."""
+        offered = scores.detach().to("cpu", torch.float32).numpy().reshape(-1, *self._row)
+        keys = self._random.random(len(offered))
+        self.num_seen += len(offered)
         is_candidate = keys < self._highest_kept_key
         self._keys = np.concatenate([self._keys, keys[is_candidate]])
         self._scores = np.concatenate([self._scores, offered[is_candidate]])
@@ -69,6 +87,11 @@ class Reservoir:
         """
         self._shrink()
         return ReferenceTable.from_scores(torch.from_numpy(self._scores.copy()))
+
+    def rows(self) -> Tensor:
+        """Return the sample in a random order that doesn't depend on chunks either."""
+        self._shrink()
+        return torch.from_numpy(self._scores[self._keys.argsort()])
 
     def _shrink(self) -> None:
         if self._keys.size <= self.capacity:

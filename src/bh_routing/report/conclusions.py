@@ -32,7 +32,7 @@ def summarise(facts: Facts) -> list[str]:
     """The run in a few sentences, what matters most first."""
     if not facts.names:
         return ["No experiment finished, so there is nothing to report."]
-    sentences = [_quality_sentence(facts), _experts_sentence(facts), _time_sentence(facts)]
+    sentences = [quality_sentence(facts), experts_sentence(facts), time_sentence(facts)]
     sentences += [_alpha_sentence(facts)]
     if failed := facts.table.num_failed:
         sentences.append(f"{failed} of {facts.num_experiments()} experiments failed; see below.")
@@ -88,7 +88,8 @@ def conclude(facts: Facts) -> list[str]:
     return [sentence for sentence in sentences if sentence]
 
 
-def _quality_sentence(facts: Facts) -> str:
+def quality_sentence(facts: Facts) -> str:
+    """What the configurations lose, the least and the most, and static top-k beside them."""
     tested = [row for row in facts.quality if not row.is_static]
     if not tested:
         return NO_QUALITY
@@ -142,7 +143,8 @@ def _verb(items: list[QualityRow] | list[str], one: str, more: str) -> str:
     return one if len(items) == 1 else more
 
 
-def _experts_sentence(facts: Facts) -> str:
+def experts_sentence(facts: Facts) -> str:
+    """How many experts are kept."""
     base = facts.baseline
     if base is None:
         text = f"{findings.experts(facts.table)}. No Top-K configuration was run to compare with."
@@ -163,7 +165,8 @@ def _less(share: float) -> str:
     return f"{percent(abs(share))} {'fewer' if share >= 0 else 'more'}"
 
 
-def _time_sentence(facts: Facts) -> str:
+def time_sentence(facts: Facts) -> str:
+    """What that did to the time of a prompt."""
     changes = findings.time_changes(facts.table)
     if not changes:
         return ""

@@ -30,7 +30,10 @@ LATENCY_PLOT: Final = "experts_vs_latency.png"
 
 
 def create_visualizations(
-    results: pd.DataFrame, output_dir: str | Path, summary: dict[str, Any] | None = None
+    results: pd.DataFrame,
+    output_dir: str | Path,
+    summary: dict[str, Any] | None = None,
+    kind: str = "png",
 ) -> list[Path]:
     """Draw the plots of a run into `output_dir/plots`.
 
@@ -39,6 +42,7 @@ def create_visualizations(
         output_dir: the results folder.
         summary: what `analyze_results` returned, for the quality plot; by default the summary
             that lies in the folder.
+        kind: png, pdf or svg.
     Returns:
         Paths of the plots, in the order of the report.
     Raises:
@@ -62,7 +66,7 @@ def create_visualizations(
     for name, draw in plots.items():
         with look():
             figure = draw() if table.names else _nothing(table)
-        paths.append(save(figure, folder / PLOTS / name))
+        paths.append(save(figure, (folder / PLOTS / name).with_suffix(f".{kind}")))
     return paths
 
 

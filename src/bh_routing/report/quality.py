@@ -56,7 +56,12 @@ class QualityRow:
     @property
     def is_static(self) -> bool:
         """Whether it keeps a fixed number of experts: a point of the reference curve."""
-        return _STATIC.search(self.name) is not None
+        return is_static(self.name)
+
+
+def is_static(name: str) -> bool:
+    """Whether a configuration of this name keeps a fixed number of experts."""
+    return _STATIC.search(name) is not None
 
 
 def quality_rows(summary: Mapping[str, Any] | None) -> list[QualityRow]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bh_routing.nulls.base import ReferenceTable
 from bh_routing.nulls.contributions import Contributions
+from bh_routing.rules.knobs import Knob
 
 WeightConvention = Literal["model", "renormalize", "preserve_mass"]
 TemperatureWeights = Literal["mass", "raw"]
@@ -60,6 +61,8 @@ class Rule(ABC):
 
     method: ClassVar[str]
     """The rule's name in the catalog."""
+    knob: ClassVar[Knob | None] = None
+    """What a search for a mean number of experts turns; None: the rule can't be brought to one."""
     weights: WeightConvention
     """What the kept slots' weights are; see `weights.kept_weights`."""
     temperature: float
@@ -102,3 +105,10 @@ class Rule(ABC):
     @abstractmethod
     def bind(self, context: LayerContext) -> Selector:
         """Do the work of one layer that doesn't depend on tokens, and return its selector."""
+
+    def slot_p_values(self, context: LayerContext) -> Callable[[Candidates], Tensor] | None:
+        """Return what gives each candidate slot its p-value, float64 (T, K): for reports.
+
+        None for a rule that has none.
+        """
+        return None

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from bh_routing.errors import InputError
 from bh_routing.multitest import Procedure, check_alpha
-from bh_routing.multitest.step_up import STOREY_LAMBDA, harmonic_number, ranks
+from bh_routing.multitest.step_up import (
+    STOREY_LAMBDA,
+    harmonic_number,
+    on_or_below_line,
+    ranks,
+)
 from bh_routing.nulls.catalog import get_null
 from bh_routing.nulls.cut_offs import (
     StoreyCutOffs,
@@ -37,6 +42,7 @@ from bh_routing.rules.fields import (
     check_count,
     check_mixture,
 )
+from bh_routing.rules.knobs import LOG_ODDS, Knob
 from bh_routing.rules.slots import keep_best
 
 OnEmpty = Literal["min_k", "model_k"]
@@ -47,8 +53,9 @@ class BenjaminiHochberg(Rule):
     """Keep the experts that Benjamini-Hochberg rejects as background, between min_k and max_k.
 
     The count is taken over all E experts and then limited; the best candidates of that number
-    stay. Alpha is a nominal level under the fitted null: see docs/method.md for what it means
-    under each.
+    stay. Under a null with one table an expert, the best are those with the smallest p-values,
+    and a rejected expert that the router didn't propose can't stay. Alpha is a nominal level
+    under the fitted null: see docs/method.md for what it means under each.
 
     Example:
         >>> BenjaminiHochberg(alpha=0.05, max_k=10).num_candidates(model_top_k=8)
@@ -56,6 +63,7 @@ class BenjaminiHochberg(Rule):
     """
 
     method: ClassVar[str] = "bh"
+    knob: ClassVar[Knob | None] = Knob("alpha", LOG_ODDS, keeps_more=True)
 
     alpha: float
     """Target false discovery rate under the null, in (0, 1); a larger one keeps more experts."""
@@ -116,8 +124,13 @@ class BenjaminiHochberg(Rule):
         """Refuse more experts than there are."""
         check_at_most_experts("max_k", self.max_k, num_experts)
 
+    @property
+    def keeps_best_by_logit(self) -> bool:
+        """Not where each expert has a table of its own."""
+        return not get_null(self.null).by_expert
+
     def count_kept(self, num_rejected: int, model_top_k: int) -> int:
-        """How many experts a token with this many rejections keeps."""
+        """How many experts a token with this many rejections (among its slots) keeps."""
         is_empty = num_rejected == 0 and self.on_empty == "model_k"
         wanted = model_top_k if is_empty else num_rejected
         return min(max(wanted, self.min_k), self.max_k)
@@ -131,14 +144,44 @@ class BenjaminiHochberg(Rule):
         """
         self.check(num_experts=context.num_experts, model_top_k=context.model_top_k)
         null = get_null(self.null)
-        count = self._counter(context)
         kept = [self.count_kept(n, context.model_top_k) for n in range(context.num_experts + 1)]
         kept_by_count = torch.tensor(kept, device=context.device)
+        if null.by_expert:
+            return self._select_by_p_values(context, kept_by_count)
+        count = self._counter(context)
         temperature = self.temperature
 
         def select(candidates: Candidates) -> Tensor:
             scores_TE = null.descending_scores(candidates.router_logits_TE, temperature)
             return keep_best(candidates, kept_by_count.take(count(scores_TE)))
+
+        return select
+
+    def slot_p_values(self, context: LayerContext) -> Callable[[Candidates], Tensor] | None:
+        """The upper tail of the null at each candidate's score."""
+        null, temperature = get_null(self.null), self.temperature
+        table = null.require_table(context.table) if null.needs_table else None
+
+        def p_values(candidates: Candidates) -> Tensor:
+            scores_TE = null.score(candidates.router_logits_TE, temperature)
+            return null.p_from_score(scores_TE, table).gather(-1, candidates.top_k_index_TK)
+
+        return p_values
+
+    def _select_by_p_values(self, context: LayerContext, kept_by_count: Tensor) -> Selector:
+        """Reject by p-values themselves: no cut-off serves experts with tables of their own."""
+        null = get_null(self.null)
+        table = null.require_table(context.table)
+        alpha, procedure, temperature = self.alpha, self.procedure, self.temperature
+
+        def select(candidates: Candidates) -> Tensor:
+            p_TE = null.p_from_score(null.score(candidates.router_logits_TE, temperature), table)
+            sorted_p_TE = p_TE.sort(dim=-1).values
+            is_below_TE = on_or_below_line(sorted_p_TE, alpha, procedure)
+            last_rejected_T1 = torch.where(is_below_TE, sorted_p_TE, -1.0).amax(-1, keepdim=True)
+            p_TK = p_TE.gather(-1, candidates.top_k_index_TK)
+            num_rejected_T1 = (p_TK <= last_rejected_T1).sum(dim=-1, keepdim=True)
+            return keep_best(candidates, kept_by_count.take(num_rejected_T1), -p_TK)
 
         return select
 

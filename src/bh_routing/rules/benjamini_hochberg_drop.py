@@ -5,6 +5,7 @@ Axes: T tokens, E experts, K slots, N reference scores.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Final, Literal, get_args
 
@@ -27,6 +28,7 @@ from bh_routing.rules.contribution import (
     slot_scores,
 )
 from bh_routing.rules.fields import check_choice, check_count
+from bh_routing.rules.knobs import LOG_ODDS, Knob
 
 Scope = Literal["token", "block", "population"]
 
@@ -54,10 +56,11 @@ class BenjaminiHochbergDrop(ContributionRule):
         Candès (2023) for the population's variant.
     Example:
         >>> BenjaminiHochbergDrop(0.2, scope="block", block_tokens=32).required_null
-        'needed'
+        'needed_by_loss'
     """
 
     method: ClassVar[str] = "bh_drop"
+    knob: ClassVar[Knob | None] = Knob("alpha", LOG_ODDS, keeps_more=False)
 
     alpha: float
     """Target false discovery rate, in (0, 1); a larger one keeps fewer experts."""
@@ -101,6 +104,13 @@ class BenjaminiHochbergDrop(ContributionRule):
         if self.scope == "block":
             return self._bind_block(context)
         return self._bind_population(context)
+
+    def slot_p_values(self, context: LayerContext) -> Callable[[Candidates], Tensor] | None:
+        """The lower tail of the slots that mattered; small where a slot can be left out."""
+        contributions = require_contributions(self.method, context)
+        scale_E = layer_scale(self.method, self.statistic, context)
+        needed = contributions.needed(self.statistic, self.needed).to(context.device)
+        return lambda candidates: lower_tail(slot_scores(candidates, scale_E), needed)
 
     def cut_off(self, context: LayerContext) -> float:
         """Return the score up to which scope "population" drops; -inf if nothing is rejected."""

@@ -46,6 +46,21 @@ _ALIASES: Final = {"topk": "top_k"}
 _NOT_FIELDS: Final = ("method", "description")
 
 
+def get_rule(config: Mapping[str, Any]) -> type[Rule]:
+    """Return the class that a configuration's method names.
+
+    Raises:
+        InputError: no or unknown method.
+    """
+    if "method" not in config:
+        raise InputError(f"a configuration needs a method; known: {', '.join(RULES)}")
+    name = config["method"]
+    method = _ALIASES.get(name, name) if isinstance(name, str) else str(name)
+    if method not in RULES:
+        raise unknown_name("method", str(name), [*RULES, *_ALIASES])
+    return RULES[method]
+
+
 def make_rule(config: Mapping[str, Any]) -> Rule:
     """Build a rule from a configuration: a method, its fields, and perhaps a description.
 
@@ -55,13 +70,8 @@ def make_rule(config: Mapping[str, Any]) -> Rule:
         >>> make_rule({"method": "topk", "k": 4, "description": "half of the experts"}).k
         4
     """
-    if "method" not in config:
-        raise InputError(f"a configuration needs a method; known: {', '.join(RULES)}")
-    name = config["method"]
-    method = _ALIASES.get(name, name) if isinstance(name, str) else str(name)
-    if method not in RULES:
-        raise unknown_name("method", str(name), [*RULES, *_ALIASES])
-    rule = RULES[method]
+    rule = get_rule(config)
+    method = rule.method
     own = {key: value for key, value in config.items() if key not in _NOT_FIELDS}
     known = [field.name for field in fields(rule)]  # type: ignore[arg-type]
     for key in own:

@@ -12,27 +12,31 @@ import torch
 from torch import Tensor
 
 from bh_routing.errors import CalibrationError
-from bh_routing.nulls.contributions import BY_LOSS, NEEDED, Contributions, Definition, Statistic
+from bh_routing.nulls.contributions import (
+    BY_LOSS,
+    NEEDED,
+    Contributions,
+    Definition,
+    Statistic,
+    remedy,
+)
 from bh_routing.rules.base import Candidates, LayerContext
 from bh_routing.rules.fields import check_at_most_experts, check_choice, check_count
 from bh_routing.rules.mixing import MixingRule
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContributionRule(MixingRule):
-    """A rule that drops the model's own slots by their score: routing weight x calibrated scale.
+class DroppingRule(MixingRule):
+    """A rule that drops the model's own slots by a score of each slot.
 
     It may drop a slot with a larger router logit than one it keeps.
     """
 
-    statistic: Statistic = "contribution"
-    """The scale: see `nulls.contributions.Statistic`."""
     min_k: int = 1
     """Slots with the largest scores that always stay."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        check_choice("statistic", self.statistic, get_args(Statistic))
         check_count("min_k", self.min_k)
         super().__post_init__()
 
@@ -41,22 +45,36 @@ class ContributionRule(MixingRule):
         """No: the expert's scale counts too."""
         return False
 
+    def check(self, *, num_experts: int, model_top_k: int) -> None:
+        """Refuse to keep more experts than there are."""
+        check_at_most_experts("min_k", self.min_k, num_experts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContributionRule(DroppingRule):
+    """A rule that drops slots by routing weight x calibrated scale."""
+
+    statistic: Statistic = "sensitivity"
+    """The scale: see `nulls.contributions.Statistic`. "contribution" is the choice for a model that
+    gives no gradients, such as a quantised one."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        check_choice("statistic", self.statistic, get_args(Statistic))
+        super().__post_init__()
+
     @property
     def required_null(self) -> str | None:
         """What calibration must have observed."""
         return needed_null(self.statistic, "norm")
-
-    def check(self, *, num_experts: int, model_top_k: int) -> None:
-        """Refuse to keep more experts than there are."""
-        check_at_most_experts("min_k", self.min_k, num_experts)
 
 
 def require_contributions(method: str, context: LayerContext) -> Contributions:
     """Return what is known of slots, or raise CalibrationError."""
     if context.contributions is None:
         raise CalibrationError(
-            f"rule {method!r} needs a calibration with the null 'needed' and none was given; "
-            "run: bh-routing calibrate --nulls background,needed"
+            f"rule {method!r} needs a calibration that observed slots and none was given; "
+            f"{remedy(NEEDED['loss'])}"
         )
     return context.contributions
 

@@ -19,6 +19,7 @@ from bh_routing.rules.contribution import (
     rank_slots,
     slot_scores,
 )
+from bh_routing.rules.knobs import LOG, Knob
 
 
 def check_contribution_threshold(threshold: float) -> None:
@@ -37,10 +38,11 @@ class ContributionThreshold(ContributionRule):
 
     Example:
         >>> ContributionThreshold(0.05).required_null
-        'needed'
+        'needed_by_loss'
     """
 
     method: ClassVar[str] = "contribution_threshold"
+    knob: ClassVar[Knob | None] = Knob("threshold", LOG, keeps_more=False)
 
     threshold: float
     """At least 0, in the unit of the statistic; a larger one keeps fewer experts."""

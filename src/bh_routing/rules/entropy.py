@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bh_routing.errors import InputError
 from bh_routing.rules.base import Candidates, LayerContext, Selector
+from bh_routing.rules.knobs import LOG, Knob
 from bh_routing.rules.mixing import MixingRule
 from bh_routing.rules.slots import keep_best
 
@@ -31,6 +32,7 @@ class Entropy(MixingRule):
     """
 
     method: ClassVar[str] = "entropy"
+    knob: ClassVar[Knob | None] = Knob("scale", LOG, keeps_more=True)
 
     scale: float
     """Experts for each effective one, above 0; a larger one keeps more experts."""

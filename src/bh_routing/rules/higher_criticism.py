@@ -19,6 +19,7 @@ from bh_routing.nulls.catalog import get_null
 from bh_routing.nulls.cut_offs import count_at_cut_offs, cut_offs_where
 from bh_routing.rules.base import Candidates, LayerContext, Selector
 from bh_routing.rules.fields import check_at_most_experts, check_count
+from bh_routing.rules.knobs import SIGNED_LOG, Knob
 from bh_routing.rules.mixing import MixingRule
 from bh_routing.rules.slots import keep_best
 
@@ -38,6 +39,7 @@ class HigherCriticism(MixingRule):
     """
 
     method: ClassVar[str] = "higher_criticism"
+    knob: ClassVar[Knob | None] = Knob("threshold", SIGNED_LOG, keeps_more=False)
 
     threshold: float
     """Smallest criticism, any number; a larger one keeps fewer experts."""
@@ -54,7 +56,11 @@ class HigherCriticism(MixingRule):
         if not is_number or not isfinite(self.threshold):
             raise InputError(f"threshold must be a finite number, got {self.threshold!r}")
         check_count("max_k", self.max_k)
-        get_null(self.null)
+        if get_null(self.null).by_expert:
+            raise InputError(
+                f"higher_criticism compares with one table a layer, null {self.null!r} has one an "
+                "expert; use method bh, or null: background"
+            )
         super().__post_init__()
 
     @property

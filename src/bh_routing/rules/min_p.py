@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bh_routing.rules.base import Candidates, LayerContext, Selector
 from bh_routing.rules.fields import check_share
+from bh_routing.rules.knobs import LOG_ODDS, Knob
 from bh_routing.rules.mixing import MixingRule
 
 
@@ -23,6 +24,7 @@ class MinP(MixingRule):
     """
 
     method: ClassVar[str] = "min_p"
+    knob: ClassVar[Knob | None] = Knob("share", LOG_ODDS, keeps_more=False)
 
     share: float
     """Of the token's largest weight, in (0, 1]; a larger one keeps fewer experts."""

@@ -10,13 +10,15 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from bh_routing.nulls.contributions import NEEDED
 from bh_routing.rules.base import Candidates, LayerContext, Selector
-from bh_routing.rules.contribution import ContributionRule, rank_slots, require_contributions
+from bh_routing.rules.contribution import DroppingRule, rank_slots, require_contributions
 from bh_routing.rules.contribution_threshold import check_contribution_threshold
+from bh_routing.rules.knobs import LOG, Knob
 
 
 @dataclass(frozen=True)
-class OracleContribution(ContributionRule):
+class OracleContribution(DroppingRule):
     """Keep the slots whose true contribution is above `threshold`, and the token's min_k best.
 
     The true contribution is weight x the norm of the expert's own output for this token, over the
@@ -29,6 +31,7 @@ class OracleContribution(ContributionRule):
     """
 
     method: ClassVar[str] = "oracle_contribution"
+    knob: ClassVar[Knob | None] = Knob("threshold", LOG, keeps_more=False)
 
     threshold: float
     """At least 0, a share of the residual's norm; a larger one keeps fewer experts."""
@@ -37,6 +40,11 @@ class OracleContribution(ContributionRule):
         """Refuse values out of range."""
         check_contribution_threshold(self.threshold)
         super().__post_init__()
+
+    @property
+    def required_null(self) -> str | None:
+        """What calibration must have observed: norms."""
+        return NEEDED["norm"]
 
     @property
     def needs_output_norms(self) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from bh_routing.errors import InputError
 from bh_routing.rules.base import Candidates, LayerContext, Selector
 from bh_routing.rules.fields import check_at_most_experts, check_count
+from bh_routing.rules.knobs import EXPERTS, Knob
 from bh_routing.rules.mixing import MixingRule
 from bh_routing.rules.slots import keep_best
 
@@ -26,6 +27,12 @@ class PerLayerTopK(MixingRule):
     """
 
     method: ClassVar[str] = "per_layer_top_k"
+    knob: ClassVar[Knob | None] = Knob(
+        "mean_experts",
+        EXPERTS,
+        keeps_more=True,
+        fields_from=lambda mean, layers: {"k": PerLayerTopK.at_mean(mean, range(layers)).k},
+    )
 
     k: tuple[int, ...]
     """Experts a token in each layer that has a router, first layer first; a list is taken too."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from bh_routing.errors import InputError
 from bh_routing.rules.base import Candidates, LayerContext, Selector
 from bh_routing.rules.fields import check_at_most_experts
+from bh_routing.rules.knobs import EXPERTS, Knob
 from bh_routing.rules.mixing import MixingRule
 from bh_routing.rules.slots import keep_best
 
@@ -39,6 +40,12 @@ class RandomK(MixingRule):
     """
 
     method: ClassVar[str] = "random_k"
+    knob: ClassVar[Knob | None] = Knob(
+        "mean_experts",
+        EXPERTS,
+        keeps_more=True,
+        fields_from=lambda mean, _: {"shares": RandomK.at_mean(mean).shares},
+    )
 
     shares: tuple[float, ...]
     """Share of tokens with 1, 2, ... experts; scaled to sum 1, so counts may be given too."""

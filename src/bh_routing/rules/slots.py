@@ -13,7 +13,9 @@ from torch import Tensor
 from bh_routing.rules.base import Candidates
 
 
-def keep_best(candidates: Candidates, counts_T1: Tensor) -> Tensor:
+def keep_best(
+    candidates: Candidates, counts_T1: Tensor, strength_TK: Tensor | None = None
+) -> Tensor:
     """Keep each token's `count` candidates with the largest logits; no host sync.
 
     Slots aren't sorted in every family, so ranks come from the logits the family ranks by. A tie
@@ -22,6 +24,7 @@ def keep_best(candidates: Candidates, counts_T1: Tensor) -> Tensor:
     Args:
         candidates: the slots of T tokens.
         counts_T1: how many to keep, integer, shape (T, 1) or (1, 1), values 1 to K.
+        strength_TK: what ranks slots before their logits do; None if nothing does.
     Returns:
         Bool tensor of shape (T, K).
     Example:
@@ -35,6 +38,10 @@ def keep_best(candidates: Candidates, counts_T1: Tensor) -> Tensor:
     """
     logits_TK = candidates.router_logits_TE.gather(-1, candidates.top_k_index_TK)
     order_TK = logits_TK.argsort(dim=-1, descending=True, stable=True)
+    if strength_TK is not None:
+        by_strength_TK = strength_TK.gather(-1, order_TK)
+        again_TK = by_strength_TK.argsort(dim=-1, descending=True, stable=True)
+        order_TK = order_TK.gather(-1, again_TK)
     rank_K = torch.arange(order_TK.shape[-1], device=order_TK.device)
     is_kept_by_rank_TK = (rank_K < counts_T1).expand_as(order_TK)
     return torch.zeros_like(order_TK, dtype=torch.bool).scatter_(-1, order_TK, is_kept_by_rank_TK)

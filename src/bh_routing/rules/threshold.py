@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bh_routing.rules.base import Candidates, LayerContext, Selector
 from bh_routing.rules.fields import check_share
+from bh_routing.rules.knobs import LOG_ODDS, Knob
 from bh_routing.rules.mixing import MixingRule
 
 
@@ -24,6 +25,7 @@ class Threshold(MixingRule):
     """
 
     method: ClassVar[str] = "threshold"
+    knob: ClassVar[Knob | None] = Knob("threshold", LOG_ODDS, keeps_more=False)
 
     threshold: float
     """Share of the candidates' mass, in (0, 1]; a larger one keeps fewer experts."""

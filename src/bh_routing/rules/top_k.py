@@ -17,6 +17,7 @@ from bh_routing.rules.base import (
     WeightConvention,
 )
 from bh_routing.rules.fields import check_at_most_experts, check_count, check_mixture
+from bh_routing.rules.knobs import WHOLE, Knob
 from bh_routing.rules.slots import keep_best
 
 
@@ -30,6 +31,7 @@ class TopK(Rule):
     """
 
     method: ClassVar[str] = "top_k"
+    knob: ClassVar[Knob | None] = Knob("k", WHOLE, keeps_more=True)
 
     k: int
     """Experts a token, from 1 to the experts of a layer."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bh_routing.rules.base import Candidates, LayerContext, Selector
 from bh_routing.rules.fields import check_share
+from bh_routing.rules.knobs import LOG_ODDS, Knob
 from bh_routing.rules.mixing import MixingRule
 from bh_routing.rules.slots import by_slot, sort_slots
 
@@ -30,6 +31,7 @@ class TopP(MixingRule):
     """
 
     method: ClassVar[str] = "top_p"
+    knob: ClassVar[Knob | None] = Knob("p", LOG_ODDS, keeps_more=True)
 
     p: float
     """Share of the candidates' mass, in (0, 1]; a larger one keeps more experts."""

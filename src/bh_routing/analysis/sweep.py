@@ -1,0 +1,281 @@
+"""Which rule loses least at equal cost: the points of a sweep, its domains and its winners.
+
+`analyze_sweep` turns a folder that `bh-routing sweep` filled into three tables. Every rule is
+compared with static top-k and with top-p at its own measured mean number of experts; see
+sweep_equal_cost.py for how, and sweep_row.py for the columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from bh_routing.analysis.quality import DEFAULT_OPTIONS, QualityOptions, quality_table
+from bh_routing.analysis.quality_row import QualityRow
+from bh_routing.analysis.sweep_equal_cost import Curve, EqualCost, compare_at_equal_cost
+from bh_routing.analysis.sweep_records import (
+    STATIC,
+    ScoredText,
+    Sweep,
+    SweepPoint,
+    align,
+    read_sweep,
+)
+from bh_routing.analysis.sweep_row import DomainRow, SweepRow, Winner
+
+TOP_P: Final = "top_p"
+REFERENCES: Final = (STATIC, TOP_P)
+OFF_BUDGET: Final = 0.02
+"""A mean further from its budget than this share is flagged."""
+SIGNIFICANCE_LEVEL: Final = 0.05
+ALL_RULES: Final = "all rules"
+BH_RULES: Final = ("bh_drop",)
+"""Rules that get a winner of their own beside the winner of all."""
+CONTROLS: Final = ("oracle_contribution", "random_k")
+"""Headroom and a control: they have rows, and can't win."""
+STATIC_STEP: Final = 1.0
+"""Static top-k is a line between k and k + 1, which mixing the two at random comes close to."""
+TOP_P_STEP: Final = 1.25
+"""Top-p's points lie one budget apart, give or take what the mean drifts with the text."""
+
+Comparisons = Mapping[tuple[str, str], EqualCost]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepTables:
+    """A sweep, analysed."""
+
+    sweep: Sweep
+    rows: tuple[SweepRow, ...]
+    domains: tuple[DomainRow, ...]
+    winners: tuple[Winner, ...]
+    num_tests: int
+    """Tests that Holm's correction and the joint intervals are over."""
+
+
+def analyze_sweep(folder: Path, options: QualityOptions = DEFAULT_OPTIONS) -> SweepTables:
+    """Compare the points of a sweep at equal mean experts.
+
+    Args:
+        folder: holds run.json and quality.jsonl.
+        options: resamples and seed; the margin isn't used.
+    Returns:
+        The tables; the same folder gives the same tables.
+    Raises:
+        ResultsError: the folder isn't a sweep's, or a file can't be read whole.
+    """
+    sweep = read_sweep(folder)
+    text = align(sweep.records)
+    domain_names = sorted(set(text.domains_D.tolist()))
+    quality = {row.config_name: row for row in quality_table(sweep.records, options)}
+    overall = _compare(sweep, text, options, simultaneous=True)
+    by_domain = {
+        domain: _compare(sweep, text.domain(domain), options, simultaneous=False)
+        for domain in domain_names
+    }
+    rows = tuple(
+        _row(point, quality.get(point.config_name), overall, by_domain) for point in sweep.points
+    )
+    domains = tuple(
+        _domain_row(point, quality[point.config_name], text.domain(domain), domain, compared)
+        for point in sweep.points
+        if point.config_name in quality
+        for domain, compared in by_domain.items()
+        if domain in quality[point.config_name].by_domain
+    )
+    return SweepTables(
+        sweep=sweep,
+        rows=rows,
+        domains=domains,
+        winners=_winners(rows),
+        num_tests=sum(math.isfinite(found.p) for found in overall.values()),
+    )
+
+
+def beats(difference: float, low: float, high: float, p_corrected: float) -> str:
+    """Say whether a loss is below the reference's: yes, no, undecided or unknown.
+
+    Example:
+        >>> beats(-0.02, -0.03, -0.01, 0.004)
+        'yes'
+    """
+    if not math.isfinite(difference + low + high + p_corrected):
+        return "unknown"
+    if p_corrected >= SIGNIFICANCE_LEVEL or low <= 0 <= high:
+        return "undecided"
+    return "yes" if high < 0 else "no"
+
+
+def _compare(
+    sweep: Sweep, text: ScoredText, options: QualityOptions, *, simultaneous: bool
+) -> Comparisons:
+    curves = [
+        Curve(
+            name=name,
+            config_names=tuple(p.config_name for p in sweep.points if p.rule == name),
+            widest=STATIC_STEP if name == STATIC else TOP_P_STEP,
+        )
+        for name in REFERENCES
+    ]
+    return compare_at_equal_cost(
+        text,
+        [
+            p.config_name
+            for p in sweep.points
+            if p.rule != STATIC and (p.config_name in text.names or not p.unreachable)
+        ],
+        curves,
+        resamples=options.resamples,
+        seed=options.seed,
+        simultaneous=simultaneous,
+    )
+
+
+def _row(
+    point: SweepPoint,
+    quality: QualityRow | None,
+    overall: Comparisons,
+    by_domain: Mapping[str, Comparisons],
+) -> SweepRow:
+    nan = math.nan
+    mean = quality.mean_experts if quality else nan
+    notes = [point.unreachable]
+    if quality is None and not point.unreachable:
+        notes.append("Not scored yet; run bh-routing sweep again to finish.")
+    if quality:
+        notes.append(quality.note)
+    for name in REFERENCES:
+        notes.append(_found(overall, point, name).note)
+    # Of static top-k nothing is tested, and one reason may hold for both references.
+    note = " ".join(dict.fromkeys(filter(None, notes)))
+    return SweepRow(
+        rule=point.rule,
+        variant=point.variant,
+        knob=point.knob,
+        budget=point.budget,
+        mean_experts=mean,
+        delta_nll=quality.delta_nll if quality else nan,
+        delta_nll_low=quality.delta_nll_low if quality else nan,
+        delta_nll_high=quality.delta_nll_high if quality else nan,
+        perplexity_ratio=quality.perplexity_ratio if quality else nan,
+        kl_mean=quality.kl_mean if quality else nan,
+        same_top1_share=quality.same_top1_share if quality else nan,
+        config_name=point.config_name,
+        knob_field=point.knob_field,
+        calibration_mean_experts=point.calibration_mean_experts,
+        corrections=point.corrections,
+        off_budget=abs(mean / point.budget - 1) > OFF_BUDGET,
+        domains=len(by_domain),
+        tokens=quality.tokens if quality else 0,
+        documents=quality.documents if quality else 0,
+        clusters=quality.clusters if quality else 0,
+        method=quality.method if quality else "",
+        note=note,
+        **_against(point, overall, by_domain),
+    )
+
+
+def _found(compared: Comparisons, point: SweepPoint, reference: str) -> EqualCost:
+    return compared.get((point.config_name, reference), EqualCost())
+
+
+def _against(
+    point: SweepPoint, overall: Comparisons, by_domain: Mapping[str, Comparisons]
+) -> dict[str, Any]:
+    """The columns of both references."""
+    columns: dict[str, Any] = {}
+    for name in REFERENCES:
+        found = _found(overall, point, name)
+        columns |= {
+            f"{name}_at_mean": found.at_mean,
+            f"{name}_geometric": found.geometric,
+            f"{name}_difference": found.difference,
+            f"{name}_low": found.low,
+            f"{name}_high": found.high,
+            f"{name}_p": found.p,
+            f"{name}_p_corrected": found.p_corrected,
+            f"{name}_saved": found.share_saved,
+            f"{name}_saved_low": found.share_low,
+            f"{name}_saved_high": found.share_high,
+            f"{name}_domains": sum(
+                _found(compared, point, name).difference < 0 for compared in by_domain.values()
+            ),
+        }
+    return columns
+
+
+def _domain_row(
+    point: SweepPoint,
+    quality: QualityRow,
+    text: ScoredText,
+    domain: str,
+    compared: Comparisons,
+) -> DomainRow:
+    part = quality.by_domain[domain]
+    top_k, top_p = (_found(compared, point, name) for name in REFERENCES)
+    mean = math.nan
+    if point.config_name in text.names:
+        kept_D = text.experts_DC[:, text.names.index(point.config_name)]
+        mean = float(kept_D.sum() / text.tokens_D.sum())
+    return DomainRow(
+        rule=point.rule,
+        variant=point.variant,
+        budget=point.budget,
+        domain=domain,
+        mean_experts=mean,
+        drift=mean - quality.mean_experts,
+        delta_nll=part.delta_nll,
+        delta_nll_low=part.low,
+        delta_nll_high=part.high,
+        top_k_at_mean=top_k.at_mean,
+        top_k_difference=top_k.difference,
+        top_k_low=top_k.low,
+        top_k_high=top_k.high,
+        top_k_saved=top_k.share_saved,
+        top_p_at_mean=top_p.at_mean,
+        top_p_difference=top_p.difference,
+        top_p_low=top_p.low,
+        top_p_high=top_p.high,
+        top_p_saved=top_p.share_saved,
+        tokens=part.tokens,
+        documents=part.documents,
+        config_name=point.config_name,
+        note=" ".join(dict.fromkeys(filter(None, [part.note, top_k.note, top_p.note]))),
+    )
+
+
+def _winners(rows: Sequence[SweepRow]) -> tuple[Winner, ...]:
+    tested = [row for row in rows if row.rule not in (STATIC, *CONTROLS)]
+    budgets = sorted({row.budget for row in tested}, reverse=True)
+    contests = (ALL_RULES, *(rule for rule in BH_RULES if any(r.rule == rule for r in tested)))
+    return tuple(
+        _winner(budget, among, [row for row in tested if row.budget == budget])
+        for budget in budgets
+        for among in contests
+    )
+
+
+def _winner(budget: float, among: str, rows: Sequence[SweepRow]) -> Winner:
+    compared = [
+        row for row in rows if among in (ALL_RULES, row.rule) and math.isfinite(row.top_k_saved)
+    ]
+    if not compared:
+        return Winner(budget=budget, among=among)
+    # Not by loss alone: means differ by a few per cent within a budget.
+    ranked = sorted(compared, key=lambda row: -row.top_k_saved)
+    best = ranked[0]
+    return Winner(
+        budget=budget,
+        among=among,
+        beats_top_k=beats(
+            best.top_k_difference, best.top_k_low, best.top_k_high, best.top_k_p_corrected
+        ),
+        beats_top_p=beats(
+            best.top_p_difference, best.top_p_low, best.top_p_high, best.top_p_p_corrected
+        ),
+        runner_up=ranked[1].config_name if len(ranked) > 1 else "",
+        row=best,
+    )

@@ -1,0 +1,156 @@
+"""Hand a finished run to the experiment tracker that a group already uses.
+
+Each tracker gets the same: settings as parameters, every configuration's numbers as metrics, plots
+as pictures and the other files of the folder as they are. Nothing is read back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+from bh_routing.analysis.nested import flatten
+from bh_routing.analysis.results import Results, load_results
+from bh_routing.errors import InputError
+from bh_routing.records import PLOTS, STATUS_OK
+
+PROJECT: Final = "bh-routing"
+PARAMETER_LIMIT: Final = 500
+"""Characters of a parameter; trackers refuse longer ones."""
+MEASURES: Final = (
+    "avg_experts_per_token",
+    "tokens_per_sec",
+    "inference_time_sec",
+    "expert_utilization_cv",
+)
+QUALITY: Final = ("delta_nll", "perplexity_ratio", "kl_mean", "mean_experts", "same_top1_share")
+LEFT_OUT: Final = frozenset({".lock"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackedRun:
+    """What every tracker is given."""
+
+    name: str
+    parameters: dict[str, str]
+    metrics: dict[str, float]
+    """`configuration/measure` -> number."""
+    pictures: list[Path]
+    files: list[Path]
+
+
+def track_run(folder: str | Path, tracker: str) -> str:
+    """Log a results folder to a tracker.
+
+    Args:
+        folder: what `bh-routing run` wrote.
+        tracker: mlflow, wandb or tensorboard; where they log to is theirs to configure, such as
+            by MLFLOW_TRACKING_URI or WANDB_MODE. TensorBoard's events go into the folder.
+    Returns:
+        Where it went.
+    Raises:
+        InputError: the tracker isn't known or isn't installed.
+        ResultsError: the folder isn't a results folder.
+    """
+    if tracker not in TRACKERS:
+        raise InputError(f"tracker must be one of {', '.join(TRACKERS)}; got {tracker!r}")
+    package, log = TRACKERS[tracker]
+    try:
+        module = importlib.import_module(package)
+    except ImportError as error:
+        raise InputError(
+            f"tracker {tracker!r} needs the package {package}; "
+            f"install it with: pip install 'bh-routing[{tracker}]'"
+        ) from error
+    results = load_results(folder)
+    return log(module, tracked(results), results.folder)
+
+
+def tracked(results: Results) -> TrackedRun:
+    """Collect what a tracker is given."""
+    finished = results.experiments[results.experiments["status"] == STATUS_OK]
+    means = finished.groupby("config_name", sort=False)[list(MEASURES)].mean()
+    metrics = {
+        f"{name}/{measure}": float(value)
+        for name, row in means.iterrows()
+        for measure, value in row.items()
+    }
+    quality = (results.summary or {}).get("quality") or {}
+    for row in quality.get("rules", []):
+        metrics |= {
+            f"{row['config_name']}/{m}": float(row[m]) for m in QUALITY if row.get(m) is not None
+        }
+    files = sorted(
+        path
+        for path in results.folder.rglob("*")
+        if path.is_file() and not path.is_symlink() and path.name not in LEFT_OUT
+    )
+    is_picture = [path.parent.name == PLOTS and path.suffix == ".png" for path in files]
+    return TrackedRun(
+        name=results.folder.resolve().name,
+        parameters={
+            key: _short(value)
+            for part in ("spec", "model", "provenance")
+            for key, value in flatten(part, results.run.get(part)).items()
+        },
+        metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
+        pictures=[path for path, yes in zip(files, is_picture, strict=True) if yes],
+        files=[path for path, yes in zip(files, is_picture, strict=True) if not yes],
+    )
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= PARAMETER_LIMIT else text[: PARAMETER_LIMIT - 1] + "…"
+
+
+def _to_mlflow(mlflow: ModuleType, run: TrackedRun, folder: Path) -> str:
+    mlflow.set_experiment(PROJECT)
+    with mlflow.start_run(run_name=run.name) as started:
+        mlflow.log_params(run.parameters)
+        mlflow.log_metrics(run.metrics)
+        for path in (*run.pictures, *run.files):
+            inside = path.relative_to(folder).parent.as_posix()
+            mlflow.log_artifact(str(path), None if inside == "." else inside)
+        return f"MLflow run {started.info.run_id}"
+
+
+def _to_wandb(wandb: ModuleType, run: TrackedRun, folder: Path) -> str:
+    with wandb.init(project=PROJECT, name=run.name, config=run.parameters) as started:
+        started.log(run.metrics)
+        started.log({path.stem: wandb.Image(str(path)) for path in run.pictures})
+        artifact = wandb.Artifact("results", type="results")
+        for path in run.files:
+            artifact.add_file(str(path), name=path.relative_to(folder).as_posix())
+        started.log_artifact(artifact)
+        return f"W&B run {started.id}"
+
+
+def _to_tensorboard(tensorboard: ModuleType, run: TrackedRun, folder: Path) -> str:
+    from matplotlib.image import imread
+
+    events = folder / "tensorboard"
+    with tensorboard.SummaryWriter(str(events)) as writer:
+        table = "\n".join(f"    {name}: {value}" for name, value in run.parameters.items())
+        writer.add_text("parameters", table)
+        for name, value in run.metrics.items():
+            writer.add_scalar(name, value)
+        for path in run.pictures:
+            writer.add_image(path.stem, imread(path)[..., :3], dataformats="HWC")
+    return str(events)
+
+
+Log = Callable[[ModuleType, TrackedRun, Path], str]
+
+TRACKERS: Final[Mapping[str, tuple[str, Log]]] = {
+    "mlflow": ("mlflow", _to_mlflow),
+    "wandb": ("wandb", _to_wandb),
+    "tensorboard": ("tensorboardX", _to_tensorboard),
+}
+"""Name -> the package it needs, and how it is logged to."""

@@ -1,0 +1,44 @@
+"""`bh-routing doctor`: say what works here, what doesn't, and what to do about it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bh_routing.cli.options import JsonOption
+from bh_routing.experiments import defaults
+
+
+def doctor(
+    output: Annotated[
+        Path, typer.Option(help="Folder that results would go to; it is only tried.")
+    ] = Path(defaults.OUTPUT),
+    statistics: Annotated[
+        bool,
+        typer.Option("--statistics", help="Also measure BH's false discovery rate, in seconds."),
+    ] = False,
+    tokens: Annotated[
+        int, typer.Option(min=100, help="Synthetic tokens that --statistics draws.")
+    ] = 2_000,
+    as_json: JsonOption = False,
+) -> int:
+    """Check versions, devices, memory, the demo model, the hub and the disk; 1 if a run can't."""
+    from bh_routing.experiments.doctor import check_statistics, examine
+
+    findings = examine(output)
+    rows, measured = check_statistics(tokens) if statistics else ([], [])
+    findings += measured
+    if as_json:
+        document = {
+            "findings": [asdict(finding) for finding in findings],
+            "statistics": [asdict(row) for row in rows],
+        }
+        typer.echo(json.dumps(document, ensure_ascii=False, indent=2))
+    for finding in [] if as_json else findings:
+        remedy = f": {finding.remedy}" if finding.remedy else ""
+        typer.echo(f"{finding.state:<8} {finding.check:<12} {finding.text}{remedy}")
+    return int(any(finding.state == "problem" for finding in findings))

@@ -1,0 +1,56 @@
+"""Options that several commands share, each declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelOption = Annotated[
+    str, typer.Option(help="`demo`, a folder with a checkpoint, or a Hugging Face id.")
+]
+DeviceOption = Annotated[
+    str, typer.Option(help="auto, cuda or cpu; auto is CUDA where there is one.")
+]
+Float32Option = Annotated[
+    bool,
+    typer.Option("--no-fp16", help="float32 instead of bfloat16 on CUDA; needs twice the memory."),
+]
+SeedOption = Annotated[int, typer.Option(help="Seed of whatever draws at random.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")]
+ConfigOption = Annotated[
+    Path | None, typer.Option(help="YAML file with further configurations, and prompts for `run`.")
+]
+ConfigsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Only these configurations, such as topk_8,bh_strict; lm-eval needs the model's own "
+        "top-k among them."
+    ),
+]
+CalibrationOption = Annotated[
+    Path | None, typer.Option(help="File made by `bh-routing calibrate`.")
+]
+CalibrationTextOption = Annotated[
+    Path | None, typer.Option(help="Text to calibrate on instead of the packaged one.")
+]
+TextOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Text or JSONL file, or hf:NAME:SPLIT; may be given several times. Default: the "
+        "packaged evaluation text."
+    ),
+]
+TokensOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Most tokens scored, spread over the documents. Default: all."),
+]
+BudgetOption = Annotated[
+    float | None,
+    typer.Option(
+        min=1,
+        help="Mean experts a token to bring every rule but static top-k to, by its knob (alpha of "
+        "bh), found on the calibration text.",
+    ),
+]

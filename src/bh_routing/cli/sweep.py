@@ -1,0 +1,91 @@
+"""`bh-routing sweep`: which rule loses least at the same mean number of experts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bh_routing.cli.conclusion_hooks import conclude_sweep
+from bh_routing.cli.console import console_log
+from bh_routing.cli.interrupts import sigterm_raises
+from bh_routing.cli.options import (
+    CalibrationOption,
+    CalibrationTextOption,
+    DeviceOption,
+    Float32Option,
+    JsonOption,
+    ModelOption,
+    SeedOption,
+    TextOption,
+    TokensOption,
+)
+from bh_routing.errors import InputError
+from bh_routing.experiments import defaults
+
+
+def sweep(
+    output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on.")],
+    model: ModelOption = defaults.MODEL,
+    budgets: Annotated[
+        str, typer.Option(help="Mean experts a token to compare at, separated by commas.")
+    ] = "6,5,4,3",
+    rules: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Rules without their knob, such as bh,bh_drop:scope=block,top_p; may be given "
+            "several times. Static top-k is always there. contribution_threshold is population "
+            "BH too: at equal cost both make the same decisions. Default: eight rules."
+        ),
+    ] = None,
+    text: TextOption = None,
+    tokens: TokensOption = None,
+    calibration: CalibrationOption = None,
+    calibration_text: CalibrationTextOption = None,
+    device: DeviceOption = defaults.DEVICE,
+    no_fp16: Float32Option = False,
+    seed: SeedOption = defaults.SEED,
+    as_json: JsonOption = False,
+) -> int:
+    """Compare rules at equal mean numbers of experts; knobs come from calibration text alone."""
+    with console_log(), sigterm_raises():
+        # Inside: importing torch takes seconds, in which Ctrl-C must work too.
+        from bh_routing.experiments.spec import make_spec
+        from bh_routing.experiments.sweep import SweepOptions
+        from bh_routing.experiments.sweep import sweep as run_sweep
+        from bh_routing.experiments.variants import DEFAULT_VARIANTS, parse_variants
+
+        options = SweepOptions(
+            variants=parse_variants(rules or DEFAULT_VARIANTS),
+            budgets=_budgets(budgets),
+            texts=text or (),
+            max_tokens=tokens,
+        )
+        spec = make_spec(
+            model=model,
+            output=output,
+            device=device,
+            dtype="float32" if no_fp16 else defaults.DTYPE,
+            calibration=calibration,
+            calibration_text=calibration_text,
+            seed=seed,
+        )
+        document = run_sweep(spec, options)
+        problems = conclude_sweep(output, seed)
+    for problem in problems:
+        typer.echo(f"bh-routing: {problem}", err=True)
+    if as_json:
+        typer.echo(json.dumps(document, ensure_ascii=False, indent=2))
+    return 1 if problems else 0
+
+
+def _budgets(text: str) -> list[float]:
+    try:
+        budgets = [float(item) for item in text.split(",") if item.strip()]
+    except ValueError:
+        budgets = []
+    if not budgets:
+        raise InputError(f"budgets must be numbers separated by commas, got {text!r}; such as 5,4")
+    return list(dict.fromkeys(budgets))

@@ -1,0 +1,98 @@
+"""`--budget`: bring the configurations of a run or an evaluation to one mean number of experts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from bh_routing.errors import InputError
+from bh_routing.experiments.calibrating import calibration_documents
+from bh_routing.experiments.knob_search import KnobSearch
+from bh_routing.experiments.settings import Goal
+from bh_routing.experiments.spec import NamedRule, RunSpec
+from bh_routing.experiments.variants import Variant
+from bh_routing.nulls.calibration import Calibration
+from bh_routing.rules.catalog import rule_to_config
+from bh_routing.rules.top_k import TopK
+
+log = logging.getLogger(__name__)
+
+
+class Budgeted(NamedTuple):
+    """Rules at a budget, and how they got there."""
+
+    rules: list[NamedRule]
+    settings: list[dict[str, Any]]
+    """For run.json, and to be taken up again from there."""
+
+
+def bring_to_budget(
+    spec: RunSpec,
+    rules: Sequence[NamedRule],
+    model: Any,
+    tokenizer: Any,
+    calibration: Calibration | None,
+    known: Sequence[Mapping[str, Any]] = (),
+) -> Budgeted:
+    """Replace each rule by the one that uses `spec.budget` experts, named `NAME@BUDGET`.
+
+    Static top-k stays as it is, for it is what the others are compared with, and so does a rule
+    without a knob. Of rules that differ only in their knob the first stays; one that can't meet
+    the budget is left out. Both are logged.
+
+    Args:
+        spec: the budget, and the text that knobs are found on.
+        rules: what was asked for.
+        model, tokenizer, calibration: what the rules run on.
+        known: settings of an earlier run of the same folder; what fits isn't searched again.
+    Raises:
+        InputError: no rule can meet the budget.
+    """
+    if spec.budget is None:
+        return Budgeted(list(rules), [])
+    goals = _goals(rules, spec.budget)
+    documents = calibration_documents(spec).documents
+    search = KnobSearch(model, tokenizer, documents, calibration)
+    settings = search.find(list(goals.values()), known)
+    by_name = {s.goal.variant.name: s for s in settings}
+    kept = []
+    for named in rules:
+        setting = by_name.get(named.name)
+        if setting is None:
+            if _stays(named):
+                kept.append(named)
+        elif setting.unreachable is not None:
+            log.warning("%s is left out: %s", named.name, setting.unreachable)
+        else:
+            kept.append(NamedRule(setting.goal.config_name, named.description, setting.rule))
+    if settings and all(setting.unreachable for setting in settings):
+        raise InputError(f"no rule can meet the budget: {settings[0].unreachable}")
+    return Budgeted(kept, [setting.to_document(search.key) for setting in settings])
+
+
+def _stays(named: NamedRule) -> bool:
+    return isinstance(named.rule, TopK) or named.rule.knob is None
+
+
+def _goals(rules: Sequence[NamedRule], budget: float) -> dict[str, Goal]:
+    """Make one goal for each rule that differs in more than its knob; name -> goal."""
+    goals: dict[str, Goal] = {}
+    names: dict[str, str] = {}
+    for named in rules:
+        if _stays(named):
+            continue
+        knob, config = named.rule.knob, rule_to_config(named.rule)
+        assert knob is not None  # the rules that stay were skipped
+        rest = repr({field: value for field, value in config.items() if not knob.sets(field)})
+        if rest in names:
+            log.info(
+                "%s is left out: it differs from %s only in %s, which the budget sets",
+                named.name,
+                names[rest],
+                knob.name,
+            )
+            continue
+        names[rest] = named.name
+        goals[named.name] = Goal(variant=Variant(name=named.name, config=config), budget=budget)
+    return goals

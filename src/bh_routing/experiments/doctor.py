@@ -1,0 +1,216 @@
+"""Look at everything a run needs before it is started: `bh-routing doctor`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import torch
+from huggingface_hub import constants
+from packaging.requirements import Requirement
+
+from bh_routing.errors import BHRoutingError
+from bh_routing.models.load import hub_answers, load_model
+from bh_routing.models.routing import route
+from bh_routing.nulls.laboratory import TRUE_NULL, Row, run_laboratory
+from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
+
+State = Literal["ok", "warning", "problem"]
+"""warning: the main job, an experiment with the demo model, works all the same; problem: it
+doesn't."""
+
+DISTRIBUTION: Final = "bh-routing"
+LABORATORY_TOKENS: Final = 2_000
+_LITTLE_MEMORY: Final = 2 * 2**30
+_LITTLE_SPACE: Final = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report."""
+
+    check: str
+    state: State
+    text: str
+    remedy: str = ""
+    """What to do; empty if nothing needs doing."""
+
+
+def examine(output: Path) -> list[Finding]:
+    """Check versions, devices, memory, Triton, the routed demo model, the hub and the disk.
+
+    Args:
+        output: folder that results would go to; nothing is left in it.
+    """
+    return [
+        check_versions(importlib.metadata.requires(DISTRIBUTION) or []),
+        _check_devices(),
+        _check_memory(),
+        _check_triton(),
+        _check_routing(),
+        check_hub(hub_answers),
+        check_writing(output),
+    ]
+
+
+def check_statistics(
+    tokens: int = LABORATORY_TOKENS,
+    laboratory: Callable[..., Sequence[Row]] = run_laboratory,
+) -> tuple[list[Row], list[Finding]]:
+    """Measure BH's false discovery rate where the null is true and experts are independent.
+
+    There the theorem promises at most alpha; more than that, beyond the measurement's 95 %
+    interval, means that this installation computes something else.
+
+    Args:
+        tokens: tokens of each measurement.
+        laboratory: what measures.
+    Returns:
+        What was measured, and a finding a level.
+    """
+    rows = [
+        row
+        for row in laboratory(tokens, nulls=(TRUE_NULL,))
+        if row.design == "independent" and row.procedure == "bh"
+    ]
+    return rows, [_judge(row) for row in rows]
+
+
+def _judge(row: Row) -> Finding:
+    is_kept = row.fdr_low <= row.alpha and row.noise_low <= row.alpha
+    return Finding(
+        f"BH at α {row.alpha:.2f}",
+        "ok" if is_kept else "problem",
+        f"false discovery rate {row.fdr:.3f} ({row.fdr_low:.3f} to {row.fdr_high:.3f}), on noise "
+        f"{row.noise_share_any:.3f} ({row.noise_low:.3f} to {row.noise_high:.3f}), "
+        f"{row.tokens:,} tokens",
+        "" if is_kept else "the theorem promises at most α: install torch and bh-routing again",
+    )
+
+
+def check_versions(requirements: Sequence[str]) -> Finding:
+    """Compare what is installed with what the package asks for, such as "torch>=2.11,<3"."""
+    wrong, found = [], {}
+    for requirement in map(Requirement, requirements):
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found[requirement.name] = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+            continue
+        if not requirement.specifier.contains(found[requirement.name], prereleases=True):
+            wrong.append(
+                f"{requirement.name} is {found[requirement.name]}, needed {requirement.specifier}"
+            )
+    text = f"Python {platform.python_version()}, " + ", ".join(
+        f"{name} {found[name]}" for name in ("torch", "transformers", "numpy") if name in found
+    )
+    if wrong:
+        # Near versions mostly work; the check of routing says whether these do.
+        return Finding("versions", "warning", "; ".join(wrong), "run: pip install bh-routing")
+    return Finding("versions", "ok", text)
+
+
+def _check_devices() -> Finding:
+    if not torch.cuda.is_available():
+        return Finding(
+            "device", "warning", "no CUDA device", "the CPU serves, slowly for large models"
+        )
+    names = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        names.append(f"{name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free")
+    return Finding("device", "ok", "; ".join(names))
+
+
+def _check_memory() -> Finding:
+    try:
+        page = os.sysconf("SC_PAGE_SIZE")
+        total, free = (page * os.sysconf(name) for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
+    except (AttributeError, OSError, ValueError):
+        return Finding("memory", "warning", "unknown on this system", "the demo model needs 1 GiB")
+    text = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free, {os.cpu_count()} cores"
+    if free < _LITTLE_MEMORY:
+        return Finding("memory", "warning", text, "close something, or use --model demo")
+    return Finding("memory", "ok", text)
+
+
+def _check_triton() -> Finding:
+    if importlib.util.find_spec("triton") is not None:
+        return Finding("triton", "ok", f"triton {importlib.metadata.version('triton')}")
+    if not torch.cuda.is_available():
+        return Finding("triton", "ok", "not installed, and only needed on a GPU")
+    return Finding("triton", "warning", "not installed", 'run: pip install "bh-routing[gpu]"')
+
+
+def _check_routing() -> Finding:
+    """Route one forward pass of the demo model: what every run rests on."""
+    try:
+        model, tokenizer = load_model("demo", device="cpu")
+        inputs = tokenizer("The old man", return_tensors="pt")
+        rule = BenjaminiHochberg(0.05, null="gaussian")
+        with torch.inference_mode(), route(model, rule) as trace:
+            model(**inputs, use_cache=False)
+        mean = float(trace.expert_counts.float().mean())
+    # Whatever another version of transformers raises here is the finding.
+    except (
+        BHRoutingError,
+        AttributeError,
+        IndexError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        reason = " ".join(str(error).split())[:200]
+        return Finding(
+            "routing",
+            "problem",
+            f"the demo model can't be routed ({type(error).__name__}: {reason})",
+            "install a version of transformers that bh-routing asks for: pip install bh-routing",
+        )
+    return Finding("routing", "ok", f"the demo model uses {mean:.1f} experts a token under BH")
+
+
+def check_hub(answers: Callable[[], bool]) -> Finding:
+    """Ask the Hugging Face hub for an answer, 5 s at most."""
+    if answers():
+        return Finding("hub", "ok", f"{constants.ENDPOINT} answers")
+    reason = "is switched off by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "doesn't answer"
+    return Finding(
+        "hub",
+        "warning",
+        f"{constants.ENDPOINT} {reason}",
+        "models in the local cache, folders and --model demo work",
+    )
+
+
+def check_writing(output: Path) -> Finding:
+    """Write a file where results would go, and take it away again."""
+    folder = output.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder) as probe:
+            probe.write(b"0")
+            probe.flush()
+            os.fsync(probe.fileno())
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return Finding(
+            "writing", "problem", f"{folder} can't be written to ({error.strerror})",
+            "choose another folder: --output FOLDER",
+        )  # fmt: skip
+    text = f"{folder} takes files, {free / 2**30:.1f} GiB free"
+    if free < _LITTLE_SPACE:
+        return Finding("writing", "warning", text, "make room: a large run writes up to 1 GiB")
+    return Finding("writing", "ok", text)

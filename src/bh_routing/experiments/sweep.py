@@ -1,0 +1,311 @@
+"""Rules at equal mean numbers of experts: knobs from calibration text, scores from another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from filelock import FileLock, Timeout
+
+from bh_routing.engine.texts import Document, packaged_documents, read_documents
+from bh_routing.errors import InputError, ResultsError
+from bh_routing.experiments.calibrating import (
+    calibration_documents,
+    obtain_calibration,
+    save_calibration,
+)
+from bh_routing.experiments.chained_lines import digest
+from bh_routing.experiments.files import render_json, write_atomically
+from bh_routing.experiments.journal import JournalContent
+from bh_routing.experiments.knob_search import KnobSearch, check_budgets
+from bh_routing.experiments.preparation import Loaded, load
+from bh_routing.experiments.provenance import collect_provenance, device_name
+from bh_routing.experiments.quality import QualityLedger, QualityText, prepare_text, score_missing
+from bh_routing.experiments.quality_phase import static_references
+from bh_routing.experiments.settings import Goal, Setting
+from bh_routing.experiments.spec import NamedRule, RunSpec
+from bh_routing.experiments.store import LOCK
+from bh_routing.experiments.stored_run import StoredRun
+from bh_routing.experiments.variants import Variant
+from bh_routing.nulls.calibration import Calibration
+from bh_routing.records import RUN_JSON, SCHEMA_VERSION
+from bh_routing.rules.catalog import rule_to_config
+from bh_routing.rules.top_k import TopK
+
+KIND: Final = "sweep"
+SWEEP_JSON: Final = "sweep.json"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepOptions:
+    """What is compared, and on which text."""
+
+    variants: Sequence[Variant]
+    budgets: Sequence[float]
+    """Mean experts a token."""
+    texts: Sequence[str | Path] = ()
+    """Files or datasets to score on; empty: the packaged evaluation text."""
+    max_tokens: int | None = None
+    """Scored tokens in all; None for all."""
+
+
+def sweep(spec: RunSpec, options: SweepOptions) -> dict[str, Any]:
+    """Bring rules to budgets on calibration text, and score them on evaluation text.
+
+    A sweep that was stopped goes on where it was: knobs that were found and documents that were
+    scored are read from the folder.
+
+    Args:
+        spec: model, device, calibration, seed and the folder; configurations and prompts aren't
+            used.
+        options: what is compared.
+    Returns:
+        The content of run.json.
+    Raises:
+        InputError: model, text, calibration, a rule or the folder can't be used.
+    """
+    start = time.perf_counter()
+    documents = read_documents(options.texts) if options.texts else packaged_documents("evaluation")
+    check_overlap(documents, calibration_documents(spec).documents)
+    read_stored_sweep(spec.output)
+    loaded = load(spec)
+    check_budgets(options.budgets, loaded.facts.model_top_k)
+    text = prepare_text(loaded.tokenizer, loaded.facts, documents, max_tokens=options.max_tokens)
+    prepared = _Prepared(spec, options, loaded, text)
+    with _only_writer(spec.output):
+        return _sweep_begun(prepared, start)
+
+
+class _Prepared(NamedTuple):
+    """A sweep whose model and texts were found to be sound."""
+
+    spec: RunSpec
+    options: SweepOptions
+    loaded: Loaded
+    text: QualityText
+
+
+def _sweep_begun(prepared: _Prepared, start: float) -> dict[str, Any]:
+    """Do the work of a sweep whose folder nobody else writes to."""
+    spec, options, loaded, text = prepared
+    stored = read_stored_sweep(spec.output)
+    _check_identity(spec.output, stored, _identity(loaded, None))
+    ledger = QualityLedger(spec.output, text, digest([KIND, _identity(loaded, None)]))
+    clock = [time.perf_counter()]
+    calibration, about = _calibrate(prepared, stored)
+    _check_identity(spec.output, stored, _identity(loaded, calibration))
+    search = KnobSearch(
+        loaded.model, loaded.tokenizer, calibration_documents(spec).documents, calibration
+    )
+    document = _document(prepared, calibration, about, search)
+    earlier = stored.get(KIND, {}).get("points", [])
+    document[KIND]["points"] = earlier
+    _write(spec.output, document)
+    clock.append(time.perf_counter())
+    goals = [Goal(variant=v, budget=b) for v in options.variants for b in options.budgets]
+    settings = search.find(goals, known=earlier)
+    document[KIND]["points"] = [setting.to_document(search.key) for setting in settings]
+    _write(spec.output, document, settings)
+    clock.append(time.perf_counter())
+    with ledger:
+        references = _score(settings, loaded, text, calibration, ledger)
+    clock.append(time.perf_counter())
+    document[KIND]["references"] = [
+        {"config_name": name, "k": rule.k} for name, rule in references.items()
+    ]
+    names = ("calibrate_sec", "search_sec", "scoring_sec")
+    document["timing"] = {
+        "load_sec": loaded.seconds,
+        **{name: to - at for name, (at, to) in zip(names, pairwise(clock), strict=True)},
+        "total_sec": clock[-1] - start,
+    }
+    _write(spec.output, document)
+    log.info(
+        "scored %d rules and %d static references in %.1f s; see %s",
+        sum(setting.unreachable is None for setting in settings),
+        len(references),
+        clock[-1] - start,
+        spec.output,
+    )
+    return document
+
+
+def check_overlap(evaluation: Sequence[Document], calibration: Sequence[Document]) -> None:
+    """Raise InputError if a document is in both texts, by the hash of its words."""
+    known = {_hash(document.text) for document in calibration}
+    shared = [document.name for document in evaluation if _hash(document.text) in known]
+    if shared:
+        raise InputError(
+            f"{len(shared)} of the {len(evaluation)} documents to score are in the calibration "
+            f"text too ({shared[0]!r} first), so knobs would be chosen on what they are judged by; "
+            "give another --text or --calibration-text"
+        )
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
+
+
+def read_stored_sweep(folder: Path) -> dict[str, Any]:
+    """Return what run.json of a folder says; empty if there is none.
+
+    Raises:
+        ResultsError: the folder holds something else than a sweep.
+    """
+    path = folder / RUN_JSON
+    if not path.exists():
+        return {}
+    try:
+        document = json.loads(path.read_bytes())
+        is_sweep = (document["kind"], document["schema_version"]) == (KIND, SCHEMA_VERSION)
+    except (OSError, ValueError, KeyError, TypeError):
+        is_sweep = False
+    if not is_sweep:
+        raise ResultsError(f"{path} isn't of a sweep of this version; choose another --output")
+    stored: dict[str, Any] = document
+    return stored
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ResultsError(
+            f"another run or sweep is writing to {folder}; wait for it, or choose another --output"
+        ) from None
+    except OSError as error:
+        raise ResultsError(
+            f"results can't be written to {folder} ({error.strerror or error}); choose another "
+            "--output"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _identity(loaded: Loaded, calibration: Calibration | None) -> dict[str, Any]:
+    """What all scores of a folder share."""
+    facts = loaded.facts
+    return {
+        "model": facts.fingerprint,
+        "dtype": facts.dtype,
+        "device": facts.device,
+        "calibration": calibration.fingerprint if calibration else None,
+    }
+
+
+def _check_identity(folder: Path, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    there = stored.get("identity", {})
+    different = [
+        f"{name}: {str(there[name])[:12]} there, {str(value)[:12]} now"
+        for name, value in now.items()
+        if value is not None and there.get(name) not in (None, value)
+    ]
+    if different:
+        raise ResultsError(
+            f"{folder} holds a sweep of something else ({'; '.join(different)}); choose another "
+            "--output"
+        )
+
+
+def _calibrate(
+    prepared: _Prepared, stored: dict[str, Any]
+) -> tuple[Calibration | None, dict[str, Any]]:
+    spec, options, loaded, _ = prepared
+    rules = [NamedRule(variant.name, "", variant.anywhere()) for variant in options.variants]
+    calibration, about = obtain_calibration(
+        spec,
+        rules,
+        loaded.model,
+        loaded.tokenizer,
+        StoredRun(stored, JournalContent()) if stored else None,
+        usual_nulls=(),
+    )
+    if calibration is not None:
+        save_calibration(calibration, spec.output)
+    return calibration, about or {}
+
+
+def _document(
+    prepared: _Prepared,
+    calibration: Calibration | None,
+    about: Mapping[str, Any],
+    search: KnobSearch,
+) -> dict[str, Any]:
+    """Content of run.json before anything is found."""
+    spec, options, loaded, text = prepared
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": KIND,
+        "identity": _identity(loaded, calibration),
+        "model": {
+            "name": spec.model,
+            **asdict(loaded.facts),
+            "device_name": device_name(loaded.model.device),
+        },
+        "provenance": {**collect_provenance(spec.seed), "threads": loaded.batch_threads},
+        "timing": None,
+        "text": {
+            "sha256": text.sha256,
+            "tokens": sum(len(document.ids) for document in text.documents),
+            "documents": len(text.documents),
+            "window": text.window,
+            "stride": text.stride,
+        },
+        "calibration": {
+            **about,
+            "search_text_sha256": search.text.sha256,
+            "search_tokens": search.num_tokens,
+        },
+        KIND: {"budgets": list(options.budgets), "points": [], "references": []},
+    }
+
+
+def _score(
+    settings: Sequence[Setting],
+    loaded: Loaded,
+    text: QualityText,
+    calibration: Calibration | None,
+    ledger: QualityLedger,
+) -> dict[str, TopK]:
+    """Score what meets its budget, then static top-k on both sides of each mean."""
+    model, tokenizer = loaded.model, loaded.tokenizer
+    for setting in settings:
+        if setting.unreachable is not None:
+            log.warning("%s is left out: %s", setting.goal.config_name, setting.unreachable)
+    rules = {s.goal.config_name: s.rule for s in settings if s.unreachable is None}
+    records = score_missing(model, tokenizer, text, rules, calibration, ledger)
+    references = static_references(rules, records)
+    score_missing(model, tokenizer, text, references, calibration, ledger)
+    return references
+
+
+def _write(
+    folder: Path, document: Mapping[str, Any], settings: Sequence[Setting] | None = None
+) -> None:
+    write_atomically(folder / RUN_JSON, render_json(document))
+    if settings is None:
+        return
+    configs = {
+        s.goal.config_name: {
+            **rule_to_config(s.rule),
+            "description": f"{s.goal.variant.label} at {s.goal.budget:g} experts a token",
+        }
+        for s in settings
+        if s.unreachable is None
+    }
+    write_atomically(folder / SWEEP_JSON, render_json({"configs": configs}))

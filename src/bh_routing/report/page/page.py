@@ -1,0 +1,183 @@
+"""Write report.html: gather what the folder holds, and fill the template."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final
+
+from jinja2 import Environment, StrictUndefined
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+
+import bh_routing
+from bh_routing.analysis.comparisons import analyze_results
+from bh_routing.analysis.results import Results, load_results
+from bh_routing.records import REPORT_HTML
+from bh_routing.report import provenance, sections
+from bh_routing.report.blocks import bullets, section, text_table
+from bh_routing.report.conclusions import conclude
+from bh_routing.report.expectations import compare_expectations, count_verdicts
+from bh_routing.report.facts import Facts
+from bh_routing.report.files import write_text
+from bh_routing.report.page.charts import Chart
+from bh_routing.report.page.experiments import experiment_table
+from bh_routing.report.page.layer_charts import layer_charts
+from bh_routing.report.page.null_charts import null_charts
+from bh_routing.report.page.quality_chart import quality_charts
+from bh_routing.report.page.time_charts import time_charts
+from bh_routing.report.page.traces import for_page, read_traces
+from bh_routing.report.quality import with_quality
+from bh_routing.report.quality_section import quality
+from bh_routing.report.table import experiments_of
+from bh_routing.report.text import MISSING, plain
+from bh_routing.report.verdict import verdict
+
+SCRIPTS: Final = ("plotly-cartesian.min.js", "page.js", "experiments.js", "tokens.js")
+_HEADING = re.compile(r"\A## .*\n*")
+_PICTURE = re.compile(r"^!\[[^\n]*$", re.MULTILINE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """One part of the page."""
+
+    key: str
+    title: str
+    charts: Sequence[Chart]
+    text: Markup
+    """Tables and sentences below the charts."""
+    widget: str = ""
+    """Name of the interactive part, if the section has one."""
+
+
+def write_page(folder: str | Path, output: Path | None = None) -> Path:
+    """Write `report.html` from the files of a run.
+
+    Args:
+        folder: what `bh-routing run --output` wrote.
+        output: the page; None: report.html in the folder.
+    Returns:
+        The page's path.
+    Raises:
+        ResultsError: the folder isn't a results folder, or a file in it is damaged.
+    """
+    results = load_results(folder)
+    facts = facts_of(results)
+    parts = _sections(facts, results)
+    configs = facts.names
+    prompts = list(dict.fromkeys(facts.table.frame["prompt_text"]))
+    data = {
+        "charts": {
+            chart.key: {"variants": chart.variants, "height": chart.height}
+            for part in parts
+            for chart in part.charts
+        },
+        "experiments": experiment_table(facts, configs, prompts),
+        "numExperts": facts.model.get("num_experts", 0),
+        "traces": for_page(read_traces(results.folder), configs, prompts),
+    }
+    model = facts.model.get("name") or results.folder.name
+    page = render(
+        "report.html.j2",
+        title=f"BH routing against Top-K: {plain(model, 80)}",
+        verdict=[to_html(sentence) for sentence in verdict(facts)],
+        sections=parts,
+        data=data,
+    )
+    return write_text(output or results.folder / REPORT_HTML, page)
+
+
+def facts_of(results: Results) -> Facts:
+    """Gather what the page is written from; a summary that is missing is computed."""
+    summary = results.summary or analyze_results(results.experiments)
+    return Facts(
+        table=experiments_of(results.experiments),
+        summary=with_quality(summary, results.folder),
+        run=results.run,
+        folder=results.folder,
+    )
+
+
+def _sections(facts: Facts, results: Results) -> list[Section]:
+    def part(
+        key: str, title: str, *texts: str, charts: Sequence[Chart] = (), widget: str = ""
+    ) -> Section:
+        body = "\n\n".join(_HEADING.sub("", text, count=1) for text in texts if text)
+        return Section(key=key, title=title, charts=charts, text=to_html(body), widget=widget)
+
+    nulls = null_charts(results.folder)
+    layers = layer_charts(facts, results.details)
+    parts = [
+        part(
+            "quality", "Quality against experts", quality(facts, {}), charts=quality_charts(facts)
+        ),
+        part("experiments", "Configurations and prompts", widget="experiments"),
+        part("tokens", "Token by token", widget="tokens"),
+        part(
+            "layers",
+            "Layers and load",
+            sections.experts(facts),
+            charts=layers,
+            widget="coactivation",
+        ),
+        part("time", "Time", sections.time(facts), charts=time_charts(facts)),
+        part("nulls", "What alpha means", provenance.nulls(facts), charts=nulls),
+        part("expected", "Expected and measured", _expectations(facts)),
+        part("tests", "Statistical tests", sections.tests(facts)),
+        part("conclusions", "Conclusions", bullets(conclude(facts))),
+        part("settings", "Settings and provenance", provenance.settings(facts)),
+        part("limits", "Limitations", provenance.limitations(facts)),
+    ]
+    return [p for p in parts if p.text or p.charts or p.widget]
+
+
+def _expectations(facts: Facts) -> str:
+    lines = compare_expectations(facts)
+    tally = ", ".join(f"{count} {verdict}" for verdict, count in count_verdicts(lines).items())
+    rows = [
+        [x.subject, x.expected, x.measured or MISSING, f"**{x.verdict}**", x.why] for x in lines
+    ]
+    header = ["expectation", "expected", "measured", "verdict", "why"]
+    return section("", f"{tally}.", text_table(header, rows)) if rows else ""
+
+
+def to_html(text: str) -> Markup:
+    """Render the report's Markdown; HTML in it stays text, pictures are left to the charts."""
+    html = _markdown().render(_PICTURE.sub("", text))
+    # A wide table scrolls by itself, also with the keyboard, and never widens the page.
+    html = html.replace("<table>", '<div class="scroll" tabindex="0" role="group"><table>')
+    return Markup(html.replace("</table>", "</table></div>"))
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill a template of this package; scripts and styles go into the page itself."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+                              lstrip_blocks=True)  # fmt: skip
+    environment.filters["json"] = _json
+    environment.globals["version"] = bh_routing.__version__
+    environment.globals["style"] = Markup(_asset("page.css"))
+    environment.globals["scripts"] = [Markup(_asset(name)) for name in SCRIPTS]
+    return environment.from_string(_asset(template)).render(values)
+
+
+def _json(value: Any) -> Markup:
+    """JSON that can't end the script element it stands in, whatever it holds."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in ("<", ">", "&", "\u2028", "\u2029"):
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+@cache
+def _markdown() -> MarkdownIt:
+    return MarkdownIt("commonmark", {"html": False}).enable("table")
+
+
+def _asset(name: str) -> str:
+    return (files("bh_routing.report.page") / "assets" / name).read_text(encoding="utf-8")

@@ -1,0 +1,84 @@
+"""Token by token: what a trace holds, unpacked for whoever computes, packed for the page."""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bh_routing.analysis.jsonl import half_read, read_lines
+from bh_routing.records import TOKEN_TRACES, TokenTrace
+
+PAGE_BYTES: Final = 3_000_000
+"""Traces that a page carries, in bytes of text; the first prompts of every configuration."""
+
+
+class Slots(NamedTuple):
+    """One experiment's slots, best first: arrays of shape (tokens, layers, slots)."""
+
+    expert: NDArray[np.int64]
+    kept: NDArray[np.bool_]
+    weight: NDArray[np.float64]
+    p: NDArray[np.float64]
+    """NaN where the rule has no p-value."""
+
+
+def read_traces(folder: Path) -> list[TokenTrace]:
+    """Read the traces of a results folder; none if the run recorded none.
+
+    Raises:
+        ResultsError: a line isn't a trace.
+    """
+    path = folder / TOKEN_TRACES
+    found: dict[tuple[str, str], TokenTrace] = {}
+    for number, entry in read_lines(path) if path.is_file() else ():
+        try:
+            trace = TokenTrace(**entry)
+        except TypeError as error:
+            raise half_read(path, f"line {number} isn't a token trace ({error})") from error
+        found[trace.config_name, trace.prompt_text] = trace
+    return list(found.values())
+
+
+def unpack(trace: TokenTrace) -> Slots:
+    """Return the numbers of a trace."""
+    raw = zlib.decompress(base64.b64decode(trace.planes))
+    planes = np.frombuffer(raw, dtype="<i2").reshape(3, -1, trace.layers, trace.slots)
+    expert, (weight, p) = planes[0].astype(np.int64), planes[1:].view("<u2").astype(np.float64)
+    return Slots(
+        expert=np.where(expert < 0, -1 - expert, expert),
+        kept=expert >= 0,
+        weight=weight / 65535.0,
+        p=np.where(p == 65535, np.nan, 10.0 ** (-p / 1000.0)),
+    )
+
+
+def for_page(traces: Iterable[TokenTrace], configs: list[str], prompts: list[str]) -> list[Any]:
+    """Choose the traces that fit a page, prompt by prompt, as the page's script reads them."""
+    ordered = sorted(
+        (t for t in traces if t.config_name in configs and t.prompt_text in prompts),
+        key=lambda t: (prompts.index(t.prompt_text), configs.index(t.config_name)),
+    )
+    chosen, used = [], 0
+    for trace in ordered:
+        used += len(trace.planes) + sum(map(len, trace.tokens))
+        if used > PAGE_BYTES:
+            break
+        chosen.append(
+            {
+                "config": configs.index(trace.config_name),
+                "prompt": prompts.index(trace.prompt_text),
+                "tokens": trace.tokens,
+                "promptTokens": trace.num_prompt_tokens,
+                "layers": trace.layers,
+                "slots": trace.slots,
+                "topK": trace.model_top_k,
+                "planes": trace.planes,
+            }
+        )
+    return chosen

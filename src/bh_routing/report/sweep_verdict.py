@@ -1,0 +1,142 @@
+"""What a sweep found, in sentences that its statistics decide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from bh_routing.analysis.sweep import ALL_RULES, SIGNIFICANCE_LEVEL, SweepTables
+from bh_routing.analysis.sweep_row import DomainRow, SweepRow, Winner
+from bh_routing.report.text import code, listed, number, p_value, percent, plain
+
+UNDECIDED = "no difference that would hold for all comparisons together"
+
+
+def series_label(row: SweepRow | DomainRow) -> str:
+    """Name a rule and its variant, once each.
+
+    A variant's label may begin with the rule's own name.
+    """
+    if not row.variant or row.variant.startswith(row.rule):
+        return row.variant or row.rule
+    return f"{row.rule} {row.variant}"
+
+
+def verdict(tables: SweepTables) -> list[str]:
+    """Three sentences: against static top-k, against top-p, and the best BH rule by domain."""
+    overall = [w for w in tables.winners if w.among == ALL_RULES]
+    if not any(winner.row for winner in overall):
+        return ["No point could be compared with static top-k at its own mean number of experts."]
+    sentences = [_against_top_k(overall), _against_top_p(overall)]
+    own = [w for w in tables.winners if w.among != ALL_RULES]
+    return [*sentences, *([_bh(own)] if own else [])]
+
+
+def pareto_title(winners: Sequence[Winner]) -> str:
+    """State who beats static top-k at equal cost, and by how much."""
+    known = [w for w in winners if w.among == ALL_RULES and w.row]
+    clear = [w for w in known if w.beats_top_k == "yes"]
+    if not known:
+        return "Loss and experts of each rule"
+    if not clear:
+        return "No rule clearly loses less than static top-k with as many experts"
+    names = {series_label(w.row) for w in clear if w.row}
+    who = plain(names.pop()) if len(names) == 1 else "The best rule"
+    saves = f"{who} saves {_span(clear)} of static top-k's loss"
+    if len(clear) == len(known):
+        return f"{saves} with as many experts"
+    return f"At {_budgets(clear)} {saves[0].lower() + saves[1:]}"
+
+
+def domains_title(winners: Sequence[Winner]) -> str:
+    """State in how many domains the winners lose less than static top-k."""
+    rows = [w.row for w in winners if w.among == ALL_RULES and w.row]
+    if not rows:
+        return "Loss and experts of each rule by domain"
+    fewest, of = min(row.top_k_domains for row in rows), rows[0].domains
+    if fewest == of:
+        return f"The best rule loses less than static top-k in all {of} domains, at every budget"
+    if fewest == 0:
+        return "At some budget the best rule loses less than static top-k in no domain"
+    return f"The best rule of a budget loses less than static top-k in {fewest} to {of} domains"
+
+
+def _against_top_k(winners: Sequence[Winner]) -> str:
+    parts = []
+    for winner in winners:
+        row = winner.row
+        if row is None:
+            parts.append(f"at {number(winner.budget, 1)} nothing could be compared")
+            continue
+        parts.append(
+            f"at {number(row.mean_experts)} experts {code(series_label(row))} "
+            f"{_saves(row.top_k_saved)} "
+            f"(joint 95 % interval {percent(row.top_k_saved_low)} to "
+            f"{percent(row.top_k_saved_high)}, corrected p {p_value(row.top_k_p_corrected)}"
+            f"{'' if winner.beats_top_k == 'yes' else ', ' + winner.beats_top_k})"
+        )
+    return f"**Against static top-k with as many experts**, of its increase in perplexity, " \
+           f"{listed(parts)}."  # fmt: skip
+
+
+def _saves(share: float) -> str:
+    return f"saves {percent(share)}" if share >= 0 else f"loses {percent(-share)} more"
+
+
+def _against_top_p(winners: Sequence[Winner]) -> str:
+    groups = {
+        "yes": "the same points lose less at {}",
+        "undecided": f"there is {UNDECIDED} at {{}}",
+        "no": "they lose more at {}",
+        "unknown": "nothing can be compared at {}, for nothing is extrapolated",
+    }
+    parts = []
+    for answer, text in groups.items():
+        own = [w for w in winners if w.beats_top_p == answer and w.row and w.row.rule != "top_p"]
+        if own:
+            shares = "" if answer == "unknown" else f" ({_span(own, 'top_p_saved')} saved)"
+            parts.append(text.format(_budgets(own)) + shares)
+    if not parts:
+        return "**Against top-p** there is nothing to compare: it is itself what loses least."
+    return f"**Against top-p** {'; '.join(parts)}."
+
+
+def _bh(winners: Sequence[Winner]) -> str:
+    rows = [w.row for w in winners if w.row]
+    if not rows:
+        return "**The best BH-drop variant** could not be compared at any budget."
+    both = [w for w in winners if w.beats_top_k == "yes" and w.beats_top_p == "yes"]
+    one = [w for w in winners if w.beats_top_k == "yes" and w not in both]
+    texts = []
+    if both:
+        texts.append(f"loses less than static top-k and than top-p at {_budgets(both)}")
+    if one:
+        texts.append(f"less than static top-k alone at {_budgets(one)}")
+    if not texts:
+        texts.append("beats neither static top-k nor top-p clearly")
+    signs = listed(
+        f"{row.top_k_domains} of {row.domains} at {number(row.budget, 1)}" for row in rows
+    )
+    return (
+        f"**The best BH-drop variant** {' and '.join(texts)}, saving {_span(winners)} of static "
+        f"top-k's increase in perplexity; domains in which it loses less than static top-k: "
+        f"{signs}."
+    )
+
+
+def _budgets(winners: Sequence[Winner]) -> str:
+    return f"{listed(f'{w.budget:g}' for w in winners)} experts"
+
+
+def _span(winners: Sequence[Winner], field: str = "top_k_saved") -> str:
+    shares = [getattr(w.row, field) for w in winners if w.row]
+    shares = sorted(share for share in shares if math.isfinite(share))
+    ends = dict.fromkeys(percent(share) for share in (shares[:1] + shares[-1:]))
+    return " to ".join(ends)
+
+
+def is_kept_on_the_harder_bar(row: SweepRow, reference: str) -> bool:
+    """Whether a clear win stays one where the reference's losses are joined on a log scale."""
+    gap = getattr(row, f"{reference}_at_mean") - getattr(row, f"{reference}_geometric")
+    high, p = getattr(row, f"{reference}_high"), getattr(row, f"{reference}_p_corrected")
+    return bool(high + gap < 0 and p < SIGNIFICANCE_LEVEL)

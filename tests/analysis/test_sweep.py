@@ -1,0 +1,216 @@
+"""The tables of a sweep, on scored documents whose truth is known."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bh_routing.analysis.quality import QualityOptions, quality_table
+from bh_routing.analysis.sweep import ALL_RULES, SweepTables, analyze_sweep, beats
+from bh_routing.analysis.sweep_records import align, read_sweep
+from bh_routing.analysis.sweep_row import (
+    DomainRow,
+    SweepRow,
+    Winner,
+    sweep_definitions,
+    winner_columns,
+)
+from bh_routing.errors import ResultsError
+from bh_routing.records import QUALITY_JOURNAL, RUN_JSON
+from tests.analysis.scored import scored_documents
+from tests.analysis.swept import (
+    STATIC_LOSSES,
+    point,
+    usual_points,
+    usual_records,
+    with_experts,
+    write_sweep,
+)
+
+FEW = QualityOptions(resamples=1500)
+BOOKS = 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sweep(tmp_path_factory.mktemp("sweep"), usual_points(), usual_records(BOOKS))
+
+
+@pytest.fixture(scope="module")
+def tables(folder: Path) -> SweepTables:
+    return analyze_sweep(folder, FEW)
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> SweepTables:
+    """A sweep with a stopped, an unreachable, an unscored and a far point, and an oracle."""
+    records = usual_records(BOOKS)
+    half = [r for r in records if r.config_name == "bh@5"][:10]
+    for name, mean, loss in (("oracle_contribution@5", 5.05, 0.01), ("min_p@4", 4.09, 0.2)):
+        own = scored_documents(name, delta=loss, spread=0.05 * loss, documents=BOOKS)
+        records += with_experts(own, mean)
+    records = [*(r for r in records if r.config_name != "bh@5"), *half]
+    points = [
+        *usual_points(),
+        point("oracle_contribution", 5),
+        point("min_p", 4),
+        point("min_p", 6, unreachable="min_p keeps 4.1 at most.", knob=None),
+        point("entropy", 4),
+    ]
+    return analyze_sweep(write_sweep(tmp_path_factory.mktemp("odd"), points, records), FEW)
+
+
+def row(tables: SweepTables, name: str) -> SweepRow:
+    return next(row for row in tables.rows if row.config_name == name)
+
+
+def test_the_first_columns_are_the_promised_ones() -> None:
+    names = [f.name for f in fields(SweepRow)]
+    assert names[:10] == [
+        "rule", "variant", "knob", "budget", "mean_experts", "delta_nll", "delta_nll_low",
+        "delta_nll_high", "perplexity_ratio", "kl_mean",
+    ]  # fmt: skip
+    assert all(text.endswith(".") for text in sweep_definitions().values())
+
+
+def test_static_top_k_has_rows_and_is_the_curve(tables: SweepTables) -> None:
+    static = [row for row in tables.rows if row.rule == "top_k"]
+    assert [row.mean_experts for row in static] == list(STATIC_LOSSES)
+    assert all(math.isnan(row.top_k_difference) and not row.note for row in static)
+
+
+def test_losses_are_those_of_the_quality_table(tables: SweepTables) -> None:
+    for quality in quality_table(tables.sweep.records, FEW):
+        own = row(tables, quality.config_name)
+        for name in ("mean_experts", "delta_nll", "delta_nll_low", "kl_mean", "same_top1_share"):
+            assert getattr(own, name) == getattr(quality, name)
+
+
+def test_a_good_rule_wins_and_a_bad_one_does_not(tables: SweepTables) -> None:
+    good, bad = row(tables, "bh_drop-block@5"), row(tables, "bh@5")
+    line = STATIC_LOSSES[5] + 0.05 * (STATIC_LOSSES[6] - STATIC_LOSSES[5])
+    assert good.top_k_at_mean == pytest.approx(line, rel=0.1)
+    assert good.top_k_high < 0 < bad.top_k_low
+    assert good.top_k_p_corrected < 0.05 > bad.top_k_p_corrected
+    assert good.top_k_saved == pytest.approx(0.4, abs=0.1)
+    assert (good.top_k_domains, bad.top_k_domains, good.domains) == (2, 0, 2)
+    assert good.top_p_high < 0
+
+
+def test_every_test_is_counted_once(tables: SweepTables) -> None:
+    # Eight points against static top-k but one past its end, four of them against top-p too.
+    assert tables.num_tests == 7 + 4
+    assert "nothing is extrapolated" in row(tables, "top_p@6").note
+
+
+def test_a_mean_off_its_budget_is_flagged(odd: SweepTables) -> None:
+    assert {row.config_name for row in odd.rows if row.off_budget} == {"min_p@4"}
+
+
+def test_domains_are_compared_at_their_own_mean(tables: SweepTables) -> None:
+    own = {d.domain: d for d in tables.domains if d.config_name == "bh_drop-block@5"}
+    assert own["prose"].mean_experts == pytest.approx(5.15, abs=1e-3)
+    assert own["code"].mean_experts == pytest.approx(4.95, abs=1e-3)
+    assert own["prose"].drift > 0 > own["code"].drift
+    assert own["code"].top_k_at_mean > own["prose"].top_k_at_mean
+    assert all(d.top_k_difference < 0 for d in own.values())
+
+
+def test_the_winner_of_a_budget_saves_most_of_static_top_ks_loss(tables: SweepTables) -> None:
+    first = next(w for w in tables.winners if w.among == ALL_RULES and w.budget == 5)
+    assert first.row == row(tables, "bh_drop-block@5")
+    assert (first.beats_top_k, first.beats_top_p, first.runner_up) == ("yes", "yes", "top_p@5")
+    last = next(w for w in tables.winners if w.among == "bh_drop" and w.budget == 3)
+    assert (last.row, last.beats_top_k) == (None, "unknown")
+    assert winner_columns(first)["top_k_saved"] == first.row.top_k_saved
+    assert winner_columns(last)["rule"] is None
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "p", "verdict"),
+    [
+        (-0.03, -0.01, 0.01, "yes"),
+        (-0.03, 0.01, 0.01, "undecided"),
+        (-0.03, -0.01, 0.06, "undecided"),
+        (0.01, 0.03, 0.01, "no"),
+        (math.nan, math.nan, math.nan, "unknown"),
+    ],
+)
+def test_a_win_needs_interval_and_corrected_p(
+    low: float, high: float, p: float, verdict: str
+) -> None:
+    assert beats((low + high) / 2, low, high, p) == verdict
+
+
+def test_an_oracle_has_a_row_and_does_not_win(odd: SweepTables) -> None:
+    assert row(odd, "oracle_contribution@5").top_k_saved > 0.8
+    assert all(w.row is None or w.row.rule != "oracle_contribution" for w in odd.winners)
+
+
+def test_unreachable_and_unfinished_points_stay_as_rows_with_reasons(odd: SweepTables) -> None:
+    assert row(odd, "min_p@6").note == "min_p keeps 4.1 at most."
+    assert math.isnan(row(odd, "min_p@6").knob)
+    assert "Not scored yet" in row(odd, "entropy@4").note
+    assert "all documents" in row(odd, "bh@5").note
+    assert math.isfinite(row(odd, "bh@5").delta_nll)
+    assert math.isnan(row(odd, "bh@5").top_k_difference)
+
+
+def test_points_of_an_earlier_sweep_are_left_out(tmp_path: Path) -> None:
+    records = [*usual_records(4), *with_experts(scored_documents("old@5", documents=4), 5.05)]
+    folder = write_sweep(tmp_path, usual_points(), records)
+    assert "old@5" not in align(read_sweep(folder).records).names
+
+
+def test_few_books_use_students_t_and_none_of_it_needs_a_bootstrap(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path, usual_points(), usual_records(documents=8))
+    good = row(analyze_sweep(folder, FEW), "bh_drop-block@5")
+    assert good.top_k_high < 0
+    assert "cluster t" in good.note
+
+
+def test_only_the_seed_moves_intervals(tables: SweepTables, folder: Path) -> None:
+    assert repr(analyze_sweep(folder, FEW).rows) == repr(tables.rows)
+    other = row(analyze_sweep(folder, FEW._replace(seed=1)), "bh@5")
+    own = row(tables, "bh@5")
+    assert other.top_k_difference == own.top_k_difference
+    assert other.top_k_low != own.top_k_low
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"kind": "run"},
+        {"schema_version": 99},
+        {"sweep": {"points": [{"config_name": "x"}], "references": []}},
+        {"sweep": {"points": [point("bh", 0)], "references": []}},
+        {"sweep": None},
+    ],
+)
+def test_a_folder_that_is_no_sweep_is_refused_by_name(
+    tmp_path: Path, damage: dict[str, Any]
+) -> None:
+    folder = write_sweep(tmp_path, usual_points(), usual_records(documents=4), **damage)
+    with pytest.raises(ResultsError, match=RUN_JSON):
+        read_sweep(folder)
+
+
+def test_a_folder_without_anything_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ResultsError, match="bh-routing sweep"):
+        read_sweep(tmp_path)
+    (tmp_path / RUN_JSON).write_text(json.dumps([]))
+    with pytest.raises(ResultsError, match=QUALITY_JOURNAL):
+        read_sweep(tmp_path)
+    (tmp_path / QUALITY_JOURNAL).touch()
+    with pytest.raises(ResultsError, match=RUN_JSON):
+        read_sweep(tmp_path)
+
+
+def test_every_column_has_a_definition() -> None:
+    names = {f.name for row in (SweepRow, DomainRow, Winner) for f in fields(row)} - {"row"}
+    assert names == set(sweep_definitions())

@@ -1,0 +1,64 @@
+"""A finished run in MLflow's file store and in TensorBoard's event files."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+
+from bh_routing.analysis.trackers import track_run
+from bh_routing.errors import InputError
+from bh_routing.report.figures import create_visualizations
+from tests.report.conftest import FillFolder, MakeResults, fill_folder, make_results
+
+__all__ = ["fill_folder", "make_results"]  # fixtures
+
+
+@pytest.fixture
+def folder(fill_folder: FillFolder, make_results: MakeResults) -> Path:
+    results = make_results()
+    filled = fill_folder(results)
+    create_visualizations(results, filled)
+    return filled
+
+
+def test_mlflow_gets_settings_numbers_pictures_and_files(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="needs mlflow-skinny")
+    store = tmp_path_factory.mktemp("store")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    said = track_run(folder, "mlflow")
+    client = mlflow.MlflowClient(store.as_uri())
+    run = client.get_run(said.split()[-1])
+    assert run.data.params["spec.max_tokens"] == "50"
+    assert run.data.metrics["topk_8/avg_experts_per_token"] == 8.0
+    names = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"plots", "bh_routing_results.csv", "run.json"} <= names
+
+
+def test_tensorboard_gets_numbers_and_pictures(folder: Path) -> None:
+    pytest.importorskip("tensorboardX", reason="needs tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    [path] = Path(track_run(folder, "tensorboard")).iterdir()
+    content, values = path.read_bytes(), {}
+    while content:
+        (size,) = struct.unpack("<Q", content[:8])
+        for value in Event.FromString(content[12 : 12 + size]).summary.value:
+            values[value.tag] = value
+        content = content[16 + size :]
+    assert values["topk_8/avg_experts_per_token"].simple_value == 8.0
+    assert values["avg_experts_comparison"].image.width > 100
+
+
+def test_an_unknown_or_missing_tracker_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="one of mlflow, wandb, tensorboard; got 'excel'"):
+        track_run(folder, "excel")
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(InputError, match=r"bh-routing\[wandb\]"):
+        track_run(folder, "wandb")

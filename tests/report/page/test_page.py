@@ -1,0 +1,167 @@
+"""The page's content, read without a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bh_routing.errors import InputError, ResultsError
+from bh_routing.experiments.token_traces import pack
+from bh_routing.records import TokenTrace
+from bh_routing.report.page.compare import write_comparison
+from bh_routing.report.page.page import write_page
+from bh_routing.report.page.traces import read_traces, unpack
+from tests.report.conftest import MakeResults
+from tests.report.page.conftest import FillPage
+
+HOSTILE = (
+    "</script><script>alert(1)</script> \u202eright to left\u202c <b>bold</b> &amp; "
+    "\x00 \N{PILE OF POO} =1+1 " + "z" * 10_000
+)
+
+
+def data_of(page: Path) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())
+    assert found
+    data: dict[str, Any] = json.loads(found[1])
+    return data
+
+
+class Tags(HTMLParser):
+    """Every tag of a document, in order, and every address."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Remember it."""
+        self.seen.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("href", "src")]
+
+
+def parsed(page: Path) -> Tags:
+    parser = Tags()
+    parser.feed(page.read_text())
+    return parser
+
+
+def tags_of(page: Path) -> list[str]:
+    return parsed(page).seen
+
+
+def test_the_page_is_one_small_file_that_asks_for_nothing(page_folder: Path) -> None:
+    page = write_page(page_folder)
+    text = page.read_text()
+    assert page.name == "report.html"
+    assert page.stat().st_size < 6_000_000
+    assert all(address.startswith("#") for address in parsed(page).addresses)
+    assert "default-src 'none'" in text
+
+
+def test_three_figures_are_what_the_files_say(page_folder: Path, make_results: MakeResults) -> None:
+    charts = data_of(write_page(page_folder))["charts"]
+    results = make_results()
+
+    summary = json.loads((page_folder / "analysis_summary.json").read_text())
+    drawn = {
+        trace["name"]: (trace["x"][0], trace["y"][0])
+        for trace in charts["quality-experts"]["variants"]["all of them"]["data"]
+    }
+    for row in summary["quality"]["rules"]:
+        if row["config_name"].startswith("bh"):
+            expected = (row["mean_experts"], 100 * (np.exp(row["delta_nll"]) - 1))
+            assert drawn[row["config_name"]] == pytest.approx(expected, rel=1e-4)
+
+    split = charts["time-split"]["variants"][""]["data"]
+    mine = results[results["config_name"] == "bh_loose"]
+    at = split[0]["x"].index("bh_loose")
+    assert split[0]["y"][at] == pytest.approx(1000 * mine["prefill_time_sec"].mean(), rel=1e-3)
+    assert split[1]["y"][at] == pytest.approx(1000 * mine["decode_time_sec"].mean(), rel=1e-3)
+
+    heat = charts["layer-means"]["variants"][""]["data"][0]
+    own = [t for t in read_traces(page_folder) if t.config_name == "bh_strict"]
+    means_L = np.concatenate([unpack(t).kept.sum(axis=2) for t in own]).mean(axis=0)
+    assert heat["z"][heat["y"].index("bh_strict")] == pytest.approx(means_L, rel=1e-3)
+
+
+def test_a_trace_survives_packing() -> None:
+    expert_TLK = np.array([[[63, 0, 300]]])
+    kept_TLK = np.array([[[True, False, False]]])
+    weight_TLK = np.array([[[0.5, 0.25, 0.0]]])
+    p_TLK = np.array([[[1e-4, 0.5, np.nan]]])
+    trace = TokenTrace(
+        config_name="a", prompt_text="b", tokens=["c"], num_prompt_tokens=1, layers=1, slots=3,
+        model_top_k=2, planes=pack(expert_TLK, kept_TLK, weight_TLK, p_TLK),
+    )  # fmt: skip
+    slots = unpack(trace)
+    assert slots.expert.tolist() == expert_TLK.tolist()
+    assert slots.kept.tolist() == kept_TLK.tolist()
+    np.testing.assert_allclose(slots.weight, weight_TLK, atol=1e-5)
+    np.testing.assert_allclose(slots.p, p_TLK, rtol=2e-3)
+
+
+def test_hostile_texts_add_no_markup(fill_page: FillPage, make_results: MakeResults) -> None:
+    harmless = tags_of(write_page(fill_page(make_results(num_prompts=3))))
+    results = make_results(num_prompts=3)
+    for column in ("prompt_text", "generated_text", "prompt_category"):
+        results[column] = HOSTILE + results[column]
+    page = write_page(fill_page(results))
+    assert tags_of(page).count("script") == harmless.count("script")
+    assert "b" not in tags_of(page)
+    assert data_of(page)["experiments"]["prompts"][0] == results["prompt_text"][0]
+
+
+def test_a_run_without_finished_experiments_or_details_still_has_a_page(
+    fill_page: FillPage, make_results: MakeResults
+) -> None:
+    results = make_results(num_prompts=1)
+    results["status"], results["error"] = "failed", "out of memory"
+    folder = fill_page(results)
+    for name in ("records.jsonl", "token_traces.jsonl", "analysis_summary.json", "run.json"):
+        (folder / name).unlink()
+    assert "No experiment finished" in write_page(folder).read_text()
+
+
+def test_a_damaged_trace_is_named(page_folder: Path) -> None:
+    (page_folder / "token_traces.jsonl").write_text('{"tokens": []}\n')
+    with pytest.raises(ResultsError, match="line 1 isn't a token trace"):
+        write_page(page_folder)
+
+
+@pytest.mark.full
+def test_twenty_configurations_on_two_hundred_prompts_stay_small(
+    fill_page: FillPage, make_results: MakeResults
+) -> None:
+    names = {f"bh_{i}": 4.0 for i in range(19)} | {"topk_8": 8.0}
+    page = write_page(fill_page(make_results(names, num_prompts=200)))
+    assert page.stat().st_size < 15_000_000
+    assert len(data_of(page)["experiments"]["rows"]) == 4_000
+
+
+def test_a_comparison_names_what_differs(page_folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("bh_routing_results.csv", "analysis_summary.json", "records.jsonl"):
+        (other / name).write_bytes((page_folder / name).read_bytes())
+    run = json.loads((page_folder / "run.json").read_text())
+    run["spec"]["max_tokens"], run["provenance"]["seed"] = 51, 1
+    (other / "run.json").write_text(json.dumps(run))
+    text = write_comparison([page_folder, other], tmp_path / "cmp.html").read_text()
+    assert "spec.max_tokens" in text
+    assert "provenance.seed" in text
+    assert "spec.configs.topk_8.k" not in text
+
+
+def test_a_comparison_of_one_folder_is_refused(page_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="two results folders or more, got 1"):
+        write_comparison([page_folder], tmp_path / "cmp.html")
+    with pytest.raises(InputError, match="named twice"):
+        write_comparison([page_folder, page_folder], tmp_path / "cmp.html")

@@ -1,0 +1,181 @@
+"""The report of a sweep: every number from a row, every name harmless."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bh_routing.analysis.quality import QualityOptions
+from bh_routing.analysis.sweep import SweepTables, analyze_sweep
+from bh_routing.report.pareto import Mark, Panel, Series, draw_domains, draw_pareto
+from bh_routing.report.quality_plot import percent_change
+from bh_routing.report.style import rendered
+from bh_routing.report.sweep import conclude_sweep, render_sweep
+from bh_routing.report.sweep_verdict import pareto_title, series_label, verdict
+from tests.analysis.scored import scored_documents
+from tests.analysis.swept import (
+    STATIC_LOSSES,
+    point,
+    usual_points,
+    usual_records,
+    with_experts,
+    write_sweep,
+)
+
+FEW = QualityOptions(resamples=1000)
+HOSTILE = "<b>|`x`|\n$\\frac$ \u202eevil =cmd()"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sweep(tmp_path_factory.mktemp("sweep"), usual_points(), usual_records(24))
+
+
+@pytest.fixture(scope="module")
+def written(folder: Path) -> list[Path]:
+    return conclude_sweep(folder, FEW)
+
+
+@pytest.fixture(scope="module")
+def tables(folder: Path) -> SweepTables:
+    return analyze_sweep(folder, FEW)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def drawn_points(axes: Axes) -> set[tuple[float, float]]:
+    """Points of everything that is drawn in data coordinates."""
+    lines = [line for line in axes.get_lines() if line.get_transform() == axes.transData]
+    points = np.concatenate([np.asarray(line.get_xydata()) for line in lines])
+    return {(round(float(x), 9), round(float(y), 9)) for x, y in points}
+
+
+def test_all_files_are_written_and_the_same_again(
+    folder: Path, written: list[Path], tmp_path: Path
+) -> None:
+    names = [str(path.relative_to(folder)) for path in written]
+    assert names == [
+        "sweep.csv", "sweep_domains.csv", "winners.csv", "SWEEP.md", "plots/pareto.png",
+        "plots/pareto_domains.png",
+    ]  # fmt: skip
+    again = conclude_sweep(write_sweep(tmp_path, usual_points(), usual_records(24)), FEW)
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in written]
+
+
+def test_every_value_of_the_pictures_is_in_a_row(
+    written: list[Path], monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    figures: list[Figure] = []
+
+    def keep(figure: Figure, path: Path) -> Path:
+        figures.append(figure)
+        return path
+
+    monkeypatch.setattr("bh_routing.report.sweep.save", keep)
+    conclude_sweep(folder, FEW)
+    for figure, name in zip(figures, ("sweep.csv", "sweep_domains.csv"), strict=True):
+        rows = rows_of(folder / name)
+        expected = {
+            (round(float(r["mean_experts"]), 9), round(percent_change(float(r["delta_nll"])), 9))
+            for r in rows
+        }
+        panels = figure.axes[:1] if name == "sweep.csv" else figure.axes
+        assert set.union(*map(drawn_points, panels)) == expected
+    saved = {
+        round(100 * float(r["top_k_saved"]), 9)
+        for r in rows_of(folder / "sweep.csv")
+        if r["top_k_saved"] and float(r["top_k_saved"]) > -0.4
+    }
+    below = figures[0].axes[1]
+    assert {y for _, y in drawn_points(below)} - {0.0} == saved
+
+
+def test_numbers_of_the_report_are_those_of_the_tables(written: list[Path], folder: Path) -> None:
+    text = (folder / "SWEEP.md").read_text(encoding="utf-8")
+    best = next(r for r in rows_of(folder / "winners.csv") if r["budget"] == "5.0")
+    assert best["config_name"] == "bh_drop-block@5"
+    assert f"saves {100 * float(best['top_k_saved']):.0f} %" in text
+    for row in rows_of(folder / "sweep.csv"):
+        assert f"{float(row['delta_nll']):+.4f}" in text
+    assert "bh-routing sweep --model demo --budgets 6,5,4,3" in text
+
+
+def test_the_verdict_is_three_sentences_that_follow_the_statistics(tables: SweepTables) -> None:
+    first, second, third = verdict(tables)
+    assert "at 5.05 experts `bh_drop block` saves" in first
+    assert "the same points lose less at 5 and 4 experts" in second
+    assert "loses less than static top-k and than top-p at 5 and 4 experts" in third
+    assert pareto_title(tables.winners).startswith("The best rule saves")
+
+
+def test_a_rule_that_wins_nowhere_is_not_praised(tmp_path: Path) -> None:
+    records = [r for r in usual_records(24) if not r.config_name.startswith(("bh_drop", "top_p"))]
+    points = [p for p in usual_points() if p["rule"] == "bh"]
+    found = analyze_sweep(write_sweep(tmp_path, points, records), FEW)
+    assert pareto_title(found.winners) == (
+        "No rule clearly loses less than static top-k with as many experts"
+    )
+    first, second = verdict(found)
+    assert "loses" in first
+    assert "saves" not in first
+    assert "nothing can be compared at 5 and 4 experts" in second
+    assert "**yes**" not in render_sweep(found)
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    records = usual_records(4)
+    own = scored_documents("hostile", delta=0.1, documents=4)
+    records += with_experts(own, 5.05)
+    hostile = point("bh_drop", 5, variant=HOSTILE, config_name="hostile", unreachable=HOSTILE)
+    folder = write_sweep(tmp_path, [*usual_points(), hostile], records, model={"name": HOSTILE})
+    conclude_sweep(folder, FEW)
+    text = (folder / "SWEEP.md").read_text(encoding="utf-8")
+    assert "<b>" not in text
+    assert "\u202e" not in text
+    widths = [len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line[:1] == "|"]
+    assert set(widths) <= {3, 11, 14}
+    assert "--model MODEL" in text
+    kept = next(r for r in rows_of(folder / "sweep.csv") if r["config_name"] == "hostile")
+    assert kept["variant"] == HOSTILE
+
+
+def test_a_variant_named_after_its_rule_is_named_once(tables: SweepTables) -> None:
+    row = next(row for row in tables.rows if row.variant == "block")
+    assert series_label(row) == "bh_drop block"
+
+
+def series(label: str, losses: dict[float, float], *, is_static: bool = False) -> Series:
+    marks = tuple(
+        Mark(mean_experts=k, delta_nll=loss, low=loss * 0.9, high=loss * 1.1, budget=k, saved=0.1)
+        for k, loss in losses.items()
+    )
+    return Series(label=label, marks=marks, is_static=is_static)
+
+
+def test_a_bad_rule_makes_the_axis_logarithmic_and_a_gain_keeps_it_linear() -> None:
+    static = series("static top-k", STATIC_LOSSES, is_static=True)  # type: ignore[arg-type]
+    bad = Panel(title="", series=(static, series("bad", {5: 2.0, 4: 3.0})))
+    gain = Panel(title="", series=(static, series("good", {5: -0.001, 4: 0.2})))
+    near = Panel(title="", series=(static, series("near", {5: 0.1, 4: 0.2})))
+    scales = [draw_pareto(panel, "x").axes[0].get_yscale() for panel in (bad, gain, near)]
+    assert scales == ["log", "linear", "linear"]
+
+
+def test_pictures_of_nothing_are_still_pictures() -> None:
+    unknown = Panel(title="", series=(series("lost", {5: math.nan}),))
+    for figure in (
+        draw_pareto(Panel(title="", series=()), "Nothing"),
+        draw_pareto(unknown, "Nothing"),
+        draw_domains([], "Nothing"),
+    ):
+        assert rendered(figure, "png").startswith(b"\x89PNG")
