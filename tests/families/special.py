@@ -83,5 +83,5 @@ def special_fields(name: str, top_k: int) -> dict[str, Any]:
     """Return the fields of one family's configuration that no other family shares."""
     fields = dict(_SPECIAL.get(name, {}))
     if name == "dbrx":
-        fields["ffn_config"] = {"ffn_hidden_size": 16, "moe_num_experts": 16, "moe_top_k": top_k}
+        fields["ffn_config"] = {"ffn_hidden_size": 32, "moe_num_experts": 16, "moe_top_k": top_k}
     return fields
