@@ -11,7 +11,7 @@ EXTRAS := dev
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 10
 
-.PHONY: setup demo test test-full check lint clean
+.PHONY: setup demo test test-full families-versions check lint clean
 
 setup: $(STAMP)
 
@@ -51,6 +51,18 @@ test-full: SHELL := /bin/bash
 test-full: .SHELLFLAGS := -o pipefail -c
 test-full: lint
 	{ date -u '+%Y-%m-%d %H:%M UTC'; uname -srm; $(PYTEST) -m ''; } 2>&1 | tee benchmarks/test_full.txt
+
+# Families of models under the other versions of transformers that we support, each in a throw-away
+# folder: the rules for versions in between are those of the next older one here.
+OTHER_TRANSFORMERS ?= 5.12.0 5.17.0
+
+families-versions: $(STAMP)
+	set -e; for version in $(OTHER_TRANSFORMERS); do \
+		folder=build/transformers-$$version; \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade \
+			--target $$folder transformers==$$version; \
+		PYTHONPATH=$$folder $(PYTEST) tests/families; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

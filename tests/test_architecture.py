@@ -236,6 +236,7 @@ FLAGS = {
         "--calibration --calibration-text --output --device --no-fp16 --seed --json"
     ),
     "export": "folder --to --output",
+    "models": "--check --device --no-fp16 --json",
     "doctor": "--output --statistics --tokens --json",
     "report": "folders --output --format --track",
 }

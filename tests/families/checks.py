@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bh_routing.errors import InputError, ModelError
 from bh_routing.models import find_routers, route
@@ -217,13 +217,15 @@ def widening_adds_to_the_models_own(subject: Subject) -> None:
     _assert_refused(subject, TopK(limit + 1), InputError)
 
 
-def _group_limit(model: nn.Module) -> int | None:
+def _group_limit(model: Any) -> int | None:
     """The most experts of a router that looks only into the best of its groups, or None."""
-    for site in find_routers(model).sites:
-        router: Any = site.module
-        groups = getattr(router, "n_group", None) or getattr(router, "num_group", None) or 1
-        if groups > 1:
-            return int(router.topk_group * (find_routers(model).num_experts // groups))
+    routers = find_routers(model)
+    for site in routers.sites:
+        places: tuple[Any, ...] = (site.module, site.block)
+        for module in places:
+            groups = getattr(module, "n_group", None) or getattr(module, "num_group", None) or 1
+            if groups > 1:
+                return int(module.topk_group) * (routers.num_experts // groups)
     return None
 
 

@@ -9,11 +9,13 @@ from typing import Final, NamedTuple
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
+from torch._dynamo.exc import UserError
 
 from bh_routing.errors import InputError, ModelError
 from tests.families import checks
 from tests.families.checks import IMPLEMENTATIONS, Check, family_subject
-from tests.families.zoo import family_names
 
 
 class Miss(NamedTuple):
@@ -24,12 +26,31 @@ class Miss(NamedTuple):
     """A regular expression that the error's text matches."""
 
 
-REFUSED: Final = {
+REFUSED: Final[dict[str, Miss]] = {
     "doge": Miss(ModelError, "'doge' is not supported: its experts are rows of an embedding"),
     "jetmoe": Miss(ModelError, "'jetmoe' is not supported: its router hands tokens over sorted"),
     "llama4": Miss(ModelError, "'llama4_text' is not supported: it runs every expert"),
 }
 """Families that `route` refuses altogether."""
+
+_NO_ROUTER: Final = Miss(ModelError, "can't be routed: no m")
+_BROKEN: Final = Miss(ModelError, "can't be routed: a forward pass over text fails")
+
+OLDER: Final = {
+    "5.17": {"aria": _NO_ROUTER, "longcat_flash": _NO_ROUTER},
+    "5.12": {
+        "deepseek_ocr2": _BROKEN,
+        "deepseek_v2": _BROKEN,
+        "granitemoe": _NO_ROUTER,
+        "granitemoehybrid": _NO_ROUTER,
+        "granitemoeshared": _NO_ROUTER,
+    },
+}
+"""Refused as well up to these versions of transformers, whose code of the family was another."""
+
+for _version, _refused in OLDER.items():
+    if Version(transformers.__version__).release[:2] <= Version(_version).release:
+        REFUSED.update(_refused)
 
 MISSES: Final[dict[Check, dict[str, Miss]]] = {
     checks.pruning_equals_the_familys_own_smaller_top_k: {
@@ -51,17 +72,29 @@ MISSES: Final[dict[Check, dict[str, Miss]]] = {
     },
 }
 
-LEAST: Final[dict[Check, int]] = {
-    checks.keeping_everything_changes_nothing: 66,
-    checks.a_second_route_is_refused: 66,
-    checks.pruning_equals_the_familys_own_smaller_top_k: 62,
-    checks.counts_vary_by_token: 66,
-    checks.dropped_experts_are_never_read: 66,
-    checks.widening_adds_to_the_models_own: 60,
-    checks.compiled_prefill_counts_alike: 60,
-    checks.a_rule_after_compilation_is_never_ignored: 60,
+_BY_ITSELF: Final = "data-dependent"
+"""torch's word for it: transformers' own code of these families can't be traced as one graph."""
+
+_UNTRACEABLE: Final = {
+    "dbrx": Miss(UserError, _BY_ITSELF),  # a loop over experts
+    "longcat_flash": Miss(UserError, _BY_ITSELF),  # the same
+    "qwen4_exp": Miss(UserError, _BY_ITSELF),  # its attention counts blocks
+    "step3p7": Miss(UserError, _BY_ITSELF),  # a loop over experts
 }
-"""How many families a claim must hold for."""
+MISSES[checks.compiled_prefill_counts_alike] = _UNTRACEABLE
+MISSES[checks.a_rule_after_compilation_is_never_ignored] = _UNTRACEABLE
+
+MOST_MISSES: Final[dict[Check, int]] = {
+    checks.keeping_everything_changes_nothing: 4,
+    checks.a_second_route_is_refused: 4,
+    checks.pruning_equals_the_familys_own_smaller_top_k: 8,
+    checks.counts_vary_by_token: 4,
+    checks.dropped_experts_are_never_read: 4,
+    checks.widening_adds_to_the_models_own: 10,
+    checks.compiled_prefill_counts_alike: 10,
+    checks.a_rule_after_compilation_is_never_ignored: 10,
+}
+"""How many of the newest transformers' 70 families may miss a claim."""
 
 
 def miss_of(check: Check, family: str) -> Miss | None:
@@ -83,8 +116,3 @@ def hold(
         return
     with pytest.raises(miss.error, match=miss.message):
         check(subject)
-
-
-def families_that_work(check: Check) -> list[str]:
-    """Names of the installed families that a claim holds for."""
-    return [name for name in family_names() if miss_of(check, name) is None]

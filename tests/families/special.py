@@ -61,7 +61,8 @@ _SPECIAL: Final[Mapping[str, Mapping[str, Any]]] = {
             "llama_4_scaling_beta": 0.1,
         },
     },
-    "nemotron_h": {"layer_types": ("linear_attention", "moe", "full_attention", "moe")},
+    # A state space, experts, attention, experts.
+    "nemotron_h": {"hybrid_override_pattern": "ME*E"},
     "qwen3_5_moe": {"layer_types": _LINEAR_THEN_FULL},
     "qwen3_next": {"layer_types": _LINEAR_THEN_FULL},
     "qwen4_exp": {
@@ -82,5 +83,5 @@ def special_fields(name: str, top_k: int) -> dict[str, Any]:
     """Return the fields of one family's configuration that no other family shares."""
     fields = dict(_SPECIAL.get(name, {}))
     if name == "dbrx":
-        fields["ffn_config"] = {"ffn_hidden_size": 16, "moe_num_experts": 16, "moe_top_k": top_k}
+        fields["ffn_config"] = {"ffn_hidden_size": 32, "moe_num_experts": 16, "moe_top_k": top_k}
     return fields

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +46,8 @@ class MeadowExperts(nn.Module):
 class MeadowRouter(nn.Module):
     """Sigmoid scores, a bias for the selection only, normalised weights on a scale of 1.5."""
 
+    season: Tensor
+
     def __init__(self, config: MeadowConfig) -> None:
         super().__init__()
         self.blooming = config.flowers_per_token
@@ -76,14 +78,13 @@ class MeadowLayer(nn.Module):
 
 class MeadowForCausalLM(PreTrainedModel):
     config_class = MeadowConfig
-    _can_compile_fullgraph: ClassVar[bool] = True
 
     def __init__(self, config: MeadowConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MeadowLayer(config) for _ in range(config.num_hidden_layers))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
         """What the modules drew for themselves stays."""
@@ -95,9 +96,9 @@ class MeadowForCausalLM(PreTrainedModel):
         return CausalLMOutput(logits=self.lm_head(hidden_BSH))
 
 
-def meadow(top_k: int = 4) -> MeadowForCausalLM:
+def meadow(top_k: int = 4) -> Any:
     torch.manual_seed(0)
-    model = MeadowForCausalLM(MeadowConfig(flowers_per_token=top_k))
+    model: Any = MeadowForCausalLM(MeadowConfig(flowers_per_token=top_k))
     return model.eval().requires_grad_(False)
 
 

@@ -54,6 +54,7 @@ _SMALL: Final[dict[str, Any]] = {
     "num_attention_heads": 4,
     "n_heads": 4,
     "num_key_value_heads": 4,
+    "num_global_key_value_heads": 4,
     "head_dim": 8,
     "global_head_dim": 8,
     "kv_channels": 8,

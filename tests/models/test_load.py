@@ -7,11 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
 
 from bh_routing.demo import demo_folder
 from bh_routing.errors import InputError, ModelError
-from bh_routing.models import LoadedModel, describe_model, load_model
+from bh_routing.models import LoadedModel, describe_model, load_model, route
+from bh_routing.rules.top_k import TopK
 
 
 def test_the_demo_and_its_folder_are_the_same_model(demo: LoadedModel) -> None:
@@ -65,6 +72,29 @@ def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
     AutoTokenizer.from_pretrained(demo_folder()).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="llama"):
         load_model(str(tmp_path), device="cpu")
+
+
+def test_the_text_part_of_a_multimodal_model_is_routed(tmp_path: Path) -> None:
+    config = Qwen3VLMoeConfig(
+        text_config={
+            "vocab_size": 8192, "hidden_size": 32, "num_hidden_layers": 2, "num_experts": 8,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "head_dim": 16,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+        },
+        vision_config={
+            "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
+            "out_hidden_size": 32, "deepstack_visual_indexes": [],
+        },
+    )  # fmt: skip
+    Qwen3VLMoeForConditionalGeneration(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(demo_folder()).save_pretrained(tmp_path)
+    model, tokenizer = load_model(str(tmp_path), device="cpu")
+    inputs = tokenizer("The old man walked", return_tensors="pt")
+    with route(model, TopK(1)) as trace, torch.inference_mode():
+        model(**inputs)
+    assert trace.expert_counts.shape == (inputs["input_ids"].shape[1], 2)
+    assert trace.expert_counts.unique().tolist() == [1]
 
 
 def test_a_tokenizer_that_is_too_large_for_the_model_is_refused(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from bh_routing.cli.evaluate import evaluate
 from bh_routing.cli.export import export
 from bh_routing.cli.interrupts import Terminated
 from bh_routing.cli.lm_eval import lm_eval
+from bh_routing.cli.models import models
 from bh_routing.cli.report import report
 from bh_routing.cli.run import run
 from bh_routing.cli.surroundings import Surroundings
@@ -45,6 +46,7 @@ app.command()(sweep)
 app.command("lm-eval")(lm_eval)
 app.command()(report)
 app.command()(export)
+app.command()(models)
 app.command()(doctor)
 
 

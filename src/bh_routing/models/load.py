@@ -11,7 +11,14 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from bh_routing.demo import demo_folder
@@ -35,7 +42,7 @@ class LoadedModel(NamedTuple):
 
 
 def load_model(name: str, *, device: DeviceName = "auto", dtype: DtypeName = "auto") -> LoadedModel:
-    """Load a causal language model that mixes experts.
+    """Load a language model that mixes experts; of a multimodal one, all parts.
 
     Only safetensors are read and no code of the checkpoint is run. `auto` means CUDA where there
     is one; bfloat16 there, float32 on CPU.
@@ -65,17 +72,20 @@ def load_model(name: str, *, device: DeviceName = "auto", dtype: DtypeName = "au
         config = AutoConfig.from_pretrained(source, **options)
         family_of(config.model_type)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        auto: Any = AutoModelForCausalLM if is_causal else AutoModelForMultimodalLM
+        model: Any = auto.from_pretrained(
             source, config=config, dtype=torch_dtype, use_safetensors=True, **options
         )
     except ModelError:
         raise
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(_explain(name, options, error)) from error
-    if len(tokenizer) > config.vocab_size:
+    vocabulary = config.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
         raise ModelError(
             f"the tokenizer of {name!r} has {len(tokenizer)} tokens, the model's vocabulary "
-            f"{config.vocab_size}; they don't belong together: save both from one checkpoint"
+            f"{vocabulary}; they don't belong together: save both from one checkpoint"
         )
     model.to(target)
     model.eval().requires_grad_(False)

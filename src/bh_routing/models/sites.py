@@ -87,7 +87,7 @@ class RouterFacts:
     def takes_temperature(self) -> bool:
         """Whether logits / T gives exactly what the family itself would make of it."""
         is_softmax = self.scoring in ("softmax", "probabilities")
-        return is_softmax and not (self.bias or self.has_gains or self.shares_with)
+        return is_softmax and not (self.bias or self.has_gains or self.shares_with or self.groups)
 
     def scores(self, logits_TE: Tensor) -> Tensor:
         """Return what the router ranks experts by, float32, shape (T, E)."""

@@ -1,0 +1,182 @@
+"""The probe finds what a router does, leaves no trace, and refuses what it can't establish."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bh_routing.errors import InputError, ModelError
+from bh_routing.models import find_routers, model_fingerprint, route
+from bh_routing.rules.top_k import TopK
+from tests.families.zoo import tiny_model
+
+
+@pytest.fixture
+def olmoe() -> Any:
+    return tiny_model("olmoe")
+
+
+def first_router(model: Any) -> Any:
+    return model.model.layers[0].mlp.gate
+
+
+def test_probing_leaves_no_trace(olmoe: Any) -> None:
+    olmoe.model.layers[1].train()
+
+    def state() -> tuple[Any, ...]:
+        return (
+            model_fingerprint(olmoe),
+            torch.get_rng_state().tolist(),
+            [module.training for module in olmoe.modules()],
+            [len(module._forward_hooks) for module in olmoe.modules()],
+            [len(module._forward_pre_hooks) for module in olmoe.modules()],
+            [id(parameter) for parameter in olmoe.parameters()],
+            [sorted(vars(module)) for module in olmoe.modules()],
+            first_router(olmoe).top_k,
+        )
+
+    olmoe(torch.tensor([[5, 6]]))  # transformers installs its own output hooks on a first call
+    before = state()
+    find_routers(olmoe)
+    assert state() == before
+
+
+def test_a_model_is_probed_once_and_again_when_its_top_k_was_set(olmoe: Any) -> None:
+    found = find_routers(olmoe)
+    assert find_routers(olmoe) is found
+    for layer in olmoe.model.layers:
+        layer.mlp.gate.top_k = 3
+    assert find_routers(olmoe).model_top_k == 3
+
+
+def test_layers_that_differ_in_top_k_are_refused(olmoe: Any) -> None:
+    first_router(olmoe).top_k = 3
+    with pytest.raises(ModelError, match=r"layers differ in top_k \(3, 4\)"):
+        find_routers(olmoe)
+
+
+def cubed(weights_TK: Tensor) -> Tensor:
+    return weights_TK**3
+
+
+def rescaled_by_token(weights_TK: Tensor) -> Tensor:
+    return weights_TK * torch.linspace(1, 2, len(weights_TK))[:, None]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(cubed, "none of softmax, sigmoid"), (rescaled_by_token, "scaled by something unknown")],
+)
+def test_weights_of_an_unknown_law_are_refused(
+    olmoe: Any, change: Callable[[Tensor], Tensor], reason: str
+) -> None:
+    for layer in olmoe.model.layers:
+        forward = layer.mlp.gate.forward
+        layer.mlp.gate.forward = lambda hidden, forward=forward: (
+            (output := forward(hidden))[0],
+            change(output[1]),
+            output[2],
+        )
+    with pytest.raises(ModelError, match=rf"'olmoe' can't be routed: .*{reason}"):
+        find_routers(olmoe)
+
+
+def test_a_selection_that_isnt_the_best_is_refused(olmoe: Any) -> None:
+    for layer in olmoe.model.layers:
+        forward = layer.mlp.gate.forward
+
+        def worst(hidden: Tensor, forward: Any = forward, gate: Any = layer.mlp.gate) -> Any:
+            logits = forward(hidden)[0]
+            index = (-logits).topk(gate.top_k).indices
+            return logits, logits.softmax(-1).gather(-1, index), index
+
+        layer.mlp.gate.forward = worst
+    with pytest.raises(ModelError, match="aren't the best by its logits"):
+        find_routers(olmoe)
+
+
+def test_experts_that_are_given_something_else_are_refused(olmoe: Any) -> None:
+    for layer in olmoe.model.layers:
+        layer.mlp.experts.register_forward_pre_hook(
+            lambda _, given: (given[0], given[1], given[2] * 2)
+        )
+    with pytest.raises(ModelError, match="aren't given the router's slots"):
+        find_routers(olmoe)
+
+
+def test_a_model_without_experts_is_refused() -> None:
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="'llama' can't be routed: no mixture-of-experts router"):
+        find_routers(LlamaForCausalLM(config))
+
+
+def make_quantised(model: Any) -> None:
+    model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+
+
+def make_expert_parallel(model: Any) -> None:
+    model.model.layers[1].mlp.experts._is_expert_parallel = True
+
+
+def make_offloaded(model: Any) -> None:
+    model.model.layers[1].mlp.to("meta")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (make_quantised, r"quantised \(gptq\)"),
+        (make_expert_parallel, "spread over several devices"),
+        (make_offloaded, "on no device"),
+    ],
+)
+def test_quantised_and_spread_models_are_refused(
+    olmoe: Any, spoil: Callable[[Any], None], reason: str
+) -> None:
+    spoil(olmoe)
+    with pytest.raises(ModelError, match=reason):
+        find_routers(olmoe)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe", "gemma4", "mistral4"])
+def test_temperature_is_refused_where_softmax_alone_doesnt_decide(family: str) -> None:
+    model = tiny_model(family)
+    with (
+        pytest.raises(InputError, match=r"temperature 2\.0 needs a router"),
+        route(model, TopK(4, temperature=2.0)),
+    ):
+        pytest.fail("the block ran")
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_model_is_compiled_once_for_all_calls_in_a_block(olmoe: Any) -> None:
+    graphs: list[nn.Module] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    olmoe.set_experts_implementation("batched_mm")
+    compiled: Any = torch.compile(olmoe, fullgraph=True, backend=backend)
+    ids = torch.tensor([[5, 6, 7]])
+    with route(compiled, TopK(2)) as trace, torch.no_grad():
+        for _ in range(10):
+            compiled(ids, use_cache=False)
+    assert len(graphs) == 1
+    assert trace.forward_tokens == [3] * 10
+    assert trace.expert_counts.unique().tolist() == [2]
