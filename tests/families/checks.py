@@ -116,10 +116,10 @@ def _values(output: Any) -> Tensor:
 
 def keeping_everything_changes_nothing(subject: Subject) -> None:
     """Keeping all slots gives the untouched model's bits, and so does leaving the block."""
-    model = subject.model
+    model, everything = subject.model, TopK(subject.top_k)
     for implementation in subject.each_implementation():
         plain = prefill(model), generate(model)
-        with route(model, TopK(subject.top_k)) as trace:
+        with route(model, everything) as trace:
             kept = prefill(model), generate(model)
         after = prefill(model), generate(model)
         assert trace.expert_counts.numel() > 0, "nothing was routed"

@@ -31,7 +31,7 @@ def test_a_compiled_model_keeps_what_the_eager_one_keeps_in_every_dtype(
     hold(checks.compiled_prefill_counts_alike, family, dtype)
 
 
-@pytest.mark.parametrize("family", DIVERSE)
+@pytest.mark.parametrize("family", DIVERSE[:2])
 def test_a_rule_after_compilation_is_never_ignored(family: str) -> None:
     hold(checks.a_rule_after_compilation_is_never_ignored, family, implementations=("batched_mm",))
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from bh_routing.errors import ModelError
@@ -39,6 +40,7 @@ _MARGIN: Final = 3.0
 """How many times worse than the tolerance any other explanation must be."""
 _ERRORS: Final = (
     RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError, AssertionError,
+    StrictDataclassError,
 )  # fmt: skip
 """What a router may raise when it is asked for what it can't do."""
 _GROUP_NAMES: Final = ("num_group", "n_group", "num_groups", "n_groups")
@@ -105,7 +107,7 @@ def _establish(bench: _Bench, family: Family) -> RouterFacts:
     widener = _find_widener(bench, top_k, num_experts)
     roles = _roles(bench, num_experts)
     law = _weight_law(bench, family, widener, roles.gain)
-    by_token = _is_by_token(bench)
+    by_token = top_k < num_experts and _is_by_token(bench, roles.bias)
     facts = RouterFacts(
         num_experts=num_experts,
         top_k=top_k,
@@ -261,10 +263,11 @@ def _shared_weights(routed: Routed) -> Tensor | None:
     return first if is_like_weights else None
 
 
-def _is_by_token(bench: _Bench) -> bool:
-    """Whether other hidden states leave the selection as it is."""
-    first = _as_set(bench.call(0).index_TK)
-    return all(torch.equal(first, _as_set(bench.call(noise).index_TK)) for noise in (1, 2))
+def _is_by_token(bench: _Bench, bias: Held | None) -> bool:
+    """Whether other hidden states leave the selection as it is, even without a bias."""
+    changes = {} if bias is None else {bias: torch.zeros_like(bias.get())}
+    first, *others = (_as_set(bench.call(noise, changes).index_TK) for noise in range(3))
+    return all(torch.equal(first, other) for other in others)
 
 
 def _selection(bench: _Bench, facts: RouterFacts, widener: Held | None) -> RouterFacts:
