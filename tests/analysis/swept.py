@@ -57,6 +57,7 @@ def write_sweep(
     points: Sequence[Mapping[str, Any]],
     records: Sequence[QualityRecord],
     static: Sequence[int] = tuple(STATIC_LOSSES),
+    curve_points: Sequence[Mapping[str, Any]] = (),
     **blocks: Any,
 ) -> Path:
     """Write run.json and quality.jsonl."""
@@ -68,6 +69,7 @@ def write_sweep(
         "sweep": {
             "budgets": sorted({p["budget"] for p in points}, reverse=True),
             "points": list(points),
+            "curve_points": list(curve_points),
             "references": [{"config_name": f"topk_{k}", "k": k} for k in static],
         },
     } | blocks

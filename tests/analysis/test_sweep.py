@@ -108,6 +108,39 @@ def test_every_test_is_counted_once(tables: SweepTables) -> None:
     assert "nothing is extrapolated" in row(tables, "top_p@6").note
 
 
+@pytest.fixture(scope="module")
+def layered(tmp_path_factory: pytest.TempPathFactory) -> SweepTables:
+    """Per-layer top-k at 5, with points at 6 and 4 that only lengthen its curve."""
+    records = usual_records(BOOKS)
+    for k in (6, 5, 4):
+        loss = 0.4 * STATIC_LOSSES[k]
+        own = scored_documents(f"per_layer_top_k@{k}", delta=loss, spread=0.05 * loss, seed=3,
+                               documents=BOOKS)  # fmt: skip
+        records += with_experts(own, k)
+    points = [p for p in usual_points() if p["budget"] == 5] + [point("per_layer_top_k", 5)]
+    beyond = [*(point("per_layer_top_k", k) for k in (6, 4)), point("top_p", 6)]
+    folder = tmp_path_factory.mktemp("layered")
+    return analyze_sweep(write_sweep(folder, points, records, curve_points=beyond), FEW)
+
+
+def test_a_rule_can_beat_static_top_k_and_lose_to_shares_of_layers(layered: SweepTables) -> None:
+    good = row(layered, "bh_drop-block@5")
+    assert (good.beats_top_k, good.beats_top_p, good.beats_per_layer_top_k) == ("yes", "yes", "no")
+    line = 0.4 * (0.95 * STATIC_LOSSES[5] + 0.05 * STATIC_LOSSES[6])
+    assert good.per_layer_top_k_at_mean == pytest.approx(line, rel=0.1)
+    own = next(d for d in layered.domains if d.config_name == "bh_drop-block@5")
+    assert own.per_layer_top_k_difference > 0 > own.top_k_difference
+
+
+def test_points_that_lengthen_a_curve_are_neither_tested_nor_winners(layered: SweepTables) -> None:
+    assert row(layered, "per_layer_top_k@6").is_curve_only
+    assert math.isnan(row(layered, "per_layer_top_k@6").top_k_difference)
+    assert {winner.budget for winner in layered.winners} == {5}
+    # Four points against static top-k, three against per-layer; against top-p, which begins at
+    # 5.01 experts, two.
+    assert layered.num_tests == 4 + 3 + 2
+
+
 def test_a_mean_off_its_budget_is_flagged(odd: SweepTables) -> None:
     assert {row.config_name for row in odd.rows if row.off_budget} == {"min_p@4"}
 

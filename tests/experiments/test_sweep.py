@@ -23,9 +23,11 @@ from bh_routing.experiments.variants import parse_variants
 from bh_routing.models import LoadedModel, find_routers
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.records import QUALITY_JOURNAL, RUN_JSON
+from bh_routing.rules.per_layer_top_k import PerLayerTopK
 from tests.experiments.conftest import MakeTinySpec
 
 POINTS = ["min_p@5", "min_p@3", "top_p@5", "top_p@3"]
+CURVE = ["top_p@6", "top_p@4", "top_p@2"]
 
 
 def write_text(path: Path, split: str, start: int) -> Path:
@@ -47,7 +49,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def sweep_into(folder: Path, texts: tuple[Path, Path], *rules: str) -> dict[str, Any]:
     variants = parse_variants(rules or ["min_p", "top_p"])
-    options = SweepOptions(variants=variants, budgets=[5, 3], texts=[texts[1]])
+    options = SweepOptions(variants=variants, budgets=[5, 3], texts=[texts[1]], command="typed")
     spec = make_spec(model="demo", device="cpu", output=folder, calibration_text=texts[0])
     return sweep(spec, options)
 
@@ -82,8 +84,11 @@ def test_rules_meet_their_budgets_and_static_top_k_stands_on_both_sides(
         assert point["unreachable"] is None
     references = document["sweep"]["references"]
     counts = [reference["k"] for reference in references]
-    assert min(counts) <= 3 <= 5 <= max(counts)
-    names = [*POINTS, *(reference["config_name"] for reference in references)]
+    assert min(counts) <= 2
+    assert max(counts) >= 5
+    assert [point["config_name"] for point in document["sweep"]["curve_points"]] == CURVE
+    assert document["provenance"]["command"] == "typed"
+    names = [*POINTS, *CURVE, *(reference["config_name"] for reference in references)]
     assert {name for name, _ in scored(finished)} == set(names)
     assert len(scored(finished)) == 3 * len(names)
 
@@ -107,8 +112,8 @@ def test_a_killed_sweep_scores_nothing_twice_and_searches_no_knob_again(
     assert journal.read_bytes().startswith(b"".join(kept))
     assert len(set(scored(folder))) == len(scored(folder)) == len(scored(finished))
     # Seven records were there: both of min_p whole, of top_p@5 one document. Beside the model's
-    # own top-k that leaves top_p@3 on that document, both on the others, and the references.
-    assert len(calls) == (1 + 1) + (1 + 2) + (1 + len(whole["sweep"]["references"]))
+    # own top-k that leaves the rest of top-p on that document, all on the others, and static ones.
+    assert len(calls) == (1 + 4) + (1 + 5) + (1 + len(whole["sweep"]["references"]))
     calls.clear()
     assert sweep_into(folder, texts)["sweep"] == whole["sweep"]
     handle.remove()
@@ -147,6 +152,28 @@ def test_what_was_found_runs_through_evaluate(
 def search(demo: LoadedModel, calibration: Calibration | None = None) -> KnobSearch:
     documents = packaged_documents("calibration")[:3]
     return KnobSearch(*demo, documents, calibration, num_tokens=150)
+
+
+def test_experts_are_shared_out_over_layers_by_losses_that_are_measured_once(
+    demo: LoadedModel,
+) -> None:
+    (variant,) = parse_variants(["per_layer_top_k"])
+    first = search(demo)
+    (found,) = first.find([Goal(variant=variant, budget=4.5)])
+    assert isinstance(found.rule, PerLayerTopK)
+    assert sum(found.rule.k) == 27
+    assert len(set(found.rule.k)) > 1
+    kept = first.to_documents([found])
+    calls: list[int] = []
+    router = find_routers(demo.model).sites[0].module
+    handle = router.register_forward_hook(lambda *_: calls.append(1))
+    assert search(demo).find([found.goal], known=kept) == [found]
+    assert calls == []
+    (other,) = search(demo).find([Goal(variant=variant, budget=3.0)], known=kept)
+    handle.remove()
+    # Proposals of three documents, then the model's own top-k and the rule: no layer by itself.
+    assert len(calls) == 3 + 2
+    assert other.mean_experts == 3.0
 
 
 def test_a_budget_out_of_a_rules_reach_is_said_with_the_closest_mean(demo: LoadedModel) -> None:

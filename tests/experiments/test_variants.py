@@ -17,7 +17,7 @@ def test_a_comma_before_a_field_belongs_to_the_rule_before_it() -> None:
 
 def test_the_default_names_the_row_of_population_bh() -> None:
     found = parse_variants(DEFAULT_VARIANTS)
-    assert len(found) == 8
+    assert len(found) == 9
     labels = [variant.label for variant in found]
     assert "contribution_threshold-sensitivity (= population BH)" in labels
 

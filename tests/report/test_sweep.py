@@ -114,7 +114,7 @@ def test_the_verdict_is_three_sentences_that_follow_the_statistics(tables: Sweep
     first, second, third = verdict(tables)
     assert "at 5.05 experts `bh_drop block` saves" in first
     assert "the same points lose less at 5 and 4 experts" in second
-    assert "loses less than static top-k and than top-p at 5 and 4 experts" in third
+    assert "than static top-k at 5 and 4 experts and than top-p at 5 and 4 experts" in third
     assert pareto_title(tables.winners).startswith("The best rule saves")
 
 
@@ -132,6 +132,24 @@ def test_a_rule_that_wins_nowhere_is_not_praised(tmp_path: Path) -> None:
     assert "**yes**" not in render_sweep(found)
 
 
+def test_the_report_asks_every_rule_whether_it_beats_each_reference(tmp_path: Path) -> None:
+    records = usual_records(24)
+    for k in (6, 5, 4):
+        own = scored_documents(f"per_layer_top_k@{k}", delta=0.9 * STATIC_LOSSES[k], documents=24)
+        records += with_experts(own, k)
+    points = [*usual_points(), *(point("per_layer_top_k", k) for k in (5, 4))]
+    beyond = [point("per_layer_top_k", 6)]
+    typed = {"command": "bh-routing sweep --budgets 6,5 --output 'a b'"}
+    folder = write_sweep(tmp_path, points, records, curve_points=beyond, provenance=typed)
+    text = render_sweep(analyze_sweep(folder, FEW))
+    assert (
+        "| budget | rule | experts | ΔPPL | beats static top-k | beats top-p | beats per-" in text
+    )
+    assert re.search(r"\| 5 \| `bh_drop block` \|[^|]*\|[^|]*(\| \*\*yes\*\* [^|]*){3}\|", text)
+    assert "**Against per-layer top-k** the same points lose less at" in text
+    assert "    bh-routing sweep --budgets 6,5 --output 'a b'\n" in text
+
+
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     records = usual_records(4)
     own = scored_documents("hostile", delta=0.1, documents=4)
@@ -143,7 +161,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert "<b>" not in text
     assert "\u202e" not in text
     widths = [len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line[:1] == "|"]
-    assert set(widths) <= {3, 11, 14}
+    assert set(widths) <= {3, 7, 12, 14}
     assert "--model MODEL" in text
     kept = next(r for r in rows_of(folder / "sweep.csv") if r["config_name"] == "hostile")
     assert kept["variant"] == HOSTILE

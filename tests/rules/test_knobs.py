@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -128,6 +129,19 @@ def test_a_mean_is_shared_out_in_the_order_of_the_layers() -> None:
     assert PerLayerTopK.at_mean(3.4, layer_order=(4, 1, 0, 2, 3)).k == (3, 4, 3, 3, 4)
     with pytest.raises(InputError, match="name each layer once"):
         PerLayerTopK.at_mean(3.4, layer_order=(1, 2))
+
+
+@pytest.mark.parametrize("mean", [1.0, 2.0, 2.75, 4.0])
+def test_losses_that_add_are_shared_out_as_the_best_of_all_allocations(mean: float) -> None:
+    losses_LK = [
+        [9.0, 4.0, 1.0, 0.0],
+        [3.0, 1.0, 0.2, 0.0],
+        [1.0, 0.5, 0.1, 0.0],
+        [2.0, 1.0, 0.4, 0.0],
+    ]
+    allocations = [k for k in product(range(1, 5), repeat=4) if sum(k) == 4 * mean]
+    lost = {k: sum(losses_LK[layer][n - 1] for layer, n in enumerate(k)) for k in allocations}
+    assert lost[PerLayerTopK.from_losses(mean, losses_LK).k] == pytest.approx(min(lost.values()))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Which rule loses least at equal cost: the points of a sweep, its domains and its winners.
 
 `analyze_sweep` turns a folder that `bh-routing sweep` filled into three tables. Every rule is
-compared with static top-k and with top-p at its own measured mean number of experts; see
-sweep_equal_cost.py for how, and sweep_row.py for the columns.
+compared with static top-k, with top-p and with per-layer top-k at its own measured mean number of
+experts; see sweep_equal_cost.py for how, and sweep_row.py for the columns.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from bh_routing.analysis.sweep_records import (
 from bh_routing.analysis.sweep_row import DomainRow, SweepRow, Winner
 
 TOP_P: Final = "top_p"
-REFERENCES: Final = (STATIC, TOP_P)
+PER_LAYER: Final = "per_layer_top_k"
+REFERENCES: Final = (STATIC, TOP_P, PER_LAYER)
 OFF_BUDGET: Final = 0.02
 """A mean further from its budget than this share is flagged."""
 SIGNIFICANCE_LEVEL: Final = 0.05
@@ -38,8 +39,8 @@ CONTROLS: Final = ("oracle_contribution", "random_k")
 """Headroom and a control: they have rows, and can't win."""
 STATIC_STEP: Final = 1.0
 """Static top-k is a line between k and k + 1, which mixing the two at random comes close to."""
-TOP_P_STEP: Final = 1.25
-"""Top-p's points lie one budget apart, give or take what the mean drifts with the text."""
+CURVE_STEP: Final = 1.25
+"""Points of other curves lie one expert apart, give or take what a mean drifts with the text."""
 
 Comparisons = Mapping[tuple[str, str], EqualCost]
 
@@ -82,7 +83,7 @@ def analyze_sweep(folder: Path, options: QualityOptions = DEFAULT_OPTIONS) -> Sw
     domains = tuple(
         _domain_row(point, quality[point.config_name], text.domain(domain), domain, compared)
         for point in sweep.points
-        if point.config_name in quality
+        if point.config_name in quality and not point.is_curve_only
         for domain, compared in by_domain.items()
         if domain in quality[point.config_name].by_domain
     )
@@ -112,20 +113,24 @@ def beats(difference: float, low: float, high: float, p_corrected: float) -> str
 def _compare(
     sweep: Sweep, text: ScoredText, options: QualityOptions, *, simultaneous: bool
 ) -> Comparisons:
+    # Of a reference that nobody asked for there is nothing to say, not that it lacks points.
+    rules = {point.rule for point in sweep.points} | {STATIC, TOP_P}
     curves = [
         Curve(
             name=name,
             config_names=tuple(p.config_name for p in sweep.points if p.rule == name),
-            widest=STATIC_STEP if name == STATIC else TOP_P_STEP,
+            widest=STATIC_STEP if name == STATIC else CURVE_STEP,
         )
         for name in REFERENCES
+        if name in rules
     ]
     return compare_at_equal_cost(
         text,
         [
             p.config_name
             for p in sweep.points
-            if p.rule != STATIC and (p.config_name in text.names or not p.unreachable)
+            if not (p.rule == STATIC or p.is_curve_only)
+            and (p.config_name in text.names or not p.unreachable)
         ],
         curves,
         resamples=options.resamples,
@@ -167,6 +172,7 @@ def _row(
         knob_field=point.knob_field,
         calibration_mean_experts=point.calibration_mean_experts,
         corrections=point.corrections,
+        is_curve_only=point.is_curve_only,
         off_budget=abs(mean / point.budget - 1) > OFF_BUDGET,
         domains=len(by_domain),
         tokens=quality.tokens if quality else 0,
@@ -185,7 +191,7 @@ def _found(compared: Comparisons, point: SweepPoint, reference: str) -> EqualCos
 def _against(
     point: SweepPoint, overall: Comparisons, by_domain: Mapping[str, Comparisons]
 ) -> dict[str, Any]:
-    """The columns of both references."""
+    """The columns of all references."""
     columns: dict[str, Any] = {}
     for name in REFERENCES:
         found = _found(overall, point, name)
@@ -203,6 +209,7 @@ def _against(
             f"{name}_domains": sum(
                 _found(compared, point, name).difference < 0 for compared in by_domain.values()
             ),
+            f"beats_{name}": beats(found.difference, found.low, found.high, found.p_corrected),
         }
     return columns
 
@@ -215,7 +222,7 @@ def _domain_row(
     compared: Comparisons,
 ) -> DomainRow:
     part = quality.by_domain[domain]
-    top_k, top_p = (_found(compared, point, name) for name in REFERENCES)
+    against = {name: _found(compared, point, name) for name in REFERENCES}
     mean = math.nan
     if point.config_name in text.names:
         kept_D = text.experts_DC[:, text.names.index(point.config_name)]
@@ -230,25 +237,28 @@ def _domain_row(
         delta_nll=part.delta_nll,
         delta_nll_low=part.low,
         delta_nll_high=part.high,
-        top_k_at_mean=top_k.at_mean,
-        top_k_difference=top_k.difference,
-        top_k_low=top_k.low,
-        top_k_high=top_k.high,
-        top_k_saved=top_k.share_saved,
-        top_p_at_mean=top_p.at_mean,
-        top_p_difference=top_p.difference,
-        top_p_low=top_p.low,
-        top_p_high=top_p.high,
-        top_p_saved=top_p.share_saved,
         tokens=part.tokens,
         documents=part.documents,
         config_name=point.config_name,
-        note=" ".join(dict.fromkeys(filter(None, [part.note, top_k.note, top_p.note]))),
+        note=" ".join(
+            dict.fromkeys(filter(None, [part.note, *(one.note for one in against.values())]))
+        ),
+        **{
+            f"{name}_{column}": value
+            for name, one in against.items()
+            for column, value in (
+                ("at_mean", one.at_mean),
+                ("difference", one.difference),
+                ("low", one.low),
+                ("high", one.high),
+                ("saved", one.share_saved),
+            )
+        },
     )
 
 
 def _winners(rows: Sequence[SweepRow]) -> tuple[Winner, ...]:
-    tested = [row for row in rows if row.rule not in (STATIC, *CONTROLS)]
+    tested = [r for r in rows if not (r.rule in (STATIC, *CONTROLS) or r.is_curve_only)]
     budgets = sorted({row.budget for row in tested}, reverse=True)
     contests = (ALL_RULES, *(rule for rule in BH_RULES if any(r.rule == rule for r in tested)))
     return tuple(
@@ -270,12 +280,9 @@ def _winner(budget: float, among: str, rows: Sequence[SweepRow]) -> Winner:
     return Winner(
         budget=budget,
         among=among,
-        beats_top_k=beats(
-            best.top_k_difference, best.top_k_low, best.top_k_high, best.top_k_p_corrected
-        ),
-        beats_top_p=beats(
-            best.top_p_difference, best.top_p_low, best.top_p_high, best.top_p_p_corrected
-        ),
+        beats_top_k=best.beats_top_k,
+        beats_top_p=best.beats_top_p,
+        beats_per_layer_top_k=best.beats_per_layer_top_k,
         runner_up=ranked[1].config_name if len(ranked) > 1 else "",
         row=best,
     )

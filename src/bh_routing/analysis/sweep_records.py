@@ -6,7 +6,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,6 +41,8 @@ class SweepPoint:
     """Forward passes that corrected the knob."""
     unreachable: str
     """Why no knob meets the budget; empty if one does."""
+    is_curve_only: bool = False
+    """Whether nobody asked for the budget: the point only lengthens a reference curve."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +109,10 @@ def read_sweep(folder: Path) -> Sweep:
         points = (
             *map(_static_point, run["sweep"]["references"]),
             *map(_point, run["sweep"]["points"]),
+            *(
+                replace(_point(entry), is_curve_only=True)
+                for entry in run["sweep"].get("curve_points", ())
+            ),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise half_read(path, f"a point of the sweep isn't whole ({error!r})") from error

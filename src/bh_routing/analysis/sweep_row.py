@@ -63,6 +63,30 @@ class SweepRow:
     top_p_saved_low: float = column("Lower end of its joint 95 % interval.")
     top_p_saved_high: float = column("Upper end of that interval.")
     top_p_domains: int = column("Domains in which the rule loses less than top-p.")
+    per_layer_top_k_at_mean: float = column(
+        f"Loss of per-layer top-k {_AT_SAME_MEAN}: between its own points."
+    )
+    per_layer_top_k_geometric: float = column("The same on the line of log losses.")
+    per_layer_top_k_difference: float = column("delta_nll - per_layer_top_k_at_mean.")
+    per_layer_top_k_low: float = column("Lower end of its joint 95 % interval.")
+    per_layer_top_k_high: float = column("Upper end of that interval.")
+    per_layer_top_k_p: float = column("Two-sided p of no difference, uncorrected.")
+    per_layer_top_k_p_corrected: float = column(
+        "p after Holm's correction over all tests of the table."
+    )
+    per_layer_top_k_saved: float = column("Share of per-layer top-k's increase saved.")
+    per_layer_top_k_saved_low: float = column("Lower end of its joint 95 % interval.")
+    per_layer_top_k_saved_high: float = column("Upper end of that interval.")
+    per_layer_top_k_domains: int = column("Domains where the rule loses less than per-layer top-k.")
+    beats_top_k: str = column(
+        "yes: the joint interval of top_k_difference lies below 0 and top_k_p_corrected below "
+        "0.05; no: both say that it loses more; undecided: neither; unknown: not compared."
+    )
+    beats_top_p: str = column("The same against top-p.")
+    beats_per_layer_top_k: str = column("The same against per-layer top-k.")
+    is_curve_only: bool = column(
+        "Nobody asked for this budget: the point only lengthens a reference curve."
+    )
     domains: int = column("Domains of the text.")
     tokens: int = column("Scored tokens.")
     documents: int = column("Documents with a scored token.")
@@ -97,6 +121,11 @@ class DomainRow:
     top_p_low: float = column("Lower end of its 95 % interval.")
     top_p_high: float = column("Upper end of that interval.")
     top_p_saved: float = column("Share of top-p's increase of perplexity saved.")
+    per_layer_top_k_at_mean: float = column("Loss of per-layer top-k at the same mean.")
+    per_layer_top_k_difference: float = column("delta_nll - per_layer_top_k_at_mean.")
+    per_layer_top_k_low: float = column("Lower end of its 95 % interval.")
+    per_layer_top_k_high: float = column("Upper end of that interval.")
+    per_layer_top_k_saved: float = column("Share of per-layer top-k's increase saved.")
     tokens: int = column("Scored tokens.")
     documents: int = column("Documents with a scored token.")
     config_name: str = column("As in sweep.csv.")
@@ -113,12 +142,9 @@ class Winner:
 
     budget: float = column("Mean experts that the knobs were set for.")
     among: str = column("all rules, or the one rule whose variants competed.")
-    beats_top_k: str = column(
-        "yes: the joint interval of top_k_difference lies below 0 and top_k_p_corrected below "
-        "0.05; no: both say that it loses more; undecided: neither; unknown: not compared.",
-        default="unknown",
-    )
-    beats_top_p: str = column("The same against top-p.", default="unknown")
+    beats_top_k: str = column("As in sweep.csv.", default="unknown")
+    beats_top_p: str = column("As in sweep.csv.", default="unknown")
+    beats_per_layer_top_k: str = column("As in sweep.csv.", default="unknown")
     runner_up: str = column(
         "config_name of the point that saves the next largest share.", default=""
     )

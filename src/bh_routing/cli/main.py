@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Final
 
 import typer
@@ -81,7 +83,9 @@ def main(argv: Sequence[str] | None = None, surroundings: Surroundings | None = 
             args=arguments,
             prog_name="bh-routing",
             standalone_mode=False,
-            obj=surroundings or Surroundings(),
+            obj=replace(
+                surroundings or Surroundings(), command=shlex.join(["bh-routing", *arguments])
+            ),
         )
     except BHRoutingError as error:
         _complain(str(error))

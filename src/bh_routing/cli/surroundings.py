@@ -21,3 +21,5 @@ class Surroundings:
     """Table and folder -> plots."""
     report: Callable[[Any, dict[str, Any], Any], Any] | None = None
     """Table, summary and folder -> report."""
+    command: str | None = None
+    """What was typed; `main` fills it in."""

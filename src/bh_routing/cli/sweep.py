@@ -27,6 +27,7 @@ from bh_routing.experiments import defaults
 
 
 def sweep(
+    context: typer.Context,
     output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on.")],
     model: ModelOption = defaults.MODEL,
     budgets: Annotated[
@@ -37,7 +38,7 @@ def sweep(
         typer.Option(
             help="Rules without their knob, such as bh,bh_drop:scope=block,top_p; may be given "
             "several times. Static top-k is always there. contribution_threshold is population "
-            "BH too: at equal cost both make the same decisions. Default: eight rules."
+            "BH too: at equal cost both make the same decisions. Default: nine rules."
         ),
     ] = None,
     text: TextOption = None,
@@ -62,6 +63,7 @@ def sweep(
             budgets=_budgets(budgets),
             texts=text or (),
             max_tokens=tokens,
+            command=context.obj.command,
         )
         spec = make_spec(
             model=model,

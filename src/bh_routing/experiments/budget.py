@@ -68,7 +68,7 @@ def bring_to_budget(
             kept.append(NamedRule(setting.goal.config_name, named.description, setting.rule))
     if settings and all(setting.unreachable for setting in settings):
         raise InputError(f"no rule can meet the budget: {settings[0].unreachable}")
-    return Budgeted(kept, [setting.to_document(search.key) for setting in settings])
+    return Budgeted(kept, search.to_documents(settings))
 
 
 def _stays(named: NamedRule) -> bool:

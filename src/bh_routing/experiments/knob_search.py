@@ -8,7 +8,7 @@ was missed by.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -25,6 +25,11 @@ from bh_routing.engine.score import score
 from bh_routing.engine.texts import Document
 from bh_routing.errors import CalibrationError, InputError
 from bh_routing.experiments.chained_lines import digest
+from bh_routing.experiments.layer_losses import (
+    LAYER_TOKENS,
+    LayerLosses,
+    measure_layer_losses,
+)
 from bh_routing.experiments.quality import QualityText, prepare_text
 from bh_routing.experiments.settings import Goal, Setting, recall_settings
 from bh_routing.experiments.variants import Variant
@@ -33,9 +38,11 @@ from bh_routing.models.routing import bind_rule, check_calibration
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.records import QualityRecord
 from bh_routing.rules.base import Rule
+from bh_routing.rules.catalog import make_rule
+from bh_routing.rules.per_layer_top_k import PerLayerTopK
 
-SEARCH_TOKENS: Final = 6_000
-"""Tokens of calibration text, spread over its documents: enough for a mean to about 0.5 %."""
+SEARCH_TOKENS: Final = 4_000
+"""Tokens of calibration text, spread over its documents: enough for a mean to about 0.6 %."""
 TOLERANCE: Final = 0.02
 """Share of a budget by which a mean may miss it; beyond, the budget is unreachable."""
 CLOSE_ENOUGH: Final = 0.005
@@ -67,9 +74,10 @@ class KnobSearch:
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
+        self._documents = documents
         self._calibration = calibration
         self._routers = find_routers(model)
-        facts = describe_model(model)
+        self._facts = facts = describe_model(model)
         most = min(num_tokens, tokens_that_fit(self._routers))
         self.text: QualityText = prepare_text(tokenizer, facts, documents, max_tokens=most)
         # What a setting that was found depends on beside its goal.
@@ -87,6 +95,7 @@ class KnobSearch:
         self._proposals: dict[tuple[int, bool], Proposals] = {}
         self._means: dict[Rule, float] = {}
         self._starts: dict[str, float] = {}
+        self._layer_losses: LayerLosses | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -98,17 +107,27 @@ class KnobSearch:
 
         Args:
             goals: variants and budgets.
-            known: settings as `Setting.to_document` gives them, of this search or another; what
-                fits isn't searched again.
+            known: settings as `to_documents` gives them, of this search or another; what fits
+                isn't searched again.
         Raises:
             InputError: a variant can't run on this model, or a budget is out of range.
             CalibrationError: a variant can't run with this calibration, whatever its knob.
         """
         check_budgets([goal.budget for goal in goals], self._routers.model_top_k)
-        found = recall_settings(goals, known, self.key, len(self._routers.sites))
+        self._layer_losses = self._layer_losses or LayerLosses.recall(known, self.key)
+        found = recall_settings(goals, known, self.key, self._at)
         open_goals = {g.config_name: g for g in goals if g.config_name not in found}
         found |= self._search(open_goals)
         return [found[goal.config_name] for goal in goals]
+
+    def to_documents(self, settings: Iterable[Setting]) -> list[dict[str, Any]]:
+        """Return plain data that `find` takes as `known`, with what sharing out rests on."""
+        losses = self._layer_losses
+        kept = {} if losses is None else {"layer_losses": losses.to_document()}
+        return [
+            setting.to_document(self.key) | (kept if _is_shared_out(setting.goal.variant) else {})
+            for setting in settings
+        ]
 
     def mean_experts(self, rule: Rule) -> float:
         """Mean number of experts that a rule keeps of the captured proposals."""
@@ -150,7 +169,21 @@ class KnobSearch:
         return best
 
     def _at(self, variant: Variant, value: float) -> Rule:
-        return variant.at(value, len(self._routers.sites))
+        if not _is_shared_out(variant):
+            return variant.at(value, len(self._routers.sites))
+        shared = self._measured_layer_losses().share_out(value)
+        return make_rule({**variant.config, "k": shared.k})
+
+    def _measured_layer_losses(self) -> LayerLosses:
+        if self._layer_losses is None:
+            text = prepare_text(
+                self._tokenizer,
+                self._facts,
+                self._documents,
+                max_tokens=min(LAYER_TOKENS, self.num_tokens),
+            )
+            self._layer_losses = measure_layer_losses(self._model, self._tokenizer, text)
+        return self._layer_losses
 
     def _value(self, variant: Variant, target: float) -> float:
         """Find the admissible value whose mean on the proposals is closest to the target."""
@@ -223,6 +256,10 @@ def check_budgets(budgets: Sequence[float], model_top_k: int) -> None:
                 f"a budget must be from 1 to the model's own {model_top_k} experts a token, got "
                 f"{budget:g}"
             )
+
+
+def _is_shared_out(variant: Variant) -> bool:
+    return variant.method == PerLayerTopK.method
 
 
 def _miss(setting: Setting) -> float:

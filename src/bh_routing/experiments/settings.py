@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,21 +61,35 @@ class Setting:
 
 
 def recall_settings(
-    goals: Iterable[Goal], documents: Iterable[Mapping[str, Any]], search: str, num_layers: int
+    goals: Iterable[Goal],
+    documents: Iterable[Mapping[str, Any]],
+    search: str,
+    rule_at: Callable[[Variant, float], Rule],
 ) -> dict[str, Setting]:
-    """Find goals among what an earlier search of the same kind wrote; name -> setting."""
+    """Find goals among what an earlier search of the same kind wrote; name -> setting.
+
+    Args:
+        goals: what is looked for.
+        documents: settings as `Setting.to_document` gives them.
+        search: identifies the search; settings of another one aren't taken.
+        rule_at: the rule that a variant is at a value of its knob.
+    """
     stored = {entry.get("config_name"): entry for entry in documents}
     found = {}
     for goal in goals:
         entry = stored.get(goal.config_name)
-        setting = None if entry is None else _recall(goal, entry, search, num_layers)
+        setting = None if entry is None else _recall(goal, entry, search, rule_at)
         if setting is not None:
             found[goal.config_name] = setting
     return found
 
 
-def _recall(goal: Goal, entry: Mapping[str, Any], search: str, num_layers: int) -> Setting | None:
+def _recall(
+    goal: Goal, entry: Mapping[str, Any], search: str, rule_at: Callable[[Variant, float], Rule]
+) -> Setting | None:
     try:
+        if (entry["search"], entry["budget"]) != (search, goal.budget):
+            return None
         setting = Setting(
             goal=goal,
             rule=make_rule(entry["config"]),
@@ -85,8 +99,7 @@ def _recall(goal: Goal, entry: Mapping[str, Any], search: str, num_layers: int) 
             corrections=entry["corrections"],
             unreachable=entry["unreachable"],
         )
-        is_same = (entry["search"], entry["budget"]) == (search, goal.budget)
-        same_rule = setting.rule == goal.variant.at(setting.knob, num_layers)
+        is_same_rule = setting.rule == rule_at(goal.variant, setting.knob)
     except (KeyError, TypeError, InputError):
         return None
-    return setting if is_same and same_rule else None
+    return setting if is_same_rule else None

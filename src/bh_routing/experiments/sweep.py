@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,12 +37,17 @@ from bh_routing.experiments.store import LOCK
 from bh_routing.experiments.stored_run import StoredRun
 from bh_routing.experiments.variants import Variant
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.records import RUN_JSON, SCHEMA_VERSION
+from bh_routing.records import RUN_JSON, SCHEMA_VERSION, QualityRecord
+from bh_routing.rules.base import Rule
 from bh_routing.rules.catalog import rule_to_config
+from bh_routing.rules.per_layer_top_k import PerLayerTopK
 from bh_routing.rules.top_k import TopK
+from bh_routing.rules.top_p import TopP
 
 KIND: Final = "sweep"
 SWEEP_JSON: Final = "sweep.json"
+CURVES: Final = (TopP.method, PerLayerTopK.method)
+"""Rules that others are compared with at equal cost, beside static top-k."""
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +63,8 @@ class SweepOptions:
     """Files or datasets to score on; empty: the packaged evaluation text."""
     max_tokens: int | None = None
     """Scored tokens in all; None for all."""
+    command: str | None = None
+    """What was typed, for whoever reads the results."""
 
 
 def sweep(spec: RunSpec, options: SweepOptions) -> dict[str, Any]:
@@ -108,17 +116,20 @@ def _sweep_begun(prepared: _Prepared, start: float) -> dict[str, Any]:
         loaded.model, loaded.tokenizer, calibration_documents(spec).documents, calibration
     )
     document = _document(prepared, calibration, about, search)
-    earlier = stored.get(KIND, {}).get("points", [])
-    document[KIND]["points"] = earlier
+    earlier = {part: stored.get(KIND, {}).get(part, []) for part in ("points", "curve_points")}
+    document[KIND] |= earlier
     _write(spec.output, document)
     clock.append(time.perf_counter())
     goals = [Goal(variant=v, budget=b) for v in options.variants for b in options.budgets]
-    settings = search.find(goals, known=earlier)
-    document[KIND]["points"] = [setting.to_document(search.key) for setting in settings]
+    beyond = _curve_goals(options, loaded.facts.model_top_k)
+    found = search.find([*goals, *beyond], known=[*earlier["points"], *earlier["curve_points"]])
+    settings, curve_settings = found[: len(goals)], found[len(goals) :]
+    document[KIND]["points"] = search.to_documents(settings)
+    document[KIND]["curve_points"] = search.to_documents(curve_settings)
     _write(spec.output, document, settings)
     clock.append(time.perf_counter())
     with ledger:
-        references = _score(settings, loaded, text, calibration, ledger)
+        references = _score(settings, curve_settings, loaded, text, calibration, ledger)
     clock.append(time.perf_counter())
     document[KIND]["references"] = [
         {"config_name": name, "k": rule.k} for name, rule in references.items()
@@ -138,6 +149,33 @@ def _sweep_begun(prepared: _Prepared, start: float) -> dict[str, Any]:
         spec.output,
     )
     return document
+
+
+def curve_budgets(budgets: Sequence[float], model_top_k: int) -> list[float]:
+    """Return budgets that a reference curve needs beside those asked for, so that lines are short.
+
+    One beyond each end, since a rule's mean on the text falls a little short of its budget or
+    exceeds it, and enough between two to leave no gap wider than one expert.
+
+    Example:
+        >>> curve_budgets([6, 4, 3], model_top_k=8)
+        [7.0, 5.0, 2.0]
+    """
+    ends = [max(1.0, min(budgets) - 1), *budgets, min(float(model_top_k), max(budgets) + 1)]
+    found = set(map(float, ends))
+    for low, high in pairwise(sorted(found)):
+        steps = math.ceil(high - low)
+        found |= {low + (high - low) * i / steps for i in range(1, steps)}
+    return sorted(found - set(budgets), reverse=True)
+
+
+def _curve_goals(options: SweepOptions, model_top_k: int) -> list[Goal]:
+    return [
+        Goal(variant=variant, budget=budget)
+        for variant in options.variants
+        if variant.method in CURVES
+        for budget in curve_budgets(options.budgets, model_top_k)
+    ]
 
 
 def check_overlap(evaluation: Sequence[Document], calibration: Sequence[Document]) -> None:
@@ -257,7 +295,11 @@ def _document(
             **asdict(loaded.facts),
             "device_name": device_name(loaded.model.device),
         },
-        "provenance": {**collect_provenance(spec.seed), "threads": loaded.batch_threads},
+        "provenance": {
+            **collect_provenance(spec.seed),
+            "threads": loaded.batch_threads,
+            "command": options.command,
+        },
         "timing": None,
         "text": {
             "sha256": text.sha256,
@@ -271,27 +313,44 @@ def _document(
             "search_text_sha256": search.text.sha256,
             "search_tokens": search.num_tokens,
         },
-        KIND: {"budgets": list(options.budgets), "points": [], "references": []},
+        KIND: {
+            "budgets": list(options.budgets),
+            "points": [],
+            "curve_points": [],
+            "references": [],
+        },
     }
 
 
 def _score(
     settings: Sequence[Setting],
+    curve_settings: Sequence[Setting],
     loaded: Loaded,
     text: QualityText,
     calibration: Calibration | None,
     ledger: QualityLedger,
 ) -> dict[str, TopK]:
-    """Score what meets its budget, then static top-k on both sides of each mean."""
-    model, tokenizer = loaded.model, loaded.tokenizer
+    """Score what meets its budget, then static top-k on both sides of each mean and one below."""
+
+    def score_all(rules: Mapping[str, Rule]) -> list[QualityRecord]:
+        return score_missing(loaded.model, loaded.tokenizer, text, rules, calibration, ledger)
+
     for setting in settings:
         if setting.unreachable is not None:
             log.warning("%s is left out: %s", setting.goal.config_name, setting.unreachable)
-    rules = {s.goal.config_name: s.rule for s in settings if s.unreachable is None}
-    records = score_missing(model, tokenizer, text, rules, calibration, ledger)
-    references = static_references(rules, records)
-    score_missing(model, tokenizer, text, references, calibration, ledger)
+    rules = _reached(settings)
+    records = score_all(rules | _reached(curve_settings))
+    references = static_references(rules, [r for r in records if r.config_name in rules])
+    lowest = min((rule.k for rule in references.values()), default=1)
+    if lowest > 1:
+        # In some domain and in some resample a mean lies below that of the whole text.
+        references = {f"topk_{lowest - 1}": TopK(k=lowest - 1)} | references
+    score_all(references)
     return references
+
+
+def _reached(settings: Sequence[Setting]) -> dict[str, Rule]:
+    return {s.goal.config_name: s.rule for s in settings if s.unreachable is None}
 
 
 def _write(

@@ -20,6 +20,7 @@ DEFAULT_VARIANTS: Final = (
     "bh_drop:scope=block,statistic=sensitivity",
     "contribution_threshold:statistic=sensitivity",
     "top_p",
+    "per_layer_top_k",
     "min_p",
     "entropy",
     "random_k",

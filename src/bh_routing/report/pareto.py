@@ -160,6 +160,11 @@ def _scale(axes: Axes, series: Sequence[Series]) -> bool:
         axes.set_ylim(0.6 * min(lost), 1.5 * max(lost))
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_minor_formatter(NullFormatter())
+    elif lost:
+        # By what is in sight: static top-k goes on to either side.
+        ends = [percent_change(end) for mark in marks for end in (mark.low, mark.high)]
+        seen = [0.0, 1.2 * max(lost), *(end for end in ends if math.isfinite(end))]
+        axes.set_ylim(1.1 * min(seen), 1.1 * max(seen))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     return is_log
 

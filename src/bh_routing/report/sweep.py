@@ -15,10 +15,8 @@ from bh_routing.analysis.bootstrap import RESAMPLES
 from bh_routing.analysis.quality import QualityOptions
 from bh_routing.analysis.sweep import (
     OFF_BUDGET,
-    REFERENCES,
     SweepTables,
     analyze_sweep,
-    beats,
 )
 from bh_routing.analysis.sweep_records import STATIC
 from bh_routing.analysis.sweep_row import DomainRow, SweepRow, winner_columns
@@ -37,6 +35,14 @@ from bh_routing.report.pareto import (
     draw_pareto,
 )
 from bh_routing.report.style import look, save
+from bh_routing.report.sweep_against import (
+    HOW,
+    NAMES,
+    WHY_THREE,
+    against,
+    each_rule,
+    winners_table,
+)
 from bh_routing.report.sweep_verdict import (
     domains_title,
     is_kept_on_the_harder_bar,
@@ -52,7 +58,6 @@ from bh_routing.report.text import (
     loss_percent,
     markdown,
     number,
-    p_value,
     percent,
     signed,
 )
@@ -97,7 +102,8 @@ def render_sweep(tables: SweepTables) -> str:
     parts = [
         f"# Quality at equal cost{': ' + markdown(name, 80) if name else ''}",
         section("Verdict", *verdict(tables)),
-        section("Winners", _winners(tables), _HOW, _harder_bar(tables)),
+        section("Winners", winners_table(tables), WHY_THREE, HOW, _harder_bar(tables)),
+        section("Each rule against the references", each_rule(tables)),
         section(
             "Loss against experts",
             picture(PARETO_PLOT, "Increase in perplexity against mean experts, by rule"),
@@ -110,7 +116,7 @@ def render_sweep(tables: SweepTables) -> str:
             picture(DOMAINS_PLOT, "The same in each domain of the text"),
             _domains(tables.domains),
             "Knobs were set for the whole text, so a rule that chooses by token keeps more experts "
-            "in one domain than in another: *drift*. Both references are read at the mean of the "
+            "in one domain than in another: *drift*. All references are read at the mean of the "
             "domain. Intervals hold one by one here; read the signs.",
         ),
         section("What was measured on what", _provenance(tables)),
@@ -125,18 +131,6 @@ def render_sweep(tables: SweepTables) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-_HOW: Final = (
-    "The difference is the rule's ΔNLL minus the reference's at the rule's own mean number of "
-    "experts, in nats a token; *saved* is the share of the reference's increase in perplexity that "
-    "the rule avoids. Static top-k lies on the line between its whole neighbours, top-p on the "
-    "line between its own points. Books are drawn with replacement, and means and lines are "
-    "computed anew in each resample. Intervals are simultaneous over all tests of the table, p is "
-    "corrected by Holm over the same tests. *yes* needs both. A rule called "
-    "`contribution_threshold` is BH-drop too: run once over all calibration slots, BH gives such a "
-    "threshold."
-)
-
-
 def _write_csv(path: Path, rows: Iterable[Mapping[str, object]]) -> Path:
     return write_bytes(
         path, pd.DataFrame(list(rows)).to_csv(index=False).encode("utf-8", "replace")
@@ -147,6 +141,8 @@ def _series(rows: Sequence[SweepRow | DomainRow]) -> tuple[Series, ...]:
     """One line a rule and variant, static top-k first."""
     marks: dict[str, list[Mark]] = {}
     for row in rows:
+        if isinstance(row, SweepRow) and row.is_curve_only:
+            continue
         label = STATIC_LABEL if row.rule == STATIC else series_label(row)
         marks.setdefault(label, []).append(
             Mark(
@@ -180,48 +176,11 @@ def _domain_panels(rows: Sequence[DomainRow]) -> list[Panel]:
     ]
 
 
-def _winners(tables: SweepTables) -> str:
-    header = ["budget", "among", "loses least", "experts", "ΔPPL", "vs static top-k", "saved",
-              "p", "beats it", "vs top-p", "saved", "p", "beats it"]  # fmt: skip
-    rows = []
-    for winner in tables.winners:
-        row = winner.row
-        first = [f"{winner.budget:g}", code(winner.among)]
-        if row is None:
-            rows.append([*first, "none compared", *[MISSING] * 10])
-            continue
-        cells = [code(series_label(row)), number(row.mean_experts),
-                 loss_percent(row.perplexity_ratio)]  # fmt: skip
-        for name, answer in zip(REFERENCES, (winner.beats_top_k, winner.beats_top_p), strict=True):
-            cells += [*_against(row, name), f"**{answer}**" if answer == "yes" else answer]
-        rows.append([*first, *cells])
-    return table(header, rows)
-
-
-def _against(row: SweepRow, name: str) -> list[str]:
-    def value(field: str) -> float:
-        return float(getattr(row, f"{name}_{field}"))
-
-    ends = interval(100 * value("saved_low"), 100 * value("saved_high"), 0)
-    difference = f"{signed(value('difference'), 3)} {interval(value('low'), value('high'), 3)}"
-    return [
-        difference if math.isfinite(value("difference")) else MISSING,
-        f"{percent(value('saved'))} {ends}" if math.isfinite(value("saved")) else MISSING,
-        p_value(value("p_corrected")),
-    ]
-
-
 def _harder_bar(tables: SweepTables) -> str:
     """How many wins stay wins where the reference is joined on a log scale."""
     texts = []
-    for name, shown in zip(REFERENCES, ("static top-k", "top-p"), strict=True):
-        won = [
-            row
-            for row in tables.rows
-            if beats(*(getattr(row, f"{name}_{f}")
-                       for f in ("difference", "low", "high", "p_corrected")))
-            == "yes"
-        ]  # fmt: skip
+    for name, shown in NAMES.items():
+        won = [row for row in tables.rows if getattr(row, f"beats_{name}") == "yes"]
         kept = sum(is_kept_on_the_harder_bar(row, name) for row in won)
         if won:
             texts.append(f"{kept} of {len(won)} wins over {shown}")
@@ -250,7 +209,7 @@ def _points(rows: Sequence[SweepRow]) -> str:
                 interval(row.delta_nll_low, row.delta_nll_high, 4),
                 number(row.kl_mean, 4),
                 percent(row.same_top1_share, 1),
-                *([MISSING] * 3 if static else _against(row, STATIC)),
+                *([MISSING] * 3 if static else against(row, STATIC)),
                 f"{row.top_k_domains} of {row.domains}" if row.top_k_at_mean > 0 else MISSING,
             ]
         )
@@ -284,7 +243,7 @@ def _notes(rows: Sequence[SweepRow]) -> str:
 
 def _domains(rows: Sequence[DomainRow]) -> str:
     header = ["rule", "budget", "domain", "experts", "drift", "ΔNLL", "vs static top-k",
-              "95 % interval", "saved", "vs top-p"]  # fmt: skip
+              "95 % interval", "saved", "vs top-p", "vs per-layer top-k"]  # fmt: skip
     lines = [
         [
             code(series_label(row)),
@@ -297,6 +256,7 @@ def _domains(rows: Sequence[DomainRow]) -> str:
             interval(row.top_k_low, row.top_k_high, 3),
             percent(row.top_k_saved),
             signed(row.top_p_difference, 3),
+            signed(row.per_layer_top_k_difference, 3),
         ]
         for row in rows
         if row.rule != STATIC
@@ -311,7 +271,8 @@ def _provenance(tables: SweepTables) -> str:
         scalars = [
             f"{markdown(key, 40)} {markdown(_shown(value), 80)}"
             for key, value in child(run, block).items()
-            if isinstance(value, str | int | float) and not isinstance(value, bool)
+            if isinstance(value, str | int | float)
+            and not (isinstance(value, bool) or key == "command")
         ]
         if scalars:
             rows.append([block, ", ".join(scalars)])

@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from bh_routing.analysis.sweep import ALL_RULES, SIGNIFICANCE_LEVEL, SweepTables
+from bh_routing.analysis.sweep import (
+    ALL_RULES,
+    PER_LAYER,
+    SIGNIFICANCE_LEVEL,
+    TOP_P,
+    SweepTables,
+)
+from bh_routing.analysis.sweep_records import STATIC
 from bh_routing.analysis.sweep_row import DomainRow, SweepRow, Winner
 from bh_routing.report.text import code, listed, number, p_value, percent, plain
 
@@ -23,11 +30,13 @@ def series_label(row: SweepRow | DomainRow) -> str:
 
 
 def verdict(tables: SweepTables) -> list[str]:
-    """Three sentences: against static top-k, against top-p, and the best BH rule by domain."""
+    """A sentence against each reference, and one on the best BH rule by domain."""
     overall = [w for w in tables.winners if w.among == ALL_RULES]
     if not any(winner.row for winner in overall):
         return ["No point could be compared with static top-k at its own mean number of experts."]
-    sentences = [_against_top_k(overall), _against_top_p(overall)]
+    sentences = [_against_top_k(overall), _against_curve(overall, TOP_P, "top-p")]
+    if any(row.rule == PER_LAYER for row in tables.rows):
+        sentences.append(_against_curve(overall, PER_LAYER, "per-layer top-k"))
     own = [w for w in tables.winners if w.among != ALL_RULES]
     return [*sentences, *([_bh(own)] if own else [])]
 
@@ -83,7 +92,7 @@ def _saves(share: float) -> str:
     return f"saves {percent(share)}" if share >= 0 else f"loses {percent(-share)} more"
 
 
-def _against_top_p(winners: Sequence[Winner]) -> str:
+def _against_curve(winners: Sequence[Winner], name: str, shown: str) -> str:
     groups = {
         "yes": "the same points lose less at {}",
         "undecided": f"there is {UNDECIDED} at {{}}",
@@ -92,33 +101,34 @@ def _against_top_p(winners: Sequence[Winner]) -> str:
     }
     parts = []
     for answer, text in groups.items():
-        own = [w for w in winners if w.beats_top_p == answer and w.row and w.row.rule != "top_p"]
+        own = [
+            w
+            for w in winners
+            if w.row and w.row.rule != name and getattr(w.row, f"beats_{name}") == answer
+        ]
         if own:
-            shares = "" if answer == "unknown" else f" ({_span(own, 'top_p_saved')} saved)"
+            shares = "" if answer == "unknown" else f" ({_span(own, f'{name}_saved')} saved)"
             parts.append(text.format(_budgets(own)) + shares)
     if not parts:
-        return "**Against top-p** there is nothing to compare: it is itself what loses least."
-    return f"**Against top-p** {'; '.join(parts)}."
+        return f"**Against {shown}** there is nothing to compare: it is itself what loses least."
+    return f"**Against {shown}** {'; '.join(parts)}."
 
 
 def _bh(winners: Sequence[Winner]) -> str:
     rows = [w.row for w in winners if w.row]
     if not rows:
         return "**The best BH-drop variant** could not be compared at any budget."
-    both = [w for w in winners if w.beats_top_k == "yes" and w.beats_top_p == "yes"]
-    one = [w for w in winners if w.beats_top_k == "yes" and w not in both]
     texts = []
-    if both:
-        texts.append(f"loses less than static top-k and than top-p at {_budgets(both)}")
-    if one:
-        texts.append(f"less than static top-k alone at {_budgets(one)}")
-    if not texts:
-        texts.append("beats neither static top-k nor top-p clearly")
+    for name, shown in ((STATIC, "static top-k"), (TOP_P, "top-p"), (PER_LAYER, "per-layer top-k")):
+        won = [w for w in winners if getattr(w, f"beats_{name}") == "yes"]
+        if won:
+            texts.append(f"than {shown} at {_budgets(won)}")
+    found = f"loses less {listed(texts)}" if texts else "beats no reference clearly"
     signs = listed(
         f"{row.top_k_domains} of {row.domains} at {number(row.budget, 1)}" for row in rows
     )
     return (
-        f"**The best BH-drop variant** {' and '.join(texts)}, saving {_span(winners)} of static "
+        f"**The best BH-drop variant** {found}, saving {_span(winners)} of static "
         f"top-k's increase in perplexity; domains in which it loses less than static top-k: "
         f"{signs}."
     )

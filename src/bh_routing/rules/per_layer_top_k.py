@@ -66,6 +66,30 @@ class PerLayerTopK(MixingRule):
         larger = set(layer_order[:extra])
         return cls(tuple(base + (layer in larger) for layer in range(num_layers)))
 
+    @classmethod
+    def from_losses(cls, mean_experts: float, losses_LK: Sequence[Sequence[float]]) -> PerLayerTopK:
+        """Share out a mean number of experts so that little is lost, if losses of layers add.
+
+        From all experts down, the expert goes whose layer loses least by it, and so on until the
+        total is met to within half an expert: optimal where each layer's losses are convex.
+
+        Args:
+            mean_experts: mean over layers, at least 1.
+            losses_LK: of each layer, the loss if it alone keeps 1, 2, ... K experts.
+        Example:
+            >>> PerLayerTopK.from_losses(2.0, [[0.9, 0.4, 0.0], [0.3, 0.1, 0.0]]).k
+            (3, 1)
+        """
+        k = [len(losses) for losses in losses_LK]
+        for _ in range(sum(k) - round(mean_experts * len(k))):
+            _, layer = min(
+                (losses_LK[layer][kept - 2] - losses_LK[layer][kept - 1], layer)
+                for layer, kept in enumerate(k)
+                if kept > 1
+            )
+            k[layer] -= 1
+        return cls(tuple(k))
+
     def num_candidates(self, model_top_k: int) -> int:
         """The model's own slots, or more if a layer asks for more."""
         return max(model_top_k, *self.k)
