@@ -47,7 +47,6 @@ def journal_line(row: ExperimentRecord, version: int = SCHEMA_VERSION) -> str:
         "key": f"{row.config_name}/{row.prompt_text}",
         "record": asdict(row),
         "detail": asdict(ExperimentDetail(output_token_ids=[3, 1], experts_by_layer=[8.0])),
-        "checksum": "0",
     }
     return json.dumps(entry) + "\n"
 

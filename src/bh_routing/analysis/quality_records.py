@@ -26,9 +26,9 @@ def read_quality(path: Path) -> tuple[QualityRecord, ...]:
         values = entry.get("record", entry)
         try:
             record = _record(values)
+            records[record.config_name, record.document] = record
         except (KeyError, TypeError, ValueError) as error:
             raise half_read(path, f"line {number} isn't a quality record ({error})") from error
-        records[record.config_name, record.document] = record
     return tuple(records.values())
 
 

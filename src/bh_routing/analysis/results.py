@@ -30,6 +30,7 @@ from bh_routing.records import (
     ExperimentDetail,
     ExperimentRecord,
     QualityRecord,
+    journal_seed,
 )
 
 TEXT_COLUMNS: Final = tuple(f.name for f in fields(ExperimentRecord) if f.type == "str")
@@ -101,7 +102,10 @@ def load_results(folder: str | Path) -> Results:
             f"{path} holds neither {RESULTS_CSV} nor {JOURNAL}; name a folder that "
             "bh-routing run wrote"
         )
-    entries = list(_journal_entries(journal)) if journal.is_file() else []
+    run = _read_object(path / RUN_JSON) or {}
+    identity = run.get("identity")
+    seed = journal_seed(identity) if isinstance(identity, dict) else None
+    entries = list(_journal_entries(journal, seed)) if journal.is_file() else []
     if table.is_file():
         experiments = read_experiments(table)
     else:
@@ -112,7 +116,6 @@ def load_results(folder: str | Path) -> Results:
         for record, detail in entries
         if (key := (str(record["config_name"]), str(record["prompt_text"]))) in wanted
     }
-    run = _read_object(path / RUN_JSON) or {}
     scored = path / QUALITY_JOURNAL
     return Results(
         folder=path,
@@ -190,10 +193,12 @@ def _numbers(column: pd.Series, source: Path | None) -> pd.Series:
     return numbers.astype(np.int64) if whole and not absent.any() else numbers
 
 
-def _journal_entries(path: Path) -> Iterator[tuple[dict[str, Any], ExperimentDetail]]:
+def _journal_entries(
+    path: Path, seed: str | None
+) -> Iterator[tuple[dict[str, Any], ExperimentDetail]]:
     """The journal's experiments in order; of one that was run again the last counts."""
     known = {f.name for f in fields(ExperimentDetail)}
-    for number, entry in read_lines(path):
+    for number, entry in read_lines(path, seed):
         try:
             record, detail = dict(entry["record"]), dict(entry["detail"])
         except (ValueError, KeyError, TypeError) as error:
@@ -209,7 +214,7 @@ def _read_object(path: Path) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise half_read(path, str(error)) from error
     if not isinstance(value, dict):
         raise half_read(path, f"it holds a {type(value).__name__}, not an object")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bh_routing.cli.console import console_log
+from bh_routing.cli.interrupts import interruptible
 from bh_routing.cli.options import (
     BudgetOption,
     CalibrationOption,
@@ -70,34 +71,41 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> int:
     """Score configurations against the model's own top-k on the same tokens."""
-    from bh_routing.analysis.quality import QualityOptions, analyze_quality
-    from bh_routing.experiments.evaluate import EvaluateOptions
-    from bh_routing.experiments.evaluate import evaluate as run_evaluation
-    from bh_routing.experiments.spec import make_spec
+    with console_log(), interruptible(_way_on(output)):
+        # Inside: importing torch takes seconds, in which Ctrl-C must work too.
+        from bh_routing.analysis.quality import QualityOptions, analyze_quality
+        from bh_routing.experiments.evaluate import EvaluateOptions
+        from bh_routing.experiments.evaluate import evaluate as run_evaluation
+        from bh_routing.experiments.spec import make_spec
 
-    options = QualityOptions(seed=seed) if margin is None else QualityOptions(margin, seed=seed)
-    spec = make_spec(
-        model=model,
-        device=device,
-        dtype="float32" if no_fp16 else defaults.DTYPE,
-        configs=_configs(context.obj, config, configs, rule),
-        budget=budget,
-        calibration=calibration,
-        calibration_text=calibration_text,
-        seed=seed,
-    )
-    with console_log():
+        options = QualityOptions(seed=seed) if margin is None else QualityOptions(margin, seed=seed)
+        spec = make_spec(
+            model=model,
+            device=device,
+            dtype="float32" if no_fp16 else defaults.DTYPE,
+            configs=_configs(context.obj, config, configs, rule),
+            budget=budget,
+            calibration=calibration,
+            calibration_text=calibration_text,
+            seed=seed,
+        )
         found = run_evaluation(
             spec,
             EvaluateOptions(
                 texts=text or (), max_tokens=tokens, window=window, stride=stride, output=output
             ),
         )
-    document = _facts(model, found) | analyze_quality(found.records, options)
-    if output is not None:
-        _write(output, document)
+        document = _facts(model, found) | analyze_quality(found.records, options)
+        if output is not None:
+            _write(output, document)
     typer.echo(json.dumps(document, indent=2) if as_json else _table(document))
     return 0
+
+
+def _way_on(output: Path | None) -> str:
+    if output is None:
+        return "nothing was kept; with --output a stopped evaluation can go on"
+    return f"the same command goes on with what {output} holds"
 
 
 def _configs(

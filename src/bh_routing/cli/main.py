@@ -19,7 +19,7 @@ from bh_routing.cli.calibrate import calibrate
 from bh_routing.cli.doctor import doctor
 from bh_routing.cli.evaluate import evaluate
 from bh_routing.cli.export import export
-from bh_routing.cli.interrupts import Terminated
+from bh_routing.cli.interrupts import EXIT_INTERRUPTED
 from bh_routing.cli.lm_eval import lm_eval
 from bh_routing.cli.models import models
 from bh_routing.cli.report import report
@@ -31,8 +31,6 @@ from bh_routing.errors import BHRoutingError, ExperimentError
 EXIT_DONE: Final = 0
 EXIT_FAILED: Final = 1
 EXIT_BAD_INPUT: Final = 2
-EXIT_INTERRUPTED: Final = 130
-EXIT_TERMINATED: Final = 143
 
 app = typer.Typer(
     name="bh-routing",
@@ -90,22 +88,18 @@ def main(argv: Sequence[str] | None = None, surroundings: Surroundings | None = 
     except BHRoutingError as error:
         _complain(str(error))
         return EXIT_FAILED if isinstance(error, ExperimentError) else EXIT_BAD_INPUT
-    except Terminated:
-        return EXIT_TERMINATED
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except typer.Abort:
+    except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone, as `head` does: nothing is left to say, and the
         # interpreter must not try again when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # what is our own mistake is raised again
         # Typer's own errors; their base class isn't public in every version.
         message = getattr(error, "format_message", None)
         if message is None:
-            raise
+            return _explain(error)
         text = message()
         if text:
             _complain(text)
@@ -124,6 +118,23 @@ def process_arguments() -> list[str]:
         arguments[:1] == ["-f"] and arguments[-1].endswith(".json")
     )
     return [] if is_kernel else arguments
+
+
+def _explain(error: Exception) -> int:
+    """Name what the machine, not we, refused, with the remedy; raise what is our own mistake."""
+    from bh_routing.experiments.failures import OUT_OF_MEMORY, is_out_of_memory
+
+    if is_out_of_memory(error):
+        _complain(OUT_OF_MEMORY)
+        return EXIT_FAILED
+    if isinstance(error, OSError):
+        what = error.filename or "a file"
+        _complain(
+            f"{what} can't be read or written ({error.strerror or error}); check the path, its "
+            "rights and the room on the disk"
+        )
+        return EXIT_BAD_INPUT
+    raise error
 
 
 def _complain(text: str) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from bh_routing.cli.conclusion_hooks import make_hooks
 from bh_routing.cli.console import console_log
-from bh_routing.cli.interrupts import Terminated, sigterm_raises
+from bh_routing.cli.interrupts import interruptible
 from bh_routing.cli.options import (
     BudgetOption,
     CalibrationOption,
@@ -94,9 +94,12 @@ def run(
         "no_eval": no_eval,
         "eval_tokens": eval_tokens,
     }
-    outcome = _run(values, surroundings)
-    if isinstance(outcome, int):
-        return outcome
+    with console_log(), interruptible(f"the same command goes on with what {output} holds"):
+        # Inside: importing torch takes seconds, in which Ctrl-C must work too.
+        from bh_routing.experiments.run import run as run_experiments
+        from bh_routing.experiments.spec import make_spec
+
+        outcome = run_experiments(make_spec(**values), make_hooks(surroundings))
     if as_json:
         _print_outcome(outcome)
     return outcome.exit_code
@@ -131,20 +134,6 @@ def choose(
         select_configs(chosen.configs, config_names),
         select_prompts(chosen.prompts, prompt_items),
     )
-
-
-def _run(values: dict[str, Any], surroundings: Surroundings) -> RunOutcome | int:
-    """Run, or return the exit code of an interruption."""
-    with console_log(), sigterm_raises():
-        try:
-            # Inside: importing torch takes seconds, in which Ctrl-C must work too.
-            from bh_routing.experiments.run import run as run_experiments
-            from bh_routing.experiments.spec import make_spec
-
-            return run_experiments(make_spec(**values), make_hooks(surroundings))
-        except KeyboardInterrupt as interruption:
-            typer.echo("bh-routing: interrupted", err=True)
-            return 143 if isinstance(interruption, Terminated) else 130
 
 
 def _print_outcome(outcome: RunOutcome) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from bh_routing.cli.conclusion_hooks import conclude_sweep
 from bh_routing.cli.console import console_log
-from bh_routing.cli.interrupts import sigterm_raises
+from bh_routing.cli.interrupts import interruptible
 from bh_routing.cli.options import (
     CalibrationOption,
     CalibrationTextOption,
@@ -51,7 +51,7 @@ def sweep(
     as_json: JsonOption = False,
 ) -> int:
     """Compare rules at equal mean numbers of experts; knobs come from calibration text alone."""
-    with console_log(), sigterm_raises():
+    with console_log(), interruptible(f"the same command goes on with what {output} holds"):
         # Inside: importing torch takes seconds, in which Ctrl-C must work too.
         from bh_routing.experiments.spec import make_spec
         from bh_routing.experiments.sweep import SweepOptions

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from bh_routing.experiments.failures import OUT_OF_MEMORY, is_out_of_memory
 from bh_routing.experiments.files import render_json, write_atomically
 from bh_routing.experiments.run_log import FILE_ONLY
 from bh_routing.records import SUMMARY_JSON
@@ -64,6 +65,8 @@ def guard(what: str, problems: list[str], step: Callable[[], ResultT]) -> Result
     except Exception as error:  # what is finished is on disk: say what failed and go on
         log.exception("%s failed", what, extra=FILE_ONLY)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if is_out_of_memory(error):
+            reason = OUT_OF_MEMORY
         problems.append(f"{what} failed ({reason}); every finished experiment is kept")
         return None
 

@@ -97,7 +97,16 @@ def read_config_file(path: Path) -> ConfigFile:
         values = yaml.load(content, Loader=_Loader)  # derived from SafeLoader
     except _Refused as refusal:
         raise InputError(f"configuration file {path} {refusal}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    # Beside its own errors PyYAML lets others through, such as KeyError for `!!bool maybe`.
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
         problem = " ".join(str(error).split())
         raise InputError(
             f"configuration file {path} isn't valid YAML ({problem[:200]}); correct it"

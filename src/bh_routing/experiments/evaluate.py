@@ -14,6 +14,7 @@ from bh_routing.engine.texts import packaged_documents, read_documents
 from bh_routing.experiments.budget import bring_to_budget
 from bh_routing.experiments.calibrating import obtain_calibration
 from bh_routing.experiments.chained_lines import digest
+from bh_routing.experiments.folder_lock import only_writer
 from bh_routing.experiments.quality import QualityLedger, QualityText, prepare_text, score_missing
 from bh_routing.experiments.spec import RunSpec, make_rules
 from bh_routing.models.discovery import ModelFacts, describe_model
@@ -83,6 +84,7 @@ def evaluate(spec: RunSpec, options: EvaluateOptions) -> Evaluation:
     start = time.perf_counter()
     with ExitStack() as stack:
         folder = options.output or Path(stack.enter_context(TemporaryDirectory()))
+        stack.enter_context(only_writer(folder))
         ledger = stack.enter_context(QualityLedger(folder, text, seed))
         records = score_missing(
             model, tokenizer, text, {n.name: n.rule for n in rules}, calibration, ledger

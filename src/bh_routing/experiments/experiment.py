@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from bh_routing.engine.generate import Generation, generate_greedy
+from bh_routing.errors import ExperimentError
+from bh_routing.experiments.failures import any_nan, find_nan, watch_logits
 from bh_routing.experiments.metrics import load_balance
 from bh_routing.experiments.spec import NamedRule, Prompt
 from bh_routing.models.routing import route
@@ -49,12 +51,19 @@ def run_experiment(
         The record and its detail.
     Raises:
         InputError: the rule doesn't fit the model, or needs a calibration.
+        ExperimentError: the model gave NaN; the text says from which layer on.
     """
     device = subject.model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with route(subject.model, named_rule.rule, subject.calibration) as trace:
+    with (
+        route(subject.model, named_rule.rule, subject.calibration) as trace,
+        watch_logits(subject.model) as sums,
+    ):
         generation = generate_greedy(subject.model, subject.tokenizer, prompt.text, max_tokens)
+    if any_nan(sums):
+        ids = [*subject.tokenizer(prompt.text)["input_ids"], *generation.token_ids]
+        raise ExperimentError(find_nan(subject.model, named_rule.rule, subject.calibration, ids))
     peak = int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None
     return _summarise(generation, trace, named_rule.name, prompt, peak)
 
@@ -73,7 +82,7 @@ def failed_experiment(named_rule: NamedRule, prompt: Prompt, error: str) -> Expe
         prompt_category=prompt.category,
         prompt_description=prompt.description,
         status=STATUS_FAILED,
-        error=error,
+        error=error.encode(errors="backslashreplace").decode(),  # a file's name may be no UTF-8
     )
     return Experiment(record, ExperimentDetail())
 

@@ -17,14 +17,36 @@ from typing import Any, Final
 
 import numpy as np
 
+from bh_routing.errors import ResultsError
 from bh_routing.records import CSV_COLUMNS, ExperimentRecord
 
 TEMPORARY_SUFFIX: Final = ".tmp"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Put `content` at `path` through a temporary neighbour, fsync and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Put `content` at `path` through a temporary neighbour, fsync and rename.
+
+    The folder must exist: made again, one that vanished would hold half of a run.
+
+    Raises:
+        ResultsError: the disk is full, or the folder is gone or may not be written to.
+    """
+    try:
+        _write_and_rename(path, content)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> ResultsError:
+    """Build the error for a file that the system doesn't let us write."""
+    return ResultsError(
+        f"{path} can't be written ({error.strerror or error}); make room or give the right to "
+        "write there, or choose another --output: what finished is kept, and the same command "
+        "goes on from there"
+    )
+
+
+def _write_and_rename(path: Path, content: bytes) -> None:
     descriptor, name = tempfile.mkstemp(
         dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY_SUFFIX
     )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from tqdm import tqdm
 
 from bh_routing.experiments.experiment import (
@@ -18,6 +16,7 @@ from bh_routing.experiments.experiment import (
     run_experiment,
     warm_up,
 )
+from bh_routing.experiments.failures import OUT_OF_MEMORY, is_out_of_memory, release_memory
 from bh_routing.experiments.identity import experiment_key
 from bh_routing.experiments.run_log import FILE_ONLY
 from bh_routing.experiments.spec import NamedRule, Prompt, shorten
@@ -53,16 +52,23 @@ def run_grid(
 ) -> int:
     """Run the experiments that the store lacks, failed ones again; return how many ran."""
     num_run = 0
-    pending = [cell for cell in grid if store.finished_record(cell.key) is None]
+    num_done = sum(store.finished_record(cell.key) is not None for cell in grid)
     with tqdm(
         total=len(grid),
-        initial=len(grid) - len(pending),
+        initial=num_done,
         desc="experiments",
         file=sys.stderr,
         dynamic_ncols=True,
     ) as bar:
         for named_rule in rules:
-            cells = [cell for cell in pending if cell.named_rule is named_rule]
+            cells, means = [], []
+            for cell in grid:
+                if cell.named_rule is not named_rule:
+                    continue
+                if (done := store.finished_record(cell.key)) is None:
+                    cells.append(cell)
+                else:
+                    means.append(done.avg_experts_per_token)
             if not cells:
                 continue
             _warm_up(subject, cells[0])
@@ -70,7 +76,9 @@ def run_grid(
                 experiment = attempt(subject, cell, max_tokens)
                 store.add(cell.key, experiment.record, experiment.detail)
                 num_run += 1
-                _report_progress(bar, store, grid, cell, experiment.record)
+                if experiment.record.status == STATUS_OK:
+                    means.append(experiment.record.avg_experts_per_token)
+                _report_progress(bar, cell, experiment.record, means)
             release_memory()
     return num_run
 
@@ -92,29 +100,11 @@ def attempt(
                 log.debug("traceback of the failure", exc_info=error, extra=FILE_ONLY)
                 break
         # Out of the except block: the traceback has let go of the tensors by now.
-        problem = (
-            "out of memory, twice; use --device cpu, a smaller --max-tokens, or a smaller dtype "
-            "(leave out --no-fp16)"
-        )
+        problem = OUT_OF_MEMORY.replace(";", ", twice;", 1)
         release_memory()
     name = f"{cell.named_rule.name} on {shorten(cell.prompt.text)!r}"
     log.warning("%s failed: %s", name, problem)
     return failed_experiment(cell.named_rule, cell.prompt, problem)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error means that the device or the machine has no memory left."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    # On a CPU torch raises a plain RuntimeError, with only its text to go by.
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
-def release_memory() -> None:
-    """Give unused memory back, to the device too."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _warm_up(subject: Subject, cell: Cell) -> None:
@@ -125,19 +115,9 @@ def _warm_up(subject: Subject, cell: Cell) -> None:
 
 
 def _report_progress(
-    bar: tqdm[Any],
-    store: ResultStore,
-    grid: Sequence[Cell],
-    cell: Cell,
-    record: ExperimentRecord,
+    bar: tqdm[Any], cell: Cell, record: ExperimentRecord, means: Sequence[float]
 ) -> None:
     name = cell.named_rule.name
-    means = [
-        done.avg_experts_per_token
-        for other in grid
-        if other.named_rule is cell.named_rule
-        and (done := store.finished_record(other.key)) is not None
-    ]
     running = f"{sum(means) / len(means):.2f}" if means else "-"
     bar.set_postfix(config=name, experts=running, refresh=False)
     bar.update()
@@ -146,7 +126,7 @@ def _report_progress(
     log.info(
         "[%d/%d] %s on %r: %.2f experts (running mean %s), %d tokens in %.2f s",
         bar.n,
-        len(grid),
+        bar.total,
         name,
         shorten(cell.prompt.text),
         record.avg_experts_per_token,

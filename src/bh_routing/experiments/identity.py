@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from bh_routing.experiments.chained_lines import digest
 from bh_routing.experiments.spec import NamedRule, Prompt
-from bh_routing.records import SCHEMA_VERSION
+from bh_routing.records import SCHEMA_VERSION, journal_seed
 from bh_routing.rules.catalog import rule_to_config
 
 _KEY_LENGTH: Final = 16
@@ -36,14 +36,8 @@ class RunIdentity:
     """Fingerprint; None while no configuration has needed one."""
 
     def journal_seed(self) -> str:
-        """What the journal's checksums build on: all but the name and the calibration.
-
-        The calibration is left out because a folder may get its first one later, with its first
-        configuration that needs one.
-        """
-        values = asdict(self)
-        del values["calibration"], values["model"]
-        return digest(values)
+        """What the journal's checksums build on: all but the name and the calibration."""
+        return journal_seed(asdict(self))
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """Name what differs from the identity stored in a folder, value by value."""

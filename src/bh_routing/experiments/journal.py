@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, get_type_hints
 
+from pydantic import TypeAdapter, ValidationError
+
 from bh_routing.errors import ResultsError
 from bh_routing.experiments.chained_lines import (
     WAYS_OUT,
@@ -20,6 +22,9 @@ from bh_routing.records import ExperimentDetail, ExperimentRecord
 _FLOAT_FIELDS: Final = frozenset(
     name for name, kind in get_type_hints(ExperimentRecord).items() if kind is float
 )
+_KEY: Final = TypeAdapter(str)
+_RECORD: Final = TypeAdapter(ExperimentRecord)
+_DETAIL: Final = TypeAdapter(ExperimentDetail)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,9 +69,13 @@ class JournalWriter:
         self._writer = ChainedWriter(path, content.chain, seed)
 
     def append(self, key: str, record: ExperimentRecord, detail: ExperimentDetail) -> Entry:
-        """Write one line and wait until the disk has it."""
+        """Write one line and wait until the disk has it; ResultsError if it can't be written."""
         line = self._writer.append({"key": key, "record": asdict(record), "detail": asdict(detail)})
         return Entry(key=key, record=record, detail=detail, checksum=line.checksum)
+
+    def check_place(self) -> None:
+        """Raise ResultsError if the journal was removed or replaced meanwhile."""
+        self._writer.check_place()
 
     def close(self) -> None:
         """Let go of the file."""
@@ -76,12 +85,12 @@ class JournalWriter:
 def _entry(line: ChainedLine, where: str) -> Entry:
     try:
         return Entry(
-            key=line.body["key"],
+            key=_KEY.validate_python(line.body["key"]),
             record=_record(line.body["record"]),
-            detail=ExperimentDetail(**line.body["detail"]),
+            detail=_DETAIL.validate_python(line.body["detail"], extra="forbid"),
             checksum=line.checksum,
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, AttributeError, ValidationError) as error:
         raise ResultsError(f"{where} isn't an experiment; {WAYS_OUT}") from error
 
 
@@ -90,4 +99,4 @@ def _record(values: Mapping[str, Any]) -> ExperimentRecord:
         name: float("nan") if value is None and name in _FLOAT_FIELDS else value
         for name, value in values.items()
     }
-    return ExperimentRecord(**restored)
+    return _RECORD.validate_python(restored, extra="forbid")

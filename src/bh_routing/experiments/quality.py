@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
+from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from bh_routing.engine.score import score
 from bh_routing.engine.texts import Document, text_sha256
 from bh_routing.engine.windows import TokenizedDocument, check_windows, tokenize_documents
-from bh_routing.errors import ResultsError
+from bh_routing.errors import ExperimentError, ResultsError
 from bh_routing.experiments.chained_lines import (
     WAYS_OUT,
     ChainedContent,
@@ -23,6 +25,7 @@ from bh_routing.experiments.chained_lines import (
     digest,
     read_chained,
 )
+from bh_routing.experiments.failures import find_nan
 from bh_routing.models.discovery import ModelFacts
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.records import QUALITY_JOURNAL, QualityRecord
@@ -32,6 +35,7 @@ from bh_routing.rules.catalog import rule_to_config
 log = logging.getLogger(__name__)
 
 DEFAULT_WINDOW = 1024
+_RECORD: Final = TypeAdapter(QualityRecord)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,10 +159,9 @@ class QualityLedger:
                 self._check_header(line.body.get("header"))
                 continue
             try:
-                values = line.body["record"]
-                record = QualityRecord(**{f.name: values[f.name] for f in fields(QualityRecord)})
-                self._remember(line.body["key"], record)
-            except (KeyError, TypeError) as error:
+                record = _RECORD.validate_python(line.body["record"])
+                self._remember(str(line.body["key"]), record)
+            except (KeyError, ValidationError) as error:
                 raise ResultsError(
                     f"line {number + 1} of {self._path} isn't a quality record; {WAYS_OUT}"
                 ) from error
@@ -196,6 +199,8 @@ def score_missing(
         ledger: open for writing; each record goes there as soon as its document is finished.
     Returns:
         One record a rule and document, rules outer, both in their order.
+    Raises:
+        ExperimentError: the model gave NaN; the text says from which layer on.
     """
     keys = {
         (name, document.name): _key(name, rule, document)
@@ -213,12 +218,27 @@ def score_missing(
             part = {name: rules[name] for name in names}
             options = {"window": text.window, "stride": text.stride}
             for record in score(model, tokenizer, group, part, calibration, **options):
+                if not math.isfinite(record.nll_sum + record.top_k_nll_sum):
+                    raise ExperimentError(_where_nan(model, text, rules, calibration, record))
                 ledger.add(keys[record.config_name, record.document], record)
                 bar.update(record.tokens)
     for key in keys.values():
         ledger.make_last(key)
     found = [ledger.find(key) for key in keys.values()]
     return [record for record in found if record is not None]
+
+
+def _where_nan(
+    model: Any,
+    text: QualityText,
+    rules: Mapping[str, Rule],
+    calibration: Calibration | None,
+    record: QualityRecord,
+) -> str:
+    (document,) = (d for d in text.documents if d.name == record.document)
+    ids = document.ids[: text.window]
+    where = find_nan(model, rules[record.config_name], calibration, ids)
+    return f"{record.config_name} on {record.document}: {where}"
 
 
 def _key(name: str, rule: Rule, document: TokenizedDocument) -> str:

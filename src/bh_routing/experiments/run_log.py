@@ -7,9 +7,13 @@ must stay as it was.
 from __future__ import annotations
 
 import logging
+import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
+
+from bh_routing.experiments.files import unwritable
 
 SOURCES: Final = ("bh_routing", "py.warnings", "transformers")
 """Loggers whose records the console shows."""
@@ -56,24 +60,30 @@ class _HeldBack(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self._held: list[logging.LogRecord] = []
-        self._file: logging.FileHandler | None = None
-
-    def write_to(self, path: Path) -> None:
-        self._file = logging.FileHandler(path, mode="a", encoding="utf-8", errors="replace")
-        self._file.setFormatter(
+        self._descriptor: int | None = None
+        self.setFormatter(
             logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
         )
+
+    def write_to(self, path: Path) -> None:
+        try:
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise unwritable(path, error) from error
         held, self._held = self._held, []
         for record in held:
-            self._file.handle(record)
+            self.emit(record)
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self._file is None:
+        if self._descriptor is None:
             self._held.append(record)
-        else:
-            self._file.handle(record)
+            return
+        # A full disk must not stop what the record is about, nor hide it behind a traceback.
+        with suppress(OSError):
+            os.write(self._descriptor, f"{self.format(record)}\n".encode(errors="replace"))
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
         super().close()

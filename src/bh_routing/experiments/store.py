@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -21,10 +21,14 @@ from bh_routing.errors import ResultsError
 from bh_routing.experiments.chained_lines import WAYS_OUT
 from bh_routing.experiments.files import (
     TEMPORARY_SUFFIX,
+    render_header,
     render_json,
+    render_row,
     sync_folder,
+    unwritable,
     write_atomically,
 )
+from bh_routing.experiments.folder_lock import LOCK, in_use, refuse_links
 from bh_routing.experiments.identity import RunIdentity
 from bh_routing.experiments.journal import Entry, JournalContent, JournalWriter
 from bh_routing.experiments.stored_run import (
@@ -32,7 +36,6 @@ from bh_routing.experiments.stored_run import (
     StoredRun,
     latest_entries,
     read_stored_run,
-    render_csv,
 )
 from bh_routing.records import (
     CHECKPOINT,
@@ -45,8 +48,10 @@ from bh_routing.records import (
     ExperimentRecord,
 )
 
-LOCK: Final = ".lock"
 REFRESH_SEC: Final = 1.0
+"""Least pause between two renderings of a derived file."""
+REFRESH_PATIENCE: Final = 20.0
+"""Pauses for each second that the last rendering took: a large grid mustn't wait for its CSV."""
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +76,12 @@ class ResultStore:
         self._plan: list[str] = []
         self._entries: list[Entry] = []
         self._latest: dict[str, Entry] = {}
+        self._rows: dict[str, str] = {}
         self._document: dict[str, Any] = {}
         self._writer: JournalWriter | None = None
         self._lock: FileLock | None = None
         self._lock_is_new = False
-        self._refreshed_at = self._snapshot_at = float("-inf")
+        self._refresh_after = self._snapshot_after = float("-inf")
         self._snapshot_is_due = False
         self._open()
 
@@ -109,6 +115,7 @@ class ResultStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self._lock is None:
+                refuse_links(self.folder)
                 self._acquire_lock()
                 read_stored_run(self.folder)
                 if (self.folder / RUN_JSON).exists():
@@ -116,12 +123,10 @@ class ResultStore:
             if not self._resume:
                 self._move_aside()
             self._remove_leftovers()
+            (self.folder / CHECKPOINT).parent.mkdir(exist_ok=True)
             self._take_over(identity, document, plan)
         except OSError as error:
-            raise ResultsError(
-                f"results can't be written to {self.folder} ({error.strerror or error}); choose "
-                "another --output"
-            ) from error
+            raise unwritable(self.folder, error) from error
 
     def finished_record(self, key: str) -> ExperimentRecord | None:
         """Return the row of an experiment that is done; None if it is missing or failed."""
@@ -141,11 +146,12 @@ class ResultStore:
         return len(self._latest.keys() - set(self._plan))
 
     def add(self, key: str, record: ExperimentRecord, detail: ExperimentDetail) -> None:
-        """Keep one experiment; it is on disk when this returns."""
-        assert self._writer is not None, "begin comes first"
-        entry = self._writer.append(key, record, detail)
-        self._entries.append(entry)
-        self._latest[key] = entry
+        """Keep one experiment; it is on disk when this returns.
+
+        Raises:
+            ResultsError: the disk is full, or the folder is gone.
+        """
+        self._append(key, record, detail)
         if len(self._entries) % self._interval == 0:
             self._snapshot_is_due = True
         self._refresh()
@@ -158,18 +164,24 @@ class ResultStore:
     def flush(self) -> None:
         """Bring the CSV and the checkpoint up to date now."""
         self._snapshot_is_due = True
-        self._refreshed_at = self._snapshot_at = float("-inf")
+        self._refresh_after = self._snapshot_after = float("-inf")
         self._refresh()
 
     def close(self) -> None:
-        """Write the derived files and let go of the folder; harmless when called twice."""
-        writer, self._writer = self._writer, None
+        """Write the derived files and let go of the folder; harmless when called twice.
+
+        Raises:
+            ResultsError: the derived files can't be written; the journal has everything.
+        """
+        began = self._writer is not None
         try:
-            if writer is not None:
-                writer.close()
+            if began:
                 self.flush()
         finally:
-            self._release_lock(undo=writer is None)
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
+            self._release_lock(undo=not began)
 
     def __enter__(self) -> ResultStore:
         return self
@@ -180,11 +192,18 @@ class ResultStore:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except ResultsError as problem:
+            if error is None:
+                raise
+            # What ended the run says more than that the CSV lags behind the journal.
+            log.warning("%s", problem)
 
     def _open(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise ResultsError(f"{self.folder} is a file; choose a folder as --output")
+        refuse_links(self.folder)
         if not any((self.folder / name).exists() for name in OWN_NAMES):
             return
         try:
@@ -207,10 +226,7 @@ class ResultStore:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise ResultsError(
-                f"another run is writing to {self.folder}; wait until it ends, or choose another "
-                "--output"
-            ) from None
+            raise in_use(self.folder) from None
         self._lock = lock
 
     def _release_lock(self, *, undo: bool) -> None:
@@ -271,8 +287,10 @@ class ResultStore:
             )
         self._entries = list(content.entries)
         self._latest = latest_entries(self._entries)
+        self._rows = {key: render_row(entry.record) for key, entry in self._latest.items()}
         self._writer = JournalWriter(self.folder / JOURNAL, content, identity.journal_seed())
         self._repeat_hidden_entries()
+        self._forget_details()
         self._refresh()
 
     def _repeat_hidden_entries(self) -> None:
@@ -281,27 +299,43 @@ class ResultStore:
         A configuration that was redefined and then set back has two entries for a prompt, and
         readers of the journal take the last.
         """
-        assert self._writer is not None
         last = {(e.record.config_name, e.record.prompt_text): e.key for e in self._entries}
         for key in self._plan:
             entry = self._latest.get(key)
             if entry is None:
                 continue
             if last[entry.record.config_name, entry.record.prompt_text] != key:
-                repeated = self._writer.append(key, entry.record, entry.detail)
-                self._entries.append(repeated)
-                self._latest[key] = repeated
+                self._append(key, entry.record, entry.detail)
+
+    def _append(self, key: str, record: ExperimentRecord, detail: ExperimentDetail) -> None:
+        assert self._writer is not None, "begin comes first"
+        entry = replace(self._writer.append(key, record, detail), detail=ExperimentDetail())
+        self._entries.append(entry)
+        self._latest[key] = entry
+        self._rows[key] = render_row(record)
+
+    def _forget_details(self) -> None:
+        """Keep what is needed later: the details of a large grid would fill the memory."""
+        nothing = ExperimentDetail()
+        self._entries = [replace(entry, detail=nothing) for entry in self._entries]
+        self._latest = latest_entries(self._entries)
+        if self.stored is not None:
+            self.stored = self.stored._replace(content=JournalContent())
 
     def _refresh(self) -> None:
         """Render the derived files, each at most about once a second."""
-        now = time.monotonic()
-        if now - self._refreshed_at >= REFRESH_SEC:
-            text = render_csv(self._latest, self._plan)
+        assert self._writer is not None, "begin comes first"
+        start = time.monotonic()
+        if start >= self._refresh_after:
+            self._writer.check_place()
+            rows = (self._rows[key] for key in self._plan if key in self._rows)
+            text = render_header() + "".join(rows)
             write_atomically(self.folder / RESULTS_CSV, text.encode())
-            self._refreshed_at = time.monotonic()
-        if self._snapshot_is_due and now - self._snapshot_at >= REFRESH_SEC:
+            self._refresh_after = _end_of_pause(start)
+        start = time.monotonic()
+        if self._snapshot_is_due and start >= self._snapshot_after:
             write_atomically(self.folder / CHECKPOINT, render_json(self._snapshot()))
-            self._snapshot_at = time.monotonic()
+            self._snapshot_after = _end_of_pause(start)
             self._snapshot_is_due = False
 
     def _snapshot(self) -> dict[str, Any]:
@@ -316,3 +350,9 @@ class ResultStore:
             "failed": sum(entry.record.status != STATUS_OK for entry in done),
             "records": [{"key": entry.key, **asdict(entry.record)} for entry in done],
         }
+
+
+def _end_of_pause(start: float) -> float:
+    """When a file that was rendered since `start` may be rendered again."""
+    now = time.monotonic()
+    return now + REFRESH_SEC * max(1.0, REFRESH_PATIENCE * (now - start))

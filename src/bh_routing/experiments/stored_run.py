@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from pydantic import TypeAdapter, ValidationError
+
 from bh_routing.errors import ResultsError
 from bh_routing.experiments.chained_lines import WAYS_OUT
 from bh_routing.experiments.files import render_header, render_row
@@ -27,6 +29,7 @@ from bh_routing.records import (
     RUN_JSON,
     SCHEMA_VERSION,
     SUMMARY_JSON,
+    TOKEN_TRACES,
 )
 
 OWN_NAMES: Final = (
@@ -42,8 +45,10 @@ OWN_NAMES: Final = (
     PLOTS,
     CALIBRATION,
     QUALITY_JOURNAL,
+    TOKEN_TRACES,
 )
 """Everything that a run writes into its folder."""
+_PLANS: Final = TypeAdapter(list[list[str]])
 
 
 class StoredRun(NamedTuple):
@@ -65,7 +70,11 @@ def read_stored_run(folder: Path) -> StoredRun | None:
         return None
     document = _read_object(folder / RUN_JSON)
     identity = document.get("identity")
-    if not isinstance(identity, dict) or not isinstance(document.get("plans"), list):
+    try:
+        plans = _PLANS.validate_python(document.get("plans"), strict=True)
+    except ValidationError:
+        plans = None
+    if not isinstance(identity, dict) or plans is None:
         raise ResultsError(f"{folder / RUN_JSON} isn't of a bh-routing run; {WAYS_OUT}")
     if identity.get("schema_version") != SCHEMA_VERSION:
         raise ResultsError(
@@ -78,19 +87,13 @@ def read_stored_run(folder: Path) -> StoredRun | None:
         raise ResultsError(f"{folder / RUN_JSON} was edited; {WAYS_OUT}") from error
     content = read_journal(folder / JOURNAL, seed)
     _check_checkpoint(folder / CHECKPOINT, content.entries)
-    _check_csv(folder / RESULTS_CSV, content.entries, document["plans"])
+    _check_csv(folder / RESULTS_CSV, content.entries, plans)
     return StoredRun(document, content)
 
 
 def latest_entries(entries: Sequence[Entry]) -> dict[str, Entry]:
     """Return the last entry of each key: a retried experiment has several."""
     return {entry.key: entry for entry in entries}
-
-
-def render_csv(entries: dict[str, Entry], plan: Sequence[str]) -> str:
-    """Render the results table: the plan's order, finished experiments only."""
-    rows = (render_row(entries[key].record) for key in plan if key in entries)
-    return render_header() + "".join(rows)
 
 
 def _refuse_without_run_json(folder: Path) -> None:
@@ -105,10 +108,12 @@ def _refuse_without_run_json(folder: Path) -> None:
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise ResultsError(f"{path} isn't a JSON object: it was edited; {WAYS_OUT}")
+        raise ResultsError(
+            f"{path} isn't a JSON object: it was edited or truncated; put it back, or {WAYS_OUT}"
+        )
     return value
 
 

@@ -7,14 +7,11 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple
-
-from filelock import FileLock, Timeout
 
 from bh_routing.engine.texts import Document, packaged_documents, read_documents
 from bh_routing.errors import InputError, ResultsError
@@ -25,6 +22,7 @@ from bh_routing.experiments.calibrating import (
 )
 from bh_routing.experiments.chained_lines import digest
 from bh_routing.experiments.files import render_json, write_atomically
+from bh_routing.experiments.folder_lock import only_writer
 from bh_routing.experiments.journal import JournalContent
 from bh_routing.experiments.knob_search import KnobSearch, check_budgets
 from bh_routing.experiments.preparation import Loaded, load
@@ -33,7 +31,6 @@ from bh_routing.experiments.quality import QualityLedger, QualityText, prepare_t
 from bh_routing.experiments.quality_phase import static_references
 from bh_routing.experiments.settings import Goal, Setting
 from bh_routing.experiments.spec import NamedRule, RunSpec
-from bh_routing.experiments.store import LOCK
 from bh_routing.experiments.stored_run import StoredRun
 from bh_routing.experiments.variants import Variant
 from bh_routing.nulls.calibration import Calibration
@@ -90,7 +87,7 @@ def sweep(spec: RunSpec, options: SweepOptions) -> dict[str, Any]:
     check_budgets(options.budgets, loaded.facts.model_top_k)
     text = prepare_text(loaded.tokenizer, loaded.facts, documents, max_tokens=options.max_tokens)
     prepared = _Prepared(spec, options, loaded, text)
-    with _only_writer(spec.output):
+    with only_writer(spec.output):
         return _sweep_begun(prepared, start)
 
 
@@ -206,33 +203,12 @@ def read_stored_sweep(folder: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
         is_sweep = (document["kind"], document["schema_version"]) == (KIND, SCHEMA_VERSION)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         is_sweep = False
     if not is_sweep:
         raise ResultsError(f"{path} isn't of a sweep of this version; choose another --output")
     stored: dict[str, Any] = document
     return stored
-
-
-@contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ResultsError(
-            f"another run or sweep is writing to {folder}; wait for it, or choose another --output"
-        ) from None
-    except OSError as error:
-        raise ResultsError(
-            f"results can't be written to {folder} ({error.strerror or error}); choose another "
-            "--output"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _identity(loaded: Loaded, calibration: Calibration | None) -> dict[str, Any]:

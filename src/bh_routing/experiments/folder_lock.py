@@ -1,0 +1,61 @@
+"""One writer a folder, and nothing written outside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from filelock import FileLock, Timeout
+
+from bh_routing.errors import ResultsError
+from bh_routing.experiments.files import unwritable
+from bh_routing.experiments.stored_run import OWN_NAMES
+from bh_routing.records import CHECKPOINT
+
+LOCK: Final = ".lock"
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Make a folder and lock it inside the block, for whatever isn't a run.
+
+    Raises:
+        ResultsError: somebody else writes to it, or it can't be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        refuse_links(folder)
+        lock = FileLock(folder / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise in_use(folder) from None
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse a folder in which a name that we write is a symbolic link to somewhere else.
+
+    Raises:
+        ResultsError: names the link.
+    """
+    for name in (*OWN_NAMES, LOCK, CHECKPOINT):
+        path = folder / name
+        if path.is_symlink():
+            raise ResultsError(
+                f"{path} is a symbolic link, and bh-routing writes nothing outside its output "
+                "folder; remove the link, or choose another --output"
+            )
+
+
+def in_use(folder: Path) -> ResultsError:
+    """Build the error for a folder that another process has locked."""
+    return ResultsError(
+        f"another run is writing to {folder}; wait until it ends, or choose another --output"
+    )
