@@ -218,18 +218,21 @@ FLAGS = {
     "run": (
         "--model --output --max-tokens --checkpoint-interval --no-resume --device --no-fp16 "
         "--config --configs --prompts --calibration --calibration-text --seed --executor "
-        "--eval-text --no-eval --eval-tokens --token-traces --track --budget --json"
+        "--eval-text --no-eval --eval-tokens --token-traces --track --budget --device-map "
+        "--batch-size --ray-address --workers --json"
     ),
     "calibrate": (
         "--output --model --text --nulls --max-tokens --seed --plots --device --no-fp16 --json"
     ),
     "evaluate": (
         "--model --text --config --configs --rule --tokens --window --stride --margin "
-        "--calibration --calibration-text --output --device --no-fp16 --seed --budget --json"
+        "--calibration --calibration-text --output --device --no-fp16 --seed --budget "
+        "--device-map --batch-size --executor --ray-address --workers --json"
     ),
     "sweep": (
         "--output --model --budgets --rules --text --tokens --calibration --calibration-text "
-        "--device --no-fp16 --seed --json"
+        "--device --no-fp16 --seed --device-map --batch-size --executor --ray-address --workers "
+        "--json"
     ),
     "lm-eval": (
         "--tasks --model --include-path --config --configs --limit --num-fewshot --batch-size "

@@ -105,6 +105,35 @@ def test_batching_changes_nothing_but_rounding(
         assert alone[key].experts_sum == pytest.approx(record.experts_sum, rel=1e-3)
 
 
+def test_padding_is_never_counted_whatever_the_batch_size(
+    demo: LoadedModel, demo_calibration: Calibration
+) -> None:
+    # Full windows, tails and a short document meet in one batch of uneven lengths.
+    settings = {"window": 100, "stride": 100, "max_tokens": 260}
+    rules = {name: RULES[name] for name in ("four", "bh")}
+    alone = run(demo, demo_calibration, rules, **settings, batch_size=1)
+    together = run(demo, demo_calibration, rules, **settings, batch_size=8)
+    for key, record in alone.items():
+        found = together[key]
+        for name in ("tokens", "units", "experts_sum", "expert_counts", "count_histogram"):
+            assert getattr(found, name) == getattr(record, name), name
+        for name in ("nll_sum", "top_k_nll_sum", "kl_sum"):
+            assert getattr(found, name) == pytest.approx(getattr(record, name), rel=1e-5)
+
+
+def test_a_batch_size_is_the_most_windows_of_a_forward_pass(
+    demo: LoadedModel, demo_calibration: Calibration
+) -> None:
+    sizes = []
+    handle = demo.model.register_forward_pre_hook(
+        lambda _, __, inputs: sizes.append(inputs["input_ids"].shape[0]), with_kwargs=True
+    )
+    run(demo, demo_calibration, {"own": TopK(k=8)}, window=60, stride=60, batch_size=3)
+    handle.remove()
+    assert set(sizes[:-1]) == {3}
+    assert 1 <= sizes[-1] <= 3
+
+
 def test_a_budget_is_spread_over_documents(
     demo: LoadedModel, demo_calibration: Calibration
 ) -> None:

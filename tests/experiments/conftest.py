@@ -49,8 +49,8 @@ def tiny_spec(tmp_path: Path) -> MakeTinySpec:
 def loaded_demo(demo: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
     """Let `run` use the demo model that the session has loaded already."""
 
-    def load(name: str, *, device: str, dtype: str) -> LoadedModel:
-        assert (name, device, dtype) == ("demo", "cpu", "auto")
+    def load(name: str, *, device: str, dtype: str, device_map: str | None) -> LoadedModel:
+        assert (name, device, dtype, device_map) == ("demo", "cpu", "auto", None)
         return demo
 
     monkeypatch.setattr("bh_routing.experiments.preparation.load_model", load)

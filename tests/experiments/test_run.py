@@ -12,8 +12,8 @@ import torch
 
 from bh_routing.engine.generate import generate_greedy
 from bh_routing.errors import CalibrationError, InputError, ResultsError
+from bh_routing.experiments.executors import Cell, attempt
 from bh_routing.experiments.experiment import Experiment, Subject, run_experiment
-from bh_routing.experiments.grid import Cell, attempt
 from bh_routing.experiments.run import Hooks, run
 from bh_routing.experiments.spec import NamedRule, Prompt, make_rules
 from bh_routing.models.load import LoadedModel
@@ -312,7 +312,7 @@ def test_an_interrupted_run_keeps_what_finished_and_goes_on(
     calls: list[Any] = []
     spec = tiny_spec()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("bh_routing.experiments.grid.attempt", interrupt_the_fifth)
+        patch.setattr("bh_routing.experiments.executors.attempt", interrupt_the_fifth)
         run(spec)
     assert len(read_rows(spec.output)) == 4
     assert "4 of 6 experiments are finished and kept" in caplog.text

@@ -134,7 +134,7 @@ def make_offloaded(model: Any) -> None:
     ("spoil", "reason"),
     [
         (make_quantised, r"quantised \(gptq\)"),
-        (make_expert_parallel, "spread over several devices"),
+        (make_expert_parallel, "cut across processes"),
         (make_offloaded, "on no device"),
     ],
 )

@@ -11,18 +11,23 @@ import typer
 from bh_routing.cli.console import console_log
 from bh_routing.cli.interrupts import interruptible
 from bh_routing.cli.options import (
+    BatchSizeOption,
     BudgetOption,
     CalibrationOption,
     CalibrationTextOption,
     ConfigOption,
     ConfigsOption,
+    DeviceMapOption,
     DeviceOption,
+    ExecutorOption,
     Float32Option,
     JsonOption,
     ModelOption,
+    RayAddressOption,
     SeedOption,
     TextOption,
     TokensOption,
+    WorkersOption,
 )
 from bh_routing.cli.run import choose, split_items
 from bh_routing.experiments import defaults
@@ -68,6 +73,11 @@ def evaluate(
     no_fp16: Float32Option = False,
     seed: SeedOption = defaults.SEED,
     budget: BudgetOption = None,
+    device_map: DeviceMapOption = None,
+    batch_size: BatchSizeOption = None,
+    executor: ExecutorOption = defaults.EXECUTOR,
+    ray_address: RayAddressOption = None,
+    workers: WorkersOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Score configurations against the model's own top-k on the same tokens."""
@@ -88,6 +98,11 @@ def evaluate(
             calibration=calibration,
             calibration_text=calibration_text,
             seed=seed,
+            device_map=device_map,
+            batch_size=batch_size,
+            executor=executor,
+            ray_address=ray_address,
+            workers=workers,
         )
         found = run_evaluation(
             spec,

@@ -46,6 +46,31 @@ TokensOption = Annotated[
     int | None,
     typer.Option(min=1, help="Most tokens scored, spread over the documents. Default: all."),
 ]
+ExecutorOption = Annotated[
+    str,
+    typer.Option(
+        help="local is this process; ray is workers, here or on a cluster (docs/scaling.md)."
+    ),
+]
+RayAddressOption = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster, such as auto or host:6379. Default: Ray is started here."),
+]
+WorkersOption = Annotated[
+    int | None, typer.Option(min=1, help="Workers of Ray. Default: as many as there is room for.")
+]
+DeviceMapOption = Annotated[
+    str | None,
+    typer.Option(help="auto spreads a model that is larger than one GPU over all, by accelerate."),
+]
+BatchSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Windows scored in one forward pass. Default: what bounded memory allows. Experiments "
+        "and their times stay at batch 1.",
+    ),
+]
 BudgetOption = Annotated[
     float | None,
     typer.Option(

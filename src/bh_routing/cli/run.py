@@ -13,16 +13,21 @@ from bh_routing.cli.conclusion_hooks import make_hooks
 from bh_routing.cli.console import console_log
 from bh_routing.cli.interrupts import interruptible
 from bh_routing.cli.options import (
+    BatchSizeOption,
     BudgetOption,
     CalibrationOption,
     CalibrationTextOption,
     ConfigOption,
     ConfigsOption,
+    DeviceMapOption,
     DeviceOption,
+    ExecutorOption,
     Float32Option,
     JsonOption,
     ModelOption,
+    RayAddressOption,
     SeedOption,
+    WorkersOption,
 )
 from bh_routing.cli.surroundings import Surroundings
 from bh_routing.experiments import defaults
@@ -59,9 +64,7 @@ def run(
     calibration: CalibrationOption = None,
     calibration_text: CalibrationTextOption = None,
     seed: SeedOption = defaults.SEED,
-    executor: Annotated[
-        str, typer.Option(help="Where experiments run; `local` is this process.")
-    ] = defaults.EXECUTOR,
+    executor: ExecutorOption = defaults.EXECUTOR,
     eval_text: Annotated[
         Path | None, typer.Option(help="Text to score quality on instead of the packaged one.")
     ] = None,
@@ -69,7 +72,17 @@ def run(
         bool, typer.Option("--no-eval", help="Leave out the scoring of quality.")
     ] = False,
     eval_tokens: Annotated[int, typer.Option(help="Most tokens scored.")] = defaults.EVAL_TOKENS,
+    token_traces: Annotated[
+        int, typer.Option(help="Prompts whose tokens report.html shows one by one; 0: none.")
+    ] = defaults.TOKEN_TRACES,
+    track: Annotated[
+        str | None, typer.Option(help="Log the run to mlflow, wandb or tensorboard as well.")
+    ] = None,
     budget: BudgetOption = None,
+    device_map: DeviceMapOption = None,
+    batch_size: BatchSizeOption = None,
+    ray_address: RayAddressOption = None,
+    workers: WorkersOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Compare routing configurations on prompts; goes on where an earlier run stopped."""
@@ -89,17 +102,30 @@ def run(
         "calibration": calibration,
         "calibration_text": calibration_text,
         "seed": seed,
+        "device_map": device_map,
+        "batch_size": batch_size,
         "executor": executor,
+        "ray_address": ray_address,
+        "workers": workers,
         "eval_text": eval_text,
         "no_eval": no_eval,
         "eval_tokens": eval_tokens,
+        "token_traces": token_traces,
     }
     with console_log(), interruptible(f"the same command goes on with what {output} holds"):
         # Inside: importing torch takes seconds, in which Ctrl-C must work too.
         from bh_routing.experiments.run import run as run_experiments
         from bh_routing.experiments.spec import make_spec
 
+        if track is not None:
+            from bh_routing.analysis.trackers import find_tracker
+
+            find_tracker(track)
         outcome = run_experiments(make_spec(**values), make_hooks(surroundings))
+        if track is not None:
+            from bh_routing.analysis.trackers import track_run
+
+            typer.echo(f"logged to {track_run(output, track)}", err=True)
     if as_json:
         _print_outcome(outcome)
     return outcome.exit_code

@@ -12,15 +12,20 @@ from bh_routing.cli.conclusion_hooks import conclude_sweep
 from bh_routing.cli.console import console_log
 from bh_routing.cli.interrupts import interruptible
 from bh_routing.cli.options import (
+    BatchSizeOption,
     CalibrationOption,
     CalibrationTextOption,
+    DeviceMapOption,
     DeviceOption,
+    ExecutorOption,
     Float32Option,
     JsonOption,
     ModelOption,
+    RayAddressOption,
     SeedOption,
     TextOption,
     TokensOption,
+    WorkersOption,
 )
 from bh_routing.errors import InputError
 from bh_routing.experiments import defaults
@@ -48,6 +53,11 @@ def sweep(
     device: DeviceOption = defaults.DEVICE,
     no_fp16: Float32Option = False,
     seed: SeedOption = defaults.SEED,
+    device_map: DeviceMapOption = None,
+    batch_size: BatchSizeOption = None,
+    executor: ExecutorOption = defaults.EXECUTOR,
+    ray_address: RayAddressOption = None,
+    workers: WorkersOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Compare rules at equal mean numbers of experts; knobs come from calibration text alone."""
@@ -73,6 +83,11 @@ def sweep(
             calibration=calibration,
             calibration_text=calibration_text,
             seed=seed,
+            device_map=device_map,
+            batch_size=batch_size,
+            executor=executor,
+            ray_address=ray_address,
+            workers=workers,
         )
         document = run_sweep(spec, options)
         problems = conclude_sweep(output, seed)

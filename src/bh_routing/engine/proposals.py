@@ -30,7 +30,7 @@ _SLOT_BYTES: Final = 16  # index, weight and norm
 
 @dataclass(frozen=True, slots=True)
 class Proposals:
-    """The candidates of every layer for the same tokens, on the model's device."""
+    """The candidates of every layer for the same tokens, each on its layer's device."""
 
     layers: tuple[Candidates, ...]
     counted_T: Tensor
@@ -129,7 +129,8 @@ def mean_experts(
     for layer, candidates in enumerate(proposals.layers):
         device = candidates.router_logits_TE.device
         select = rule.bind(_context(rule, layer, routers, calibration, device))
-        kept.append(select(candidates)[proposals.counted_T].sum())
+        counted_T = proposals.counted_T.to(device)
+        kept.append(select(candidates)[counted_T].sum().to(proposals.counted_T.device))
     units = len(kept) * int(proposals.counted_T.sum())
     return int(torch.stack(kept).sum()) / units
 

@@ -2,7 +2,8 @@
 
 Memory: of one batch the baseline's log-probabilities and probabilities (float32) and one rule's
 logits live at a time, each at most `LOGITS_BYTES`; the comparison takes `CHUNK_BYTES` at a time.
-A single window of more than that is a batch of its own.
+A single window of more than that is a batch of its own. A batch size that the caller sets overrules
+both that and `BATCH_TOKENS`; padded positions are no unit of anything, whatever the size.
 
 Axes: B windows, S positions, V vocabulary, T scored tokens of a batch, L layers, K slots.
 """
@@ -76,6 +77,7 @@ def score(
     *,
     window: int,
     stride: int,
+    batch_size: int | None = None,
 ) -> Iterator[QualityRecord]:
     """Compare rules with the model's own top-k on the same tokens.
 
@@ -90,6 +92,7 @@ def score(
         calibration: needed if a rule needs one.
         window: most input tokens of a forward pass, the prefix token counted.
         stride: scored tokens of each window after a document's first.
+        batch_size: most windows of a forward pass; None: as many as the bounds above allow.
     Yields:
         One record for each document and rule, in groups of documents, as they are finished.
     Raises:
@@ -99,13 +102,13 @@ def score(
     routers = find_routers(model)
     own = bind_rule(model, TopK(k=routers.model_top_k))
     bound = {name: bind_rule(model, rule, calibration) for name, rule in rules.items()}
-    for group in _groups(documents):
+    for group in document_groups(documents):
         tallies = {
             name: [DocumentTally(len(routers.sites), routers.num_experts) for _ in group]
             for name in rules
         }
         windows = list(cut_windows(group, prefix, window, stride))
-        for batch in _batches(windows, text_config(model).vocab_size, model):
+        for batch in _batches(windows, model, batch_size):
             baseline = _forward(model, own, batch)
             top_k = _predictions(baseline.logits_PV, batch)
             for name, rule in bound.items():
@@ -162,7 +165,10 @@ def compare_predictions(top_k: Prediction, rule_logits_TV: Tensor) -> TokenScore
     )
 
 
-def _groups(documents: Sequence[TokenizedDocument]) -> Iterator[list[TokenizedDocument]]:
+def document_groups(
+    documents: Sequence[TokenizedDocument],
+) -> Iterator[list[TokenizedDocument]]:
+    """Cut documents into the groups whose windows are batched together."""
     group: list[TokenizedDocument] = []
     for document in documents:
         group.append(document)
@@ -173,12 +179,12 @@ def _groups(documents: Sequence[TokenizedDocument]) -> Iterator[list[TokenizedDo
         yield group
 
 
-def _batches(windows: list[Window], vocabulary: int, model: Any) -> Iterator[_Batch]:
+def _batches(windows: list[Window], model: Any, batch_size: int | None) -> Iterator[_Batch]:
     """Batch windows of about equal length, within the bounds on tokens and on logits."""
-    most = min(BATCH_TOKENS, LOGITS_BYTES // (4 * vocabulary))
+    most = min(BATCH_TOKENS, LOGITS_BYTES // (4 * text_config(model).vocab_size))
     waiting = sorted(windows, key=lambda w: -len(w.ids))
     while waiting:
-        size = max(1, most // max(1, len(waiting[0].ids) - 1))
+        size = batch_size or max(1, most // max(1, len(waiting[0].ids) - 1))
         yield _collate(waiting[:size], model.device)
         waiting = waiting[size:]
 

@@ -53,7 +53,7 @@ def bring_to_budget(
         return Budgeted(list(rules), [])
     goals = _goals(rules, spec.budget)
     documents = calibration_documents(spec).documents
-    search = KnobSearch(model, tokenizer, documents, calibration)
+    search = KnobSearch(model, tokenizer, documents, calibration, batch_size=spec.batch_size)
     settings = search.find(list(goals.values()), known)
     by_name = {s.goal.variant.name: s for s in settings}
     kept = []

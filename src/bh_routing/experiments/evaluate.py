@@ -14,6 +14,8 @@ from bh_routing.engine.texts import packaged_documents, read_documents
 from bh_routing.experiments.budget import bring_to_budget
 from bh_routing.experiments.calibrating import obtain_calibration
 from bh_routing.experiments.chained_lines import digest
+from bh_routing.experiments.executor_choice import make_executor
+from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.folder_lock import only_writer
 from bh_routing.experiments.quality import QualityLedger, QualityText, prepare_text, score_missing
 from bh_routing.experiments.spec import RunSpec, make_rules
@@ -65,7 +67,9 @@ def evaluate(spec: RunSpec, options: EvaluateOptions) -> Evaluation:
     """
     documents = read_documents(options.texts) if options.texts else packaged_documents("evaluation")
     rules = make_rules(spec.configs, spec.budget)
-    model, tokenizer = load_model(spec.model, device=spec.device, dtype=spec.dtype)
+    model, tokenizer = load_model(
+        spec.model, device=spec.device, dtype=spec.dtype, device_map=spec.device_map
+    )
     facts = describe_model(model)
     text = prepare_text(
         tokenizer,
@@ -74,6 +78,7 @@ def evaluate(spec: RunSpec, options: EvaluateOptions) -> Evaluation:
         max_tokens=options.max_tokens,
         window=options.window,
         stride=options.stride,
+        batch_size=spec.batch_size,
     )
     calibration = obtain_calibration(spec, rules, model, tokenizer, stored=None).calibration
     rules = bring_to_budget(spec, rules, model, tokenizer, calibration).rules
@@ -86,9 +91,10 @@ def evaluate(spec: RunSpec, options: EvaluateOptions) -> Evaluation:
         folder = options.output or Path(stack.enter_context(TemporaryDirectory()))
         stack.enter_context(only_writer(folder))
         ledger = stack.enter_context(QualityLedger(folder, text, seed))
-        records = score_missing(
-            model, tokenizer, text, {n.name: n.rule for n in rules}, calibration, ledger
-        )
+        subject = Subject(model, tokenizer, calibration)
+        executor = stack.enter_context(make_executor(spec, subject))
+        by_name = {named.name: named.rule for named in rules}
+        records = score_missing(model, tokenizer, text, by_name, calibration, ledger, executor)
     return Evaluation(
         records=records,
         facts=facts,

@@ -60,6 +60,7 @@ class KnobSearch:
         documents: calibration text; a search reads the start of each.
         calibration: needed if a variant needs one.
         num_tokens: most tokens of the text.
+        batch_size: windows of a forward pass; None: as many as memory bounds allow.
     Raises:
         InputError: the text has no tokens.
     """
@@ -71,6 +72,7 @@ class KnobSearch:
         documents: Sequence[Document],
         calibration: Calibration | None,
         num_tokens: int = SEARCH_TOKENS,
+        batch_size: int | None = None,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
@@ -79,7 +81,9 @@ class KnobSearch:
         self._routers = find_routers(model)
         self._facts = facts = describe_model(model)
         most = min(num_tokens, tokens_that_fit(self._routers))
-        self.text: QualityText = prepare_text(tokenizer, facts, documents, max_tokens=most)
+        self.text: QualityText = prepare_text(
+            tokenizer, facts, documents, max_tokens=most, batch_size=batch_size
+        )
         # What a setting that was found depends on beside its goal.
         self.key = digest(
             [
@@ -238,8 +242,9 @@ class KnobSearch:
         total = self.num_tokens * len(rules)
         model, tokenizer, text = self._model, self._tokenizer, self.text
         records_of = partial(score, model, tokenizer, text.documents, rules, self._calibration)
+        settings = {"window": text.window, "stride": text.stride, "batch_size": text.batch_size}
         with tqdm(total=total, unit="token", desc=title, unit_scale=True) as bar:
-            for record in records_of(window=text.window, stride=text.stride):
+            for record in records_of(**settings):
                 records[record.config_name].append(record)
                 bar.update(record.tokens)
         return {

@@ -47,7 +47,9 @@ def load(spec: RunSpec) -> Loaded:
         ModelError: it can't be found, loaded or routed.
     """
     start = time.perf_counter()
-    model, tokenizer = load_model(spec.model, device=spec.device, dtype=spec.dtype)
+    model, tokenizer = load_model(
+        spec.model, device=spec.device, dtype=spec.dtype, device_map=spec.device_map
+    )
     facts = describe_model(model)
     threads = choose_threads(model.device, facts.num_parameters)
     seconds = time.perf_counter() - start

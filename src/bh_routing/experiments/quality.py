@@ -14,7 +14,6 @@ from typing import Any, Final
 from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
-from bh_routing.engine.score import score
 from bh_routing.engine.texts import Document, text_sha256
 from bh_routing.engine.windows import TokenizedDocument, check_windows, tokenize_documents
 from bh_routing.errors import ExperimentError, ResultsError
@@ -25,6 +24,8 @@ from bh_routing.experiments.chained_lines import (
     digest,
     read_chained,
 )
+from bh_routing.experiments.executors import Executor, ScoreSettings, SerialExecutor
+from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.failures import find_nan
 from bh_routing.models.discovery import ModelFacts
 from bh_routing.nulls.calibration import Calibration
@@ -47,6 +48,8 @@ class QualityText:
     max_tokens: int | None
     window: int
     stride: int
+    batch_size: int | None = None
+    """Windows of a forward pass, which records don't depend on; None: what memory bounds allow."""
 
 
 def prepare_text(
@@ -57,6 +60,7 @@ def prepare_text(
     max_tokens: int | None,
     window: int | None = None,
     stride: int | None = None,
+    batch_size: int | None = None,
 ) -> QualityText:
     """Tokenize what is to be scored.
 
@@ -67,6 +71,7 @@ def prepare_text(
         max_tokens: scored tokens in all, spread over the documents; None for all.
         window: input tokens of a forward pass; None: the model's context, 1,024 at most.
         stride: scored tokens of each window after the first; None: the window, so disjoint.
+        batch_size: as `QualityText` keeps it.
     Raises:
         InputError: there is nothing to score, or window and stride don't fit the model.
     """
@@ -80,6 +85,7 @@ def prepare_text(
         max_tokens=max_tokens,
         window=window,
         stride=stride,
+        batch_size=batch_size,
     )
 
 
@@ -188,6 +194,7 @@ def score_missing(
     rules: Mapping[str, Rule],
     calibration: Calibration | None,
     ledger: QualityLedger,
+    executor: Executor | None = None,
 ) -> list[QualityRecord]:
     """Score every rule on every document that the ledger doesn't have yet.
 
@@ -197,11 +204,13 @@ def score_missing(
         rules: configuration name -> rule.
         calibration: needed if a rule needs one.
         ledger: open for writing; each record goes there as soon as its document is finished.
+        executor: where it is scored; None: here.
     Returns:
         One record a rule and document, rules outer, both in their order.
     Raises:
         ExperimentError: the model gave NaN; the text says from which layer on.
     """
+    executor = executor or SerialExecutor(Subject(model, tokenizer, calibration))
     keys = {
         (name, document.name): _key(name, rule, document)
         for name, rule in rules.items()
@@ -216,8 +225,8 @@ def score_missing(
     with tqdm(total=total, unit="token", desc="quality", unit_scale=True) as bar:
         for names, group in missing.items():
             part = {name: rules[name] for name in names}
-            options = {"window": text.window, "stride": text.stride}
-            for record in score(model, tokenizer, group, part, calibration, **options):
+            settings = ScoreSettings(text.window, text.stride, text.batch_size)
+            for record in executor.score(group, part, settings):
                 if not math.isfinite(record.nll_sum + record.top_k_nll_sum):
                     raise ExperimentError(_where_nan(model, text, rules, calibration, record))
                 ledger.add(keys[record.config_name, record.document], record)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bh_routing.engine.texts import packaged_documents, read_documents
+from bh_routing.experiments.executors import Executor
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.identity import RunIdentity
 from bh_routing.experiments.quality import QualityLedger, prepare_text, score_missing
@@ -32,7 +33,9 @@ class QualityPhase:
             if spec.eval_text is None
             else read_documents([spec.eval_text])
         )
-        self._text = prepare_text(tokenizer, facts, documents, max_tokens=spec.eval_tokens)
+        self._text = prepare_text(
+            tokenizer, facts, documents, max_tokens=spec.eval_tokens, batch_size=spec.batch_size
+        )
 
     def ledger(self, folder: Path, identity: RunIdentity) -> QualityLedger:
         """Read what an earlier run of the folder scored; writes nothing.
@@ -43,7 +46,12 @@ class QualityPhase:
         return QualityLedger(folder, self._text, identity.journal_seed())
 
     def score(
-        self, folder: Path, identity: RunIdentity, subject: Subject, rules: Sequence[NamedRule]
+        self,
+        folder: Path,
+        identity: RunIdentity,
+        subject: Subject,
+        rules: Sequence[NamedRule],
+        executor: Executor,
     ) -> list[str]:
         """Score what the folder lacks, then static top-k on both sides of each mean.
 
@@ -61,6 +69,7 @@ class QualityPhase:
                     part,
                     subject.calibration,
                     ledger,
+                    executor,
                 )
 
             references = static_references(by_name, score_all(by_name))

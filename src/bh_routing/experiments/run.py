@@ -11,6 +11,8 @@ from typing import Any
 from bh_routing.errors import BHRoutingError
 from bh_routing.experiments.calibrating import describe_nulls, save_calibration
 from bh_routing.experiments.conclusion import Hooks, conclude, guard
+from bh_routing.experiments.executor_choice import make_executor
+from bh_routing.experiments.executors import Executor
 from bh_routing.experiments.grid import run_grid
 from bh_routing.experiments.preparation import Preparation, load
 from bh_routing.experiments.provenance import (
@@ -76,20 +78,27 @@ def run(spec: RunSpec, hooks: Hooks | None = None) -> RunOutcome:
         with torch_threads(loaded.threads):
             prepared = Preparation(spec, store, loaded)
             keys = [cell.key for cell in prepared.grid]
-            store.begin(prepared.identity, _document(spec, prepared, store), keys)
-            run_log.write_to(spec.output / LOG)
-            try:
-                return _run_begun(spec, prepared, store, hooks or Hooks(), start)
-            except KeyboardInterrupt:
-                _say_how_to_go_on(spec, prepared, store)
-                raise
-            except BHRoutingError as error:
-                log.error("%s", error, extra=FILE_ONLY)
-                raise
+            with make_executor(spec, prepared.subject) as executor:
+                document = _document(spec, prepared, store) | {"executor": executor.describe()}
+                store.begin(prepared.identity, document, keys)
+                run_log.write_to(spec.output / LOG)
+                try:
+                    return _run_begun(spec, prepared, executor, store, hooks or Hooks(), start)
+                except KeyboardInterrupt:
+                    _say_how_to_go_on(spec, prepared, store)
+                    raise
+                except BHRoutingError as error:
+                    log.error("%s", error, extra=FILE_ONLY)
+                    raise
 
 
 def _run_begun(
-    spec: RunSpec, prepared: Preparation, store: ResultStore, hooks: Hooks, start: float
+    spec: RunSpec,
+    prepared: Preparation,
+    executor: Executor,
+    store: ResultStore,
+    hooks: Hooks,
+    start: float,
 ) -> RunOutcome:
     """Do the work of a run whose folder is open for writing."""
     grid, folder = prepared.grid, spec.output
@@ -100,13 +109,16 @@ def _run_begun(
     # Of experiments that an earlier session finished, only their own time is known.
     earlier_sec = sum(r.inference_time_sec for r in store.records if r.status == STATUS_OK)
     grid_start = time.perf_counter()
-    num_run = run_grid(prepared.subject, prepared.rules, grid, spec.max_tokens, store)
+    num_run = run_grid(executor, grid, spec.max_tokens, store)
     store.flush()
     problems = [
         f"{record.config_name} on {shorten(record.prompt_text)!r} failed: {record.error}"
         for record in store.records
         if record.status != STATUS_OK
     ]
+    quality_start = time.perf_counter()
+    quality_sec = _score(prepared, executor, store, problems)
+    executor.close()  # from here on the model is needed in this process
     traces_start = time.perf_counter()
     with torch_threads(prepared.loaded.batch_threads):
         guard(
@@ -114,21 +126,11 @@ def _run_begun(
             problems,
             lambda: write_token_traces(folder, prepared.subject, grid, spec.token_traces),
         )
-    quality_start = time.perf_counter()
-    quality_sec = None
-    if (quality := prepared.quality) is not None:
-        identity, subject, rules = prepared.identity, prepared.subject, prepared.rules
-        with torch_threads(prepared.loaded.batch_threads):
-            scored = guard(
-                "scoring", problems, lambda: quality.score(folder, identity, subject, rules)
-            )
-        store.update_document({"quality": {"configs": scored or []}})
-        quality_sec = time.perf_counter() - quality_start
     timing = {
         "load_sec": prepared.loaded.seconds,
         "calibrate_sec": prepared.calibrate_sec,
-        "experiments_sec": earlier_sec + traces_start - grid_start,
-        "token_traces_sec": quality_start - traces_start,
+        "experiments_sec": earlier_sec + quality_start - grid_start,
+        "token_traces_sec": time.perf_counter() - traces_start,
         "quality_sec": quality_sec,
         "total_sec": earlier_sec + time.perf_counter() - start,
     }
@@ -147,6 +149,24 @@ def _run_begun(
         num_reused=num_reused,
         problems=tuple(problems),
     )
+
+
+def _score(
+    prepared: Preparation, executor: Executor, store: ResultStore, problems: list[str]
+) -> float | None:
+    """Score quality if the spec asks for it; return how long that took."""
+    if (quality := prepared.quality) is None:
+        return None
+    start = time.perf_counter()
+    identity, subject, rules = prepared.identity, prepared.subject, prepared.rules
+    with torch_threads(prepared.loaded.batch_threads):
+        scored = guard(
+            "scoring",
+            problems,
+            lambda: quality.score(store.folder, identity, subject, rules, executor),
+        )
+    store.update_document({"quality": {"configs": scored or []}})
+    return time.perf_counter() - start
 
 
 def _document(spec: RunSpec, prepared: Preparation, store: ResultStore) -> dict[str, Any]:

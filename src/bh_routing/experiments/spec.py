@@ -97,8 +97,16 @@ class RunSpec(BaseModel):
     """Text to calibrate on; None: the packaged text."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = defaults.SEED
     """Seed of whatever draws at random; greedy generation doesn't."""
-    executor: Literal["local"] = defaults.EXECUTOR
-    """Where experiments run: in this process."""
+    executor: Literal["local", "ray"] = defaults.EXECUTOR
+    """Where experiments run and text is scored: in this process, or on workers of Ray."""
+    ray_address: str | None = None
+    """A Ray cluster, such as auto or host:6379; None: Ray is started on this machine."""
+    workers: Annotated[int, Field(ge=1)] | None = None
+    """Workers of Ray; None: as many as there is room for."""
+    device_map: Literal["auto"] | None = None
+    """Spread the layers of a model over all GPUs; None: it is on one device."""
+    batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Windows of text scored in one forward pass; None: as many as the memory bounds allow."""
     eval_text: Path | None = None
     """Text that quality is scored on; None: the packaged text."""
     no_eval: bool = False
@@ -116,6 +124,13 @@ class RunSpec(BaseModel):
             raise ValueError("no prompt is left to run; give at least one")
         if self.calibration is not None and self.calibration_text is not None:
             raise ValueError("calibration and calibration_text exclude each other; give one")
+        if self.executor != "ray" and (self.ray_address or self.workers):
+            raise ValueError("ray_address and workers go with executor ray; add --executor ray")
+        if self.executor == "ray" and self.device_map:
+            raise ValueError(
+                "device_map and executor ray exclude each other: a worker's model is on one GPU; "
+                "leave one of them out"
+            )
         first_use: dict[str, int] = {}
         for number, prompt in enumerate(self.prompts, start=1):
             if prompt.text in first_use:

@@ -7,8 +7,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -21,6 +22,9 @@ from bh_routing.experiments.calibrating import (
     save_calibration,
 )
 from bh_routing.experiments.chained_lines import digest
+from bh_routing.experiments.executor_choice import make_executor
+from bh_routing.experiments.executors import Executor
+from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.files import render_json, write_atomically
 from bh_routing.experiments.folder_lock import only_writer
 from bh_routing.experiments.journal import JournalContent
@@ -85,7 +89,13 @@ def sweep(spec: RunSpec, options: SweepOptions) -> dict[str, Any]:
     read_stored_sweep(spec.output)
     loaded = load(spec)
     check_budgets(options.budgets, loaded.facts.model_top_k)
-    text = prepare_text(loaded.tokenizer, loaded.facts, documents, max_tokens=options.max_tokens)
+    text = prepare_text(
+        loaded.tokenizer,
+        loaded.facts,
+        documents,
+        max_tokens=options.max_tokens,
+        batch_size=spec.batch_size,
+    )
     prepared = _Prepared(spec, options, loaded, text)
     with only_writer(spec.output):
         return _sweep_begun(prepared, start)
@@ -110,7 +120,11 @@ def _sweep_begun(prepared: _Prepared, start: float) -> dict[str, Any]:
     calibration, about = _calibrate(prepared, stored)
     _check_identity(spec.output, stored, _identity(loaded, calibration))
     search = KnobSearch(
-        loaded.model, loaded.tokenizer, calibration_documents(spec).documents, calibration
+        loaded.model,
+        loaded.tokenizer,
+        calibration_documents(spec).documents,
+        calibration,
+        batch_size=spec.batch_size,
     )
     document = _document(prepared, calibration, about, search)
     earlier = {part: stored.get(KIND, {}).get(part, []) for part in ("points", "curve_points")}
@@ -125,8 +139,10 @@ def _sweep_begun(prepared: _Prepared, start: float) -> dict[str, Any]:
     document[KIND]["curve_points"] = search.to_documents(curve_settings)
     _write(spec.output, document, settings)
     clock.append(time.perf_counter())
-    with ledger:
-        references = _score(settings, curve_settings, loaded, text, calibration, ledger)
+    subject = Subject(loaded.model, loaded.tokenizer, calibration)
+    with ledger, make_executor(spec, subject) as executor:
+        score_all = partial(_score_all, subject, text, ledger, executor)
+        references = _score(settings, curve_settings, score_all)
     clock.append(time.perf_counter())
     document[KIND]["references"] = [
         {"config_name": name, "k": rule.k} for name, rule in references.items()
@@ -301,16 +317,9 @@ def _document(
 def _score(
     settings: Sequence[Setting],
     curve_settings: Sequence[Setting],
-    loaded: Loaded,
-    text: QualityText,
-    calibration: Calibration | None,
-    ledger: QualityLedger,
+    score_all: Callable[[Mapping[str, Rule]], list[QualityRecord]],
 ) -> dict[str, TopK]:
     """Score what meets its budget, then static top-k on both sides of each mean and one below."""
-
-    def score_all(rules: Mapping[str, Rule]) -> list[QualityRecord]:
-        return score_missing(loaded.model, loaded.tokenizer, text, rules, calibration, ledger)
-
     for setting in settings:
         if setting.unreachable is not None:
             log.warning("%s is left out: %s", setting.goal.config_name, setting.unreachable)
@@ -323,6 +332,17 @@ def _score(
         references = {f"topk_{lowest - 1}": TopK(k=lowest - 1)} | references
     score_all(references)
     return references
+
+
+def _score_all(
+    subject: Subject,
+    text: QualityText,
+    ledger: QualityLedger,
+    executor: Executor,
+    rules: Mapping[str, Rule],
+) -> list[QualityRecord]:
+    model, tokenizer, calibration = subject
+    return score_missing(model, tokenizer, text, rules, calibration, ledger, executor)
 
 
 def _reached(settings: Sequence[Setting]) -> dict[str, Rule]:

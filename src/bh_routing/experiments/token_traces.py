@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bh_routing.experiments.executors import Cell
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.files import write_atomically
-from bh_routing.experiments.grid import Cell
 from bh_routing.models.routing import BoundRule, bind_rule, install
 from bh_routing.models.sites import Proposal
 from bh_routing.records import JOURNAL, TOKEN_TRACES, TokenTrace

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import urllib.error
 import urllib.request
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 DeviceName = Literal["auto", "cuda", "cpu"]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+DeviceMapName = Literal["auto"]
 _HUB_TIMEOUT_SEC = 5.0
 
 
@@ -41,7 +43,13 @@ class LoadedModel(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
-def load_model(name: str, *, device: DeviceName = "auto", dtype: DtypeName = "auto") -> LoadedModel:
+def load_model(
+    name: str,
+    *,
+    device: DeviceName = "auto",
+    dtype: DtypeName = "auto",
+    device_map: DeviceMapName | None = None,
+) -> LoadedModel:
     """Load a language model that mixes experts; of a multimodal one, all parts.
 
     Only safetensors are read and no code of the checkpoint is run. `auto` means CUDA where there
@@ -51,11 +59,14 @@ def load_model(name: str, *, device: DeviceName = "auto", dtype: DtypeName = "au
         name: `demo`, a folder with a checkpoint, or a Hugging Face id.
         device: where the model runs.
         dtype: the type of its parameters.
+        device_map: `auto` spreads the layers over all GPUs, for a model larger than one; None: the
+            model is on one device.
     Returns:
         The model, with gradients off, and its tokenizer.
     Raises:
         ModelError: the model can't be found, reached, loaded or routed.
-        InputError: device or dtype isn't one of the names above, or CUDA isn't there.
+        InputError: device, dtype or device_map isn't one of the names above, CUDA or accelerate
+            isn't there.
     Example:
         >>> model, tokenizer = load_model("demo", device="cpu")
         >>> model.config.model_type
@@ -63,6 +74,7 @@ def load_model(name: str, *, device: DeviceName = "auto", dtype: DtypeName = "au
     """
     target = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, target)
+    _check_device_map(device_map, device)
     source = str(demo_folder()) if name == "demo" else name
     options: dict[str, Any] = {"trust_remote_code": False}
     if not _is_folder(source):
@@ -75,7 +87,12 @@ def load_model(name: str, *, device: DeviceName = "auto", dtype: DtypeName = "au
         is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
         auto: Any = AutoModelForCausalLM if is_causal else AutoModelForMultimodalLM
         model: Any = auto.from_pretrained(
-            source, config=config, dtype=torch_dtype, use_safetensors=True, **options
+            source,
+            config=config,
+            dtype=torch_dtype,
+            use_safetensors=True,
+            device_map=device_map,
+            **options,
         )
     except ModelError:
         raise
@@ -87,7 +104,10 @@ def load_model(name: str, *, device: DeviceName = "auto", dtype: DtypeName = "au
             f"the tokenizer of {name!r} has {len(tokenizer)} tokens, the model's vocabulary "
             f"{vocabulary}; they don't belong together: save both from one checkpoint"
         )
-    model.to(target)
+    if device_map is None:
+        model.to(target)
+    else:
+        _refuse_offloaded(name, model, target)
     model.eval().requires_grad_(False)
     routers = find_routers(model)
     if target.type == "cpu":
@@ -117,6 +137,31 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
         "float16": torch.float16,
         "float32": torch.float32,
     }[dtype]
+
+
+def _check_device_map(device_map: str | None, device: str) -> None:
+    if device_map not in (None, *get_args(DeviceMapName)):
+        raise InputError(f"device_map must be auto or left out, got {device_map!r}")
+    if device_map is None:
+        return
+    if device == "cpu":
+        raise InputError("--device-map auto spreads a model over GPUs; leave out --device cpu")
+    if importlib.util.find_spec("accelerate") is None:
+        raise InputError(
+            "--device-map auto needs accelerate, which isn't installed; run: pip install accelerate"
+        )
+
+
+def _refuse_offloaded(name: str, model: Any, target: torch.device) -> None:
+    """Raise ModelError if some layers found no room on the GPUs."""
+    places = getattr(model, "hf_device_map", {}).values()
+    num_away = sum(place in ("cpu", "disk") for place in places)
+    if target.type == "cuda" and num_away:
+        raise ModelError(
+            f"{num_away} of {len(places)} parts of model {name!r} don't fit onto the "
+            f"{torch.cuda.device_count()} GPUs and would be fetched anew for each token; use more "
+            "or larger GPUs, or leave out --no-fp16"
+        )
 
 
 def _is_folder(source: str) -> bool:

@@ -63,7 +63,10 @@ class ExpertTrace:
         """Kept expert of each slot, -1 where dropped: int16 on the host, (tokens, layers, K)."""
         if not self.forward_tokens:
             return torch.empty((0, len(self._kept_index), 1), dtype=torch.int16)
-        return torch.stack([torch.cat(calls) for calls in self._kept_index], dim=1).cpu()
+        # Layers of a model that is spread over GPUs record where they are.
+        device = self._kept_index[0][0].device
+        layers = [torch.cat(calls).to(device) for calls in self._kept_index]
+        return torch.stack(layers, dim=1).cpu()
 
     @property
     def expert_counts(self) -> Tensor:

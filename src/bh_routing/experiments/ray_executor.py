@@ -1,0 +1,336 @@
+"""Experiments on many processes or machines: Ray workers that each hold the model.
+
+Workers compute and answer; the driver alone writes. It keeps the model too, since it calibrates.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, NamedTuple, Self
+
+import torch
+
+from bh_routing import __version__
+from bh_routing.engine.score import document_groups
+from bh_routing.engine.windows import TokenizedDocument
+from bh_routing.errors import ExperimentError, InputError
+from bh_routing.experiments.executors import (
+    Cell,
+    ScoreSettings,
+    SerialExecutor,
+    give_up,
+)
+from bh_routing.experiments.experiment import Experiment, Subject
+from bh_routing.experiments.failures import release_memory
+from bh_routing.experiments.ray_pool import MAX_DEATHS, Answer, Job, WorkerPool, connected
+from bh_routing.experiments.run_log import SOURCES
+from bh_routing.models.discovery import ModelFacts, describe_model
+from bh_routing.models.load import load_model
+from bh_routing.nulls.calibration import Calibration
+from bh_routing.records import QualityRecord
+from bh_routing.rules.base import Rule
+
+MOST_PROMPTS: Final = 8
+"""Experiments of one job: what a dead worker loses, and how late progress is seen."""
+JOBS_A_WORKER: Final = 4
+"""Least number of jobs for each worker, so that none waits long for the last."""
+ROOM_FACTOR: Final = 1.25
+ROOM_BYTES: Final = 2 * 2**30
+"""What a worker takes of a GPU: so many times its weights, and so much for activations, logits
+and CUDA itself."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RaySettings:
+    """Where workers run, and what each is given."""
+
+    address: str | None = None
+    """Of a cluster, such as auto or host:6379; None: Ray is started on this machine."""
+    num_workers: int | None = None
+    """None: as many as the cluster has room for, and jobs to do."""
+    threads: int = 1
+    """Of each worker, on a CPU."""
+
+
+class Recipe(NamedTuple):
+    """What a worker makes its model from."""
+
+    model: str
+    dtype: str
+    facts: ModelFacts
+    """Of the driver's model."""
+    threads: int
+    version: str = __version__
+
+
+class Worker:
+    """What runs in a worker's process: a model, and the serial executor on it."""
+
+    def __init__(self) -> None:
+        self._serial: SerialExecutor | None = None
+
+    def load(self, recipe: Recipe, calibration: Calibration | None) -> Answer:
+        """Load the model, and see that it is the driver's.
+
+        Raises:
+            InputError: it is another one, can't be loaded, or this is another version.
+        """
+        torch.set_num_threads(recipe.threads)
+        with _collected() as lines:
+            if recipe.version != __version__:
+                raise InputError(
+                    f"a worker runs bh-routing {__version__}, the driver {recipe.version}; "
+                    "install the same version on every machine"
+                )
+            device: Any = recipe.facts.device
+            dtype: Any = recipe.dtype
+            model, tokenizer = load_model(recipe.model, device=device, dtype=dtype)
+            facts = describe_model(model)
+            if facts != recipe.facts:
+                raise InputError(
+                    f"model {recipe.model!r} of a worker is another one than the driver's "
+                    f"({facts.fingerprint[:8]} there, {recipe.facts.fingerprint[:8]} here); give "
+                    "every machine the same files and versions"
+                )
+            self._serial = SerialExecutor(Subject(model, tokenizer, calibration))
+        return Answer([], lines)
+
+    def run(self, cells: Sequence[Cell], max_tokens: int) -> Answer:
+        """Do experiments, one after the other."""
+        assert self._serial is not None, "load comes first"
+        with _collected() as lines:
+            return Answer([done for _, done in self._serial.run(cells, max_tokens)], lines)
+
+    def score(
+        self,
+        groups: Sequence[Sequence[TokenizedDocument]],
+        rules: Mapping[str, Rule],
+        settings: ScoreSettings,
+    ) -> Answer:
+        """Score groups of documents; one list of records a group."""
+        assert self._serial is not None, "load comes first"
+        with _collected() as lines:
+            records = [list(self._serial.score(group, rules, settings)) for group in groups]
+            return Answer(records, lines)
+
+
+class RayExecutor:
+    """Workers of a Ray cluster; an `Executor`.
+
+    A worker that dies is replaced and its work done again, at most `MAX_DEATHS` times; then its
+    experiment is a failed row. Workers that share a machine share its memory bandwidth, so times
+    of a crowded machine aren't those of a quiet one.
+
+    Args:
+        model: name, as `load_model` takes it; every machine must find the same one under it.
+        dtype: as `load_model` takes it.
+        subject: the driver's model, which leaves its GPU while workers are on.
+        settings: where and how many.
+    Raises:
+        InputError: (on entering) Ray isn't installed, or the cluster has no room for a worker.
+    """
+
+    def __init__(self, model: str, dtype: str, subject: Subject, settings: RaySettings) -> None:
+        self._subject = subject
+        self._settings = settings
+        self._facts = describe_model(subject.model)
+        self._bytes = sum(p.numel() * p.element_size() for p in subject.model.parameters())
+        path = Path(model).expanduser()
+        # A worker has another working directory.
+        name = str(path.resolve()) if path.is_dir() else model
+        self._recipe = Recipe(name, dtype, self._facts, settings.threads)
+        self._exits = ExitStack()
+        self._ray: Any = None
+        self._pool: WorkerPool | None = None
+        self._needs: dict[str, float] = {}
+        self._room = 0
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self._ray = stack.enter_context(connected(self._settings.address))
+            self._needs = self._demand()
+            self._room = self._count_room(self._ray.cluster_resources())
+            stack.enter_context(_parked(self._subject.model))
+            stack.callback(self._close_pool)
+            self._exits = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers, and Ray if it was started here; the model returns to its GPU."""
+        self._exits.close()
+
+    def run(self, cells: Sequence[Cell], max_tokens: int) -> Iterator[tuple[Cell, Experiment]]:
+        """Yield experiments in the order in which workers finish them."""
+        if not cells:
+            return
+        pool = self._workers(len(cells))
+        for job, results in pool.map(_blocks(cells, max_tokens, self._size(len(cells)))):
+            if results is None:
+                problem = f"{MAX_DEATHS} workers died of it; run it alone without --executor ray"
+                results = [give_up(cell, problem) for cell in job.items]
+            yield from zip(job.items, results, strict=True)
+
+    def score(
+        self,
+        documents: Sequence[TokenizedDocument],
+        rules: Mapping[str, Rule],
+        settings: ScoreSettings,
+    ) -> Iterator[QualityRecord]:
+        """Yield records, group by group, in the order in which workers finish them."""
+        # The groups of a serial run: another batch would round otherwise.
+        groups = list(document_groups(documents))
+        if not groups:
+            return
+        jobs = [
+            Job(method="score", items=(group,), settings=(dict(rules), settings))
+            for group in groups
+        ]
+        for job, results in self._workers(len(jobs)).map(jobs):
+            if results is None:
+                raise ExperimentError(
+                    f"{MAX_DEATHS} workers died scoring {job.items[0][0].name!r} and what is "
+                    "scored with it; try a smaller --batch-size, or no --executor ray"
+                )
+            for records in results:
+                yield from records
+
+    def describe(self) -> dict[str, Any]:
+        """Say for run.json where experiments ran."""
+        return {
+            "name": "ray",
+            "version": self._ray.__version__,
+            "address": self._settings.address,
+            "workers": self._settings.num_workers or self._room,
+            "each_takes": self._needs,
+        }
+
+    def _demand(self) -> dict[str, float]:
+        """What a worker is given: threads of a CPU, or a GPU or a share of one."""
+        if self._facts.device == "cpu":
+            return {"num_cpus": self._settings.threads, "num_gpus": 0}
+        total = torch.cuda.get_device_properties(0).total_memory
+        return {"num_cpus": 1, "num_gpus": gpu_share(self._bytes, total)}
+
+    def _count_room(self, resources: Mapping[str, float]) -> int:
+        """How many workers fit; as many as were asked for, or an InputError."""
+        needs = {"CPU": self._needs["num_cpus"], "GPU": self._needs["num_gpus"]}
+        room = min(
+            math.floor(resources.get(name, 0) / amount + 1e-9)
+            for name, amount in needs.items()
+            if amount
+        )
+        wanted = self._settings.num_workers or 1
+        if wanted > room:
+            has = ", ".join(f"{resources.get(name, 0):g} {name}" for name in needs)
+            each = ", ".join(f"{amount:g} {name}" for name, amount in needs.items() if amount)
+            raise InputError(
+                f"{wanted} workers were asked for (each takes {each}), and Ray has {has}: room "
+                f"for {room}; lower --workers, or give --ray-address of a larger cluster"
+            )
+        return room
+
+    def _size(self, num_jobs: int) -> int:
+        return min(self._settings.num_workers or self._room, num_jobs)
+
+    def _workers(self, num_jobs: int) -> WorkerPool:
+        """Start as many workers as there is work for; they stay until the executor is left."""
+        if self._pool is not None:
+            return self._pool
+        ray, size = self._ray, self._size(num_jobs)
+        calibration = ray.put(self._subject.calibration)
+        actor_class = ray.remote(Worker).options(**self._needs)
+
+        def start() -> tuple[Any, Any]:
+            actor = actor_class.remote()
+            return actor, actor.load.remote(self._recipe, calibration)
+
+        needs = ", ".join(f"{name} {amount:g}" for name, amount in self._needs.items() if amount)
+        log.info("%d Ray workers (%s each)", size, needs)
+        self._pool = WorkerPool(ray, start, size, f"a worker that takes {needs}")
+        return self._pool
+
+    def _close_pool(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+
+def gpu_share(model_bytes: int, gpu_bytes: int) -> float:
+    """Return how much of a GPU a worker asks for: 1, or 1/n where n of them fit.
+
+    Example:
+        >>> gpu_share(14 * 2**30, 80 * 2**30), gpu_share(60 * 2**30, 80 * 2**30)
+        (0.25, 1.0)
+    """
+    num_fitting = int(gpu_bytes / (ROOM_FACTOR * model_bytes + ROOM_BYTES))
+    return 1 / min(max(1, num_fitting), MOST_PROMPTS)
+
+
+def _blocks(cells: Sequence[Cell], max_tokens: int, num_workers: int) -> list[Job]:
+    """Cut each configuration's cells into blocks of prompts."""
+    size = max(1, min(MOST_PROMPTS, len(cells) // (JOBS_A_WORKER * num_workers)))
+    by_config: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        by_config[cell.named_rule.name].append(cell)
+    return [
+        Job(method="run", items=tuple(mine[at : at + size]), settings=(max_tokens,), group=name)
+        for name, mine in by_config.items()
+        for at in range(0, len(mine), size)
+    ]
+
+
+@contextmanager
+def _parked(model: Any) -> Iterator[None]:
+    """Keep a model off its GPU inside the block: workers need the room."""
+    device = model.device
+    if device.type == "cpu":
+        yield
+        return
+    model.to("cpu")
+    release_memory()
+    try:
+        yield
+    finally:
+        model.to(device)
+
+
+class _Collector(logging.Handler):
+    def __init__(self, lines: list[tuple[str, int, str]]) -> None:
+        super().__init__(logging.INFO)
+        self._lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append((record.name, record.levelno, record.getMessage()))
+
+
+@contextmanager
+def _collected() -> Iterator[list[tuple[str, int, str]]]:
+    """Collect what is logged inside the block: a worker's console is far away."""
+    lines: list[tuple[str, int, str]] = []
+    handler = _Collector(lines)
+    loggers = [logging.getLogger(name) for name in SOURCES]
+    loggers[0].setLevel(logging.INFO)
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
