@@ -207,8 +207,8 @@ def _draw_saved(axes: Axes, rules: Sequence[Series], looks: Mapping[str, Look]) 
         is_far |= not near_n.all()
         for at, saved in zip(at_n[~near_n], saved_n[~near_n], strict=True):
             axes.annotate(
-                number(saved, 0), (at, LEAST_SAVED - 8), xytext=(0, 13),
-                textcoords="offset points", ha="center", fontsize=8, color=EDGE_COLOUR,
+                number(saved, 0), (at, LEAST_SAVED - 8), xytext=(0, 14),
+                textcoords="offset points", ha="center", fontsize=8, color=EDGE_COLOUR, rotation=90,
                 arrowprops={"arrowstyle": "-|>", "color": look.colour, "shrinkA": 0},
             )  # fmt: skip
     if is_far:
