@@ -241,10 +241,13 @@ class KnobSearch:
         title = f"correction {corrections}" if corrections else "measure"
         total = self.num_tokens * len(rules)
         model, tokenizer, text = self._model, self._tokenizer, self.text
-        records_of = partial(score, model, tokenizer, text.documents, rules, self._calibration)
-        settings = {"window": text.window, "stride": text.stride, "batch_size": text.batch_size}
+        records_of = partial(
+            score,
+            *(model, tokenizer, text.documents, rules, self._calibration),
+            batch_size=text.batch_size,
+        )
         with tqdm(total=total, unit="token", desc=title, unit_scale=True) as bar:
-            for record in records_of(**settings):
+            for record in records_of(window=text.window, stride=text.stride):
                 records[record.config_name].append(record)
                 bar.update(record.tokens)
         return {

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import platform
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -102,6 +104,7 @@ class Worker:
                     "every machine the same files and versions"
                 )
             self._serial = SerialExecutor(Subject(model, tokenizer, calibration))
+            log.info("process %d on %s has the model", os.getpid(), platform.node())
         return Answer([], lines)
 
     def run(self, cells: Sequence[Cell], max_tokens: int) -> Answer:
@@ -181,7 +184,7 @@ class RayExecutor:
         if not cells:
             return
         pool = self._workers(len(cells))
-        for job, results in pool.map(_blocks(cells, max_tokens, self._size(len(cells)))):
+        for job, results in pool.map(cut_blocks(cells, max_tokens, self._size(len(cells)))):
             if results is None:
                 problem = f"{MAX_DEATHS} workers died of it; run it alone without --executor ray"
                 results = [give_up(cell, problem) for cell in job.items]
@@ -283,7 +286,7 @@ def gpu_share(model_bytes: int, gpu_bytes: int) -> float:
     return 1 / min(max(1, num_fitting), MOST_PROMPTS)
 
 
-def _blocks(cells: Sequence[Cell], max_tokens: int, num_workers: int) -> list[Job]:
+def cut_blocks(cells: Sequence[Cell], max_tokens: int, num_workers: int) -> list[Job]:
     """Cut each configuration's cells into blocks of prompts."""
     size = max(1, min(MOST_PROMPTS, len(cells) // (JOBS_A_WORKER * num_workers)))
     by_config: dict[str, list[Cell]] = defaultdict(list)

@@ -89,6 +89,8 @@ def read_decoder(model: Any, blocks: Sequence[nn.Module], num_positions: int) ->
     head: Any = getattr(model, "lm_head", None)
     if not isinstance(inner, nn.Module) or not isinstance(head, nn.Linear) or _bias(head):
         raise UndecodableError("it isn't a decoder with a plain lm_head")
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        raise UndecodableError("its layers are spread over several devices")
     _check_children(inner, {"embed_tokens", "layers", "norm", "rotary_emb"})
     layers: Any = inner.layers
     if len(layers) != len(blocks):
