@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,10 @@ def render_drop(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _between(table: str, found: re.Match[str]) -> str:
+    return found[1] + table + found[2]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the JSON, and render it into both Markdown files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -247,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     (HERE / "noise_table.md").write_text("\n".join(tables.values()), encoding="utf-8")
     page = METHOD.read_text(encoding="utf-8")
     for block, table in tables.items():
-        page = block.sub(lambda found, table=table: found[1] + table + found[2], page)
+        page = block.sub(partial(_between, table), page)
         print(table)
     METHOD.write_text(page, encoding="utf-8")
     return 0
