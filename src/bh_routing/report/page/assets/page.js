@@ -15,6 +15,8 @@ const page = {
       select.append(page.element("option", { value: values[i], textContent: label })));
   },
 
+  printWidth: undefined,  // pixels; a chart doesn't follow the paper's width by itself
+
   color(name) {
     return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   },
@@ -26,6 +28,7 @@ const page = {
     const layout = {
       ...figure.layout,
       height,
+      width: page.printWidth,
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: ink, size: narrow ? 11 : 13, family: "inherit" },
@@ -79,5 +82,14 @@ const page = {
   button.setAttribute("aria-pressed", String(document.documentElement.dataset.theme === "dark"));
   button.addEventListener("click", () =>
     apply(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
-  window.addEventListener("beforeprint", () => apply("light"));
+  let before;
+  window.addEventListener("beforeprint", () => {
+    before = document.documentElement.dataset.theme;
+    page.printWidth = 680;
+    apply("light");
+  });
+  window.addEventListener("afterprint", () => {
+    page.printWidth = undefined;
+    apply(before);
+  });
 })();
