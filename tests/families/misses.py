@@ -50,7 +50,7 @@ OLDER: Final = {
 
 _INSTALLED: Final = Version(transformers.__version__).release[:2]
 for _version, _refused in OLDER.items():
-    if _INSTALLED <= Version(_version).release:
+    if Version(_version).release >= _INSTALLED:
         REFUSED.update(_refused)
 
 FLOAT32_ONLY: Final[set[str]] = {"deepseek_v4"} if _INSTALLED <= (5, 17) else set()
