@@ -48,9 +48,13 @@ OLDER: Final = {
 }
 """Refused as well up to these versions of transformers, whose code of the family was another."""
 
+_INSTALLED: Final = Version(transformers.__version__).release[:2]
 for _version, _refused in OLDER.items():
-    if Version(transformers.__version__).release[:2] <= Version(_version).release:
+    if Version(_version).release >= _INSTALLED:
         REFUSED.update(_refused)
+
+FLOAT32_ONLY: Final[set[str]] = {"deepseek_v4"} if _INSTALLED <= (5, 17) else set()
+"""Families whose untouched tiny model can't run in bfloat16: their own code mixes types."""
 
 MISSES: Final[dict[Check, dict[str, Miss]]] = {
     checks.pruning_equals_the_familys_own_smaller_top_k: {
@@ -109,6 +113,8 @@ def hold(
     implementations: tuple[str, ...] = IMPLEMENTATIONS,
 ) -> None:
     """Assert that a claim holds for a family, or that the family misses it as listed."""
+    if dtype != torch.float32 and family in FLOAT32_ONLY:
+        pytest.skip("the untouched model can't run in this type")
     subject = family_subject(family, dtype, implementations)
     miss = miss_of(check, family)
     if miss is None:

@@ -68,7 +68,10 @@ def calibrated(family: str) -> tuple[Calibration, Passes]:
 @every_kind
 @pytest.mark.parametrize(
     "rule",
-    [BenjaminiHochberg(alpha=0.1, max_k=4), BenjaminiHochbergDrop(alpha=0.3)],
+    [
+        BenjaminiHochberg(alpha=0.1, max_k=4),
+        BenjaminiHochbergDrop(alpha=0.3, statistic="contribution"),
+    ],
     ids=["bh", "bh_drop"],
 )
 def test_counts_vary_under_a_calibrated_rule(family: str, rule: Rule) -> None:

@@ -11,6 +11,8 @@ from tests.families import checks
 from tests.families.misses import hold
 from tests.families.zoo import family_names
 
+# What torch warns of while it traces is transformers' own code, and inductor's own.
+pytestmark = pytest.mark.filterwarnings("ignore")
 every_family = pytest.mark.parametrize("family", family_names())
 
 DIVERSE = ("deepseek_v3", "gemma4", "gpt_oss", "olmoe", "qwen3_moe")
