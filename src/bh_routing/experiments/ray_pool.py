@@ -118,8 +118,7 @@ class WorkerPool:
         """
         queue = JobQueue(jobs)
         while queue or any(job for _, job in self._busy.values()):
-            while queue and self._idle:
-                self._give(self._idle.pop(), queue)
+            self._hand_out(queue)
             ready, _ = self._ray.wait(list(self._busy), num_returns=1, timeout=PATIENCE_SEC)
             if not ready and all(job is None for _, job in self._busy.values()):
                 log.warning("still waiting for %s", self._title)
@@ -128,6 +127,8 @@ class WorkerPool:
                 answer = self._fetch(reference, seat)
                 if answer is not None:
                     self._idle.append(seat)
+                    # First: the worker must not wait while the caller writes.
+                    self._hand_out(queue)
                     if job is not None:
                         yield job, answer.results
                 elif job is not None and job.deaths + 1 >= MAX_DEATHS:
@@ -145,11 +146,13 @@ class WorkerPool:
         actor, ready = self._start()
         self._busy[ready] = (_Seat(number, actor), None)
 
-    def _give(self, seat: _Seat, queue: JobQueue) -> None:
-        job = queue.take(seat.group)
-        seat.group = job.group
-        method = getattr(seat.actor, job.method)
-        self._busy[method.remote(list(job.items), *job.settings)] = (seat, job)
+    def _hand_out(self, queue: JobQueue) -> None:
+        while queue and self._idle:
+            seat = self._idle.pop()
+            job = queue.take(seat.group)
+            seat.group = job.group
+            method = getattr(seat.actor, job.method)
+            self._busy[method.remote(list(job.items), *job.settings)] = (seat, job)
 
     def _fetch(self, reference: Any, seat: _Seat) -> Answer | None:
         """Return a worker's answer; None if it died, and then another one is started."""
