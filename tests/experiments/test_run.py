@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bh_routing.engine.generate import generate_greedy
+from bh_routing.engine.generate import generate_routed
 from bh_routing.errors import CalibrationError, InputError, ResultsError
 from bh_routing.experiments.executors import Cell, attempt
 from bh_routing.experiments.experiment import Experiment, Subject, run_experiment
@@ -40,7 +40,7 @@ CUSTOM = {
     "description": "between two and ten",
 }
 
-GENERATE = "bh_routing.experiments.experiment.generate_greedy"
+GENERATE = "bh_routing.experiments.experiment.generate_routed"
 
 pytestmark = pytest.mark.usefixtures("loaded_demo")
 
@@ -102,6 +102,7 @@ def test_a_run_leaves_its_files(tiny_spec: MakeTinySpec) -> None:
     assert document["calibration"] is None
     assert document["nulls"][0]["alpha_is"] == "error rate"
     assert document["timing"]["experiments_sec"] > 0
+    assert document["timing"]["startup_sec"] > 0
     assert document["peak_memory_bytes"] > 1_000_000
 
 
@@ -150,10 +151,10 @@ def test_a_changed_configuration_of_the_same_name_runs_again(tiny_spec: MakeTiny
 def test_a_failing_experiment_becomes_a_row_and_is_tried_again(
     tiny_spec: MakeTinySpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail_on_the_river(model: Any, tokenizer: Any, prompt: str, tokens: int) -> Any:
+    def fail_on_the_river(model: Any, tokenizer: Any, prompt: str, *rest: Any) -> Any:
         if "river" in prompt:
             raise RuntimeError("the river\nis dry")
-        return generate_greedy(model, tokenizer, prompt, tokens)
+        return generate_routed(model, tokenizer, prompt, *rest)
 
     monkeypatch.setattr(GENERATE, fail_on_the_river)
     outcome = run(tiny_spec())
@@ -163,7 +164,7 @@ def test_a_failing_experiment_becomes_a_row_and_is_tried_again(
     assert "RuntimeError: the river is dry" in outcome.problems[1]
     rows = read_rows(outcome.folder)
     assert [row["status"] for row in rows] == ["ok", "failed", "ok"] * 2
-    monkeypatch.setattr(GENERATE, generate_greedy)
+    monkeypatch.setattr(GENERATE, generate_routed)
     again = run(tiny_spec())
     assert (again.exit_code, again.num_run) == (0, 2)
     assert {row["status"] for row in read_rows(again.folder)} == {"ok"}

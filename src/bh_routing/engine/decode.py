@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -22,8 +23,10 @@ from torch import Tensor, nn
 
 from bh_routing.engine.decode_session import Session
 from bh_routing.kernels.decode_layout import UndecodableError, read_decoder
+from bh_routing.kernels.experts import NAME, sparse_experts_forward
 from bh_routing.kernels.router import fused_router
 from bh_routing.kernels.router_twin import Router, SoftmaxFamily, twin_router
+from bh_routing.models.backends import experts_by
 from bh_routing.models.discovery import find_routers
 from bh_routing.models.routing import BoundRule, bind_rule, install
 from bh_routing.models.sites import RouterFacts
@@ -152,6 +155,12 @@ def engine_of(model: Any) -> Engine:
     return engine
 
 
+def startup_seconds(model: Any) -> float | None:
+    """Time that the model's engine took for compiling and capturing; None without one."""
+    engine = _engines.get(model)
+    return engine.startup_sec if isinstance(engine, Engine) else None
+
+
 def bind_routers(bound: BoundRule) -> list[Router]:
     """Bind a rule to each layer's logits: one kernel where there is one, else its twin.
 
@@ -174,6 +183,13 @@ def _is_plain_softmax(facts: RouterFacts) -> bool:
     does_more = facts.bias or facts.groups or facts.has_gains or facts.shares_with or facts.by_token
     is_scaled = facts.scale is None or abs(facts.scale - 1.0) > 1e-3
     return facts.scoring == "softmax" and not (does_more or facts.skips or is_scaled)
+
+
+def _quickest_experts(model: Any) -> AbstractContextManager[None]:
+    # On a CPU the model has its own since it was loaded.
+    if model.device.type != "cuda":
+        return nullcontext()
+    return experts_by(model, NAME, sparse_experts_forward)
 
 
 @torch.inference_mode()
@@ -206,7 +222,7 @@ def decode_greedily(
     batch, length = token_BP.shape
     session = engine.session(bound, batch, length + max_new_tokens)
     start = time.perf_counter()
-    with install(model, bound) as trace:
+    with _quickest_experts(model), install(model, bound) as trace:
         output = model(input_ids=token_BP, use_cache=True, logits_to_keep=1)
     first_B = output.logits[:, -1].argmax(-1)
     first = first_B.tolist()

@@ -9,17 +9,17 @@ Axes: B texts written side by side, S steps, P positions, L layers, K slots.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from bh_routing.engine.timing import captured
 from bh_routing.kernels.decode_layout import Decoder
 from bh_routing.kernels.decode_step import bind_step
 from bh_routing.kernels.decode_torch import DecodeState
 from bh_routing.kernels.router_twin import Router
-from bh_routing.models.trace import DROPPED
 
 STEPS_IN_A_BURST: Final = 16
 """Steps between two looks at the tokens: an end of text is noticed that late, and what was written
@@ -56,36 +56,15 @@ class Session:
         batch: int,
         num_positions: int,
     ) -> None:
-        self.state = state = DecodeState.empty(decoder, batch, num_positions)
-        shape = (num_positions, len(decoder.layers), batch, num_slots)
-        device = state.token_B.device
-        self.kept_PLBK = torch.full(shape, DROPPED, dtype=torch.int16, device=device)
-        self.token_PB = torch.zeros((num_positions, batch), dtype=torch.int64, device=device)
-        self._step = bind_step(decoder, state, routers)
-        self._advance = self._capture() if device.type == "cuda" else self.step
-
-    @torch.inference_mode()
-    def step(self) -> None:
-        """Write one token a text, and what was kept for it; launches without waiting."""
-        state = self.state
-        slots = self._step()
-        index_LBK = torch.stack([layer.top_k_index_TK for layer in slots])
-        keep_LBK = torch.stack([layer.keep_TK for layer in slots])
-        kept_LBK = torch.where(keep_LBK, index_LBK, DROPPED).to(torch.int16)
-        self.kept_PLBK.index_copy_(0, state.position_1, kept_LBK.unsqueeze(0))
-        self.token_PB.index_copy_(0, state.position_1, state.token_B.unsqueeze(0))
-        state.position_1.add_(1)
-
-    def _capture(self) -> Any:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.step()  # kernels are compiled before the capture
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
-        return graph.replay
+        self.state = DecodeState.empty(
+            decoder, batch=batch, num_positions=num_positions, num_slots=num_slots
+        )
+        step = bind_step(decoder, self.state, routers)
+        self.advance: Callable[[], None] = step
+        """Write one token a text; launches without waiting."""
+        if self.state.token_B.is_cuda:
+            with torch.inference_mode():
+                self.advance = captured(step)
 
     def start(self, cache: Any, token_B: Tensor) -> int:
         """Take over transformers' cache of a prompt and its first tokens; return their position."""
@@ -108,17 +87,21 @@ class Session:
         done = 0
         while done < num_steps:
             for _ in range(min(burst, num_steps - done)):
-                self._advance()
+                self.advance()
                 clock.tick()
             done = min(done + burst, num_steps)
             if end_ids and (ends := self._count_until_end(first, done, end_ids)) is not None:
                 done = ends
                 break
         end = first + done
-        return Steps(self.token_PB[first:end].cpu(), self.kept_PLBK[first:end], clock.seconds(done))
+        return Steps(
+            self.state.token_PB[first:end].cpu(),
+            self.state.kept_PLBK[first:end],
+            clock.seconds(done),
+        )
 
     def _count_until_end(self, first: int, done: int, end_ids: Collection[int]) -> int | None:
-        rows = self.token_PB[first : first + done].tolist()
+        rows = self.state.token_PB[first : first + done].tolist()
         return next((n for n, row in enumerate(rows, 1) if all(t in end_ids for t in row)), None)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from bh_routing.engine.decode import decode_greedily, engine_of
+from bh_routing.engine.decode import decode_greedily
 from bh_routing.kernels.decode_layout import UndecodableError
 from bh_routing.models.routing import route
 from bh_routing.models.trace import ExpertTrace
@@ -108,25 +108,18 @@ def generate_routed(
     return RoutedGeneration(generation, decoded.trace, decoded.has_nan)
 
 
-def startup_seconds(model: Any) -> float | None:
-    """Time that the model's decode engine took for compiling and capturing; None without one."""
-    try:
-        return engine_of(model).startup_sec
-    except UndecodableError:
-        return None
-
-
-class _Clock:
+class TokenClock:
     """A streamer: `generate` hands it the prompt, then each token as soon as it is on the host."""
 
     def __init__(self) -> None:
         self.ticks: list[float] = []
 
     def put(self, _: Tensor) -> None:
+        """Note the time."""
         self.ticks.append(time.perf_counter())
 
     def end(self) -> None:
-        pass
+        """Do nothing: the last token was noted."""
 
 
 def generate_greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> Generation:
@@ -144,7 +137,7 @@ def generate_greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     num_input_tokens = inputs["input_ids"].shape[1]
     pad = tokenizer.pad_token_id
-    clock = _Clock()
+    clock = TokenClock()
     start = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from bh_routing.engine.generate import Generation, generate_greedy
+from bh_routing.engine.generate import Generation, RoutedGeneration, generate_routed
 from bh_routing.errors import ExperimentError
 from bh_routing.experiments.failures import any_nan, find_nan, watch_logits
 from bh_routing.experiments.metrics import load_balance
 from bh_routing.experiments.spec import NamedRule, Prompt
-from bh_routing.models.routing import route
 from bh_routing.models.trace import ExpertTrace
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.records import STATUS_FAILED, ExperimentDetail, ExperimentRecord
@@ -56,12 +55,9 @@ def run_experiment(
     device = subject.model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with (
-        route(subject.model, named_rule.rule, subject.calibration) as trace,
-        watch_logits(subject.model) as sums,
-    ):
-        generation = generate_greedy(subject.model, subject.tokenizer, prompt.text, max_tokens)
-    if any_nan(sums):
+    with watch_logits(subject.model) as sums:
+        generation, trace, has_nan = _generate(subject, named_rule, prompt, max_tokens)
+    if has_nan or any_nan(sums):
         ids = [*subject.tokenizer(prompt.text)["input_ids"], *generation.token_ids]
         raise ExperimentError(find_nan(subject.model, named_rule.rule, subject.calibration, ids))
     peak = int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None
@@ -70,8 +66,14 @@ def run_experiment(
 
 def warm_up(subject: Subject, named_rule: NamedRule, prompt: Prompt) -> None:
     """Run a rule once, untimed, so that one-off costs don't fall on the first experiment."""
-    with route(subject.model, named_rule.rule, subject.calibration):
-        generate_greedy(subject.model, subject.tokenizer, prompt.text, WARM_UP_TOKENS)
+    _generate(subject, named_rule, prompt, WARM_UP_TOKENS)
+
+
+def _generate(
+    subject: Subject, named_rule: NamedRule, prompt: Prompt, max_tokens: int
+) -> RoutedGeneration:
+    model, tokenizer, calibration = subject
+    return generate_routed(model, tokenizer, prompt.text, max_tokens, named_rule.rule, calibration)
 
 
 def failed_experiment(named_rule: NamedRule, prompt: Prompt, error: str) -> Experiment:

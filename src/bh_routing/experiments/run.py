@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bh_routing.engine.decode import startup_seconds
 from bh_routing.errors import BHRoutingError
 from bh_routing.experiments.calibrating import describe_nulls, save_calibration
 from bh_routing.experiments.conclusion import Hooks, conclude, guard
@@ -129,6 +130,7 @@ def _run_begun(
     timing = {
         "load_sec": prepared.loaded.seconds,
         "calibrate_sec": prepared.calibrate_sec,
+        "startup_sec": startup_seconds(prepared.subject.model),
         "experiments_sec": earlier_sec + quality_start - grid_start,
         "token_traces_sec": time.perf_counter() - traces_start,
         "quality_sec": quality_sec,

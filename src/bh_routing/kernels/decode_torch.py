@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -17,8 +18,10 @@ from bh_routing.kernels.decode_layout import Attention, Decoder, Norm
 from bh_routing.kernels.experts import sparse_experts_forward
 from bh_routing.kernels.router_twin import RoutedSlots, Router
 
-Step = Callable[[], list[RoutedSlots]]
-"""Reads and writes a state; returns what each layer's router decided."""
+Step = Callable[[], None]
+"""Reads a state's tokens and writes the next ones, what was kept for them, and the cache."""
+
+DROPPED: Final = -1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -28,24 +31,43 @@ class DecodeState:
     token_B: Tensor
     """int64: the tokens that go in, then those that come out."""
     position_1: Tensor
-    """int64: where the tokens that go in stand."""
+    """int64: where the tokens that go in stand; one more after the step."""
+    token_PB: Tensor
+    """int64: for each position, what came out where it went in."""
+    kept_PLBK: Tensor
+    """int16: kept expert of each slot, -1 where dropped."""
     keys: Tensor
     """(layers, B, G, P, D)."""
     values: Tensor
     logits_BV: Tensor
 
     @classmethod
-    def empty(cls, decoder: Decoder, batch: int, num_positions: int) -> DecodeState:
-        """Make room for `batch` texts of equal lengths."""
+    def empty(
+        cls, decoder: Decoder, *, batch: int, num_positions: int, num_slots: int
+    ) -> DecodeState:
+        """Make room for texts of equal lengths."""
         like = decoder.embedding_VH
         shape = (len(decoder.layers), batch, decoder.num_key_heads, num_positions, decoder.head_dim)
         return cls(
             token_B=like.new_zeros(batch, dtype=torch.int64),
             position_1=like.new_zeros(1, dtype=torch.int64),
+            token_PB=like.new_zeros(num_positions, batch, dtype=torch.int64),
+            kept_PLBK=like.new_zeros(
+                num_positions, len(decoder.layers), batch, num_slots, dtype=torch.int16
+            ),
             keys=like.new_zeros(shape),
             values=like.new_zeros(shape),
             logits_BV=like.new_zeros(batch, decoder.head_VH.shape[0]),
         )
+
+    def finish(self, slots: Sequence[RoutedSlots]) -> None:
+        """Note what came out and what was kept, and go on to the next place; no host sync."""
+        index_LBK = torch.stack([layer.top_k_index_TK for layer in slots])
+        keep_LBK = torch.stack([layer.keep_TK for layer in slots])
+        kept_LBK = torch.where(keep_LBK, index_LBK, DROPPED).to(torch.int16)
+        self.kept_PLBK.index_copy_(0, self.position_1, kept_LBK.unsqueeze(0))
+        self.token_PB.index_copy_(0, self.position_1, self.token_B.unsqueeze(0))
+        self.position_1.add_(1)
 
 
 def bind_torch(decoder: Decoder, state: DecodeState, routers: Sequence[Router]) -> Step:
@@ -53,13 +75,13 @@ def bind_torch(decoder: Decoder, state: DecodeState, routers: Sequence[Router]) 
     num_positions = state.keys.shape[3]
     positions_P = torch.arange(num_positions, device=state.position_1.device)
 
-    def step() -> list[RoutedSlots]:
+    def step() -> None:
         hidden_BH = functional.embedding(state.token_B, decoder.embedding_VH)
         angles = decoder.cos_PD[state.position_1], decoder.sin_PD[state.position_1]
         seen = None
         if hidden_BH.is_cuda:
             seen = (positions_P <= state.position_1).view(1, 1, 1, num_positions)
-        slots = []
+        slots: list[RoutedSlots] = []
         for number, (layer, route) in enumerate(zip(decoder.layers, routers, strict=True)):
             normed_BH = _normalise(hidden_BH, layer.input_norm)
             cache = state.keys[number], state.values[number]
@@ -75,7 +97,7 @@ def bind_torch(decoder: Decoder, state: DecodeState, routers: Sequence[Router]) 
         logits_BV = functional.linear(_normalise(hidden_BH, decoder.norm), decoder.head_VH)
         state.logits_BV.copy_(logits_BV)
         state.token_B.copy_(logits_BV.argmax(-1))
-        return slots
+        state.finish(slots)
 
     return step
 

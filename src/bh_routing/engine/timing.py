@@ -1,0 +1,102 @@
+"""Time contenders side by side: interleaved, in random order, after a round that isn't counted."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple
+
+import torch
+
+FILLER_BYTES: Final = 2**28
+COPIED_BYTES: Final = {"cuda": 2**31, "cpu": 2**27}
+
+
+class Timing(NamedTuple):
+    """Seconds of repeated runs."""
+
+    median_sec: float
+    low_sec: float
+    """The fastest."""
+    high_sec: float
+    """The slowest."""
+    rounds: int
+
+
+def time_interleaved(
+    runs: Mapping[str, Callable[[], float]], rounds: int, seed: int = 0
+) -> dict[str, Timing]:
+    """Run every contender once a round, in an order drawn anew, and summarise its seconds.
+
+    A machine that slows down slows all of them alike. The first round warms up.
+
+    Args:
+        runs: each returns the seconds that it took; see `stopwatch`.
+        rounds: rounds that count, at least 1.
+        seed: of the orders.
+    """
+    generator = random.Random(seed)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(rounds + 1):
+        for name in generator.sample(list(runs), len(runs)):
+            taken = runs[name]()
+            if round_:
+                seconds[name].append(taken)
+    return {
+        name: Timing(statistics.median(values), min(values), max(values), rounds)
+        for name, values in seconds.items()
+    }
+
+
+def stopwatch(call: Callable[[], Any], device: torch.device, calls: int = 1) -> Callable[[], float]:
+    """Return a function that makes some calls and returns the seconds of one.
+
+    On CUDA by the device's clock, which starts behind work that keeps the GPU busy until the host
+    has launched the first call.
+    """
+    if device.type != "cuda":
+
+        def by_clock() -> float:
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            return (time.perf_counter() - start) / calls
+
+        return by_clock
+    filler = torch.empty(FILLER_BYTES, dtype=torch.uint8, device=device)
+
+    def by_events() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        filler.zero_()
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000 / calls
+
+    return by_events
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], None]:
+    """Capture a call in a CUDA graph and return its replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()  # kernels are compiled before the capture
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+def copied_bytes_per_second(device: torch.device) -> float:
+    """Measure a copy in memory, bytes read and bytes written: the roof of what only moves data."""
+    source = torch.zeros(COPIED_BYTES[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = stopwatch(lambda: target.copy_(source), device)
+    return 2 * source.numel() / time_interleaved({"copy": copy}, rounds=7)["copy"].median_sec
