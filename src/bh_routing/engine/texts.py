@@ -128,8 +128,14 @@ def _labels(path: Path, split: str) -> dict[int, dict[str, object]]:
     file = path.with_name("documents.json")
     if not file.exists():
         return {}
-    entries = json.loads(file.read_text("utf-8"))
-    return {int(e["index"]): e for e in entries if e["split"] == split}
+    try:
+        entries = json.loads(file.read_text("utf-8"))
+        return {int(e["index"]): e for e in entries if e["split"] == split}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{file} names no documents ({type(error).__name__}: {error}); it must be a list of "
+            "objects with split and index: correct it, or move it away"
+        ) from error
 
 
 def _json_lines(path: Path, content: str) -> list[Document]:
@@ -140,7 +146,7 @@ def _json_lines(path: Path, content: str) -> list[Document]:
         try:
             entry = json.loads(line)
             text = entry["text"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"line {number} of {path} isn't a JSON object with a 'text'; got {line[:60]!r}"
             ) from error

@@ -22,6 +22,16 @@ from bh_routing.experiments.spec import Prompt
 from bh_routing.experiments.validation import describe_error
 
 SIZE_LIMIT_BYTES: Final = 1_000_000
+YAML_ERRORS: Final = (
+    yaml.YAMLError,
+    ValueError,
+    RecursionError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+)
+"""Beside its own errors PyYAML lets others through, such as KeyError for `!!bool maybe`."""
 
 
 class ConfigFile(BaseModel):
@@ -97,16 +107,7 @@ def read_config_file(path: Path) -> ConfigFile:
         values = yaml.load(content, Loader=_Loader)  # derived from SafeLoader
     except _Refused as refusal:
         raise InputError(f"configuration file {path} {refusal}") from None
-    # Beside its own errors PyYAML lets others through, such as KeyError for `!!bool maybe`.
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-    ) as error:
+    except YAML_ERRORS as error:
         problem = " ".join(str(error).split())
         raise InputError(
             f"configuration file {path} isn't valid YAML ({problem[:200]}); correct it"

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from bh_routing.errors import InputError
+from bh_routing.experiments.config_file import YAML_ERRORS
 
 
 def parse_rule(text: str) -> tuple[str, dict[str, Any]]:
@@ -28,6 +29,13 @@ def parse_rule(text: str) -> tuple[str, dict[str, Any]]:
                 f"rule {text!r} must be method:field=value,field=value, got {item!r} in it; for "
                 "example bh:alpha=0.05,max_k=8"
             )
-        config[field.strip()] = yaml.safe_load(value)
+        try:
+            config[field.strip()] = yaml.safe_load(value)
+        except YAML_ERRORS as error:
+            problem = " ".join(str(error).split())[:100]
+            raise InputError(
+                f"rule {text!r} has the value {value!r}, which isn't valid YAML ({problem}); write "
+                "a number or a word"
+            ) from error
     name = re.sub(r"[^A-Za-z0-9_.+-]+", "-", text.strip().replace(":", "_").replace(",", "_"))
     return name[:64], config

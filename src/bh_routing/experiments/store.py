@@ -123,7 +123,6 @@ class ResultStore:
             if not self._resume:
                 self._move_aside()
             self._remove_leftovers()
-            (self.folder / CHECKPOINT).parent.mkdir(exist_ok=True)
             self._take_over(identity, document, plan)
         except OSError as error:
             raise unwritable(self.folder, error) from error
@@ -278,6 +277,8 @@ class ResultStore:
             "plans": [*plans, self._plan],
         }
         write_atomically(self.folder / RUN_JSON, render_json(self._document))
+        # After run.json: without it, anything else of a run is refused.
+        (self.folder / CHECKPOINT).parent.mkdir(exist_ok=True)
         if content.chain.torn_bytes:
             log.warning(
                 "dropped the unfinished last line of %s (%d bytes): a run was cut off while "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,23 +33,30 @@ def read_traces(folder: Path) -> list[TokenTrace]:
     """Read the traces of a results folder; none if the run recorded none.
 
     Raises:
-        ResultsError: a line isn't a trace.
+        ResultsError: a line isn't a trace, or holds other numbers than it says.
     """
     path = folder / TOKEN_TRACES
     found: dict[tuple[str, str], TokenTrace] = {}
     for number, entry in read_lines(path) if path.is_file() else ():
         try:
             trace = TokenTrace(**entry)
-        except TypeError as error:
+            unpack(trace)
+            found[trace.config_name, trace.prompt_text] = trace
+        except (TypeError, ValueError, OverflowError, zlib.error) as error:
             raise half_read(path, f"line {number} isn't a token trace ({error})") from error
-        found[trace.config_name, trace.prompt_text] = trace
     return list(found.values())
 
 
 def unpack(trace: TokenTrace) -> Slots:
-    """Return the numbers of a trace."""
-    raw = zlib.decompress(base64.b64decode(trace.planes))
-    planes = np.frombuffer(raw, dtype="<i2").reshape(3, -1, trace.layers, trace.slots)
+    """Return the numbers of a trace.
+
+    Raises:
+        ValueError, TypeError, OverflowError, zlib.error: it holds others than it says.
+    """
+    shape = (3, len(trace.tokens), trace.layers, trace.slots)
+    # A bound: a few bytes of zlib can stand for gigabytes.
+    raw = zlib.decompressobj().decompress(base64.b64decode(trace.planes), 2 * math.prod(shape) + 1)
+    planes = np.frombuffer(raw, dtype="<i2").reshape(shape)
     expert, (weight, p) = planes[0].astype(np.int64), planes[1:].view("<u2").astype(np.float64)
     return Slots(
         expert=np.where(expert < 0, -1 - expert, expert),

@@ -1,0 +1,54 @@
+"""Whatever breaks in the middle of a run, the resume ends as an uninterrupted run does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the driver forks, which is Unix's")
+
+
+@pytest.mark.parametrize(
+    ("faults", "seed"),
+    [(10, 1), pytest.param(200, 8, marks=[pytest.mark.full, pytest.mark.timeout(3600)])],
+    ids=["10", "200"],
+)
+def test_no_fault_loses_repeats_or_spoils_an_experiment(
+    faults: int, seed: int, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "tests.experiments.chaos_driver",
+            str(tmp_path),
+            str(faults),
+            str(seed),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    outcomes = json.loads(done.stdout)["outcomes"]
+    assert len(outcomes) == faults
+    bad = [
+        outcome
+        for outcome in outcomes
+        if outcome["lost"]
+        or outcome["twice"]
+        or outcome["unreadable"]
+        or outcome["changed_when_refused"]
+    ]
+    assert bad == []
+    hit = {o["code"] for o in outcomes if o["kind"] in ("killed at a write", "SIGTERM")}
+    assert hit == {-9, 143}, "the faults hit"
