@@ -15,7 +15,12 @@ from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from bh_routing.engine.texts import Document, text_sha256
-from bh_routing.engine.windows import TokenizedDocument, check_windows, tokenize_documents
+from bh_routing.engine.windows import (
+    TokenizedDocument,
+    check_windows,
+    prefix_token,
+    tokenize_documents,
+)
 from bh_routing.errors import ExperimentError, ResultsError
 from bh_routing.experiments.chained_lines import (
     WAYS_OUT,
@@ -73,8 +78,10 @@ def prepare_text(
         stride: scored tokens of each window after the first; None: the window, so disjoint.
         batch_size: as `QualityText` keeps it.
     Raises:
-        InputError: there is nothing to score, or window and stride don't fit the model.
+        InputError: there is nothing to score, window and stride don't fit the model, or the
+            tokenizer has no token to put in front of a document.
     """
+    prefix_token(tokenizer)
     if window is None:
         window = min(DEFAULT_WINDOW, facts.context_length or DEFAULT_WINDOW)
     stride = window if stride is None else stride

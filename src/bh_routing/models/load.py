@@ -6,12 +6,12 @@ import importlib.util
 import logging
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from huggingface_hub import constants
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -79,26 +79,14 @@ def load_model(
     options: dict[str, Any] = {"trust_remote_code": False}
     if not _is_folder(source):
         options["local_files_only"] = not hub_answers()
-    transformers_logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(source, **options)
-        family_of(config.model_type)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-        auto: Any = AutoModelForCausalLM if is_causal else AutoModelForMultimodalLM
-        model: Any = auto.from_pretrained(
-            source,
-            config=config,
-            dtype=torch_dtype,
-            use_safetensors=True,
-            device_map=device_map,
-            **options,
-        )
-    except ModelError:
+        tokenizer, model, report = _read(source, torch_dtype, device_map, options)
+    except (ModelError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except Exception as error:  # what a foreign checkpoint makes transformers raise is unknown
         raise ModelError(_explain(name, options, error)) from error
-    vocabulary = config.get_text_config().vocab_size
+    _refuse_incomplete(name, report)
+    vocabulary = model.config.get_text_config().vocab_size
     if len(tokenizer) > vocabulary:
         raise ModelError(
             f"the tokenizer of {name!r} has {len(tokenizer)} tokens, the model's vocabulary "
@@ -113,6 +101,56 @@ def load_model(
     if target.type == "cpu":
         use_cpu_experts(model, [site.experts for site in routers.sites])
     return LoadedModel(model, tokenizer)
+
+
+class _Read(NamedTuple):
+    tokenizer: PreTrainedTokenizerBase
+    model: Any
+    report: Mapping[str, Any]
+    """Which weights the checkpoint and the model don't share, as transformers says it."""
+
+
+def _read(
+    source: str, dtype: torch.dtype, device_map: str | None, options: Mapping[str, Any]
+) -> _Read:
+    transformers_logging.disable_progress_bar()
+    verbosity = transformers_logging.get_verbosity()
+    # What its tables say of weights that don't fit is said by us, in one sentence.
+    transformers_logging.set_verbosity_error()
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        family_of(config.model_type)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        auto: Any = AutoModelForCausalLM if is_causal else AutoModelForMultimodalLM
+        model, report = auto.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            device_map=device_map,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+        return _Read(tokenizer, model, report)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _refuse_incomplete(name: str, report: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that lacks weights: transformers would draw them at random."""
+    if mismatched := sorted(report["mismatched_keys"]):
+        key, there, here = mismatched[0]
+        raise ModelError(
+            f"weight {key!r} of {name!r} has shape {tuple(there)}, its config.json asks for "
+            f"{tuple(here)}; they don't belong together: save both from one model"
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"checkpoint {name!r} lacks {len(missing)} weights of the model, such as "
+            f"{missing[0]!r}; get the whole checkpoint, with the config.json that belongs to it"
+        )
 
 
 def resolve_device(device: str) -> torch.device:
@@ -204,6 +242,8 @@ def _explain(name: str, options: dict[str, Any], error: Exception) -> str:
             "connect to the network, give a local folder, or use --model demo"
         )
     reason = " ".join(str(error).split())[:300]
+    if "trust_remote_code" in str(error):
+        reason = "it brings code of its own, which is never run"
     return (
         f"model {name!r} can't be loaded ({reason}); check the name, that it is a causal language "
         "model of transformers in safetensors format, or use --model demo"
