@@ -241,6 +241,7 @@ FLAGS = {
     "export": "folder --to --output",
     "models": "--check --device --no-fp16 --json",
     "doctor": "--output --statistics --tokens --json",
+    "bench": "part --model --device --batches --tokens --rounds --compiled --json",
     "report": "folders --output --format --track",
 }
 

@@ -12,9 +12,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
 
-from bh_routing.demo import demo_folder
+from bh_routing.models.shapes import make_olmoe_shape
 
 
 def main() -> None:
@@ -24,27 +23,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    torch.manual_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(demo_folder())
-    config = OlmoeConfig(
-        vocab_size=50304,
-        hidden_size=2048,
-        intermediate_size=1024,
-        num_hidden_layers=args.layers,
-        num_attention_heads=16,
-        num_experts=64,
-        num_experts_per_tok=8,
-        norm_topk_prob=False,
-        max_position_embeddings=4096,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = make_olmoe_shape(
+        device, torch.bfloat16, num_layers=args.layers, seed=args.seed
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.device(device):
-        torch.set_default_dtype(torch.bfloat16)
-        model = OlmoeForCausalLM(config)
-    # The embedding's row of the padding token must stay zero for save and load to agree.
-    model.generation_config.do_sample = False
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {args.output}")

@@ -27,8 +27,8 @@ def test_tokens_and_experts_are_those_of_generate_under_route(
     demo: LoadedModel, rule: Rule
 ) -> None:
     with route(demo.model, rule) as expected:
-        plain = generate_greedy(demo.model, demo.tokenizer, PROMPT, 20)
-    generation, trace, _ = generate_routed(demo.model, demo.tokenizer, PROMPT, 20, rule)
+        plain = generate_greedy(demo.model, demo.tokenizer, PROMPT, 8)
+    generation, trace, _ = generate_routed(demo.model, demo.tokenizer, PROMPT, 8, rule)
     assert generation.token_ids == plain.token_ids
     assert generation.text == plain.text
     assert torch.equal(trace.expert_counts, expected.expert_counts)

@@ -15,6 +15,7 @@ from typing import Annotated, Final
 import typer
 
 import bh_routing
+from bh_routing.cli.bench import bench
 from bh_routing.cli.calibrate import calibrate
 from bh_routing.cli.doctor import doctor
 from bh_routing.cli.evaluate import evaluate
@@ -48,6 +49,7 @@ app.command()(report)
 app.command()(export)
 app.command()(models)
 app.command()(doctor)
+app.command()(bench)
 
 
 def _print_version(asked: bool) -> None:

@@ -25,6 +25,7 @@ from bh_routing.engine.decode_session import Session
 from bh_routing.kernels.decode_layout import UndecodableError, read_decoder
 from bh_routing.kernels.experts import NAME, sparse_experts_forward
 from bh_routing.kernels.router import fused_router
+from bh_routing.kernels.router_sorted import sorted_router
 from bh_routing.kernels.router_twin import Router, SoftmaxFamily, twin_router
 from bh_routing.models.backends import experts_by
 from bh_routing.models.discovery import find_routers
@@ -162,7 +163,7 @@ def startup_seconds(model: Any) -> float | None:
 
 
 def bind_routers(bound: BoundRule) -> list[Router]:
-    """Bind a rule to each layer's logits: one kernel where there is one, else its twin.
+    """Bind a rule to each layer's logits: in one kernel, else in one sort, else as the twin does.
 
     Raises:
         UndecodableError: the rule or the routers need more than logits.
@@ -175,6 +176,7 @@ def bind_routers(bound: BoundRule) -> list[Router]:
             raise UndecodableError("its router does more than a softmax and its k largest")
         family = SoftmaxFamily(normalises=site.facts.normalises)
         router = fused_router(bound.rule, context, family)
+        router = router or sorted_router(bound.rule, context, family)
         routers.append(router or twin_router(bound.rule, context, family))
     return routers
 

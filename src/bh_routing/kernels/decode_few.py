@@ -242,39 +242,60 @@ def serves(decoder: Decoder, batch: int) -> bool:
     return batch == 1 and fits and (IS_INTERPRETED or decoder.embedding_VH.is_cuda)
 
 
-class _Buffers:
-    """What the kernels of one step hand on, always in the same memory."""
-
-    def __init__(self, decoder: Decoder, num_parts: int) -> None:
-        like = decoder.embedding_VH
-        vocabulary, hidden = decoder.head_VH.shape
-        num_heads, dim = decoder.num_heads, decoder.head_dim
-        num_best = triton.cdiv(vocabulary, ROWS["head"])
-        self.stream = like.new_empty(hidden)
-        self.residual = like.new_empty(hidden)
-        self.normed = like.new_empty(1, hidden)
-        self.row = like.new_empty((num_heads + 2 * decoder.num_key_heads) * dim)
-        self.parts = like.new_empty((num_parts, num_heads, dim), dtype=torch.float32)
-        self.tops = like.new_empty((num_parts, num_heads), dtype=torch.float32)
-        self.sums = torch.empty_like(self.tops)
-        self.best = like.new_empty(num_best, dtype=torch.float32)
-        self.best_row = like.new_empty(num_best, dtype=torch.int32)
-
-
 def bind_few(decoder: Decoder, state: DecodeState, routers: Sequence[Router]) -> Step:
     """Return the step of one text: as `bind_torch`'s, up to rounding; waits for nothing."""
-    num_positions = state.keys.shape[3]
-    part = max(POSITIONS_IN_A_PART, triton.cdiv(num_positions, MOST_PARTS))
-    num_parts = triton.cdiv(num_positions, part)
-    buffers = _Buffers(decoder, num_parts)
-    hidden = decoder.embedding_VH.shape[1]
-    options: dict[str, Any] = {"OVERLAPS": runs_on_hopper() and not IS_INTERPRETED}
-    if options["OVERLAPS"]:
-        options["launch_pdl"] = True
+    return _FewStep(decoder, state, routers)
 
-    def project(
-        use: str, norm: Norm, matrices: Sequence[Tensor], out: Tensor, added: Tensor | None
+
+class _FewStep:
+    """The kernels of a step in their order, with what they hand on always in the same memory."""
+
+    def __init__(self, decoder: Decoder, state: DecodeState, routers: Sequence[Router]) -> None:
+        self._decoder, self._state, self._routers = decoder, state, routers
+        self._options: dict[str, Any] = {"OVERLAPS": runs_on_hopper() and not IS_INTERPRETED}
+        if self._options["OVERLAPS"]:
+            self._options["launch_pdl"] = True
+        like, num_heads, dim = decoder.embedding_VH, decoder.num_heads, decoder.head_dim
+        vocabulary, hidden = decoder.head_VH.shape
+        self._num_positions = state.keys.shape[3]
+        self._part = max(POSITIONS_IN_A_PART, triton.cdiv(self._num_positions, MOST_PARTS))
+        self._num_parts = triton.cdiv(self._num_positions, self._part)
+        self._stream = like.new_empty(hidden)
+        self._residual = like.new_empty(hidden)
+        self._normed = like.new_empty(1, hidden)
+        self._row = like.new_empty((num_heads + 2 * decoder.num_key_heads) * dim)
+        parts = (self._num_parts, num_heads)
+        self._parts = like.new_empty((*parts, dim), dtype=torch.float32)
+        self._tops = like.new_empty(parts, dtype=torch.float32)
+        self._sums = like.new_empty(parts, dtype=torch.float32)
+        num_best = triton.cdiv(vocabulary, ROWS["head"])
+        self._best = like.new_empty(num_best, dtype=torch.float32)
+        self._best_row = like.new_empty(num_best, dtype=torch.int32)
+
+    def __call__(self) -> None:
+        decoder, state = self._decoder, self._state
+        slots: list[RoutedSlots] = []
+        added = None
+        for number, (layer, route) in enumerate(zip(decoder.layers, self._routers, strict=True)):
+            self._project("attention", layer.input_norm, layer.attention[:3], self._row, added)
+            self._attend(number, layer)
+            logits_1E = self._row.new_empty(1, len(layer.gate_EH))
+            self._project("gate", layer.experts_norm, [layer.gate_EH], logits_1E, None)
+            slots.append(route(logits_1E))
+            index_1K, weights_1K, _, _ = slots[-1]
+            added = sparse_experts_forward(layer.experts, self._normed, index_1K, weights_1K)
+        self._project("head", decoder.norm, [decoder.head_VH], state.logits_BV, added)
+        num_best = len(self._best)
+        _pick[(1,)](
+            self._best, self._best_row, state.token_B, decoder.head_VH.shape[0],
+            PROGRAMS=num_best, B=triton.next_power_of_2(num_best), num_warps=8, **self._options,
+        )  # fmt: skip
+        state.finish(slots)
+
+    def _project(
+        self, use: str, norm: Norm, matrices: Sequence[Tensor], out: Tensor, added: Tensor | None
     ) -> None:
+        hidden = len(self._stream)
         counts = [len(matrix) for matrix in matrices] + [0, 0]
         shifts = [0, 0]
         for number, matrix in enumerate(matrices[1:]):
@@ -282,50 +303,31 @@ def bind_few(decoder: Decoder, state: DecodeState, routers: Sequence[Router]) ->
             shifts[number] = distance // matrix.element_size() - sum(counts[: number + 1]) * hidden
         looks_up = use == "attention" and added is None
         _project[(triton.cdiv(sum(counts), ROWS[use]),)](
-            decoder.embedding_VH if looks_up else buffers.stream, added, state.token_B,
-            norm.weight, matrices[0], *shifts, out, buffers.residual, buffers.normed,
-            buffers.best, buffers.best_row, norm.eps, FIRST_ROWS=counts[0],
+            self._decoder.embedding_VH if looks_up else self._stream, added, self._state.token_B,
+            norm.weight, matrices[0], *shifts, out, self._residual, self._normed,
+            self._best, self._best_row, norm.eps, FIRST_ROWS=counts[0],
             SECOND_ROWS=counts[1], ROWS=sum(counts), H=hidden, P=triton.next_power_of_2(hidden),
             R=ROWS[use], ADDS=added is not None, LOOKS_UP=looks_up, PICKS=use == "head",
-            num_warps=8 if use == "head" else 4, **options,
+            num_warps=8 if use == "head" else 4, **self._options,
         )  # fmt: skip
 
-    def attend(number: int, layer: Layer) -> None:
-        weights, dim, num_heads = layer.attention, decoder.head_dim, decoder.num_heads
+    def _attend(self, number: int, layer: Layer) -> None:
+        decoder, state, weights = self._decoder, self._state, layer.attention
+        dim, num_heads, hidden = decoder.head_dim, decoder.num_heads, len(self._stream)
         norm, key_norm = weights.query_norm, weights.key_norm
         width = "none" if norm is None else "head" if norm.weight.numel() == dim else "row"
-        _attend[num_heads, num_parts](
-            buffers.row, norm and norm.weight, key_norm and key_norm.weight,
+        _attend[num_heads, self._num_parts](
+            self._row, norm and norm.weight, key_norm and key_norm.weight,
             decoder.cos_PD, decoder.sin_PD, state.keys[number], state.values[number],
-            state.position_1, buffers.parts, buffers.tops, buffers.sums,
+            state.position_1, self._parts, self._tops, self._sums,
             norm.eps if norm else 0.0, decoder.scaling,
-            N=num_heads, G=decoder.num_key_heads, D=dim, C=num_positions, PART=part,
-            BLOCK=min(64, part), P=triton.next_power_of_2(num_heads * dim), NORM=width,
-            num_warps=4, **options,
+            N=num_heads, G=decoder.num_key_heads, D=dim, C=self._num_positions, PART=self._part,
+            BLOCK=min(64, self._part), P=triton.next_power_of_2(num_heads * dim), NORM=width,
+            num_warps=4, **self._options,
         )  # fmt: skip
         _join[(triton.cdiv(hidden, ROWS["output"]),)](
-            buffers.residual, buffers.parts, buffers.tops, buffers.sums, weights.output,
-            buffers.stream, N=num_heads, D=dim, H=hidden, PARTS=num_parts,
-            P=triton.next_power_of_2(num_heads) * dim, R=ROWS["output"], num_warps=4, **options,
+            self._residual, self._parts, self._tops, self._sums, weights.output, self._stream,
+            N=num_heads, D=dim, H=hidden, PARTS=self._num_parts,
+            P=triton.next_power_of_2(num_heads) * dim, R=ROWS["output"], num_warps=4,
+            **self._options,
         )  # fmt: skip
-
-    def step() -> None:
-        slots: list[RoutedSlots] = []
-        added = None
-        for number, (layer, route) in enumerate(zip(decoder.layers, routers, strict=True)):
-            project("attention", layer.input_norm, layer.attention[:3], buffers.row, added)
-            attend(number, layer)
-            logits_1E = buffers.row.new_empty(1, len(layer.gate_EH))
-            project("gate", layer.experts_norm, [layer.gate_EH], logits_1E, None)
-            slots.append(route(logits_1E))
-            index_1K, weights_1K, _, _ = slots[-1]
-            added = sparse_experts_forward(layer.experts, buffers.normed, index_1K, weights_1K)
-        project("head", decoder.norm, [decoder.head_VH], state.logits_BV, added)
-        _pick[(1,)](
-            buffers.best, buffers.best_row, state.token_B, decoder.head_VH.shape[0],
-            PROGRAMS=len(buffers.best), B=triton.next_power_of_2(len(buffers.best)), num_warps=8,
-            **options,
-        )  # fmt: skip
-        state.finish(slots)
-
-    return step

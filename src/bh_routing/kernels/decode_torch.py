@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from functools import partial
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bh_routing.kernels.decode_layout import Attention, Decoder, Norm
+from bh_routing.kernels.decode_layout import Attention, Decoder, Layer, Norm
 from bh_routing.kernels.experts import sparse_experts_forward
+from bh_routing.kernels.experts_layout import read_experts
+from bh_routing.kernels.experts_torch import mix_torch
 from bh_routing.kernels.router_twin import RoutedSlots, Router
 
 Step = Callable[[], None]
@@ -73,27 +76,25 @@ class DecodeState:
 def bind_torch(decoder: Decoder, state: DecodeState, routers: Sequence[Router]) -> Step:
     """Return the step of a batch; on CUDA it waits for nothing and may be captured in a graph."""
     num_positions = state.keys.shape[3]
+    caches = list(zip(state.keys, state.values, strict=True))
+    experts = [_bind_experts(layer, state.token_B.is_cuda) for layer in decoder.layers]
+    parts = list(zip(decoder.layers, routers, experts, caches, strict=True))
     positions_P = torch.arange(num_positions, device=state.position_1.device)
 
     def step() -> None:
         hidden_BH = functional.embedding(state.token_B, decoder.embedding_VH)
-        angles = decoder.cos_PD[state.position_1], decoder.sin_PD[state.position_1]
-        seen = None
         if hidden_BH.is_cuda:
-            seen = (positions_P <= state.position_1).view(1, 1, 1, num_positions)
+            at, place = _everything(decoder, state, positions_P), state.position_1
+        else:
+            at, place = _what_is_written(decoder, int(state.position_1)), None
         slots: list[RoutedSlots] = []
-        for number, (layer, route) in enumerate(zip(decoder.layers, routers, strict=True)):
+        for layer, route, mix, cache in parts:
             normed_BH = _normalise(hidden_BH, layer.input_norm)
-            cache = state.keys[number], state.values[number]
-            hidden_BH = hidden_BH + _attend(
-                layer.attention, decoder, normed_BH, angles, cache, state.position_1, seen
-            )
+            hidden_BH = hidden_BH + _attend(layer.attention, decoder, normed_BH, at, cache, place)
             normed_BH = _normalise(hidden_BH, layer.experts_norm)
             slots.append(route(functional.linear(normed_BH, layer.gate_EH)))
             index_BK, weights_BK, _, _ = slots[-1]
-            hidden_BH = hidden_BH + sparse_experts_forward(
-                layer.experts, normed_BH, index_BK, weights_BK
-            )
+            hidden_BH = hidden_BH + mix(normed_BH, index_BK, weights_BK)
         logits_BV = functional.linear(_normalise(hidden_BH, decoder.norm), decoder.head_VH)
         state.logits_BV.copy_(logits_BV)
         state.token_B.copy_(logits_BV.argmax(-1))
@@ -102,37 +103,60 @@ def bind_torch(decoder: Decoder, state: DecodeState, routers: Sequence[Router]) 
     return step
 
 
+class _At(NamedTuple):
+    """What attention needs to know of the position of a step."""
+
+    cos_1D: Tensor
+    sin_1D: Tensor
+    length: int
+    """Positions of the cache that are looked at."""
+    seen: Tensor | None
+    """Which of them count; None if all do."""
+
+
+def _what_is_written(decoder: Decoder, position: int) -> _At:
+    here = slice(position, position + 1)
+    return _At(decoder.cos_PD[here], decoder.sin_PD[here], position + 1, None)
+
+
+def _everything(decoder: Decoder, state: DecodeState, positions_P: Tensor) -> _At:
+    # A graph has one shape: it looks at every place there is, and masks.
+    place = state.position_1
+    seen = (positions_P <= place).view(1, 1, 1, -1)
+    return _At(decoder.cos_PD[place], decoder.sin_PD[place], len(positions_P), seen)
+
+
+def _bind_experts(layer: Layer, is_cuda: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    if is_cuda:
+        return partial(sparse_experts_forward, layer.experts)
+    return partial(mix_torch, read_experts(layer.experts))
+
+
 def _attend(
     attention: Attention,
     decoder: Decoder,
     normed_BH: Tensor,
-    angles: tuple[Tensor, Tensor],
+    at: _At,
     cache: tuple[Tensor, Tensor],
-    position_1: Tensor,
-    seen: Tensor | None,
+    place: Tensor | None,
 ) -> Tensor:
-    dim = decoder.head_dim
-    query = functional.linear(normed_BH, attention.query)
-    key = functional.linear(normed_BH, attention.key)
-    value = functional.linear(normed_BH, attention.value)
-    query_BND = _rotate(_heads(query, attention.query_norm, dim), angles)
-    key_BGD = _rotate(_heads(key, attention.key_norm, dim), angles)
-    value_BGD = value.view(key_BGD.shape)
-    keys, values = cache
-    if seen is None:
-        length = int(position_1) + 1
-        keys, values = keys[:, :, :length], values[:, :, :length]
+    dim, num_heads = decoder.head_dim, decoder.num_heads
+    heads = _rotate(_queries_and_keys(attention, normed_BH, dim), at)
+    query_BND, key_BGD = heads[:, :num_heads], heads[:, num_heads:]
+    value_BGD = functional.linear(normed_BH, attention.value).view(key_BGD.shape)
+    keys, values = (part[:, :, : at.length] for part in cache)
+    if place is None:
         keys[:, :, -1], values[:, :, -1] = key_BGD, value_BGD
     else:
-        keys.index_copy_(2, position_1, key_BGD.unsqueeze(2))
-        values.index_copy_(2, position_1, value_BGD.unsqueeze(2))
+        keys.index_copy_(2, place, key_BGD.unsqueeze(2))
+        values.index_copy_(2, place, value_BGD.unsqueeze(2))
     mixed = functional.scaled_dot_product_attention(
         query_BND.unsqueeze(2),
         keys,
         values,
-        attn_mask=seen,
+        attn_mask=at.seen,
         scale=decoder.scaling,
-        enable_gqa=decoder.num_heads != decoder.num_key_heads,
+        enable_gqa=num_heads != decoder.num_key_heads,
     )
     outputs: Tensor = functional.linear(mixed.flatten(1), attention.output)
     return outputs
@@ -140,21 +164,28 @@ def _attend(
 
 def _normalise(hidden: Tensor, norm: Norm) -> Tensor:
     """As the families do: rounded to the model's dtype before the weight, not after."""
-    if hidden.dtype == torch.float32:
-        return functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.eps)
-    normed = functional.rms_norm(hidden.float(), norm.weight.shape, None, norm.eps)
+    normed: Tensor = functional.rms_norm(hidden.float(), hidden.shape[-1:], None, norm.eps)
     return norm.weight * normed.to(hidden.dtype)
 
 
-def _heads(rows: Tensor, norm: Norm | None, dim: int) -> Tensor:
-    heads_shape = (len(rows), -1, dim)
-    if norm is None:
-        return rows.view(heads_shape)
-    if norm.weight.numel() == dim:
-        return _normalise(rows.view(heads_shape), norm)
-    return _normalise(rows, norm).view(heads_shape)
+def _queries_and_keys(attention: Attention, normed_BH: Tensor, dim: int) -> Tensor:
+    """Return the heads of both, queries first, each normed as the family does."""
+    query: Tensor = functional.linear(normed_BH, attention.query)
+    key: Tensor = functional.linear(normed_BH, attention.key)
+    query_norm, key_norm = attention.query_norm, attention.key_norm
+    if query_norm is None or key_norm is None:
+        return torch.cat([query, key], 1).view(len(query), -1, dim)
+    if query_norm.weight.numel() == dim:
+        query = _normalise(query.unflatten(1, (-1, dim)), query_norm)
+        return torch.cat([query, _normalise(key.unflatten(1, (-1, dim)), key_norm)], 1)
+    if query.shape == key.shape:
+        # One norm of two rows: on a CPU the operations cost more than the numbers.
+        weights = torch.stack([query_norm.weight, key_norm.weight])
+        rows = _normalise(torch.stack([query, key], 1), Norm(weights, query_norm.eps))
+        return rows.view(len(query), -1, dim)
+    rows = torch.cat([_normalise(query, query_norm), _normalise(key, key_norm)], 1)
+    return rows.view(len(query), -1, dim)
 
 
-def _rotate(heads: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    cos_1D, sin_1D = angles
-    return heads * cos_1D + heads.roll(heads.shape[-1] // 2, -1) * sin_1D
+def _rotate(heads: Tensor, at: _At) -> Tensor:
+    return heads * at.cos_1D + heads.roll(heads.shape[-1] // 2, -1) * at.sin_1D

@@ -12,7 +12,7 @@ from typing import Final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grouped_mm
+from torch.nn.functional import grouped_mm, linear
 
 from bh_routing.kernels.experts_layout import ExpertWeights
 
@@ -37,16 +37,18 @@ def mix_torch(
         (T, H), in the dtype of `hidden_TH`.
     """
     kept_TK = (weights_TK != 0) & (index_TK < experts.up.shape[0])
+    if len(hidden_TH) == 1:
+        return _mix_one(experts, hidden_TH, index_TK[kept_TK], weights_TK[kept_TK])
     token_S, slot_S = kept_TK.nonzero(as_tuple=True)
     expert_S = index_TK[token_S, slot_S]
     is_gathered = expert_S.numel() <= MOST_GATHERED or not _can_group(experts)
     if not is_gathered:
         expert_S, order_S = expert_S.sort(stable=True)
         token_S, slot_S = token_S[order_S], slot_S[order_S]
-    linear = _gathered_linear if is_gathered else _grouped_linear
+    multiply = _gathered_linear if is_gathered else _grouped_linear
     inputs_SH = hidden_TH[token_S].to(experts.up.dtype)
-    inner_SF = experts.activate(linear(inputs_SH, experts.up, experts.up_bias, expert_S))
-    outputs_SH = linear(inner_SF, experts.down, experts.down_bias, expert_S)
+    inner_SF = experts.activate(multiply(inputs_SH, experts.up, experts.up_bias, expert_S))
+    outputs_SH = multiply(inner_SF, experts.down, experts.down_bias, expert_S)
     if experts.normalize is not None:
         outputs_SH = experts.normalize(outputs_SH)
     weighted_SH = outputs_SH * weights_TK[token_S, slot_S].unsqueeze(-1)
@@ -54,6 +56,21 @@ def mix_torch(
     weighted_TKH = weighted_SH.new_zeros(*kept_TK.shape, weighted_SH.shape[1])
     weighted_TKH[token_S, slot_S] = weighted_SH
     return weighted_TKH.sum(1).to(hidden_TH.dtype)
+
+
+def _mix_one(
+    experts: ExpertWeights, hidden_1H: Tensor, expert_S: Tensor, weights_S: Tensor
+) -> Tensor:
+    """Mix the kept experts of a single token: all their first projections are one product."""
+    up_SNH = experts.up.index_select(0, expert_S)
+    inner_SN = linear(hidden_1H.to(up_SNH.dtype), up_SNH.flatten(0, 1)).view(up_SNH.shape[:2])
+    if experts.up_bias is not None:
+        inner_SN = inner_SN + experts.up_bias[expert_S]
+    inner_SF = experts.activate(inner_SN)
+    outputs_SH = _gathered_linear(inner_SF, experts.down, experts.down_bias, expert_S)
+    if experts.normalize is not None:
+        outputs_SH = experts.normalize(outputs_SH)
+    return (outputs_SH * weights_S.unsqueeze(-1)).sum(0, keepdim=True).to(hidden_1H.dtype)
 
 
 def _gathered_linear(

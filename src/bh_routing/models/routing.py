@@ -20,7 +20,7 @@ from bh_routing.rules.base import Candidates, LayerContext, Rule, Selector
 from bh_routing.rules.weights import alias_dropped, kept_weights
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class BoundRule:
     """A rule made ready for one model: everything that doesn't depend on tokens is done."""
 

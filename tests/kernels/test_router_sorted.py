@@ -1,0 +1,82 @@
+"""The router in one sort decides as its twin does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bh_routing.kernels.router_plan import RouterPlan
+from bh_routing.kernels.router_sorted import _bind, sorted_router
+from bh_routing.kernels.router_twin import SoftmaxFamily, twin_router
+from bh_routing.nulls import ReferenceTable
+from bh_routing.rules.base import LayerContext, Rule
+from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
+from bh_routing.rules.per_layer_top_k import PerLayerTopK
+from bh_routing.rules.top_k import TopK
+from bh_routing.rules.top_p import TopP
+
+RULES = [
+    TopK(8),
+    TopK(3),
+    PerLayerTopK((2, 5)),
+    BenjaminiHochberg(0.2, max_k=10, null="gaussian"),
+    BenjaminiHochberg(0.05, min_k=2, max_k=8, null="background"),
+    BenjaminiHochberg(0.001, max_k=8, null="gaussian", on_empty="model_k"),
+    BenjaminiHochberg(0.3, max_k=8, null="gaussian", procedure="by"),
+]
+
+
+def make_logits(num_tokens: int, seed: int) -> torch.Tensor:
+    """Noise with 0 to 11 signals; every fourth token has ties."""
+    generator = torch.Generator().manual_seed(seed)
+    logits_TE = torch.randn(num_tokens, 64, generator=generator)
+    logits_TE += 3 * (torch.arange(64) < (torch.arange(num_tokens) % 12).unsqueeze(-1))
+    logits_TE[::4] = (2 * logits_TE[::4]).round() / 2
+    return logits_TE
+
+
+@pytest.fixture(scope="module")
+def context() -> LayerContext:
+    return LayerContext(
+        layer=1,
+        num_experts=64,
+        model_top_k=8,
+        device=torch.device("cpu"),
+        table=ReferenceTable.from_scores(make_logits(400, seed=1).flatten()),
+    )
+
+
+@pytest.mark.parametrize("normalises", [False, True])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_it_decides_as_the_twin(rule: Rule, normalises: bool, context: LayerContext) -> None:
+    family = SoftmaxFamily(normalises=normalises)
+    quick = sorted_router(rule, context, family)
+    assert quick is not None
+    logits_TE = make_logits(300, seed=2)
+    found, expected = quick(logits_TE), twin_router(rule, context, family)(logits_TE)
+    assert torch.equal(found.top_k_index_TK, expected.top_k_index_TK)
+    assert torch.equal(found.keep_TK.expand_as(expected.keep_TK), expected.keep_TK)
+    assert torch.equal(found.expert_counts_T, expected.expert_counts_T)
+    torch.testing.assert_close(found.top_k_weights_TK, expected.top_k_weights_TK)
+    assert torch.equal(found.top_k_weights_TK != 0, expected.keep_TK)
+
+
+@pytest.mark.parametrize(
+    "rule", [TopP(0.5), TopK(8, temperature=2.0), TopK(4, weights="renormalize")], ids=str
+)
+def test_what_needs_more_than_a_sort_is_left_to_the_twin(rule: Rule, context: LayerContext) -> None:
+    assert sorted_router(rule, context, SoftmaxFamily(normalises=False)) is None
+
+
+def test_a_score_exactly_on_its_line_counts(context: LayerContext) -> None:
+    # Median 0.5: the scores are 2.5, 0.5, -0.5 and -1.5.
+    lines = torch.tensor([9.0, 0.5, 9.0, 9.0])
+    plan = RouterPlan(decision="step_up", num_slots=3, max_k=3, lines=lines)
+    four = replace(context, num_experts=4)
+    slots = _bind(plan, four, SoftmaxFamily(normalises=False))(
+        torch.tensor([[0.0, 3.0, 1.0, -1.0]])
+    )
+    assert slots.expert_counts_T.tolist() == [2]
+    assert slots.top_k_index_TK.tolist() == [[1, 2, 1]]
