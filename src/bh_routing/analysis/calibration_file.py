@@ -76,6 +76,12 @@ def read_calibration_samples(path: str | Path) -> CalibrationSamples:
             f"{path} has format {header.get('format')!r} and schema {header.get('schema')!r}, "
             f"pictures are made of {_FORMAT!r} and schema {' or '.join(_SCHEMAS)}; {_REMEDY}"
         )
+    for name, tensor in tensors.items():
+        if tensor.dtype.kind != "f" or not np.isfinite(tensor).all():
+            raise CalibrationError(
+                f"{name!r} of calibration {path} must hold finite floats, got {tensor.dtype}; "
+                f"{_REMEDY}"
+            )
     try:
         facts = json.loads(header["facts"])
         layers = range(int(facts["num_layers"]))

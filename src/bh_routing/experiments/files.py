@@ -82,6 +82,8 @@ def _umask() -> int:
 
 def plain_json(value: Any) -> Any:
     """Replace what JSON doesn't know, at any depth: NaN and infinity by None, numpy's scalars."""
+    if value is None or type(value) in (int, str, bool):  # most, so first
+        return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

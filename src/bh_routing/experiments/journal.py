@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, get_type_hints
 
@@ -70,7 +70,8 @@ class JournalWriter:
 
     def append(self, key: str, record: ExperimentRecord, detail: ExperimentDetail) -> Entry:
         """Write one line and wait until the disk has it; ResultsError if it can't be written."""
-        line = self._writer.append({"key": key, "record": asdict(record), "detail": asdict(detail)})
+        body = {"key": key, "record": to_values(record), "detail": to_values(detail)}
+        line = self._writer.append(body)
         return Entry(key=key, record=record, detail=detail, checksum=line.checksum)
 
     def check_place(self) -> None:
@@ -80,6 +81,11 @@ class JournalWriter:
     def close(self) -> None:
         """Let go of the file."""
         self._writer.close()
+
+
+def to_values(item: ExperimentRecord | ExperimentDetail) -> dict[str, Any]:
+    """Return field -> value; `asdict` would copy every list number by number."""
+    return {f.name: getattr(item, f.name) for f in fields(item)}
 
 
 def _entry(line: ChainedLine, where: str) -> Entry:

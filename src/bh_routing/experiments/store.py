@@ -30,7 +30,7 @@ from bh_routing.experiments.files import (
 )
 from bh_routing.experiments.folder_lock import LOCK, in_use, refuse_links
 from bh_routing.experiments.identity import RunIdentity
-from bh_routing.experiments.journal import Entry, JournalContent, JournalWriter
+from bh_routing.experiments.journal import Entry, JournalContent, JournalWriter, to_values
 from bh_routing.experiments.stored_run import (
     OWN_NAMES,
     StoredRun,
@@ -349,7 +349,7 @@ class ResultStore:
             "planned": len(self._plan),
             "completed": sum(entry.record.status == STATUS_OK for entry in done),
             "failed": sum(entry.record.status != STATUS_OK for entry in done),
-            "records": [{"key": entry.key, **asdict(entry.record)} for entry in done],
+            "records": [{"key": entry.key, **to_values(entry.record)} for entry in done],
         }
 
 
