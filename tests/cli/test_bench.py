@@ -9,6 +9,7 @@ import pytest
 from bh_routing.cli.main import EXIT_BAD_INPUT, EXIT_DONE, main
 
 
+@pytest.mark.full
 def test_decode_is_timed_beside_generate(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", "decode", "--device", "cpu", "--tokens", "3", "--rounds", "1", "--json"]
     assert main(arguments) == EXIT_DONE
