@@ -65,6 +65,13 @@ families-versions: $(STAMP)
 			tests/families/test_routing.py tests/families/test_invented.py; \
 	done
 
+# Asks PyPI for known vulnerabilities of every pinned version; fails where it can't ask. In an
+# environment of its own, so that the auditor's dependencies aren't ours.
+audit: $(STAMP)
+	$(BIN)/python -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.10,<3'
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
+
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,11 +8,21 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bh_routing.records import RUN_JSON
+from bh_routing.errors import ResultsError
+from bh_routing.records import PLOTS, RUN_JSON
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
-    """Write through a temporary neighbour, fsync and rename."""
+    """Write through a temporary neighbour, fsync and rename.
+
+    Raises:
+        ResultsError: the folder's plots are a symbolic link to somewhere else.
+    """
+    if path.parent.name == PLOTS and path.parent.is_symlink():
+        raise ResultsError(
+            f"{path.parent} is a symbolic link, and bh-routing writes no plot outside its folder; "
+            "remove the link"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
     try:
