@@ -302,29 +302,34 @@ TARGETS: Final = {
 }
 
 
+def make_feed(check: Callable[..., Any], strategy: Any, inputs: int) -> Any:
+    """Return a hypothesis test that draws inputs and lets only our own errors go."""
+
+    @settings(
+        max_examples=inputs,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def feed(drawn: Any) -> None:
+        with suppress(BHRoutingError):
+            check(*drawn)
+
+    return feed
+
+
 @pytest.mark.parametrize(
     "inputs",
     [2_000, pytest.param(100_000, marks=[pytest.mark.full, pytest.mark.timeout(7200)])],
 )
 @pytest.mark.parametrize("name", TARGETS)
 def test_only_our_own_errors_escape(
-    name: str, inputs: int, tmp_path: Path, folder: Path, demo: LoadedModel
+    name: str, inputs: int, folder: Path, demo: LoadedModel
 ) -> None:
     target, share = TARGETS[name]
     with tempfile.TemporaryDirectory(dir=folder) as own:
         check, taken, strategy = target(Path(own), demo)
         check(*taken)
-
-        @settings(
-            max_examples=round(share * inputs),
-            derandomize=True,
-            database=None,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(strategy)
-        def feed(drawn: Any) -> None:
-            with suppress(BHRoutingError):
-                check(*drawn)
-
-        feed()
+        make_feed(check, strategy, round(share * inputs))()
