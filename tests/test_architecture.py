@@ -218,8 +218,8 @@ FLAGS = {
     "run": (
         "--model --output --max-tokens --checkpoint-interval --no-resume --device --no-fp16 "
         "--config --configs --prompts --calibration --calibration-text --seed --executor "
-        "--eval-text --no-eval --eval-tokens --token-traces --track --budget --device-map "
-        "--batch-size --ray-address --workers --json"
+        "--eval-text --no-eval --eval-tokens --token-traces --timing-rounds --track "
+        "--budget --device-map --batch-size --ray-address --workers --json"
     ),
     "calibrate": (
         "--output --model --text --nulls --max-tokens --seed --plots --device --no-fp16 --json"

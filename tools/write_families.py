@@ -54,10 +54,10 @@ Every rule works on every supported family, in its own weight convention. Nulls 
 the family ranks experts by: its logits, or score plus bias. Temperature needs a router that weighs
 and selects by softmax alone. Widening k goes up to the number of experts unless a limit says less.
 
-Refused whatever the family: models spread over several devices (expert-parallel or sharded),
-offloaded models, and quantised ones (bitsandbytes, GPTQ, AWQ, FP8, MXFP4 and others; none was
-tried). Gathering kept experts on a CPU, which makes generation quicker, is for experts laid out as
-OLMoE's are; other layouts run through transformers' own implementations.
+Refused whatever the family: models spread over processes by pipeline parallelism or FSDP, offloaded
+models, and quantised ones (bitsandbytes, GPTQ, AWQ, FP8, MXFP4 and others; none was tried).
+Gathering kept experts on a CPU, which makes generation quicker, is for experts laid out as OLMoE's
+are; other layouts run through transformers' own implementations.
 
 `torch.compile` works in either order: entering and leaving `route` resets compiled code, so that
 no rule is ignored and none stays behind; the next call compiles again.

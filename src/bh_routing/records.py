@@ -218,6 +218,25 @@ class TaskOutcome:
     log-likelihood and bytes. Metrics of another shape are left out."""
 
 
+TIMINGS: Final = "timings.csv"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundTiming:
+    """One row of `timings.csv`: one configuration in one round, timed side by side."""
+
+    round: int
+    """From 1; a round is one prompt under every configuration, in an order of its own."""
+    config_name: str
+    prompt_text: str
+    num_input_tokens: int
+    num_output_tokens: int
+    prefill_time_sec: float
+    """Until the first token."""
+    decode_time_sec: float
+    """From the first token on."""
+
+
 TOKEN_TRACES: Final = "token_traces.jsonl"
 
 

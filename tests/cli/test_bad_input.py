@@ -39,6 +39,7 @@ from tests.experiments.chaos_driver import mount, read_files
 from tests.nulls.test_calibration import make as make_calibration
 
 RUN = ["run", "--model", "demo", "--device", "cpu", "--max-tokens", "2", "--eval-tokens", "60"]
+RUN += ["--timing-rounds", "0"]
 ONE = [*RUN, "--configs", "topk_8", "--prompts", "1"]
 Damage = Callable[[Path], None]
 

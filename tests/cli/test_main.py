@@ -56,6 +56,14 @@ def test_bad_input_ends_with_2_and_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_torchrun_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
+    assert main(["run", "--model", "demo"]) == 2
+    assert "started by torchrun" in capsys.readouterr().err
+
+
 def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) in (0, 2)
     captured = capsys.readouterr()

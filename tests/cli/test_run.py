@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "run_bh_experiments.py"
 
 TINY = ["--model", "demo", "--device", "cpu", "--max-tokens", "3", "--no-eval"]
+TINY += ["--timing-rounds", "1"]
 CONFIGS: dict[str, dict[str, Any]] = {
     "topk_8": {"method": "topk", "k": 8},
     "bh": {"method": "bh", "alpha": 0.2, "null": "gaussian"},

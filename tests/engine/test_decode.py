@@ -78,10 +78,11 @@ def test_another_layout_is_left_to_generate_with_a_line_in_the_log(
 ) -> None:
     model = broken(demo, change)
     with caplog.at_level(logging.WARNING):
-        generation, trace, _ = generate_routed(model, demo.tokenizer, PROMPT, 3, TopK(4))
+        for _ in range(2):
+            generation, trace, _ = generate_routed(model, demo.tokenizer, PROMPT, 3, TopK(4))
     assert len(generation.token_ids) == 3
     assert trace.expert_counts.unique().tolist() == [4]
-    assert "plain generate" in caplog.text
+    assert caplog.text.count("plain generate") == 1
     with pytest.raises(UndecodableError):
         engine_of(model)
 

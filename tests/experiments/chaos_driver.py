@@ -68,7 +68,7 @@ class Outcome(NamedTuple):
 
 def make_small_run(root: Path, name: str) -> RunSpec:
     """Return the spec of a run that writes much for the little that it computes."""
-    changes = {"max_tokens": 1, "token_traces": 0, "configs": CONFIGS}
+    changes = {"max_tokens": 1, "token_traces": 0, "timing_rounds": 0, "configs": CONFIGS}
     return make_run(root, name).model_copy(update=changes)
 
 

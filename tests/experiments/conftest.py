@@ -39,6 +39,7 @@ def tiny_spec(tmp_path: Path) -> MakeTinySpec:
             "configs": TINY_CONFIGS,
             "prompts": TINY_PROMPTS,
             "no_eval": True,
+            "timing_rounds": 0,
         }
         return make_spec(**values | changes)
 

@@ -46,6 +46,7 @@ def make_run(root: Path, name: str) -> RunSpec:
         device="cpu",
         configs=CONFIGS,
         prompts=PROMPTS,
+        timing_rounds=0,
         eval_text=text,
     )
 

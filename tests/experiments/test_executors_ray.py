@@ -136,6 +136,7 @@ def command(tmp_path: Path) -> Callable[..., list[str]]:
             *(sys.executable, "-m", "bh_routing", "run", "--model", "demo", "--device", "cpu"),
             *("--configs", "topk_8,bh_moderate", "--prompts", "1-6", "--max-tokens", "12"),
             *("--eval-text", str(text), "--eval-tokens", "12000", "--token-traces", "0"),
+            *("--timing-rounds", "0"),
             *("--output", str(tmp_path / output), *options),
         ]
 

@@ -25,12 +25,9 @@ def test_a_compiled_model_keeps_what_the_eager_one_keeps(family: str) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_family
-def test_a_compiled_model_keeps_what_the_eager_one_keeps_in_every_dtype(
-    family: str, dtype: torch.dtype
-) -> None:
-    hold(checks.compiled_prefill_counts_alike, family, dtype)
+def test_a_compiled_bfloat16_model_keeps_what_the_eager_one_keeps(family: str) -> None:
+    hold(checks.compiled_prefill_counts_alike, family, torch.bfloat16)
 
 
 @pytest.mark.parametrize("family", DIVERSE[:2])
@@ -41,7 +38,7 @@ def test_a_rule_after_compilation_is_never_ignored(family: str) -> None:
 @pytest.mark.full
 @every_family
 def test_a_rule_after_compilation_is_never_ignored_in_any_family(family: str) -> None:
-    hold(checks.a_rule_after_compilation_is_never_ignored, family)
+    hold(checks.a_rule_after_compilation_is_never_ignored, family, implementations=("batched_mm",))
 
 
 @pytest.mark.full

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from bh_routing.errors import InputError, ModelError
 from bh_routing.models import find_routers, model_fingerprint, route
@@ -122,10 +123,6 @@ def make_quantised(model: Any) -> None:
     model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
 
 
-def make_expert_parallel(model: Any) -> None:
-    model.model.layers[1].mlp.experts._is_expert_parallel = True
-
-
 def make_offloaded(model: Any) -> None:
     model.model.layers[1].mlp.to("meta")
 
@@ -134,7 +131,6 @@ def make_offloaded(model: Any) -> None:
     ("spoil", "reason"),
     [
         (make_quantised, r"quantised \(gptq\)"),
-        (make_expert_parallel, "cut across processes"),
         (make_offloaded, "on no device"),
     ],
 )
@@ -143,6 +139,22 @@ def test_quantised_and_spread_models_are_refused(
 ) -> None:
     spoil(olmoe)
     with pytest.raises(ModelError, match=reason):
+        find_routers(olmoe)
+
+
+def test_parallelism_of_older_transformers_is_refused(
+    olmoe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    olmoe.config.distributed_config = DistributedConfig(tp_size=2)
+    monkeypatch.setattr("bh_routing.models.refusals.transformers.__version__", "5.17.0")
+    with pytest.raises(ModelError, match=r"use transformers 5\.23 or newer"):
+        find_routers(olmoe)
+
+
+@pytest.mark.parametrize("size", ["pp_size", "fsdp_size", "dp_replicate_size"])
+def test_untried_parallelism_is_refused(olmoe: Any, size: str) -> None:
+    olmoe.config.distributed_config = DistributedConfig.from_dict({size: 2})
+    with pytest.raises(ModelError, match=f"by {size}, which was not tried"):
         find_routers(olmoe)
 
 

@@ -16,6 +16,7 @@ import pandas as pd
 
 from bh_routing.analysis.jsonl import half_read, read_lines
 from bh_routing.analysis.quality_records import read_quality
+from bh_routing.analysis.speed import read_timings
 from bh_routing.errors import ResultsError
 from bh_routing.records import (
     CSV_COLUMNS,
@@ -27,6 +28,7 @@ from bh_routing.records import (
     STATUS_FAILED,
     STATUS_OK,
     SUMMARY_JSON,
+    TIMINGS,
     ExperimentDetail,
     ExperimentRecord,
     QualityRecord,
@@ -55,6 +57,8 @@ class Results:
     """analysis_summary.json, if there is one."""
     quality: tuple[QualityRecord, ...]
     """Scored documents, one for each configuration and document; empty if nothing was scored."""
+    timings: pd.DataFrame
+    """One row a round and configuration, of what was timed side by side; may be empty."""
 
     def _repr_html_(self) -> str:
         """Mean of each configuration's finished experiments, as notebooks show it."""
@@ -124,6 +128,7 @@ def load_results(folder: str | Path) -> Results:
         run=run,
         summary=_read_object(path / SUMMARY_JSON),
         quality=_current(read_quality(scored), run) if scored.is_file() else (),
+        timings=read_timings(path / TIMINGS),
     )
 
 

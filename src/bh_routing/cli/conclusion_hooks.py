@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def make_hooks(surroundings: Surroundings) -> Hooks:
     """Return the library's last steps, or the caller's in their place.
 
-    Quality and agreement of texts join whatever summary `analyze` returns, so that a caller's own
-    analysis doesn't lose them.
+    Quality, speed-ups and agreement of texts join whatever summary `analyze` returns, so that a
+    caller's own analysis does not lose them.
     """
     from bh_routing.experiments.run import Hooks
 
@@ -33,7 +33,7 @@ def make_hooks(surroundings: Surroundings) -> Hooks:
         from bh_routing.analysis.comparisons import analyze_results
 
         summary = (surroundings.analyze or analyze_results)(experiments)
-        return _quality_blocks(loaded[0], summary) | summary
+        return _more_blocks(loaded[0], summary) | summary
 
     def visualize(experiments: Any, folder: Path) -> Any:
         from bh_routing.report.figures import create_visualizations
@@ -53,16 +53,20 @@ def make_hooks(surroundings: Surroundings) -> Hooks:
     return Hooks(load=load, analyze=analyze, visualize=visualize, report=report, page=page)
 
 
-def _quality_blocks(results: Results, summary: dict[str, Any]) -> dict[str, Any]:
+def _more_blocks(results: Results, summary: dict[str, Any]) -> dict[str, Any]:
     from bh_routing.analysis.comparisons import choose_baseline
     from bh_routing.analysis.quality import analyze_quality
+    from bh_routing.analysis.speed import speed_ups
     from bh_routing.analysis.strict_json import to_strict
     from bh_routing.analysis.text_agreement import text_agreement
 
     blocks: dict[str, Any] = {}
     if results.quality and "quality" not in summary:
         blocks["quality"] = analyze_quality(results.quality)
-    baseline = choose_baseline(list(dict.fromkeys(results.experiments["config_name"])))
+    names = list(dict.fromkeys(results.experiments["config_name"]))
+    baseline = choose_baseline(names)
+    if timed := speed_ups(results.timings, names, baseline):
+        blocks["speed"] = to_strict({name: asdict(found) for name, found in timed.items()})
     if baseline is not None:
         agreement = text_agreement(results.details, baseline)
         blocks["text_agreement"] = to_strict({name: asdict(a) for name, a in agreement.items()})

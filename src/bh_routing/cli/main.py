@@ -27,7 +27,7 @@ from bh_routing.cli.report import report
 from bh_routing.cli.run import run
 from bh_routing.cli.surroundings import Surroundings
 from bh_routing.cli.sweep import sweep
-from bh_routing.errors import BHRoutingError, ExperimentError
+from bh_routing.errors import BHRoutingError, ExperimentError, InputError
 
 EXIT_DONE: Final = 0
 EXIT_FAILED: Final = 1
@@ -68,6 +68,11 @@ def _root(
     ] = False,
 ) -> None:
     """Benjamini-Hochberg expert selection for mixture-of-experts models."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise InputError(
+            "bh-routing was started by torchrun, which would do everything once a process; start "
+            "it alone, with --executor ray for more GPUs or --device-map auto for a larger model"
+        )
 
 
 def main(argv: Sequence[str] | None = None, surroundings: Surroundings | None = None) -> int:

@@ -75,6 +75,9 @@ def run(
     token_traces: Annotated[
         int, typer.Option(help="Prompts whose tokens report.html shows one by one; 0: none.")
     ] = defaults.TOKEN_TRACES,
+    timing_rounds: Annotated[
+        int, typer.Option(help="Rounds of timing all configurations side by side; 0: none.")
+    ] = defaults.TIMING_ROUNDS,
     track: Annotated[
         str | None, typer.Option(help="Log the run to mlflow, wandb or tensorboard as well.")
     ] = None,
@@ -111,6 +114,7 @@ def run(
         "no_eval": no_eval,
         "eval_tokens": eval_tokens,
         "token_traces": token_traces,
+        "timing_rounds": timing_rounds,
     }
     with console_log(), interruptible(f"the same command goes on with what {output} holds"):
         # Inside: importing torch takes seconds, in which Ctrl-C must work too.

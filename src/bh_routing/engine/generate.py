@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from typing import Any, Final, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -33,6 +34,10 @@ LOGITS_SETTINGS: Final = {
     "exponential_decay_length_penalty": None,
 }
 """Settings of a checkpoint that change logits before the largest is taken -> what does nothing."""
+
+
+_told: Final[WeakKeyDictionary[Any, set[str]]] = WeakKeyDictionary()
+"""Why plain `generate` writes a model's texts, as the log says already."""
 
 
 class Generation(NamedTuple):
@@ -92,7 +97,9 @@ def generate_routed(
             end_ids=_end_ids(model),
         )
     except UndecodableError as error:
-        log.warning("%s is written by plain generate: %s", rule.method, error)
+        if (reason := str(error)) not in (told := _told.setdefault(model, set())):
+            log.warning("texts are written by plain generate: %s", reason)
+            told.add(reason)
         with route(model, rule, calibration) as trace:
             plain = generate_greedy(model, tokenizer, prompt, max_new_tokens)
         return RoutedGeneration(plain, trace, has_nan=False)

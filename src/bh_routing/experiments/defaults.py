@@ -18,6 +18,7 @@ EXECUTOR: Final = "local"
 CALIBRATION_TOKENS: Final = 16_384
 EVAL_TOKENS: Final = 3_000
 TOKEN_TRACES: Final = 12
+TIMING_ROUNDS: Final = 8
 
 ROUTING_CONFIGS: dict[str, dict[str, Any]] = {
     "topk_8": {

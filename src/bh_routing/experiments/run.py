@@ -25,6 +25,7 @@ from bh_routing.experiments.run_log import FILE_ONLY, RunLog
 from bh_routing.experiments.spec import RunSpec, resolved, shorten
 from bh_routing.experiments.store import ResultStore
 from bh_routing.experiments.threads import torch_threads
+from bh_routing.experiments.timing_rounds import write_timing_rounds
 from bh_routing.experiments.token_traces import write_token_traces
 from bh_routing.records import LOG, STATUS_OK, ExperimentRecord
 
@@ -120,6 +121,8 @@ def _run_begun(
     quality_start = time.perf_counter()
     quality_sec = _score(prepared, executor, store, problems)
     executor.close()  # from here on the model is needed in this process
+    rounds_start = time.perf_counter()
+    _time_side_by_side(spec, prepared, store, problems)
     traces_start = time.perf_counter()
     with torch_threads(prepared.loaded.batch_threads):
         guard(
@@ -132,6 +135,7 @@ def _run_begun(
         "calibrate_sec": prepared.calibrate_sec,
         "startup_sec": startup_seconds(prepared.subject.model),
         "experiments_sec": earlier_sec + quality_start - grid_start,
+        "timing_rounds_sec": traces_start - rounds_start,
         "token_traces_sec": time.perf_counter() - traces_start,
         "quality_sec": quality_sec,
         "total_sec": earlier_sec + time.perf_counter() - start,
@@ -169,6 +173,24 @@ def _score(
         )
     store.update_document({"quality": {"configs": scored or []}})
     return time.perf_counter() - start
+
+
+def _time_side_by_side(
+    spec: RunSpec, prepared: Preparation, store: ResultStore, problems: list[str]
+) -> None:
+    finished = [cell for cell in prepared.grid if store.finished_record(cell.key) is not None]
+    guard(
+        "timing side by side",
+        problems,
+        lambda: write_timing_rounds(
+            store.folder,
+            prepared.subject,
+            finished,
+            num_rounds=spec.timing_rounds,
+            max_tokens=spec.max_tokens,
+            seed=spec.seed,
+        ),
+    )
 
 
 def _document(spec: RunSpec, prepared: Preparation, store: ResultStore) -> dict[str, Any]:

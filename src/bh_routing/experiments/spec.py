@@ -115,6 +115,8 @@ class RunSpec(BaseModel):
     """Most tokens scored."""
     token_traces: Annotated[int, Field(ge=0)] = defaults.TOKEN_TRACES
     """Prompts of each configuration whose tokens are traced for report.html; 0: none."""
+    timing_rounds: Annotated[int, Field(ge=0)] = defaults.TIMING_ROUNDS
+    """Rounds in which the configurations are timed side by side; 0: none."""
 
     @model_validator(mode="after")
     def _whole(self) -> RunSpec:

@@ -29,6 +29,7 @@ from bh_routing.records import (
     RUN_JSON,
     SCHEMA_VERSION,
     SUMMARY_JSON,
+    TIMINGS,
     TOKEN_TRACES,
 )
 
@@ -45,6 +46,7 @@ OWN_NAMES: Final = (
     PLOTS,
     CALIBRATION,
     QUALITY_JOURNAL,
+    TIMINGS,
     TOKEN_TRACES,
 )
 """Everything that a run writes into its folder."""

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from bh_routing.errors import ModelError
 from bh_routing.models.families import family_of
@@ -163,7 +164,9 @@ def model_fingerprint(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(uncompiled(model).named_parameters()):
-        flat = parameter.detach().reshape(-1)
+        # A parameter that is cut across processes is put together on each of them.
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        flat = whole.detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLED_VALUES)
         values = flat[::step][:_SAMPLED_VALUES].float().cpu().contiguous()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())

@@ -1,19 +1,24 @@
-"""Models that are refused whatever their family: cut across processes, or quantised."""
+"""Models that are refused whatever their family: spread in a way unknown to us, or quantised."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
-from torch import nn
-from torch.distributed.tensor import DTensor
+import transformers
+from packaging.version import Version
 
 from bh_routing.errors import ModelError
 
+_CUTS_BEHIND_ROUTERS: Final = Version("5.23")
+"""The oldest transformers seen to cut experts behind the router's answer, which is then whole."""
+_UNTRIED: Final = ("pp_size", "fsdp_size", "dp_replicate_size")
+
 
 def refuse_spread_and_quantised(model: Any) -> None:
-    """Raise ModelError if the weights aren't plain and whole.
+    """Raise ModelError unless every router sees all experts and weights are plain numbers.
 
-    Whole layers may be on devices of their own, as accelerate's device map puts them.
+    Whole layers may be on devices of their own, as accelerate's device map puts them, and
+    weights may be cut across processes by transformers' tensor or expert parallelism.
     """
     devices = {str(parameter.device) for parameter in model.parameters()}
     if "meta" in devices:
@@ -21,13 +26,7 @@ def refuse_spread_and_quantised(model: Any) -> None:
             "some of the model's weights are on no device (meta); load it without offloading, as "
             "bh_routing.load_model does"
         )
-    is_cut = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    if is_cut or any(_is_expert_parallel(module) for module in model.modules()):
-        raise ModelError(
-            "the model's experts are cut across processes (tensor or expert parallel), where a "
-            "slot can't be pruned yet; load it without tp_plan and without torchrun, with "
-            "device_map='auto' if it is larger than one GPU"
-        )
+    _refuse_other_parallelism(model)
     if len(devices) > 1 and not hasattr(model, "hf_device_map"):
         raise ModelError(
             f"the model's weights are on {', '.join(sorted(devices))}, and nothing moves hidden "
@@ -41,8 +40,20 @@ def refuse_spread_and_quantised(model: Any) -> None:
         )
 
 
-def _is_expert_parallel(module: nn.Module) -> bool:
-    return bool(getattr(module, "_is_expert_parallel", False))
+def _refuse_other_parallelism(model: Any) -> None:
+    config = getattr(getattr(model, "config", None), "distributed_config", None)
+    is_cut = config is not None or (getattr(model, "tp_size", None) or 1) > 1
+    if is_cut and Version(transformers.__version__) < _CUTS_BEHIND_ROUTERS:
+        raise ModelError(
+            f"the model is cut across processes, which transformers {transformers.__version__} "
+            f"may do before its routers answer; use transformers {_CUTS_BEHIND_ROUTERS} or newer"
+        )
+    untried = [name for name in _UNTRIED if (getattr(config, name, None) or 1) > 1]
+    if untried:
+        raise ModelError(
+            f"the model is spread over processes by {', '.join(untried)}, which was not tried; use "
+            "tensor or expert parallelism (tp_size, ep_size), or device_map='auto'"
+        )
 
 
 def _method_of(quantization: Any) -> str:

@@ -176,7 +176,7 @@ def time_sentence(facts: Facts) -> str:
     if low != high:
         span = f"{ends[0]} ({code(low)}) to {ends[1]} ({code(high)})"
     doubt = ", but the machine's own speed was not steady" if _is_unsteady(facts) else ""
-    return f"**Time.** Per prompt, against {code(facts.baseline)}: {span}{doubt}."
+    return f"**Time.** Against {code(facts.baseline)}: {span}{doubt}."
 
 
 def _alpha_sentence(facts: Facts) -> str:

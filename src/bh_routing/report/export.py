@@ -46,7 +46,7 @@ def export_results(folder: str | Path, to: str, output: str | Path | None = None
     _check_output(path, results.folder, ENDINGS[to])
     summary = results.summary or analyze_results(results.experiments)
     facts = Facts(
-        table=experiments_of(results.experiments),
+        table=experiments_of(results.experiments, results.folder),
         summary=summary,
         run=results.run,
         folder=results.folder,

@@ -51,7 +51,7 @@ def create_visualizations(
     folder = Path(output_dir)
     given = read_json(folder / SUMMARY_JSON) if summary is None else summary
     known = with_quality(given, folder)
-    table = experiments_of(results)
+    table = experiments_of(results, folder)
     plots: dict[str, Callable[[], Figure]] = {
         EXPERTS_PLOT: lambda: _experts(table),
         TIME_PLOT: lambda: _time(table),

@@ -62,8 +62,16 @@ def time(table: Experiments) -> str:
 
 
 def time_changes(table: Experiments) -> dict[str, MeanInterval]:
-    """The mean relative change of time per prompt against the baseline, with its interval."""
+    """The mean relative change of time against the baseline, with its interval.
+
+    From rounds timed side by side; of an older run, prompt by prompt from one pass over them.
+    """
     changes = {}
+    if table.speed_ups:
+        found = {
+            name: table.speed_ups[name].change for name in table.others if name in table.speed_ups
+        }
+        return {name: change for name, change in found.items() if math.isfinite(change.low)}
     for name in table.others if table.baseline is not None else []:
         own_n, baseline_n = table.paired(name, "inference_time_sec")
         positive = baseline_n > 0
@@ -86,8 +94,11 @@ def speed_spread(table: Experiments) -> float:
 
 
 def is_unsteady(table: Experiments) -> bool:
-    """Whether the machine's own speed varied too much for times to be compared."""
-    return speed_spread(table) > UNSTEADY
+    """Whether the machine's own speed varied too much for times to be compared.
+
+    What was timed side by side can be: its intervals hold what is left of that.
+    """
+    return not table.speed_ups and speed_spread(table) > UNSTEADY
 
 
 def balance(table: Experiments) -> str:

@@ -39,7 +39,7 @@ def generate_markdown_report(
     """
     folder = Path(output_dir)
     facts = Facts(
-        table=experiments_of(results),
+        table=experiments_of(results, folder),
         summary=with_quality(summary, folder),
         run=read_run(folder),
         folder=folder,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from bh_routing.analysis.estimates import signed_rank_floor
+from bh_routing.analysis.speed import Ratio
 from bh_routing.report import findings
 from bh_routing.report.blocks import bullets, picture, section, table, text_table
 from bh_routing.report.facts import BALANCE, EXPERTS, SECONDS, SPEED, Facts
@@ -73,6 +74,13 @@ def experts(facts: Facts) -> str:
 
 def time(facts: Facts) -> str:
     """What generation took."""
+    if facts.table.speed_ups:
+        return section(
+            "Time",
+            picture(TIME_PLOT, "Generation time by configuration, prompts as points"),
+            picture(LATENCY_PLOT, "Experts kept against time per generated token"),
+            *_side_by_side(facts),
+        )
     changes = findings.time_changes(facts.table)
     rows = []
     for name in facts.names:
@@ -97,6 +105,33 @@ def time(facts: Facts) -> str:
         "between prompts, not a machine that speeds up or slows down meanwhile.",
         unsteady(facts),
     )
+
+
+def _side_by_side(facts: Facts) -> tuple[str, str]:
+    """The table of rounds in which all configurations were timed, and what it means."""
+    rows = []
+    for name, found in facts.table.speed_ups.items():
+        ratios = (found.prefill, found.decode, found.whole)
+        shown = [_ratio(ratio) for ratio in ratios] if name != facts.baseline else [MISSING] * 3
+        rows.append(
+            [code(name), number(found.prefill_ms, 1), number(found.decode_ms, 2),
+             number(1000 / found.decode_ms, 1), *shown]
+        )  # fmt: skip
+    rounds = max(found.whole.n for found in facts.table.speed_ups.values())
+    header = ["configuration", "prompt, ms", "token, ms", "tokens per second", "prompt",
+              "token", "both"]  # fmt: skip
+    return (
+        table(header, rows),
+        f"Medians of {rounds} rounds; the last three columns say how many times as fast as "
+        f"{code(facts.baseline)}, with 95 % intervals over rounds. A round times every "
+        "configuration on one prompt, in an order drawn anew, after a round that isn't counted, so "
+        "a machine that slows down slows all of them alike (`timings.csv`). The pictures show the "
+        "experiments, which ran once, one configuration after the other.",
+    )
+
+
+def _ratio(ratio: Ratio) -> str:
+    return f"{number(ratio.mean)} [{number(ratio.low)}, {number(ratio.high)}]"
 
 
 def unsteady(facts: Facts) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -10,8 +12,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from bh_routing.analysis.comparisons import choose_baseline
+from bh_routing.analysis.speed import SpeedUp, read_timings, speed_ups
 from bh_routing.errors import InputError
-from bh_routing.records import STATUS_OK
+from bh_routing.records import STATUS_OK, TIMINGS
 
 NEEDED: Final = ("config_name", "prompt_text")
 MEASURES: Final = (
@@ -37,6 +40,8 @@ class Experiments:
     """Configurations with at least one finished experiment."""
     baseline: str | None
     num_failed: int
+    speed_ups: Mapping[str, SpeedUp] = field(default_factory=dict)
+    """From rounds that were timed side by side; empty if there were none."""
 
     @property
     def others(self) -> list[str]:
@@ -73,11 +78,15 @@ class Experiments:
         return mine.groupby("prompt_text", sort=False)[column].mean()
 
 
-def experiments_of(results: pd.DataFrame) -> Experiments:
+def experiments_of(results: pd.DataFrame, folder: Path | None = None) -> Experiments:
     """Take the finished rows of a results table; measures it lacks are NaN.
 
+    Args:
+        results: rows as in `bh_routing_results.csv`.
+        folder: the run's, which may hold rounds that were timed side by side; None: no folder.
     Raises:
         InputError: config_name, prompt_text or avg_experts_per_token is missing.
+        ResultsError: the file of timed rounds is damaged.
     """
     missing = [c for c in (*NEEDED, "avg_experts_per_token") if c not in results.columns]
     if missing:
@@ -97,9 +106,12 @@ def experiments_of(results: pd.DataFrame) -> Experiments:
     is_ok = rows["status"] == STATUS_OK if "status" in rows.columns else rows["config_name"] != ""
     frame = rows[is_ok].reset_index(drop=True)
     names = [str(name) for name in frame["config_name"].drop_duplicates()]
+    baseline = choose_baseline(names)
+    timed = {} if folder is None else speed_ups(read_timings(folder / TIMINGS), names, baseline)
     return Experiments(
         frame=frame,
         names=names,
-        baseline=choose_baseline(names),
+        baseline=baseline,
         num_failed=int((~is_ok).sum()),
+        speed_ups=timed,
     )

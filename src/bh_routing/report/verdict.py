@@ -38,9 +38,16 @@ def _certainty(facts: Facts) -> str:
     else:
         parts.append("Quality was not scored.")
     prompts = facts.num_prompts()
-    steady = "varied too much to compare" if findings.is_unsteady(facts.table) else "was steady"
     parts.append(
-        f"Experts and times are of {number(prompts, 0)} prompts on one machine, whose own speed "
-        f"{steady}; they say nothing of other prompts."
+        f"Experts and times are of {number(prompts, 0)} prompts on one machine"
+        f"{_steadiness(facts)}; they say nothing of other prompts."
     )
     return f"**How sure.** {' '.join(parts)}"
+
+
+def _steadiness(facts: Facts) -> str:
+    if facts.table.speed_ups:
+        rounds = max(found.whole.n for found in facts.table.speed_ups.values())
+        return f", times of {rounds} rounds side by side"
+    steady = "varied too much to compare" if findings.is_unsteady(facts.table) else "was steady"
+    return f", whose own speed {steady}"

@@ -97,7 +97,7 @@ def facts_of(results: Results) -> Facts:
     """Gather what the page is written from; a summary that is missing is computed."""
     summary = results.summary or analyze_results(results.experiments)
     return Facts(
-        table=experiments_of(results.experiments),
+        table=experiments_of(results.experiments, results.folder),
         summary=with_quality(summary, results.folder),
         run=results.run,
         folder=results.folder,

@@ -74,8 +74,8 @@ def _change(facts: Facts) -> list[Chart]:
             key="time-change",
             finding=plain(findings.time(facts.table)),
             description=(
-                f"Change of generation time against {plain(facts.baseline, 40)}, mean over prompts "
-                "with 95 % intervals; below zero is faster."
+                f"Change of generation time against {plain(facts.baseline, 40)}, "
+                f"{_basis(facts)} with 95 % intervals; below zero is faster."
             ),
             variants={
                 "": {
@@ -104,6 +104,12 @@ def _change(facts: Facts) -> list[Chart]:
             ],
         )
     ]  # fmt: skip
+
+
+def _basis(facts: Facts) -> str:
+    if facts.table.speed_ups:
+        return "mean over rounds in which all were timed side by side,"
+    return "mean over prompts of one pass,"
 
 
 def _latency(facts: Facts) -> Chart:

@@ -1,0 +1,114 @@
+"""How much faster one configuration is than another: rounds that were timed side by side.
+
+A round times every configuration on the same prompt within seconds, so a ratio within a round is
+free of what the machine did between rounds. Intervals are t intervals of the mean logarithm of that
+ratio over rounds, taken back by exp: symmetric in which of the two is called the faster.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from bh_routing.analysis.jsonl import half_read
+from bh_routing.analysis.paired import MeanInterval, mean_interval
+from bh_routing.records import RoundTiming
+
+COLUMNS = tuple(field.name for field in fields(RoundTiming))
+NUMBERS = tuple(name for name in COLUMNS if name not in ("config_name", "prompt_text"))
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """The baseline's time over a configuration's; above 1 the configuration is faster."""
+
+    n: int
+    """Rounds."""
+    mean: float
+    """Geometric."""
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpeedUp:
+    """One configuration's times, and how they compare with the baseline's."""
+
+    prefill_ms: float
+    """Median over rounds of the time until the first token."""
+    decode_ms: float
+    """Median over rounds of the time of a token after the first."""
+    prefill: Ratio
+    decode: Ratio
+    whole: Ratio
+    """Of reading the prompt and writing as many tokens as the round's longest text."""
+
+    @property
+    def change(self) -> MeanInterval:
+        """The whole time over the baseline's, minus 1."""
+        ends = sorted(1 / end - 1 for end in (self.whole.low, self.whole.high))
+        return MeanInterval(self.whole.n, 1 / self.whole.mean - 1, math.nan, *ends)
+
+
+def read_timings(path: Path) -> pd.DataFrame:
+    """Read `timings.csv`; a table without rows if there is none.
+
+    Raises:
+        ResultsError: it lacks a column, or a time in it is no positive number.
+    """
+    if not path.is_file():
+        return pd.DataFrame(columns=list(COLUMNS))
+    texts = {"config_name": str, "prompt_text": str}
+    try:
+        table = pd.read_csv(path, dtype=texts, keep_default_na=False)
+        table = table[list(COLUMNS)].astype(dict.fromkeys(NUMBERS, np.float64))
+    except (ValueError, KeyError, TypeError) as error:
+        raise half_read(path, str(error)) from error
+    times = table[["prefill_time_sec", "decode_time_sec"]]
+    if not (np.isfinite(times) & (times >= 0)).all(axis=None):
+        raise half_read(path, "a time isn't a number of seconds")
+    return table
+
+
+def speed_ups(timings: pd.DataFrame, names: list[str], baseline: str | None) -> dict[str, SpeedUp]:
+    """Compare each configuration with the baseline, round by round.
+
+    Args:
+        timings: what `read_timings` returned.
+        names: configurations, in the order of the answer; those that weren't timed are left out.
+        baseline: the configuration to compare with.
+    Returns:
+        The baseline too, with ratios of 1; nothing without timings of the baseline.
+    """
+    timed = timings.assign(
+        token_sec=timings["decode_time_sec"] / (timings["num_output_tokens"] - 1).clip(lower=1)
+    )
+    if baseline is None or baseline not in set(timed["config_name"]):
+        return {}
+    longest = timed.groupby("round")["num_output_tokens"].transform("max")
+    timed["whole_sec"] = timed["prefill_time_sec"] + timed["token_sec"] * (longest - 1)
+    parts = {
+        part: timed.pivot_table(index="round", columns="config_name", values=column)
+        for part, column in (
+            ("prefill", "prefill_time_sec"), ("decode", "token_sec"), ("whole", "whole_sec"),
+        )
+    }  # fmt: skip
+    return {
+        name: SpeedUp(
+            prefill_ms=1000 * float(parts["prefill"][name].median()),
+            decode_ms=1000 * float(parts["decode"][name].median()),
+            **{part: _ratio(table[baseline], table[name]) for part, table in parts.items()},
+        )
+        for name in names
+        if name in parts["whole"].columns
+    }
+
+
+def _ratio(baseline_R: pd.Series, own_R: pd.Series) -> Ratio:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = mean_interval(np.log((baseline_R / own_R).to_numpy(np.float64)))
+    return Ratio(found.n, math.exp(found.mean), math.exp(found.low), math.exp(found.high))

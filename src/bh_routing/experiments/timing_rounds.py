@@ -1,0 +1,100 @@
+"""Time the configurations side by side: the rounds behind every speed-up that is reported.
+
+Experiments run one configuration after the other, once each; what a machine does meanwhile would
+look like a difference between rules. Here each round times every configuration on one prompt, in
+an order drawn anew, after a round that isn't counted.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Final
+
+import pandas as pd
+
+from bh_routing.engine.generate import generate_routed
+from bh_routing.experiments.executors import Cell
+from bh_routing.experiments.experiment import Subject
+from bh_routing.experiments.files import write_atomically
+from bh_routing.experiments.spec import NamedRule, Prompt
+from bh_routing.records import TIMINGS, RoundTiming
+
+MOST_TOKENS: Final = 16
+"""Tokens written in a round: enough for the time of one, and a run stays short."""
+
+
+def write_timing_rounds(
+    folder: Path,
+    subject: Subject,
+    grid: Sequence[Cell],
+    *,
+    num_rounds: int,
+    max_tokens: int,
+    seed: int,
+) -> None:
+    """Time the configurations of a run into `timings.csv`.
+
+    What an earlier run of the folder timed stays, if it was the same configurations in as many
+    rounds: only what was timed side by side can be compared.
+
+    Args:
+        folder: the run's.
+        subject: model, tokenizer and calibration.
+        grid: the experiments of the run.
+        num_rounds: rounds that count; 0 takes the file away.
+        max_tokens: most tokens that the run writes after a prompt.
+        seed: of the orders.
+    """
+    path = folder / TIMINGS
+    if num_rounds == 0:
+        path.unlink(missing_ok=True)
+        return
+    rules = list({cell.named_rule.name: cell.named_rule for cell in grid}.values())
+    prompts = list({cell.prompt.text: cell.prompt for cell in grid}.values())
+    if _has_timed(path, [rule.name for rule in rules], num_rounds):
+        return
+    rows = time_rounds(subject, rules, prompts, num_rounds, min(max_tokens, MOST_TOKENS), seed)
+    table = pd.DataFrame([asdict(row) for row in rows])
+    write_atomically(path, table.to_csv(index=False, lineterminator="\n").encode())
+
+
+def time_rounds(
+    subject: Subject,
+    rules: Sequence[NamedRule],
+    prompts: Sequence[Prompt],
+    num_rounds: int,
+    num_tokens: int,
+    seed: int,
+) -> Iterator[RoundTiming]:
+    """Yield one timing for each round and configuration; the prompts take turns."""
+    model, tokenizer, calibration = subject
+    generator = random.Random(seed)
+    for round_ in range(num_rounds + 1):
+        prompt = prompts[(round_ - 1) % len(prompts)]
+        for rule in generator.sample(rules, len(rules)):
+            generation, _, _ = generate_routed(
+                model, tokenizer, prompt.text, num_tokens, rule.rule, calibration
+            )
+            if round_:
+                yield RoundTiming(
+                    round=round_,
+                    config_name=rule.name,
+                    prompt_text=prompt.text,
+                    num_input_tokens=generation.num_input_tokens,
+                    num_output_tokens=len(generation.token_ids),
+                    prefill_time_sec=generation.prefill_time_sec,
+                    decode_time_sec=generation.decode_time_sec,
+                )
+
+
+def _has_timed(path: Path, names: Sequence[str], num_rounds: int) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        table = pd.read_csv(path, dtype={"config_name": str}, keep_default_na=False)
+        return set(table["config_name"]) == set(names) and table["round"].max() == num_rounds
+    except (ValueError, KeyError, TypeError):
+        return False  # made by something else, or edited: timed anew
