@@ -29,7 +29,7 @@ def keep(results: Path) -> None:
         for row in summary["quality"]["rules"]
     ]
     kept = {name: run[name] for name in ("provenance", "timing", "calibration")}
-    kept |= {"configs": list(run["spec"]["configs"]), "rules": rules}
+    kept |= {"configs": list(run["spec"]["configs"]), "rules": rules, "speed": summary["speed"]}
     KEPT.write_text(json.dumps(kept, indent=1) + "\n")
 
 

@@ -54,10 +54,12 @@ Every rule works on every supported family, in its own weight convention. Nulls 
 the family ranks experts by: its logits, or score plus bias. Temperature needs a router that weighs
 and selects by softmax alone. Widening k goes up to the number of experts unless a limit says less.
 
-Refused whatever the family: models spread over processes by pipeline parallelism or FSDP, offloaded
-models, and quantised ones (bitsandbytes, GPTQ, AWQ, FP8, MXFP4 and others; none was tried).
-Gathering kept experts on a CPU, which makes generation quicker, is for experts laid out as OLMoE's
-are; other layouts run through transformers' own implementations.
+Checkpoints stored as FP8 or MXFP4 (DeepSeek's and gpt-oss's own) are widened to the model's dtype
+while they are read, which takes two to four times their size in memory; tried on tiny ones of
+qwen3_moe, deepseek_v3 and gpt_oss. Refused whatever the family: checkpoints quantised by anything
+else (bitsandbytes, GPTQ, AWQ and others), models spread over processes by pipeline parallelism or
+FSDP, and offloaded ones. Gathering kept experts on a CPU, which makes generation quicker, is for
+experts laid out as OLMoE's are; other layouts run through transformers' own implementations.
 
 `torch.compile` works in either order: entering and leaving `route` resets compiled code, so that
 no rule is ignored and none stays behind; the next call compiles again.

@@ -106,24 +106,26 @@ def test_killed_workers_lose_and_duplicate_nothing_ten_times_in_a_row(
     ray: Any, demo: LoadedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="bh_routing")
-    cells, subject = prepare(), Subject(*demo, None)
+    cells, subject = prepare(num_prompts=24), Subject(*demo, None)
     serial = rows(list(SerialExecutor(subject).run(cells, 8)))
     with RayExecutor("demo", "auto", subject, RaySettings(num_workers=2)) as executor:
         for round_number in range(10):
-            done = []
+            done, has_killed = [], False
             for pair in executor.run(cells, 8):
                 done.append(pair)
-                if len(done) == 1:
-                    kill_a_busy_worker(executor, caplog.text)
-            assert rows(done) == serial, round_number
+                has_killed = has_killed or kill_a_busy_worker(executor, caplog.text)
+            assert has_killed and rows(done) == serial, round_number
     assert caplog.text.count("died and is replaced") == 10
 
 
-def kill_a_busy_worker(executor: RayExecutor, log: str) -> None:
+def kill_a_busy_worker(executor: RayExecutor, log: str) -> bool:
     pool = executor._pool
     assert pool is not None
-    number = next(seat.number for seat, job in pool._busy.values() if job is not None)
-    os.kill(int(re.findall(rf"worker {number}: process (\d+)", log)[-1]), signal.SIGKILL)
+    busy = [seat.number for seat, job in pool._busy.values() if job is not None]
+    if busy:
+        process = re.findall(rf"worker {busy[0]}: process (\d+)", log)[-1]
+        os.kill(int(process), signal.SIGKILL)
+    return bool(busy)
 
 
 @pytest.fixture
@@ -183,3 +185,21 @@ def test_a_run_on_workers_is_the_serial_one_and_survives_its_driver(
     assert records.read_bytes().count(b'"key"') == 12
     for name in (JOURNAL, QUALITY_JOURNAL):
         assert journal(tmp_path / "ray" / name) == journal(tmp_path / "serial" / name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("evaluate", "--configs", "topk_8,bh_moderate", "--tokens", "6000"),
+        ("sweep", "--rules", "top_p", "--budgets", "5", "--tokens", "6000"),
+    ],
+    ids=lambda options: str(options[0]),
+)
+def test_scores_from_workers_are_the_serial_ones(options: tuple[str, ...], tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="the extra `ray` isn't installed")
+    start = [sys.executable, "-m", "bh_routing", *options, "--model", "demo", "--device", "cpu"]
+    run([*start, "--output", str(tmp_path / "serial")])
+    run([*start, "--output", str(tmp_path / "ray"), "--executor", "ray", "--workers", "2"])
+    serial = journal(tmp_path / "serial" / QUALITY_JOURNAL)
+    assert serial
+    assert journal(tmp_path / "ray" / QUALITY_JOURNAL) == serial

@@ -27,6 +27,7 @@ from bh_routing.errors import InputError, ModelError
 from bh_routing.models.cpu_experts import use_cpu_experts
 from bh_routing.models.discovery import find_routers
 from bh_routing.models.families import family_of
+from bh_routing.models.quantised import widen_what_was_left, widening_of
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ def load_model(
     device_map: DeviceMapName | None = None,
 ) -> LoadedModel:
     """Load a language model that mixes experts; of a multimodal one, all parts.
+
+    A checkpoint that is stored as FP8 or MXFP4 is widened to `dtype` while it is read.
 
     Only safetensors are read and no code of the checkpoint is run. `auto` means CUDA where there
     is one; bfloat16 there, float32 on CPU.
@@ -121,6 +124,7 @@ def _read(
         config = AutoConfig.from_pretrained(source, **options)
         family_of(config.model_type)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        widening = widening_of(source, config)
         is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
         auto: Any = AutoModelForCausalLM if is_causal else AutoModelForMultimodalLM
         model, report = auto.from_pretrained(
@@ -131,8 +135,11 @@ def _read(
             device_map=device_map,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **widening,
             **options,
         )
+        if widening:
+            widen_what_was_left(model, dtype)
         return _Read(tokenizer, model, report)
     finally:
         transformers_logging.set_verbosity(verbosity)

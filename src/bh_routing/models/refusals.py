@@ -8,6 +8,7 @@ import transformers
 from packaging.version import Version
 
 from bh_routing.errors import ModelError
+from bh_routing.models.quantised import method_of
 
 _CUTS_BEHIND_ROUTERS: Final = Version("5.23")
 """The oldest transformers seen to cut experts behind the router's answer, which is then whole."""
@@ -35,8 +36,9 @@ def refuse_spread_and_quantised(model: Any) -> None:
     quantization = getattr(getattr(model, "config", None), "quantization_config", None)
     if quantization is not None or getattr(model, "is_quantized", False):
         raise ModelError(
-            f"the model is quantised ({_method_of(quantization)}), which was not tried; load "
-            "weights of float32, bfloat16 or float16"
+            f"the model's weights are quantised ({method_of(quantization)}), which was not tried; "
+            "load it with bh_routing.load_model, which widens fp8 and mxfp4, or load weights of "
+            "float32, bfloat16 or float16"
         )
 
 
@@ -54,10 +56,3 @@ def _refuse_other_parallelism(model: Any) -> None:
             f"the model is spread over processes by {', '.join(untried)}, which was not tried; use "
             "tensor or expert parallelism (tp_size, ep_size), or device_map='auto'"
         )
-
-
-def _method_of(quantization: Any) -> str:
-    if isinstance(quantization, dict):
-        return str(quantization.get("quant_method", "unknown method"))
-    method = getattr(quantization, "quant_method", "unknown method")
-    return str(getattr(method, "value", method))

@@ -66,7 +66,7 @@ def overview(facts: Facts) -> str:
     if not losses:
         return table(["configuration", "experts", "saved", "time"], rows)
     header = ["configuration", "experts, prompts", "saved", "experts, text", "perplexity, text",
-              "time, prompts"]  # fmt: skip
+              "time"]  # fmt: skip
     why = (
         "The prompts and the evaluation text are different texts, so a rule that chooses by token "
         "keeps different numbers of experts on them."

@@ -118,12 +118,12 @@ def _side_by_side(facts: Facts) -> tuple[str, str]:
              number(1000 / found.decode_ms, 1), *shown]
         )  # fmt: skip
     rounds = max(found.whole.n for found in facts.table.speed_ups.values())
-    header = ["configuration", "prompt, ms", "token, ms", "tokens per second", "prompt",
-              "token", "both"]  # fmt: skip
+    header = ["configuration", "prompt, ms", "token, ms", "tokens per second",
+              "speed-up, prompt", "speed-up, token", "speed-up, both"]  # fmt: skip
     return (
         table(header, rows),
-        f"Medians of {rounds} rounds; the last three columns say how many times as fast as "
-        f"{code(facts.baseline)}, with 95 % intervals over rounds. A round times every "
+        f"Medians of {rounds} rounds. A speed-up says how many times as fast as "
+        f"{code(facts.baseline)}, with its 95 % interval over rounds. A round times every "
         "configuration on one prompt, in an order drawn anew, after a round that isn't counted, so "
         "a machine that slows down slows all of them alike (`timings.csv`). The pictures show the "
         "experiments, which ran once, one configuration after the other.",
