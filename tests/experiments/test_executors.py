@@ -18,7 +18,13 @@ from bh_routing.errors import InputError
 from bh_routing.experiments.executors import SerialExecutor
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.grid import make_grid
-from bh_routing.experiments.ray_executor import MOST_PROMPTS, cut_blocks, gpu_share
+from bh_routing.experiments.ray_executor import (
+    MOST_PROMPTS,
+    RayExecutor,
+    RaySettings,
+    cut_blocks,
+    gpu_share,
+)
 from bh_routing.experiments.ray_pool import Job, JobQueue
 from bh_routing.experiments.spec import RunSpec, make_rules, make_spec
 from bh_routing.models import LoadedModel, load_model, route
@@ -65,6 +71,22 @@ def test_a_worker_asks_for_the_share_of_a_gpu_that_its_model_fills() -> None:
     assert gpu_share(14 * gib, 80 * gib) == 1 / 4
     assert gpu_share(60 * gib, 80 * gib) == gpu_share(200 * gib, 80 * gib) == 1
     assert gpu_share(gib // 50, 80 * gib) == 1 / MOST_PROMPTS
+
+
+def test_workers_find_the_model_from_any_working_directory(
+    demo: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "model"):
+        (tmp_path / name).mkdir()  # a results folder may be called as the packaged model is
+
+    def source(name: str) -> str:
+        settings = RaySettings()
+        return RayExecutor(name, "auto", Subject(*demo, None), settings)._recipe.model
+
+    assert source("demo") == "demo"
+    assert source("model") == str(tmp_path / "model")
+    assert source("owner/name") == "owner/name"
 
 
 def test_the_serial_executor_does_each_cell_in_order(demo: LoadedModel) -> None:

@@ -34,7 +34,7 @@ from bh_routing.experiments.failures import release_memory
 from bh_routing.experiments.ray_pool import MAX_DEATHS, Answer, Job, WorkerPool, connected
 from bh_routing.experiments.run_log import SOURCES
 from bh_routing.models.discovery import ModelFacts, describe_model
-from bh_routing.models.load import load_model
+from bh_routing.models.load import DEMO, load_model
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.records import QualityRecord
 from bh_routing.rules.base import Rule
@@ -149,7 +149,7 @@ class RayExecutor:
         self._bytes = sum(p.numel() * p.element_size() for p in subject.model.parameters())
         path = Path(model).expanduser()
         # A worker has another working directory.
-        name = str(path.resolve()) if path.is_dir() else model
+        name = str(path.resolve()) if model != DEMO and path.is_dir() else model
         self._recipe = Recipe(name, dtype, self._facts, settings.threads)
         self._exits = ExitStack()
         self._ray: Any = None

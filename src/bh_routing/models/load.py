@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 import torch
 from huggingface_hub import constants
@@ -31,6 +31,8 @@ from bh_routing.models.quantised import widen_what_was_left, widening_of
 
 log = logging.getLogger(__name__)
 
+DEMO: Final = "demo"
+"""Names the packaged checkpoint, whatever folder may be called so."""
 DeviceName = Literal["auto", "cuda", "cpu"]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 DeviceMapName = Literal["auto"]
@@ -78,7 +80,7 @@ def load_model(
     target = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, target)
     _check_device_map(device_map, device)
-    source = str(demo_folder()) if name == "demo" else name
+    source = str(demo_folder()) if name == DEMO else name
     options: dict[str, Any] = {"trust_remote_code": False}
     if not _is_folder(source):
         options["local_files_only"] = not hub_answers()
