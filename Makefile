@@ -50,7 +50,8 @@ test: lint
 test-full: SHELL := /bin/bash
 test-full: .SHELLFLAGS := -o pipefail -c
 test-full: lint
-	{ date -u '+%Y-%m-%d %H:%M UTC'; uname -srm; $(PYTEST) -m ''; } 2>&1 | tee benchmarks/test_full.txt
+	{ date -u '+%Y-%m-%d %H:%M UTC'; uname -srm; $(PYTEST) -m '' && \
+		$(MAKE) --no-print-directory families-versions; } 2>&1 | tee benchmarks/test_full.txt
 
 # What families do under the other versions of transformers that we support, each in a throw-away
 # folder. Compiling them is tested with the newest only.
@@ -62,7 +63,8 @@ families-versions: $(STAMP)
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade \
 			--target $$folder transformers==$$version; \
 		PYTHONPATH=$$folder $(PYTEST) --dist load -m '' \
-			tests/families/test_routing.py tests/families/test_invented.py; \
+			tests/families/test_routing.py tests/families/test_invented.py \
+			tests/models/test_quantised.py; \
 	done
 
 # Asks PyPI for known vulnerabilities of every pinned version; fails where it can't ask. In an

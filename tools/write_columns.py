@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from bh_routing.analysis.quality_row import quality_definitions
-from bh_routing.records import RESULTS_CSV, column_definitions
+from bh_routing.records import RESULTS_CSV, TIMINGS, RoundTiming, column_definitions
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "columns.md"
 
@@ -27,6 +27,14 @@ One row an experiment: one configuration on one prompt. A unit of the expert col
 the last). A number that can't be had is empty.
 """
 
+ROUNDS = f"""
+## {TIMINGS}
+
+One row a round and configuration: all configurations are timed side by side on one prompt after
+the other. Speed-ups in the report, and under `speed` in `analysis_summary.json`, are ratios within
+rounds.
+"""
+
 QUALITY = """
 ## Quality
 
@@ -38,7 +46,12 @@ null, and `note` says why.
 
 def render() -> str:
     """Return the page."""
-    return HEAD + _table(column_definitions()) + QUALITY + _table(quality_definitions())
+    parts = (
+        (HEAD, column_definitions()),
+        (ROUNDS, column_definitions(RoundTiming)),
+        (QUALITY, quality_definitions()),
+    )
+    return "".join(text + _table(definitions) for text, definitions in parts)
 
 
 def _table(definitions: dict[str, str]) -> str:

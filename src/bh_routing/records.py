@@ -139,9 +139,9 @@ TIME_COLUMNS: Final = (
 )
 
 
-def column_definitions() -> dict[str, str]:
-    """Name -> definition of every column, in the CSV's order."""
-    return {f.name: str(f.metadata["definition"]) for f in fields(ExperimentRecord)}
+def column_definitions(record: Any = ExperimentRecord) -> dict[str, str]:
+    """Name -> definition of every column of a record, in the CSV's order."""
+    return {f.name: str(f.metadata["definition"]) for f in fields(record)}
 
 
 QUALITY_JOURNAL: Final = "quality.jsonl"
@@ -225,16 +225,15 @@ TIMINGS: Final = "timings.csv"
 class RoundTiming:
     """One row of `timings.csv`: one configuration in one round, timed side by side."""
 
-    round: int
-    """From 1; a round is one prompt under every configuration, in an order of its own."""
-    config_name: str
-    prompt_text: str
-    num_input_tokens: int
-    num_output_tokens: int
-    prefill_time_sec: float
-    """Until the first token."""
-    decode_time_sec: float
-    """From the first token on."""
+    round: int = column(
+        "From 1: one prompt under every configuration, in an order of its own (that of the rows)."
+    )
+    config_name: str = column("Name of the routing configuration.")
+    prompt_text: str = column("The prompt as given.")
+    num_input_tokens: int = column("Tokens of the prompt.")
+    num_output_tokens: int = column("Tokens generated, an end-of-text token included.")
+    prefill_time_sec: float = column("Seconds until the first token.")
+    decode_time_sec: float = column("Seconds from the first token on.")
 
 
 TOKEN_TRACES: Final = "token_traces.jsonl"
