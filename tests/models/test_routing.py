@@ -17,6 +17,7 @@ from bh_routing.models import LoadedModel, find_routers, load_model, model_finge
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules.base import Rule
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
+from bh_routing.rules.benjamini_hochberg_drop import BenjaminiHochbergDrop
 from bh_routing.rules.top_k import TopK
 
 PROMPT = "The old man walked down to the river and"
@@ -196,10 +197,19 @@ def test_nesting_is_refused(demo: LoadedModel) -> None:
         pass
 
 
-def test_a_rule_that_needs_a_calibration_says_so_before_anything_runs(demo: LoadedModel) -> None:
+@pytest.mark.parametrize(
+    ("rule", "null"),
+    [
+        (BenjaminiHochberg(alpha=0.05), "background"),
+        (BenjaminiHochbergDrop(alpha=0.05), "needed_by_loss"),
+    ],
+)
+def test_a_rule_that_needs_a_calibration_says_so_before_anything_runs(
+    demo: LoadedModel, rule: Rule, null: str
+) -> None:
     with (
-        pytest.raises(CalibrationError, match="needs a calibration"),
-        route(demo.model, BenjaminiHochberg(alpha=0.05)),
+        pytest.raises(CalibrationError, match=rf"nulls=\('{null}',\)"),
+        route(demo.model, rule),
     ):
         pytest.fail("the block ran")
 

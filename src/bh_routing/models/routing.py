@@ -132,7 +132,8 @@ def check_calibration(
     if calibration is None:
         raise CalibrationError(
             f"rule {rule.method!r} with null {rule.required_null!r} needs a calibration, got "
-            "None; make one with bh_routing.calibrate(model, tokenizer, texts)"
+            "None; make one with bh_routing.calibrate(model, tokenizer, texts, "
+            f"nulls=({rule.required_null!r},))"
         )
     calibration.check(
         null=rule.required_null,
