@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Final, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from torch.nn import functional
 from bh_routing.kernels.decode_layout import Attention, Decoder, Layer, Norm
 from bh_routing.kernels.experts import sparse_experts_forward
 from bh_routing.kernels.experts_layout import read_experts
-from bh_routing.kernels.experts_torch import mix_torch
+from bh_routing.kernels.experts_torch import mix_one, mix_torch
 from bh_routing.kernels.router_twin import RoutedSlots, Router
 
 Step = Callable[[], None]
@@ -93,8 +92,7 @@ def bind_torch(decoder: Decoder, state: DecodeState, routers: Sequence[Router]) 
             hidden_BH = hidden_BH + _attend(layer.attention, decoder, normed_BH, at, cache, place)
             normed_BH = _normalise(hidden_BH, layer.experts_norm)
             slots.append(route(functional.linear(normed_BH, layer.gate_EH)))
-            index_BK, weights_BK, _, _ = slots[-1]
-            hidden_BH = hidden_BH + mix(normed_BH, index_BK, weights_BK)
+            hidden_BH = hidden_BH + mix(normed_BH, slots[-1])
         logits_BV = functional.linear(_normalise(hidden_BH, decoder.norm), decoder.head_VH)
         state.logits_BV.copy_(logits_BV)
         state.token_B.copy_(logits_BV.argmax(-1))
@@ -126,10 +124,21 @@ def _everything(decoder: Decoder, state: DecodeState, positions_P: Tensor) -> _A
     return _At(decoder.cos_PD[place], decoder.sin_PD[place], len(positions_P), seen)
 
 
-def _bind_experts(layer: Layer, is_cuda: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    if is_cuda:
-        return partial(sparse_experts_forward, layer.experts)
-    return partial(mix_torch, read_experts(layer.experts))
+def _bind_experts(layer: Layer, is_cuda: bool) -> Callable[[Tensor, RoutedSlots], Tensor]:
+    experts = read_experts(layer.experts)
+
+    def mix(normed_BH: Tensor, slots: RoutedSlots) -> Tensor:
+        index_BK, weights_BK, keep_BK, count_B = slots
+        if is_cuda:
+            return sparse_experts_forward(layer.experts, normed_BH, index_BK, weights_BK)
+        if len(normed_BH) > 1:
+            return mix_torch(experts, normed_BH, index_BK, weights_BK)
+        expert_K, weights_K = index_BK[0], weights_BK[0]
+        if int(count_B) < len(expert_K):
+            expert_K, weights_K = expert_K[keep_BK[0]], weights_K[keep_BK[0]]
+        return mix_one(experts, normed_BH, expert_K, weights_K)
+
+    return mix
 
 
 def _attend(

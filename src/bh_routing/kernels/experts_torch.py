@@ -38,7 +38,7 @@ def mix_torch(
     """
     kept_TK = (weights_TK != 0) & (index_TK < experts.up.shape[0])
     if len(hidden_TH) == 1:
-        return _mix_one(experts, hidden_TH, index_TK[kept_TK], weights_TK[kept_TK])
+        return mix_one(experts, hidden_TH, index_TK[kept_TK], weights_TK[kept_TK])
     token_S, slot_S = kept_TK.nonzero(as_tuple=True)
     expert_S = index_TK[token_S, slot_S]
     is_gathered = expert_S.numel() <= MOST_GATHERED or not _can_group(experts)
@@ -58,10 +58,19 @@ def mix_torch(
     return weighted_TKH.sum(1).to(hidden_TH.dtype)
 
 
-def _mix_one(
+def mix_one(
     experts: ExpertWeights, hidden_1H: Tensor, expert_S: Tensor, weights_S: Tensor
 ) -> Tensor:
-    """Mix the kept experts of a single token: all their first projections are one product."""
+    """Mix the kept experts of a single token: all their first projections are one product.
+
+    Args:
+        experts: the layer's weights.
+        hidden_1H: (1, H).
+        expert_S: the kept ones, integer, (S,).
+        weights_S: (S,).
+    Returns:
+        (1, H), in the dtype of `hidden_1H`.
+    """
     up_SNH = experts.up.index_select(0, expert_S)
     inner_SN = linear(hidden_1H.to(up_SNH.dtype), up_SNH.flatten(0, 1)).view(up_SNH.shape[:2])
     if experts.up_bias is not None:
