@@ -49,6 +49,10 @@ def test_going_on_times_anew_only_what_cannot_be_compared(tiny_spec: MakeTinySpe
     wider = {**TINY_CONFIGS, "topk_4": {"method": "topk", "k": 4}}
     run(tiny_spec(timing_rounds=1, configs=wider))
     assert set(pd.read_csv(path)["config_name"]) == set(wider)
+    before = path.read_bytes()
+    changed = {**wider, "topk_4": {"method": "topk", "k": 2}}  # the same name, another rule
+    run(tiny_spec(timing_rounds=1, configs=changed))
+    assert path.read_bytes() != before
     path.write_text("no table")
     run(spec)
     assert set(pd.read_csv(path)["config_name"]) == set(TINY_CONFIGS)

@@ -27,7 +27,7 @@ from bh_routing.experiments.store import ResultStore
 from bh_routing.experiments.threads import torch_threads
 from bh_routing.experiments.timing_rounds import write_timing_rounds
 from bh_routing.experiments.token_traces import write_token_traces
-from bh_routing.records import LOG, STATUS_OK, ExperimentRecord
+from bh_routing.records import LOG, STATUS_OK, TIMINGS, ExperimentRecord
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +108,9 @@ def _run_begun(
         save_calibration(prepared.subject.calibration, folder)
     num_reused = sum(store.finished_record(cell.key) is not None for cell in grid)
     _announce(spec, prepared, store, num_reused)
+    if num_reused < len(grid):
+        # A name may stand for another rule now: what was timed under it says nothing.
+        (folder / TIMINGS).unlink(missing_ok=True)
     # Of experiments that an earlier session finished, only their own time is known.
     earlier_sec = sum(r.inference_time_sec for r in store.records if r.status == STATUS_OK)
     grid_start = time.perf_counter()
