@@ -104,13 +104,8 @@ def _run_begun(
 ) -> RunOutcome:
     """Do the work of a run whose folder is open for writing."""
     grid, folder = prepared.grid, spec.output
-    if prepared.subject.calibration is not None:
-        save_calibration(prepared.subject.calibration, folder)
-    num_reused = sum(store.finished_record(cell.key) is not None for cell in grid)
+    num_reused = _ready_folder(prepared, store)
     _announce(spec, prepared, store, num_reused)
-    if num_reused < len(grid):
-        # A name may stand for another rule now: what was timed under it says nothing.
-        (folder / TIMINGS).unlink(missing_ok=True)
     # Of experiments that an earlier session finished, only their own time is known.
     earlier_sec = sum(r.inference_time_sec for r in store.records if r.status == STATUS_OK)
     grid_start = time.perf_counter()
@@ -158,6 +153,17 @@ def _run_begun(
         num_reused=num_reused,
         problems=tuple(problems),
     )
+
+
+def _ready_folder(prepared: Preparation, store: ResultStore) -> int:
+    """Save the calibration, take stale timings away, and count the experiments that are reused."""
+    if prepared.subject.calibration is not None:
+        save_calibration(prepared.subject.calibration, store.folder)
+    num_reused = sum(store.finished_record(cell.key) is not None for cell in prepared.grid)
+    if num_reused < len(prepared.grid):
+        # A name may stand for another rule now: what was timed under it says nothing.
+        (store.folder / TIMINGS).unlink(missing_ok=True)
+    return num_reused
 
 
 def _score(
