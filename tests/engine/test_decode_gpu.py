@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
-from bh_routing.engine.decode import decode_greedily, engine_of
+from bh_routing.engine.decode import Engine, decode_greedily, engine_of
 from bh_routing.engine.generate import generate_greedy, generate_routed
+from bh_routing.engine.quickest import bind_quickest
 from bh_routing.models import LoadedModel, load_model, route
+from bh_routing.models.routing import bind_rule, install
 from bh_routing.rules.base import Rule
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
-from bh_routing.rules.random_k import RandomK
 from bh_routing.rules.top_k import TopK
 
 pytestmark = [
@@ -18,6 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
 ]
 PROMPT = "The old man walked down to the river and"
+STOREY = BenjaminiHochberg(alpha=0.5, max_k=8, null="gaussian", procedure="storey")
 BH = BenjaminiHochberg(alpha=0.5, min_k=2, max_k=10, null="gaussian")
 
 
@@ -27,7 +31,7 @@ def on_gpu() -> LoadedModel:
     return load_model("demo", device="cuda", dtype="float32")
 
 
-@pytest.mark.parametrize("rule", [TopK(8), BH, RandomK.at_mean(3.5)], ids=str)
+@pytest.mark.parametrize("rule", [TopK(8), BH, STOREY], ids=str)
 def test_tokens_and_experts_are_those_of_generate_under_route(
     on_gpu: LoadedModel, rule: Rule, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -66,3 +70,38 @@ def test_a_second_text_is_written_as_if_it_were_the_first(on_gpu: LoadedModel) -
     generate_routed(on_gpu.model, on_gpu.tokenizer, "Once upon a time there was", 40, BH)
     again = generate_routed(on_gpu.model, on_gpu.tokenizer, PROMPT, 20, BH).generation
     assert again.token_ids == first.token_ids
+
+
+def test_a_graph_goes_on_using_memory_that_stays_its_own(on_gpu: LoadedModel) -> None:
+    engine = Engine(on_gpu.model)
+    token_BP = torch.tensor([[5, 900, 77, 12]], device="cuda")
+    session = engine.session(engine.bind(on_gpu.model, BH, None), 1, 40)
+    with torch.inference_mode():
+        cache = on_gpu.model(token_BP, use_cache=True).past_key_values
+
+    def write() -> torch.Tensor:
+        with torch.inference_mode():
+            position = session.start(cache, token_BP[:, -1])
+            return session.run(position, 20, ()).kept_SLBK.clone()
+
+    expected = write()
+    # What the session's making let go of is taken by others, and holds what they write.
+    gc.collect()
+    others = [torch.full((size,), -1e9, device="cuda") for size in (1, 16, 64, 512, 4096) * 200]
+    assert torch.equal(write(), expected)
+    assert len(others) == 1000
+
+
+@pytest.mark.parametrize("rule", [TopK(6), BH], ids=str)
+def test_scoring_keeps_the_same_experts_with_kernels_and_without(
+    on_gpu: LoadedModel, rule: Rule
+) -> None:
+    token_BP = torch.arange(5, 405, device="cuda").view(2, 200)
+    kept = []
+    for bind in (bind_quickest, bind_rule):
+        bound = bind(on_gpu.model, rule)
+        with torch.inference_mode(), install(on_gpu.model, bound) as trace:
+            on_gpu.model(token_BP, use_cache=False)
+        kept.append(trace.kept_index)
+    assert all(bind_quickest(on_gpu.model, rule).deciders)
+    assert torch.equal(*kept)

@@ -11,11 +11,12 @@ from torch import Tensor
 from bh_routing.engine.bench_cost import step_cost
 from bh_routing.engine.decode import decode_greedily, engine_of
 from bh_routing.engine.generate import TokenClock
+from bh_routing.engine.quickest import bind_quickest
 from bh_routing.engine.timing import Timing, stopwatch, time_interleaved
 from bh_routing.kernels.experts import NAME, sparse_experts_forward
 from bh_routing.models.backends import experts_by
 from bh_routing.models.discovery import find_routers
-from bh_routing.models.routing import bind_rule, install
+from bh_routing.models.routing import install
 from bh_routing.rules.base import Rule
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 from bh_routing.rules.top_k import TopK
@@ -93,10 +94,10 @@ def bench_decode(
             f"bh {top_k // 2}": rule_at_mean(mean_of, top_k / 2, top_k),
         }
 
-        def engine_run(rule: Rule, decode: Any = decode) -> Callable[[], float]:
-            return lambda: float(decode(rule).decode_sec) / (tokens - 1)
-
-        runs = {f"engine, {name}": engine_run(rule) for name, rule in rules.items()}
+        runs = {
+            f"engine, {name}": _engine_run(model, prompt, rule, tokens)
+            for name, rule in rules.items()
+        }
         if batch == 1:
             runs["generate"] = _generate_run(model, prompt, tokens)
             if is_compiled:
@@ -130,6 +131,22 @@ def _kept(model: Any, rule: Rule, prompt: Tensor, tokens: int) -> Tensor:
     return kept_SLBK
 
 
+def _engine_run(model: Any, prompt: Tensor, rule: Rule, tokens: int) -> Callable[[], float]:
+    """Prefill once: to hook a rule in throws away what transformers has compiled."""
+    engine = engine_of(model)
+    bound = engine.bind(model, rule, None)
+    session = engine.session(bound, len(prompt), prompt.shape[1] + tokens)
+    with torch.inference_mode(), install(model, bound):
+        output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+
+    @torch.inference_mode()
+    def run() -> float:
+        position = session.start(output.past_key_values, output.logits[:, -1].argmax(-1))
+        return session.run(position, tokens - 1, ()).seconds / (tokens - 1)
+
+    return run
+
+
 def _generate_run(model: Any, prompt: Tensor, tokens: int, **options: Any) -> Callable[[], float]:
     def run() -> float:
         clock = TokenClock()
@@ -159,7 +176,7 @@ def bench_prefill(model: Any, *, tokens: int, rounds: int) -> list[Row]:
         model(input_ids=token_1P, use_cache=True, logits_to_keep=1)
 
     def mean_of(rule: Rule) -> float:
-        with install(model, bind_rule(model, rule)) as trace:
+        with install(model, bind_quickest(model, rule)) as trace:
             forward()
         return float(trace.expert_counts.float().mean())
 
@@ -167,7 +184,7 @@ def bench_prefill(model: Any, *, tokens: int, rounds: int) -> list[Row]:
     means = {"": float(top_k), "top-k": float(top_k), "bh": mean_of(bh)}
 
     def routed(rule: Rule, implementation: str) -> Callable[[], float]:
-        bound = bind_rule(model, rule)
+        bound = bind_quickest(model, rule)
         watch = stopwatch(forward, model.device)
 
         def run() -> float:

@@ -5,7 +5,8 @@ keys and values have their place from the start, the router decides in one kerne
 are read, and on CUDA the whole step is one graph.
 
 Tokens are those of plain `generate` but for ties: sums are taken in another order, so two tokens or
-two experts that are equal up to rounding may change places.
+two experts that are equal up to rounding may change places. Random-k draws by the logits' very
+bits, so it draws other numbers of the same distribution.
 
 Axes: B texts written side by side, S steps, V vocabulary.
 """
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from bh_routing.engine.decode_session import Session
+from bh_routing.engine.quickest import bind_quickest, is_plain_softmax
 from bh_routing.kernels.decode_layout import UndecodableError, read_decoder
 from bh_routing.kernels.experts import NAME, sparse_experts_forward
 from bh_routing.kernels.router import fused_router
@@ -29,8 +31,7 @@ from bh_routing.kernels.router_sorted import sorted_router
 from bh_routing.kernels.router_twin import Router, SoftmaxFamily, twin_router
 from bh_routing.models.backends import experts_by
 from bh_routing.models.discovery import find_routers
-from bh_routing.models.routing import BoundRule, bind_rule, install
-from bh_routing.models.sites import RouterFacts
+from bh_routing.models.routing import BoundRule, install
 from bh_routing.models.trace import DROPPED, ExpertTrace
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules.base import Rule
@@ -87,7 +88,7 @@ class Engine:
         """Bind a rule as `bind_rule` does, once."""
         key = (rule, calibration)
         if key not in self._bound:
-            self._bound[key] = bind_rule(model, rule, calibration)
+            self._bound[key] = bind_quickest(model, rule, calibration)
         return self._bound[key]
 
     def session(self, bound: BoundRule, batch: int, length: int) -> Session:
@@ -172,19 +173,13 @@ def bind_routers(bound: BoundRule) -> list[Router]:
         raise UndecodableError(f"rule {bound.rule.method!r} runs the experts before it decides")
     routers = []
     for site, context in zip(bound.routers.sites, bound.contexts, strict=True):
-        if not _is_plain_softmax(site.facts):
+        if not is_plain_softmax(site.facts):
             raise UndecodableError("its router does more than a softmax and its k largest")
         family = SoftmaxFamily(normalises=site.facts.normalises)
         router = fused_router(bound.rule, context, family)
         router = router or sorted_router(bound.rule, context, family)
         routers.append(router or twin_router(bound.rule, context, family))
     return routers
-
-
-def _is_plain_softmax(facts: RouterFacts) -> bool:
-    does_more = facts.bias or facts.groups or facts.has_gains or facts.shares_with or facts.by_token
-    is_scaled = facts.scale is None or abs(facts.scale - 1.0) > 1e-3
-    return facts.scoring == "softmax" and not (does_more or facts.skips or is_scaled)
 
 
 def _quickest_experts(model: Any) -> AbstractContextManager[None]:

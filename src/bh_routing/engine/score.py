@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bh_routing.engine.quickest import bind_quickest
 from bh_routing.engine.tally import DocumentTally
 from bh_routing.engine.windows import TokenizedDocument, Window, cut_windows, prefix_token
 from bh_routing.models.discovery import find_routers
 from bh_routing.models.listen import text_config
-from bh_routing.models.routing import BoundRule, bind_rule, install
+from bh_routing.models.routing import BoundRule, install
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.records import QualityRecord
 from bh_routing.rules.base import Rule
@@ -100,8 +101,8 @@ def score(
     """
     prefix = prefix_token(tokenizer)
     routers = find_routers(model)
-    own = bind_rule(model, TopK(k=routers.model_top_k))
-    bound = {name: bind_rule(model, rule, calibration) for name, rule in rules.items()}
+    own = bind_quickest(model, TopK(k=routers.model_top_k))
+    bound = {name: bind_quickest(model, rule, calibration) for name, rule in rules.items()}
     for group in document_groups(documents):
         tallies = {
             name: [DocumentTally(len(routers.sites), routers.num_experts) for _ in group]

@@ -6,6 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -81,6 +82,17 @@ def stopwatch(call: Callable[[], Any], device: torch.device, calls: int = 1) -> 
     return by_events
 
 
+@dataclass(frozen=True, slots=True)
+class _Replay:
+    """A captured call, which is kept because the graph goes on using the memory that it holds."""
+
+    call: Callable[[], Any]
+    graph: torch.cuda.CUDAGraph
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
 def captured(call: Callable[[], Any]) -> Callable[[], None]:
     """Capture a call in a CUDA graph and return its replay."""
     stream = torch.cuda.Stream()
@@ -91,8 +103,7 @@ def captured(call: Callable[[], Any]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    replay: Callable[[], None] = graph.replay
-    return replay
+    return _Replay(call, graph)
 
 
 def copied_bytes_per_second(device: torch.device) -> float:

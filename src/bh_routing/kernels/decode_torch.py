@@ -62,14 +62,12 @@ class DecodeState:
             logits_BV=like.new_zeros(batch, decoder.head_VH.shape[0]),
         )
 
-    def finish(self, slots: Sequence[RoutedSlots]) -> None:
-        """Note what came out and what was kept, and go on to the next place; no host sync."""
+    def record(self, slots: Sequence[RoutedSlots]) -> None:
+        """Note what all layers kept for the tokens that went in; no host sync."""
         index_LBK = torch.stack([layer.top_k_index_TK for layer in slots])
         keep_LBK = torch.stack([layer.keep_TK for layer in slots])
         kept_LBK = torch.where(keep_LBK, index_LBK, DROPPED).to(torch.int16)
         self.kept_PLBK.index_copy_(0, self.position_1, kept_LBK.unsqueeze(0))
-        self.token_PB.index_copy_(0, self.position_1, self.token_B.unsqueeze(0))
-        self.position_1.add_(1)
 
 
 def bind_torch(decoder: Decoder, state: DecodeState, routers: Sequence[Router]) -> Step:
@@ -96,7 +94,9 @@ def bind_torch(decoder: Decoder, state: DecodeState, routers: Sequence[Router]) 
         logits_BV = functional.linear(_normalise(hidden_BH, decoder.norm), decoder.head_VH)
         state.logits_BV.copy_(logits_BV)
         state.token_B.copy_(logits_BV.argmax(-1))
-        state.finish(slots)
+        state.record(slots)
+        state.token_PB.index_copy_(0, state.position_1, state.token_B.unsqueeze(0))
+        state.position_1.add_(1)
 
     return step
 

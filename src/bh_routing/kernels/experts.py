@@ -7,6 +7,7 @@ model.set_experts_implementation(NAME)
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Final
@@ -56,7 +57,10 @@ def sparse_experts_forward(
         return mix_torch(weights, hidden_states, top_k_index, top_k_weights)
     is_few = hidden_states.shape[0] <= MOST_FEW_TOKENS and weights.normalize is None
     mix = _FEW.mix_few if is_few else _GROUPED.mix_grouped
-    mixed: Tensor = mix(weights, hidden_states, top_k_index, top_k_weights)
+    # Triton launches on the current device, which needn't be the layer's.
+    is_compiling = torch.compiler.is_compiling()
+    with nullcontext() if is_compiling else torch.cuda.device_of(hidden_states):
+        mixed: Tensor = mix(weights, hidden_states, top_k_index, top_k_weights)
     return mixed
 
 

@@ -20,9 +20,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from bh_routing.kernels.experts_layout import ExpertWeights, runs_on_hopper
+from bh_routing.kernels.overlap import let_next_start, wait_for_previous
 
 
 class Block(NamedTuple):
@@ -48,13 +48,12 @@ def _multiply_up(
     stride_expert, stride_row, stride_column,
     E: tl.constexpr, K: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr,
     IS_GATED: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    OVERLAPS: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
-    if OVERLAPS:
-        # Every program waits, so that the next kernel, which starts when all have, may read what
-        # came before this one.
-        gdc_wait()
-        gdc_launch_dependents()
+    # In this order, so that the next kernel, which starts when all have waited, may read what came
+    # before this one.
+    wait_for_previous(OVERLAPS)
+    let_next_start(OVERLAPS)
     # The slot runs fastest: two tokens with one expert read its rows at about the same time.
     slot = tl.program_id(0)
     expert = tl.load(index + slot).to(tl.int64)
@@ -68,9 +67,13 @@ def _multiply_up(
             x = tl.load(hidden + slot // K * H + column, column < H, 0.0).to(tl.float32)
             inside = (row < ROWS)[:, None] & (column < H)[None, :]
             pointer = start + column[None, :] * stride_column
-            first += tl.load(pointer, inside, 0.0).to(tl.float32) * x[None, :]
+            first += (
+                tl.load(pointer, inside, 0.0, eviction_policy=POLICY).to(tl.float32) * x[None, :]
+            )
             if IS_GATED:
-                other = tl.load(pointer + ROWS * stride_row, inside, 0.0).to(tl.float32)
+                other = tl.load(
+                    pointer + ROWS * stride_row, inside, 0.0, eviction_policy=POLICY
+                ).to(tl.float32)
                 second += other * x[None, :]
         result = tl.sum(first, 1)
         if IS_GATED:
@@ -86,7 +89,9 @@ def _multiply_down(
     stride_expert, stride_row, stride_column,
     E: tl.constexpr, K: tl.constexpr, F: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, OVERLAPS: tl.constexpr,
+    POLICY: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(OVERLAPS)
     token = tl.program_id(0)
     row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mixed = tl.zeros([BLOCK_N], tl.float32)
@@ -102,9 +107,14 @@ def _multiply_down(
         for left in tl.static_range(0, F, BLOCK_F):
             column = left + tl.arange(0, BLOCK_F)
             pointer = start[:, :, None] + column[None, None, :] * stride_column
-            block = tl.load(pointer, inside[:, :, None] & (column < F)[None, None, :], 0.0)
-            if OVERLAPS and begin + left == 0:
-                gdc_wait()
+            block = tl.load(
+                pointer,
+                inside[:, :, None] & (column < F)[None, None, :],
+                0.0,
+                eviction_policy=POLICY,
+            )
+            if begin + left == 0:
+                wait_for_previous(OVERLAPS)
             # Inner rows of dropped slots were never written: the mask keeps their NaN out.
             mask = kept[:, None] & (column < F)[None, :]
             x = tl.load(inner + number[:, None] * F + column[None, :], mask, 0.0).to(tl.float32)
@@ -133,13 +143,15 @@ def mix_few(
         num_rows //= 2
     # Between the two must be nothing, and what torch compiles it launches in its own way.
     overlaps = is_gated and runs_on_hopper() and not torch.compiler.is_compiling()
+    # What a text alone reads is read once, and may leave the cache to what other kernels share.
+    policy = "evict_first" if num_tokens == 1 else ""
     inner = hidden.new_empty(num_tokens * num_slots, num_rows)
     block = UP if experts.up.stride(2) == 1 else UP_TRANSPOSED
     _multiply_up[num_tokens * num_slots, triton.cdiv(num_rows, block.rows)](
         hidden, index, weights, experts.up, experts.up_bias, inner,
         *experts.up.stride(), num_experts, num_slots, hidden_size, num_rows,
         is_gated, experts.up_bias is not None,
-        block.rows, _at_most(block.columns, hidden_size), overlaps,
+        block.rows, _at_most(block.columns, hidden_size), overlaps, policy,
         num_warps=block.num_warps, **_options(overlaps),
     )  # fmt: skip
     if not is_gated:
@@ -150,7 +162,7 @@ def mix_few(
         inner, index, weights, experts.down, experts.down_bias, mixed,
         *experts.down.stride(), num_experts, num_slots, inner.shape[1], hidden_size,
         experts.down_bias is not None, _at_most(block.slots, num_slots),
-        block.rows, _at_most(block.columns, inner.shape[1]), overlaps,
+        block.rows, _at_most(block.columns, inner.shape[1]), overlaps, policy,
         num_warps=block.num_warps, **_options(overlaps),
     )  # fmt: skip
     return mixed

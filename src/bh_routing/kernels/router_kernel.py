@@ -24,6 +24,8 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from bh_routing.errors import InputError
+from bh_routing.kernels.experts_layout import runs_on_hopper
+from bh_routing.kernels.overlap import let_next_start, wait_for_previous
 from bh_routing.kernels.router_plan import RouterPlan
 from bh_routing.kernels.router_twin import RoutedSlots, Router, SoftmaxFamily
 from bh_routing.rules.base import LayerContext, Rule
@@ -242,6 +244,7 @@ def _route(
     E: tl.constexpr, K: tl.constexpr, C: tl.constexpr, LOG_P: tl.constexpr, LOG_B: tl.constexpr,
     DECISION: tl.constexpr, STUDENTIZED: tl.constexpr, NORMALISES: tl.constexpr,
     CONVENTION: tl.constexpr, TEMPERED: tl.constexpr, LIBDEVICE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Route a block of tokens.
 
@@ -249,6 +252,8 @@ def _route(
     -0.5, -1.5 from the best. Under the lines (2, 1, 0, -1) rank 1 is reached and no other: expert
     1 stays, and the second slot, expert 2, becomes expert 1 with weight 0. The count is 1.
     """
+    let_next_start(OVERLAPS)
+    wait_for_previous(OVERLAPS)
     B: tl.constexpr = 1 << LOG_B
     P: tl.constexpr = 1 << LOG_P
     place_P, slot_C = tl.arange(0, P)[None, :], tl.arange(0, C)[None, :]
@@ -322,7 +327,10 @@ def bind(plan: RouterPlan, rule: Rule, context: LayerContext, family: SoftmaxFam
         "LIBDEVICE": not IS_INTERPRETED,
         # A product and a sum fused into one rounding would differ from the twin's two.
         "enable_fp_fusion": False,
+        "OVERLAPS": not IS_INTERPRETED and runs_on_hopper(),
     }
+    if constants["OVERLAPS"]:
+        constants["launch_pdl"] = True
 
     def route(router_logits_TE: Tensor) -> RoutedSlots:
         if router_logits_TE.dtype not in DTYPES:
@@ -341,10 +349,12 @@ def bind(plan: RouterPlan, rule: Rule, context: LayerContext, family: SoftmaxFam
         )
         if num_tokens:
             log_tokens, num_warps = _tile(num_tokens, log_experts)
-            _route[(-(-num_tokens >> log_tokens),)](
-                router_logits_TE.contiguous(), *slots, plan.lines, plan.scale_E, num_tokens,
-                *numbers, LOG_B=log_tokens, num_warps=num_warps, **constants,
-            )  # fmt: skip
+            # Triton launches on the current device, which needn't be the layer's.
+            with torch.cuda.device_of(router_logits_TE):
+                _route[(-(-num_tokens >> log_tokens),)](
+                    router_logits_TE.contiguous(), *slots, plan.lines, plan.scale_E, num_tokens,
+                    *numbers, LOG_B=log_tokens, num_warps=num_warps, **constants,
+                )  # fmt: skip
         return slots
 
     return route

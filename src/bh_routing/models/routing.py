@@ -19,6 +19,10 @@ from bh_routing.nulls.contributions import NEEDED
 from bh_routing.rules.base import Candidates, LayerContext, Rule, Selector
 from bh_routing.rules.weights import alias_dropped, kept_weights
 
+Decider = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor, Tensor, Tensor]]
+"""Router logits (T, E) and the dtype of weights -> index, with dropped slots aliased, weights and
+what is kept, each (T, K), and counts (T,)."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class BoundRule:
@@ -30,6 +34,8 @@ class BoundRule:
     """One for each router, in their order."""
     contexts: tuple[LayerContext, ...]
     """What each selector was bound to."""
+    deciders: tuple[Decider | None, ...] = ()
+    """For each router, what decides and weighs at once instead of the selector; empty for none."""
 
 
 @contextmanager
@@ -113,8 +119,14 @@ def install(model: nn.Module, bound: BoundRule) -> Iterator[ExpertTrace]:
         # Compiled code looks for no new hook, and goes on running one that was taken out.
         torch.compiler.reset()
         undo.callback(torch.compiler.reset)
-        for site, selector in zip(routers.sites, bound.selectors, strict=True):
-            undo.callback(site.watch(_make_callback(site, bound, selector, trace)))
+        deciders = bound.deciders or (None,) * len(routers.sites)
+        for site, selector, decider in zip(routers.sites, bound.selectors, deciders, strict=True):
+            callback = (
+                _make_callback(site, bound, selector, trace)
+                if decider is None
+                else _make_short_callback(site, decider, trace)
+            )
+            undo.callback(site.watch(callback))
             if (widener := site.facts.widener) is not None:
                 undo.callback(setattr, widener.owner, widener.name, widener.get())
                 num_slots = bound.rule.num_candidates(site.facts.top_k)
@@ -200,6 +212,19 @@ def _make_callback(
         index_TK = trace.record(site.layer, index_TK, keep_TK)
         index_TK, weights_TK = alias_dropped(index_TK, weights_TK, keep_TK)
         return Decision(index_TK, weights_TK, shared_TS)
+
+    return decide
+
+
+def _make_short_callback(
+    site: RouterSite, decider: Decider, trace: ExpertTrace
+) -> Callable[[Proposal], Decision]:
+    @torch.no_grad()
+    def decide(proposal: Proposal) -> Decision:
+        dtype = proposal.top_k_weights_TK.dtype
+        index_TK, weights_TK, keep_TK, _ = decider(proposal.scores_TE, dtype)
+        index_TK = trace.record(site.layer, index_TK, keep_TK)
+        return Decision(index_TK, weights_TK, proposal.shared_weights_TS)
 
     return decide
 

@@ -1,0 +1,63 @@
+"""Bind a rule so that each router decides in one kernel, where there is one for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bh_routing.kernels.router import fused_router
+from bh_routing.kernels.router_twin import RoutedSlots, Router, SoftmaxFamily
+from bh_routing.models.routing import BoundRule, Decider, bind_rule
+from bh_routing.models.sites import RouterFacts
+from bh_routing.nulls.calibration import Calibration
+from bh_routing.rules.base import LayerContext, Rule
+
+
+def bind_quickest(model: Any, rule: Rule, calibration: Calibration | None = None) -> BoundRule:
+    """Bind a rule as `bind_rule` does, with kernels for the routers that have one.
+
+    What is kept is the same bit for bit, but for logits that are equal: there the smaller expert
+    comes first, and in plain operations any.
+
+    Raises:
+        CalibrationError, ModelError, InputError: as `bind_rule` does.
+    """
+    bound = bind_rule(model, rule, calibration)
+    if rule.needs_output_norms:
+        return bound
+    deciders = tuple(
+        _decider(rule, context, site.facts)
+        for site, context in zip(bound.routers.sites, bound.contexts, strict=True)
+    )
+    return replace(bound, deciders=deciders)
+
+
+def is_plain_softmax(facts: RouterFacts) -> bool:
+    """Whether a router is a softmax and its k largest, and nothing else."""
+    does_more = facts.bias or facts.groups or facts.has_gains or facts.shares_with or facts.by_token
+    is_scaled = facts.scale is None or abs(facts.scale - 1.0) > 1e-3
+    return facts.scoring == "softmax" and not (does_more or facts.skips or is_scaled)
+
+
+def _decider(rule: Rule, context: LayerContext, facts: RouterFacts) -> Decider | None:
+    if not is_plain_softmax(facts):
+        return None
+
+    @cache
+    def router(dtype: torch.dtype | None) -> Router | None:
+        family = SoftmaxFamily(normalises=facts.normalises, weights_dtype=dtype)
+        return fused_router(rule, context, family)
+
+    if router(None) is None:
+        return None
+
+    def decide(router_logits_TE: Tensor, dtype: torch.dtype) -> RoutedSlots:
+        route = router(dtype)
+        assert route is not None, "whether there is a kernel doesn't depend on the dtype"
+        return route(router_logits_TE)
+
+    return decide
