@@ -80,3 +80,24 @@ def test_a_score_exactly_on_its_line_counts(context: LayerContext) -> None:
     )
     assert slots.expert_counts_T.tolist() == [2]
     assert slots.top_k_index_TK.tolist() == [[1, 2, 1]]
+
+
+@pytest.mark.parametrize("num_experts", [64, 63])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_token_alone_is_decided_as_among_others(
+    rule: Rule, num_experts: int, context: LayerContext
+) -> None:
+    quick = sorted_router(
+        rule, replace(context, num_experts=num_experts), SoftmaxFamily(normalises=False)
+    )
+    assert quick is not None
+    logits_TE = make_logits(300, seed=3)[:, :num_experts]
+    logits_TE[7] = 1.0  # all equal: no scale
+    logits_TE[8] = torch.where(torch.arange(num_experts) < 5, 2.0, 1.0)  # most equal: no MAD
+    logits_TE[9, 3] = torch.nan
+    together = quick(logits_TE.contiguous())
+    for token, row_E in enumerate(logits_TE):
+        alone = quick(row_E.unsqueeze(0).contiguous())
+        for found, expected in zip(alone, together, strict=True):
+            expected = expected[min(token, len(expected) - 1)].unsqueeze(0)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)

@@ -2,20 +2,27 @@
 
 Its twin binds any rule, through the rule's own selector, which knows nothing of the order in which
 slots come. Here they come sorted, from the sort that the rule needs anyway: on a CPU a third of the
-operations.
+operations. There one token's rank is found in numpy, whose calls cost a fraction of torch's.
 
 Axes: T tokens, E experts, K slots.
 """
 
 from __future__ import annotations
 
+from typing import Final
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bh_routing.kernels.router_plan import RouterPlan, plan_of
 from bh_routing.kernels.router_twin import RoutedSlots, Router, SoftmaxFamily
-from bh_routing.nulls.centred import median_of_sorted, studentize
+from bh_routing.nulls.centred import MAD_TO_SIGMA, median_of_sorted, studentize
 from bh_routing.rules.base import LayerContext, Rule
+
+_SIGMA: Final = np.float32(MAD_TO_SIGMA)
+_TINY: Final = np.finfo(np.float32).tiny
 
 
 def sorted_router(rule: Rule, context: LayerContext, family: SoftmaxFamily) -> Router | None:
@@ -43,11 +50,17 @@ def _bind(plan: RouterPlan, context: LayerContext, family: SoftmaxFamily) -> Rou
     count_by_rank = torch.tensor(counts, dtype=torch.int32, device=context.device)
     rank_E = torch.arange(1, num_experts + 1, device=context.device)
     slot_K = torch.arange(num_slots, dtype=torch.int32, device=context.device)
+    count_of_rank = count_by_rank.view(-1, 1, 1).unbind()
+    lines_E = plan.lines.numpy() if plan.lines is not None and not plan.lines.is_cuda else None
     keeps_all = plan.decision == "count" and plan.max_k >= num_slots
 
     def count_kept(sorted_TE: Tensor) -> Tensor:
         if plan.lines is None:
             return sorted_TE.new_full((len(sorted_TE), 1), plan.max_k, dtype=torch.int32)
+        if lines_E is not None and len(sorted_TE) == 1:
+            rank = _reached_rank(sorted_TE[0].numpy(), lines_E, plan)
+            if rank is not None:
+                return count_of_rank[rank]
         if plan.is_studentized:
             scores_TE = studentize(sorted_TE, sorted_TE)
         else:
@@ -70,6 +83,28 @@ def _bind(plan: RouterPlan, context: LayerContext, family: SoftmaxFamily) -> Rou
         return RoutedSlots(index_TK, weights_TK, keep_TK, counts_T1.squeeze(-1))
 
     return route
+
+
+def _reached_rank(
+    sorted_E: NDArray[np.float32], lines_E: NDArray[np.float32], plan: RouterPlan
+) -> int | None:
+    """Find the last rank on its line, by the numbers that torch would compare; None: ask torch."""
+    middle = len(sorted_E) // 2
+    scores_E = sorted_E - _median(sorted_E, middle)
+    if plan.is_studentized:
+        deviations_E = np.sort(np.abs(scores_E))
+        mad = _median(deviations_E, middle)
+        if not mad > 0:
+            return None
+        scores_E /= max(mad * _SIGMA, _TINY)
+    reached = np.flatnonzero(scores_E >= lines_E)
+    return int(reached[-1]) + 1 if len(reached) else 0
+
+
+def _median(sorted_E: NDArray[np.float32], middle: int) -> np.float32:
+    if len(sorted_E) % 2:
+        return np.float32(sorted_E[middle])
+    return np.float32((sorted_E[middle - 1] + sorted_E[middle]) / np.float32(2))
 
 
 def _drop(weights_TK: Tensor, keep_TK: Tensor, normalises: bool) -> Tensor:
