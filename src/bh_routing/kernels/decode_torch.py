@@ -134,7 +134,10 @@ def _bind_experts(layer: Layer, is_cuda: bool) -> Callable[[Tensor, RoutedSlots]
         if len(normed_BH) > 1:
             return mix_torch(experts, normed_BH, index_BK, weights_BK)
         expert_K, weights_K = index_BK[0], weights_BK[0]
-        if int(count_B) < len(expert_K):
+        count, keep_K = int(count_B), keep_BK[0].numpy()
+        if keep_K[:count].all():  # to slice costs less than to gather, and most rules let it
+            expert_K, weights_K = expert_K[:count], weights_K[:count]
+        else:
             expert_K, weights_K = expert_K[keep_BK[0]], weights_K[keep_BK[0]]
         return mix_one(experts, normed_BH, expert_K, weights_K)
 

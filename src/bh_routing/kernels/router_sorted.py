@@ -50,23 +50,28 @@ def _bind(plan: RouterPlan, context: LayerContext, family: SoftmaxFamily) -> Rou
     count_by_rank = torch.tensor(counts, dtype=torch.int32, device=context.device)
     rank_E = torch.arange(1, num_experts + 1, device=context.device)
     slot_K = torch.arange(num_slots, dtype=torch.int32, device=context.device)
-    count_of_rank = count_by_rank.view(-1, 1, 1).unbind()
-    lines_E = plan.lines.numpy() if plan.lines is not None and not plan.lines.is_cuda else None
+    keep_by_rank = (slot_K < count_by_rank.unsqueeze(1)).unsqueeze(1).unbind()
+    lines_E = None if plan.lines is None or plan.lines.is_cuda else plan.lines.numpy()
     keeps_all = plan.decision == "count" and plan.max_k >= num_slots
 
     def count_kept(sorted_TE: Tensor) -> Tensor:
         if plan.lines is None:
             return sorted_TE.new_full((len(sorted_TE), 1), plan.max_k, dtype=torch.int32)
-        if lines_E is not None and len(sorted_TE) == 1:
-            rank = _reached_rank(sorted_TE[0].numpy(), lines_E, plan)
-            if rank is not None:
-                return count_of_rank[rank]
         if plan.is_studentized:
             scores_TE = studentize(sorted_TE, sorted_TE)
         else:
             scores_TE = sorted_TE - median_of_sorted(sorted_TE)
         last_T1 = ((scores_TE >= plan.lines) * rank_E).amax(-1, keepdim=True)
         return count_by_rank.take(last_T1)
+
+    def alone(rank: int, index_1K: Tensor, weights_1K: Tensor) -> RoutedSlots:
+        keep_1K, count_1 = keep_by_rank[rank], count_by_rank[rank : rank + 1]
+        if counts[rank] < num_slots:
+            # In place: nobody else holds the sort's result.
+            index_K = index_1K[0].numpy()
+            index_K[counts[rank] :] = index_K[0]
+            weights_1K = _drop(weights_1K, keep_1K, family.normalises)
+        return RoutedSlots(index_1K, weights_1K, keep_1K, count_1)
 
     def route(router_logits_TE: Tensor) -> RoutedSlots:
         sorted_TE, order_TE = router_logits_TE.float().sort(dim=-1, descending=True, stable=True)
@@ -75,6 +80,10 @@ def _bind(plan: RouterPlan, context: LayerContext, family: SoftmaxFamily) -> Rou
         if family.normalises:
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
         weights_TK = weights_TK.to(family.weights_dtype or router_logits_TE.dtype)
+        if lines_E is not None and len(sorted_TE) == 1:
+            rank = _reached_rank(sorted_TE[0].numpy(), lines_E, plan)
+            if rank is not None:
+                return alone(rank, index_TK, weights_TK)
         counts_T1 = count_kept(sorted_TE)
         keep_TK = slot_K < counts_T1
         if not keeps_all:

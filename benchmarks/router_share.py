@@ -1,0 +1,86 @@
+"""How much of a decoding step on a CPU the routers take: Top-K's and BH's, on the demo model.
+
+python benchmarks/router_share.py
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+import transformers
+
+from bh_routing.engine.bench_decode import PROMPT_TOKENS, random_tokens
+from bh_routing.engine.calibrate import calibrate
+from bh_routing.engine.decode import bind_routers, engine_of
+from bh_routing.engine.decode_session import Session
+from bh_routing.engine.texts import packaged_documents
+from bh_routing.kernels.router_twin import RoutedSlots, Router
+from bh_routing.models.load import load_model
+from bh_routing.models.routing import install
+from bh_routing.rules import BenjaminiHochberg, Rule, TopK
+
+STEPS, ROUNDS = 200, 11
+RULES = (
+    TopK(8),
+    BenjaminiHochberg(alpha=0.05, max_k=8),
+    BenjaminiHochberg(alpha=0.5, max_k=8, null="gaussian"),
+)
+
+
+class Timed:
+    """A router that adds up its time."""
+
+    def __init__(self, router: Router) -> None:
+        self.router, self.seconds = router, 0.0
+
+    def __call__(self, router_logits_TE: torch.Tensor) -> RoutedSlots:
+        start = time.perf_counter()
+        slots = self.router(router_logits_TE)
+        self.seconds += time.perf_counter() - start
+        return slots
+
+
+@torch.inference_mode()
+def measure(model: Any, rule: Rule, calibration: Any) -> tuple[float, float, float]:
+    """Return a step's milliseconds, the routers' share of it (medians) and the mean kept."""
+    engine = engine_of(model)
+    bound = engine.bind(model, rule, calibration)
+    prompt = random_tokens(model, 1, PROMPT_TOKENS)
+    with install(model, bound):
+        output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    routers = [Timed(router) for router in bind_routers(bound)]
+    session = Session(
+        engine.decoder, routers, num_slots=8, batch=1, num_positions=PROMPT_TOKENS + STEPS
+    )
+    milliseconds, shares = [], []
+    for round_ in range(ROUNDS + 1):
+        position = session.start(output.past_key_values, output.logits[:, -1].argmax(-1))
+        before = sum(router.seconds for router in routers)
+        steps = session.run(position, STEPS - 1, ())
+        if round_:
+            milliseconds.append(1000 * steps.seconds / (STEPS - 1))
+            shares.append((sum(router.seconds for router in routers) - before) / steps.seconds)
+    mean = float((steps.kept_SLBK >= 0).sum(-1).float().mean())
+    return statistics.median(milliseconds), statistics.median(shares), mean
+
+
+def main() -> None:
+    """Print a line for each rule."""
+    torch.set_num_threads(1)
+    model, tokenizer = load_model("demo", device="cpu")
+    texts = [document.text for document in packaged_documents("calibration")]
+    calibration = calibrate(model, tokenizer, texts, nulls=("background",))
+    print(
+        f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}"
+    )
+    for rule in RULES:
+        step, share, mean = measure(model, rule, calibration)
+        print(f"{step:6.2f} ms a step, routers {share:6.1%}, {mean:5.2f} experts  {rule}")
+
+
+if __name__ == "__main__":
+    main()
