@@ -31,10 +31,8 @@ from bh_routing.kernels.experts_layout import runs_on_hopper
 from bh_routing.kernels.overlap import let_next_start, wait_for_previous
 from bh_routing.kernels.router_twin import RoutedSlots, Router
 
-# Measured on one H100 with OLMoE-1B-7B's shape, a step after 128 to 278 tokens in 512 places, from
-# 0.999 ms on: attention's parts of 128 positions add 0.056, its rows by 8 nothing and by 16 0.007,
-# output's by 4 0.002, the gate's by 2 0.001, the head's by 32 0.006; attention by 8 warps 0.044. To
-# fetch the next layer's weights into the cache in gaps gains nothing, and 25 MB of them cost 0.1.
+# Measured on one H100: benchmarks/decode_settings.txt. What a program holds decides how early it can
+# start beside the one before it: attention by 8 warps, or parts of 128, costs 0.05 ms of 1.
 POSITIONS_IN_A_PART: Final = 64
 MOST_PARTS: Final = 16
 """Parts of a text that attention reads side by side."""

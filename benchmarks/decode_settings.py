@@ -1,0 +1,102 @@
+"""Time a decoding step of one text on a GPU under other block sizes and numbers of warps.
+
+    python benchmarks/decode_settings.py
+
+The shape is OLMoE-1B-7B's with random weights, bfloat16. A line gives a setting, the milliseconds
+of a step at Top-K 8, Top-K 4 and BH at about 4 experts (medians of 5 rounds of 150 steps after 128
+tokens, sessions in random order) and how much faster the latter two are than the first.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from typing import Any
+
+import torch
+
+import bh_routing.kernels.decode_few as few
+import bh_routing.kernels.experts_few as experts
+from bh_routing.engine.bench_decode import random_tokens, rule_at_mean
+from bh_routing.engine.decode import bind_routers, decode_greedily, engine_of
+from bh_routing.engine.decode_session import Session
+from bh_routing.models.shapes import make_olmoe_shape
+from bh_routing.rules import Rule, TopK
+
+PROMPT_TOKENS, NUM_POSITIONS, STEPS, ROUNDS = 128, 512, 150, 5
+SETTINGS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "attention by 8 rows": {"rows": {"attention": 8}},
+    "attention by 16 rows": {"rows": {"attention": 16}},
+    "output by 4 rows": {"rows": {"output": 4}},
+    "gate by 2 rows": {"rows": {"gate": 2}},
+    "head by 8 rows": {"rows": {"head": 8}},
+    "head by 32 rows": {"rows": {"head": 32}},
+    "parts of 128": {"part": 128},
+    "up 4 x 2048, 8 warps": {"up": experts.Block(4, 2048, 1, 8)},
+    "up 2 x 2048, 4 warps": {"up": experts.Block(2, 2048, 1, 4)},
+    "up 8 x 1024, 8 warps": {"up": experts.Block(8, 1024, 1, 8)},
+    "down 1 row, 1 warp": {"down": experts.Block(1, 1024, 4, 1)},
+    "down 2 rows, 8 slots": {"down": experts.Block(2, 1024, 8, 4)},
+}
+
+
+def make_sessions(engine: Any, model: Any, rules: list[Rule], setting: dict[str, Any]) -> Any:
+    """Capture a step of each rule with the modules' constants changed for the while."""
+    before = dict(few.ROWS), few.POSITIONS_IN_A_PART, experts.UP, experts.DOWN
+    few.ROWS.update(setting.get("rows", {}))
+    changed: Any = few, experts  # they are constants to everybody else
+    changed[0].POSITIONS_IN_A_PART = setting.get("part", before[1])
+    changed[1].UP, changed[1].DOWN = setting.get("up", before[2]), setting.get("down", before[3])
+    sessions = [
+        Session(
+            engine.decoder,
+            bind_routers(engine.bind(model, rule, None)),
+            num_slots=8,
+            batch=1,
+            num_positions=NUM_POSITIONS,
+        )
+        for rule in rules
+    ]
+    few.ROWS.update(before[0])
+    changed[0].POSITIONS_IN_A_PART = before[1]
+    changed[1].UP, changed[1].DOWN = before[2:]
+    return sessions
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Print a line for each setting."""
+    model, _ = make_olmoe_shape(torch.device("cuda"), torch.bfloat16)
+    engine = engine_of(model)
+    prompt = random_tokens(model, 1, PROMPT_TOKENS, seed=1)
+
+    def mean_of(rule: Rule) -> float:
+        trace = decode_greedily(model, prompt, rule, max_new_tokens=STEPS).trace
+        return float(trace.expert_counts[PROMPT_TOKENS:].float().mean())
+
+    bh = rule_at_mean(mean_of, 4.0, 8)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {bh}: {mean_of(bh):.2f}")
+    output = model(input_ids=prompt, use_cache=True)
+    rules: list[Rule] = [TopK(8), TopK(4), bh]
+    sessions = {
+        (name, number): session
+        for name, setting in SETTINGS.items()
+        for number, session in enumerate(make_sessions(engine, model, rules, setting))
+    }
+    times: dict[tuple[str, int], list[float]] = {key: [] for key in sessions}
+    for round_ in range(ROUNDS + 1):
+        for key in random.Random(round_).sample(list(sessions), len(sessions)):
+            session = sessions[key]
+            position = session.start(output.past_key_values, output.logits[:, -1].argmax(-1))
+            seconds = session.run(position, STEPS, ()).seconds / STEPS
+            if round_:
+                times[key].append(1000 * seconds)
+    for name in SETTINGS:
+        first, *others = (statistics.median(times[name, number]) for number in range(len(rules)))
+        steps = "  ".join(f"{ms:.4f}" for ms in (first, *others))
+        print(f"{name:22}  {steps}   {'  '.join(f'{first / ms:.3f}' for ms in others)}")
+
+
+if __name__ == "__main__":
+    main()
