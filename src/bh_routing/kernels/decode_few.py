@@ -31,8 +31,8 @@ from bh_routing.kernels.experts_layout import runs_on_hopper
 from bh_routing.kernels.overlap import let_next_start, wait_for_previous
 from bh_routing.kernels.router_twin import RoutedSlots, Router
 
-# Measured on one H100: benchmarks/decode_settings.txt. What a program holds decides how early it can
-# start beside the one before it: attention by 8 warps, or parts of 128, costs 0.05 ms of 1.
+# Measured on one H100: benchmarks/decode_settings.txt. Attention by 8 warps, or in parts of 128,
+# costs 0.05 ms of 1: probably fewer programs that hold so much can start beside the one before.
 POSITIONS_IN_A_PART: Final = 64
 MOST_PARTS: Final = 16
 """Parts of a text that attention reads side by side."""
