@@ -209,12 +209,11 @@ def _mix(
 
 @triton.jit
 def _keep_by_count(
-    sorted_BP, place_P, slot_C, lines_ptr, min_k, max_k, empty_k,
+    sorted_BP, place_P, slot_C, lines_P, min_k, max_k, empty_k,
     E: tl.constexpr, LOG_B: tl.constexpr, LOG_P: tl.constexpr, STUDENTIZED: tl.constexpr,
 ):  # fmt: skip
     """Keep as many of the best as the largest rank whose score reaches its line, limited."""
     scores_BP = _scores(sorted_BP, place_P, E, LOG_B, LOG_P, STUDENTIZED)
-    lines_P = tl.load(lines_ptr + place_P, mask=place_P < E, other=float("inf"))
     is_reached_BP = (scores_BP >= lines_P) & (place_P < E)
     count_B1 = tl.max(tl.where(is_reached_BP, place_P + 1, 0), axis=1, keep_dims=True)
     count_B1 = tl.where(count_B1 == 0, empty_k, count_B1)
@@ -252,11 +251,13 @@ def _route(
     -0.5, -1.5 from the best. Under the lines (2, 1, 0, -1) rank 1 is reached and no other: expert
     1 stays, and the second slot, expert 2, becomes expert 1 with weight 0. The count is 1.
     """
-    let_next_start(OVERLAPS)
-    wait_for_previous(OVERLAPS)
     B: tl.constexpr = 1 << LOG_B
     P: tl.constexpr = 1 << LOG_P
     place_P, slot_C = tl.arange(0, P)[None, :], tl.arange(0, C)[None, :]
+    if DECISION == "step_up":
+        lines_P = tl.load(lines_ptr + place_P, mask=place_P < E, other=float("inf"))
+    let_next_start(OVERLAPS)
+    wait_for_previous(OVERLAPS)
     token_B1 = (tl.program_id(0) * B + tl.arange(0, B))[:, None]
     # Programs at the end read the last token again, and write it once.
     row_B1 = logits_ptr + tl.minimum(token_B1, num_tokens - 1).to(tl.int64) * E
@@ -279,7 +280,7 @@ def _route(
     elif DECISION == "step_up":
         sorted_BP = _logits_of(keys_BP, logits_BP.dtype)
         keep_BC = _keep_by_count(
-            sorted_BP, place_P, slot_C, lines_ptr, min_k, max_k, empty_k,
+            sorted_BP, place_P, slot_C, lines_P, min_k, max_k, empty_k,
             E, LOG_B, LOG_P, STUDENTIZED,
         )  # fmt: skip
     elif DECISION == "drop" or DECISION == "threshold":
