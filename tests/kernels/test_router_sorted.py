@@ -25,6 +25,8 @@ RULES = [
     BenjaminiHochberg(0.05, min_k=2, max_k=8, null="background"),
     BenjaminiHochberg(0.001, max_k=8, null="gaussian", on_empty="model_k"),
     BenjaminiHochberg(0.3, max_k=8, null="gaussian", procedure="by"),
+    TopK(8, temperature=2.0),
+    BenjaminiHochberg(0.05, max_k=8, null="background", temperature=2.0),
 ]
 
 
@@ -64,7 +66,13 @@ def test_it_decides_as_the_twin(rule: Rule, normalises: bool, context: LayerCont
 
 
 @pytest.mark.parametrize(
-    "rule", [TopP(0.5), TopK(8, temperature=2.0), TopK(4, weights="renormalize")], ids=str
+    "rule",
+    [
+        TopP(0.5),
+        TopK(8, temperature=2.0, temperature_weights="raw"),
+        TopK(4, weights="renormalize"),
+    ],
+    ids=str,
 )
 def test_what_needs_more_than_a_sort_is_left_to_the_twin(rule: Rule, context: LayerContext) -> None:
     assert sorted_router(rule, context, SoftmaxFamily(normalises=False)) is None

@@ -28,22 +28,26 @@ _TINY: Final = np.finfo(np.float32).tiny
 def sorted_router(rule: Rule, context: LayerContext, family: SoftmaxFamily) -> Router | None:
     """Bind a rule to a layer in few torch operations; None where only the twin serves.
 
-    That is: rules whose plan is neither a count nor a step-up, a temperature, and weights other
-    than the model's own. Decides as the twin does; weights agree up to rounding.
+    That is: rules whose plan is neither a count nor a step-up, and weights other than the model's
+    own, or than its mass shared out at another temperature. Decides as the twin does; weights agree
+    up to rounding.
 
     Raises:
         InputError: the rule doesn't fit the layer, or lacks a calibration.
     """
     rule.check(num_experts=context.num_experts, model_top_k=context.model_top_k)
-    if rule.temperature != 1.0 or rule.weights != "model":
+    is_raw = rule.temperature != 1.0 and rule.temperature_weights == "raw"
+    if is_raw or rule.weights != "model":
         return None
     plan = plan_of(rule, context)
     if plan is None or plan.decision not in ("count", "step_up"):
         return None
-    return _bind(plan, context, family)
+    return _bind(plan, context, family, rule.temperature)
 
 
-def _bind(plan: RouterPlan, context: LayerContext, family: SoftmaxFamily) -> Router:
+def _bind(
+    plan: RouterPlan, context: LayerContext, family: SoftmaxFamily, temperature: float = 1.0
+) -> Router:
     num_slots, num_experts = plan.num_slots, context.num_experts
     counts = [plan.empty_k, *range(1, num_experts + 1)]
     counts = [min(max(count, plan.min_k), plan.max_k) for count in counts]
@@ -52,7 +56,8 @@ def _bind(plan: RouterPlan, context: LayerContext, family: SoftmaxFamily) -> Rou
     slot_K = torch.arange(num_slots, dtype=torch.int32, device=context.device)
     keep_by_rank = (slot_K < count_by_rank.unsqueeze(1)).unsqueeze(1).unbind()
     lines_E = None if plan.lines is None or plan.lines.is_cuda else plan.lines.numpy()
-    keeps_all = plan.decision == "count" and plan.max_k >= num_slots
+    is_tempered = temperature != 1.0
+    keeps_all = plan.decision == "count" and plan.max_k >= num_slots and not is_tempered
 
     def count_kept(sorted_TE: Tensor) -> Tensor:
         if plan.lines is None:
@@ -64,13 +69,21 @@ def _bind(plan: RouterPlan, context: LayerContext, family: SoftmaxFamily) -> Rou
         last_T1 = ((scores_TE >= plan.lines) * rank_E).amax(-1, keepdim=True)
         return count_by_rank.take(last_T1)
 
-    def alone(rank: int, index_1K: Tensor, weights_1K: Tensor) -> RoutedSlots:
+    def weigh(weights_TK: Tensor, keep_TK: Tensor, logits_TK: Tensor) -> Tensor:
+        kept_TK = _drop(weights_TK, keep_TK, family.normalises)
+        if not is_tempered:
+            return kept_TK
+        share_TK = (logits_TK / temperature).masked_fill(~keep_TK, -torch.inf).softmax(-1)
+        return (share_TK * kept_TK.float().sum(-1, keepdim=True)).to(kept_TK.dtype)
+
+    def alone(rank: int, index_1K: Tensor, weights_1K: Tensor, logits_1K: Tensor) -> RoutedSlots:
         keep_1K, count_1 = keep_by_rank[rank], count_by_rank[rank : rank + 1]
         if counts[rank] < num_slots:
             # In place: nobody else holds the sort's result.
             index_K = index_1K[0].numpy()
             index_K[counts[rank] :] = index_K[0]
-            weights_1K = _drop(weights_1K, keep_1K, family.normalises)
+        if counts[rank] < num_slots or is_tempered:
+            weights_1K = weigh(weights_1K, keep_1K, logits_1K)
         return RoutedSlots(index_1K, weights_1K, keep_1K, count_1)
 
     def route(router_logits_TE: Tensor) -> RoutedSlots:
@@ -83,12 +96,12 @@ def _bind(plan: RouterPlan, context: LayerContext, family: SoftmaxFamily) -> Rou
         if lines_E is not None and len(sorted_TE) == 1:
             rank = _reached_rank(sorted_TE[0].numpy(), lines_E, plan)
             if rank is not None:
-                return alone(rank, index_TK, weights_TK)
+                return alone(rank, index_TK, weights_TK, sorted_TE[:, :num_slots])
         counts_T1 = count_kept(sorted_TE)
         keep_TK = slot_K < counts_T1
         if not keeps_all:
             index_TK = torch.where(keep_TK, index_TK, index_TK[:, :1])
-            weights_TK = _drop(weights_TK, keep_TK, family.normalises)
+            weights_TK = weigh(weights_TK, keep_TK, sorted_TE[:, :num_slots])
         return RoutedSlots(index_TK, weights_TK, keep_TK, counts_T1.squeeze(-1))
 
     return route
