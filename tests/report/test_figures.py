@@ -12,10 +12,14 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.patches import Rectangle
 
+from bh_routing.analysis.speed import COLUMNS
 from bh_routing.errors import InputError
+from bh_routing.records import TIMINGS
 from bh_routing.report import create_visualizations, findings
 from bh_routing.report.quality import quality_rows
+from bh_routing.report.speed_plots import draw_experts_vs_speed, draw_relative_times
 from bh_routing.report.style import FIXED_COLOURS, OTHER_COLOURS, colours_of, save
 from bh_routing.report.table import experiments_of
 
@@ -163,6 +167,33 @@ def test_a_title_claims_no_difference_in_time_that_prompts_do_not_show(
     results["inference_time_sec"] = rng.normal(1.0, 0.2, len(results))
     assert findings.time(experiments_of(results)).startswith("No clear difference")
     assert "did not clearly save" in findings.latency(experiments_of(results))
+
+
+def test_pictures_of_time_show_the_rounds_that_their_titles_speak_of(
+    make_results: MakeResults, tmp_path: Path
+) -> None:
+    results = make_results({"topk_8": 8.0, "bh": 4.0}, 4)
+    results["inference_time_sec"] *= np.where(results["config_name"] == "bh", 3.0, 1.0)
+    shares = [0.8, 0.7, 0.75]
+    rounds = [
+        (number, name, "text", 5, 1, share, 0.0)
+        for number, factor in enumerate(shares, start=1)
+        for name, share in (("topk_8", 1.0), ("bh", factor))
+    ]
+    pd.DataFrame(rounds, columns=list(COLUMNS)).to_csv(tmp_path / TIMINGS, index=False)
+    table = experiments_of(results, tmp_path)
+    assert "faster" in findings.time(table)
+    bars = draw_relative_times(table).axes[0].patches
+    mean = 100 * np.exp(np.mean(np.log(shares)))
+    widths = [bar.get_width() for bar in bars if isinstance(bar, Rectangle)]
+    assert widths == pytest.approx([100.0, mean])
+    points = draw_experts_vs_speed(table).axes[0].collections
+    heights = [float(np.asarray(point.get_offsets())[0, 1]) for point in points]
+    assert heights == pytest.approx([100.0, mean])
+    assert set(draw(results, tmp_path)) == REQUIRED
+    lines = (tmp_path / TIMINGS).read_text().splitlines()
+    (tmp_path / TIMINGS).write_text("\n".join([lines[0], "1,topk_8,text,5,1,0.0,0.0"]))
+    assert set(draw(results, tmp_path)) == REQUIRED
 
 
 def test_no_title_compares_times_of_an_unsteady_machine(results: pd.DataFrame) -> None:

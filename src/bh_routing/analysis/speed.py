@@ -46,6 +46,8 @@ class SpeedUp:
     decode: Ratio
     whole: Ratio
     """Of reading the prompt and writing as many tokens as the round's longest text."""
+    rounds: tuple[float, ...]
+    """The same of each round: the configuration's time over the baseline's."""
 
     @property
     def change(self) -> MeanInterval:
@@ -101,6 +103,7 @@ def speed_ups(timings: pd.DataFrame, names: list[str], baseline: str | None) -> 
         name: SpeedUp(
             prefill_ms=1000 * float(parts["prefill"][name].median()),
             decode_ms=1000 * float(parts["decode"][name].median()),
+            rounds=tuple((parts["whole"][name] / parts["whole"][baseline]).dropna().tolist()),
             **{part: _ratio(table[baseline], table[name]) for part, table in parts.items()},
         )
         for name in names

@@ -263,7 +263,6 @@ def _route(
     row_B1 = logits_ptr + tl.minimum(token_B1, num_tokens - 1).to(tl.int64) * E
     logits_BP = tl.load(row_B1 + place_P, mask=place_P < E, other=-float("inf"))
     keys_BP = _sort_descending(_keys(logits_BP, place_P, E, P), LOG_B, LOG_P)
-
     # The first C of P places: all the others are zeros in the sum.
     is_first = tl.arange(0, P // C)[None, :, None] == 0
     keys_BC = tl.sum(tl.where(is_first, tl.reshape(keys_BP, [B, P // C, C]), 0), axis=1)

@@ -1,6 +1,7 @@
 """The pictures of a run: `create_visualizations` draws them all into `plots/`.
 
-Every title states what the numbers show. Points are prompts, bars are means over prompts.
+Every title states what the numbers show. Points are prompts, bars are means over prompts; of time
+they are rounds, where all configurations were timed side by side.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ from bh_routing.report.files import read_json
 from bh_routing.report.quality import margin_of, quality_rows, with_quality
 from bh_routing.report.quality_plot import QUALITY_PLOT, draw_quality
 from bh_routing.report.scatter import draw_categories, draw_experts_vs_latency
+from bh_routing.report.speed_plots import (
+    draw_experts_vs_speed,
+    draw_relative_times,
+    timed_with_baseline,
+)
 from bh_routing.report.style import look, new_figure, save, set_title
 from bh_routing.report.table import Experiments, experiments_of
 
@@ -52,12 +58,15 @@ def create_visualizations(
     given = read_json(folder / SUMMARY_JSON) if summary is None else summary
     known = with_quality(given, folder)
     table = experiments_of(results, folder)
+    is_timed = bool(timed_with_baseline(table))
     plots: dict[str, Callable[[], Figure]] = {
         EXPERTS_PLOT: lambda: _experts(table),
-        TIME_PLOT: lambda: _time(table),
+        TIME_PLOT: lambda: draw_relative_times(table) if is_timed else _time(table),
         BALANCE_PLOT: lambda: _balance(table),
         CATEGORY_PLOT: lambda: draw_categories(table),
-        LATENCY_PLOT: lambda: draw_experts_vs_latency(table),
+        LATENCY_PLOT: lambda: (
+            draw_experts_vs_speed(table) if is_timed else draw_experts_vs_latency(table)
+        ),
     }
     quality = quality_rows(known)
     if quality:

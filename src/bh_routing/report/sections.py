@@ -77,8 +77,8 @@ def time(facts: Facts) -> str:
     if facts.table.speed_ups:
         return section(
             "Time",
-            picture(TIME_PLOT, "Generation time by configuration, prompts as points"),
-            picture(LATENCY_PLOT, "Experts kept against time per generated token"),
+            picture(TIME_PLOT, "Time of a text by configuration, rounds as points"),
+            picture(LATENCY_PLOT, "Experts kept against time of a text"),
             *_side_by_side(facts),
         )
     changes = findings.time_changes(facts.table)
@@ -125,8 +125,8 @@ def _side_by_side(facts: Facts) -> tuple[str, str]:
         f"Medians of {rounds} rounds. A speed-up says how many times as fast as "
         f"{code(facts.baseline)}, with its 95 % interval over rounds. A round times every "
         "configuration on one prompt, in an order drawn anew, after a round that isn't counted, so "
-        "a machine that slows down slows all of them alike (`timings.csv`). The pictures show the "
-        "experiments, which ran once, one configuration after the other.",
+        "a machine that slows down slows all of them alike (`timings.csv`). The pictures show "
+        "these rounds.",
     )
 
 
