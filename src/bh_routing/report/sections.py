@@ -125,8 +125,7 @@ def _side_by_side(facts: Facts) -> tuple[str, str]:
         f"Medians of {rounds} rounds. A speed-up says how many times as fast as "
         f"{code(facts.baseline)}, with its 95 % interval over rounds. A round times every "
         "configuration on one prompt, in an order drawn anew, after a round that isn't counted, so "
-        "a machine that slows down slows all of them alike (`timings.csv`). The pictures show "
-        "these rounds.",
+        "a machine that slows down slows all of them alike (`timings.csv`).",
     )
 
 

@@ -37,7 +37,7 @@ def _split(facts: Facts) -> Chart:
     return Chart(
         key="time-split",
         finding=f"Decoding takes {100 * share:.0f} % of the time of a prompt",
-        description="Mean milliseconds a prompt, split into reading the prompt and generating.",
+        description="Mean milliseconds a prompt in one pass, split into reading it and generating.",
         variants={
             "": {
                 "data": [
@@ -129,7 +129,7 @@ def _latency(facts: Facts) -> Chart:
     return Chart(
         key="latency",
         finding="Time per generated token against experts kept, prompt by prompt",
-        description="One mark a prompt and configuration.",
+        description="One mark a prompt and configuration; one pass, a configuration after another.",
         variants={
             "": {
                 "data": traces,
