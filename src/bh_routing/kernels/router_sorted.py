@@ -55,7 +55,8 @@ def _bind(
     rank_E = torch.arange(1, num_experts + 1, device=context.device)
     slot_K = torch.arange(num_slots, dtype=torch.int32, device=context.device)
     keep_by_rank = (slot_K < count_by_rank.unsqueeze(1)).unsqueeze(1).unbind()
-    lines_E = None if plan.lines is None or plan.lines.is_cuda else plan.lines.numpy()
+    on_cpu = context.device.type == "cpu"
+    lines_E = plan.lines.numpy() if on_cpu and plan.lines is not None else None
     is_tempered = temperature != 1.0
     keeps_all = plan.decision == "count" and plan.max_k >= num_slots and not is_tempered
 
