@@ -11,7 +11,7 @@ EXTRAS := dev
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 10
 
-.PHONY: setup demo test test-full families-versions check lint clean
+.PHONY: setup demo test test-full families-versions check lint audit clean
 
 setup: $(STAMP)
 

@@ -72,10 +72,7 @@ def _bind(
 
     def weigh(weights_TK: Tensor, keep_TK: Tensor, logits_TK: Tensor) -> Tensor:
         kept_TK = _drop(weights_TK, keep_TK, family.normalises)
-        if not is_tempered:
-            return kept_TK
-        share_TK = (logits_TK / temperature).masked_fill(~keep_TK, -torch.inf).softmax(-1)
-        return (share_TK * kept_TK.float().sum(-1, keepdim=True)).to(kept_TK.dtype)
+        return _temper(kept_TK, keep_TK, logits_TK / temperature) if is_tempered else kept_TK
 
     def alone(rank: int, index_1K: Tensor, weights_1K: Tensor, logits_1K: Tensor) -> RoutedSlots:
         keep_1K, count_1 = keep_by_rank[rank], count_by_rank[rank : rank + 1]
@@ -137,3 +134,8 @@ def _drop(weights_TK: Tensor, keep_TK: Tensor, normalises: bool) -> Tensor:
     kept_TK = all_TK * keep_TK
     ratio_T1 = all_TK.sum(-1, keepdim=True) / kept_TK.sum(-1, keepdim=True)
     return (kept_TK * ratio_T1).to(weights_TK.dtype)
+
+
+def _temper(kept_TK: Tensor, keep_TK: Tensor, tempered_TK: Tensor) -> Tensor:
+    share_TK = tempered_TK.masked_fill(~keep_TK, -torch.inf).softmax(-1)
+    return (share_TK * kept_TK.float().sum(-1, keepdim=True)).to(kept_TK.dtype)
