@@ -1,9 +1,10 @@
-"""A finished run in MLflow's file store and in TensorBoard's event files."""
+"""A finished run in MLflow's file store, W&B's offline log and TensorBoard's event files."""
 
 from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,6 +53,47 @@ def test_tensorboard_gets_numbers_and_pictures(folder: Path) -> None:
         content = content[16 + size :]
     assert values["topk_8/avg_experts_per_token"].simple_value == 8.0
     assert values["avg_experts_comparison"].image.width > 100
+
+
+def test_wandb_gets_settings_numbers_pictures_and_files(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb", reason="needs wandb, which isn't among the dev extras")
+    store = tmp_path_factory.mktemp("store")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for place in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
+        monkeypatch.setenv(f"WANDB_{place}", str(store))
+    run_id = track_run(folder, "wandb").split()[-1]
+    [path] = store.glob(f"wandb/offline-run-*/run-{run_id}.wandb")
+    records = wandb_records(path.read_bytes())
+    config = {item.key: item.value_json for r in records for item in r.run.config.update}
+    assert config["spec.max_tokens"] == '"50"'
+    history = {
+        "/".join(item.nested_key) or item.key: item.value_json
+        for record in records
+        for item in record.history.item
+    }
+    assert float(history["topk_8/avg_experts_per_token"]) == 8.0
+    assert int(history["avg_experts_comparison/width"]) > 100
+    names = {entry.path for record in records for entry in record.artifact.manifest.contents}
+    assert {"bh_routing_results.csv", "run.json"} <= names
+
+
+def wandb_records(content: bytes) -> list[Any]:
+    """Read W&B's log: LevelDB's format, blocks of 32 KiB, after a header of 7 bytes."""
+    protocol = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    records, parts, at = [], b"", 7
+    while at + 7 <= len(content):
+        if 32_768 - at % 32_768 < 7:  # a block's end too small for another header
+            at += 32_768 - at % 32_768
+            continue
+        _, size, kind = struct.unpack("<IHB", content[at : at + 7])
+        parts += content[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last of several
+            records.append(protocol.Record.FromString(parts))
+            parts = b""
+    return records
 
 
 def test_an_unknown_or_missing_tracker_is_named(

@@ -133,8 +133,8 @@ def _to_mlflow(mlflow: ModuleType, run: TrackedRun, folder: Path) -> str:
 
 def _to_wandb(wandb: ModuleType, run: TrackedRun, folder: Path) -> str:
     with wandb.init(project=PROJECT, name=run.name, config=run.parameters) as started:
-        started.log(run.metrics)
-        started.log({path.stem: wandb.Image(str(path)) for path in run.pictures})
+        pictures = {path.stem: wandb.Image(str(path)) for path in run.pictures}
+        started.log({**run.metrics, **pictures})  # one step
         artifact = wandb.Artifact("results", type="results")
         for path in run.files:
             artifact.add_file(str(path), name=path.relative_to(folder).as_posix())
