@@ -10,7 +10,6 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from filelock import FileLock
 
 from bh_routing.cli.main import main
 from bh_routing.cli.surroundings import Surroundings
-from bh_routing.engine.generate import generate_routed
 from bh_routing.experiments.failures import find_nan
 from bh_routing.experiments.folder_lock import LOCK
 from bh_routing.models.discovery import find_routers
@@ -298,26 +296,6 @@ def test_a_folder_that_vanishes_is_noticed_and_not_made_again(
     assert read_files(away)[JOURNAL].startswith(before[JOURNAL])
     away.rename(results)
     assert main(arguments, QUIET) == 0
-
-
-@pytest.mark.usefixtures("loaded_demo")
-def test_out_of_memory_fails_its_row_with_the_remedy_and_the_run_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail_on_the_first(model: Any, tokenizer: Any, prompt: str, *rest: Any) -> Any:
-        if "Once" in prompt:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return generate_routed(model, tokenizer, prompt, *rest)
-
-    target = "bh_routing.experiments.experiment.generate_routed"
-    monkeypatch.setattr(target, fail_on_the_first)
-    arguments = [*RUN, "--no-eval", "--configs", "topk_8", "--output", str(tmp_path / "r")]
-    assert main(arguments, QUIET) == 1
-    err = capsys.readouterr().err
-    assert "topk_8 on 'Once upon a time' failed: out of memory" in err
-    assert "--device cpu" in err and "--max-tokens" in err
-    lines = (tmp_path / "r" / JOURNAL).read_text().splitlines()
-    assert [json.loads(line)["record"]["status"] for line in lines] == ["failed", "ok"]
 
 
 @pytest.fixture

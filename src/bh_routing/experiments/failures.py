@@ -16,8 +16,8 @@ from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules.base import Candidates, Rule, Selector
 
 OUT_OF_MEMORY: Final = (
-    "out of memory; use --device cpu, a smaller --max-tokens, or a smaller dtype (leave out "
-    "--no-fp16)"
+    "out of memory; use --device cpu, a smaller --batch-size or --max-tokens, or a smaller dtype "
+    "(leave out --no-fp16)"
 )
 
 
