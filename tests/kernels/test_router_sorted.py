@@ -83,9 +83,8 @@ def test_a_score_exactly_on_its_line_counts(context: LayerContext) -> None:
     lines = torch.tensor([9.0, 0.5, 9.0, 9.0])
     plan = RouterPlan(decision="step_up", num_slots=3, max_k=3, lines=lines)
     four = replace(context, num_experts=4)
-    slots = _bind(plan, four, SoftmaxFamily(normalises=False))(
-        torch.tensor([[0.0, 3.0, 1.0, -1.0]])
-    )
+    route = _bind(plan, four, SoftmaxFamily(normalises=False), temperature=1.0)
+    slots = route(torch.tensor([[0.0, 3.0, 1.0, -1.0]]))
     assert slots.expert_counts_T.tolist() == [2]
     assert slots.top_k_index_TK.tolist() == [[1, 2, 1]]
 

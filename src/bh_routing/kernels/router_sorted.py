@@ -20,6 +20,7 @@ from bh_routing.kernels.router_plan import RouterPlan, plan_of
 from bh_routing.kernels.router_twin import RoutedSlots, Router, SoftmaxFamily
 from bh_routing.nulls.centred import MAD_TO_SIGMA, median_of_sorted, studentize
 from bh_routing.rules.base import LayerContext, Rule
+from bh_routing.rules.weights import tempered
 
 _SIGMA: Final = np.float32(MAD_TO_SIGMA)
 _TINY: Final = np.finfo(np.float32).tiny
@@ -46,7 +47,7 @@ def sorted_router(rule: Rule, context: LayerContext, family: SoftmaxFamily) -> R
 
 
 def _bind(
-    plan: RouterPlan, context: LayerContext, family: SoftmaxFamily, temperature: float = 1.0
+    plan: RouterPlan, context: LayerContext, family: SoftmaxFamily, temperature: float
 ) -> Router:
     num_slots, num_experts = plan.num_slots, context.num_experts
     counts = [plan.empty_k, *range(1, num_experts + 1)]
@@ -72,7 +73,9 @@ def _bind(
 
     def weigh(weights_TK: Tensor, keep_TK: Tensor, logits_TK: Tensor) -> Tensor:
         kept_TK = _drop(weights_TK, keep_TK, family.normalises)
-        return _temper(kept_TK, keep_TK, logits_TK / temperature) if is_tempered else kept_TK
+        if is_tempered:
+            kept_TK = tempered(kept_TK, keep_TK, logits_TK, temperature).to(kept_TK.dtype)
+        return kept_TK
 
     def alone(rank: int, index_1K: Tensor, weights_1K: Tensor, logits_1K: Tensor) -> RoutedSlots:
         keep_1K, count_1 = keep_by_rank[rank], count_by_rank[rank : rank + 1]
@@ -134,8 +137,3 @@ def _drop(weights_TK: Tensor, keep_TK: Tensor, normalises: bool) -> Tensor:
     kept_TK = all_TK * keep_TK
     ratio_T1 = all_TK.sum(-1, keepdim=True) / kept_TK.sum(-1, keepdim=True)
     return (kept_TK * ratio_T1).to(weights_TK.dtype)
-
-
-def _temper(kept_TK: Tensor, keep_TK: Tensor, tempered_TK: Tensor) -> Tensor:
-    share_TK = tempered_TK.masked_fill(~keep_TK, -torch.inf).softmax(-1)
-    return (share_TK * kept_TK.float().sum(-1, keepdim=True)).to(kept_TK.dtype)

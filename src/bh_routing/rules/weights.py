@@ -78,10 +78,26 @@ def kept_weights(
         own_TK = _own_slots(weights_TK, router_logits_TE, top_k_index_TK, model_top_k)
         kept_TK = kept_TK * (_sum(own_TK) / _sum(kept_TK))
     if is_tempered:
-        logits_TK = router_logits_TE.gather(-1, top_k_index_TK).to(torch.float32) / temperature
-        share_TK = logits_TK.masked_fill(~keep_TK, float("-inf")).softmax(dim=-1)
-        kept_TK = share_TK * kept_TK.sum(dim=-1, keepdim=True)
+        kept_TK = tempered(
+            kept_TK, keep_TK, router_logits_TE.gather(-1, top_k_index_TK), temperature
+        )
     return kept_TK.to(top_k_weights_TK.dtype)
+
+
+def tempered(kept_TK: Tensor, keep_TK: Tensor, logits_TK: Tensor, temperature: float) -> Tensor:
+    """Share the sum of the kept weights out in proportion to exp(logit / temperature).
+
+    Args:
+        kept_TK: weights, exactly 0 in dropped slots.
+        keep_TK: bool, at least one True a token.
+        logits_TK: what the family ranks by, at the slots.
+        temperature: above 0.
+    Returns:
+        Weights in float32, exactly 0 in dropped slots. No host sync.
+    """
+    tempered_TK = logits_TK.to(torch.float32) / temperature
+    share_TK = tempered_TK.masked_fill(~keep_TK, float("-inf")).softmax(dim=-1)
+    return share_TK * kept_TK.to(torch.float32).sum(dim=-1, keepdim=True)
 
 
 def alias_dropped(top_k_index_TK: Tensor, weights_TK: Tensor, keep_TK: Tensor) -> AliasedSlots:
