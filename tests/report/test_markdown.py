@@ -11,7 +11,9 @@ import pytest
 from scipy import stats
 
 from bh_routing.analysis.comparisons import analyze_results
+from bh_routing.analysis.speed import COLUMNS
 from bh_routing.errors import InputError
+from bh_routing.records import TIMINGS
 from bh_routing.report import create_visualizations, generate_markdown_report
 from bh_routing.report.conclusions import NO_QUALITY
 
@@ -59,6 +61,17 @@ def test_the_tables_hold_the_numbers_of_the_results(
             seconds = wide["inference_time_sec"]
             slower = (seconds[name] / seconds["topk_8"] - 1).mean()
             assert cells(report, "Time", name)[1] == f"{100 * slower:+.1f} %"
+
+
+def test_tests_of_one_pass_point_to_the_rounds_where_there_are_some(
+    results: pd.DataFrame, fill_folder: FillFolder
+) -> None:
+    folder = fill_folder(results)
+    assert "of one pass" not in part(write(results, folder), "Statistical tests")
+    names = results["config_name"].unique()
+    rounds = [(n, name, "text", 5, 1, 1.0, 0.1) for n in (1, 2) for name in names]
+    pd.DataFrame(rounds, columns=list(COLUMNS)).to_csv(folder / TIMINGS, index=False)
+    assert "believe the rounds" in part(write(results, folder), "Statistical tests")
 
 
 def test_the_tests_are_those_of_scipy(results: pd.DataFrame, fill_folder: FillFolder) -> None:

@@ -180,8 +180,8 @@ def limitations(facts: Facts) -> str:
         "dependence of the p-values is given. Read *BH at nominal alpha under the fitted null*, "
         "not *the false discovery rate is bounded*.",
         "Texts are greedy, one a prompt: nothing is said about sampling.",
-        "Times are of one machine and of one generation a prompt. They measure this "
-        "implementation, not what a kernel that skips experts could reach.",
+        "Times are of one machine and of one text at a time. Where several are written side by "
+        "side they share the experts that are read, and dropping some saves less.",
     ]
     if facts.quality:
         items.insert(

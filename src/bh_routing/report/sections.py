@@ -234,6 +234,11 @@ def tests(facts: Facts) -> str:
         f"{floor}, however clear the difference. All p-values speak of these prompts, not of "
         "text in general."
     )
+    if facts.table.speed_ups:
+        how += (
+            " Times and speeds here are of one pass, a configuration after another, so that a "
+            "machine that slows down counts as a difference; believe the rounds, under *Time*."
+        )
     return section("Statistical tests", how, *parts, bullets(list(notes)[:20]))
 
 
