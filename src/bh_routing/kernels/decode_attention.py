@@ -64,11 +64,15 @@ def _meet(query_D, key_CD, value_CD, is_seen_C, scaling, top, total, mixed_D):
 
 
 @triton.jit
-def _meet_rest(
-    query_D, keys, values, first, end, scaling, top, total, mixed_D,
+def _meet_part(
+    query_D, key_CD, value_CD, keys, values, first, end, scaling,
     D: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Let a query meet what a part holds beyond its first block."""
+    """Let a query meet what a part holds, whose first block is at hand."""
+    top, total = tl.full([], -float("inf"), tl.float32), tl.full([], 0.0, tl.float32)
+    mixed_D = tl.zeros([D], tl.float32)
+    c = first + tl.arange(0, BLOCK)
+    top, total, mixed_D = _meet(query_D, key_CD, value_CD, c < end, scaling, top, total, mixed_D)
     for offset in range(BLOCK, PART, BLOCK):
         if first + offset < end:
             c = first + offset + tl.arange(0, BLOCK)
@@ -82,15 +86,17 @@ def _meet_rest(
 
 
 @triton.jit
-def _join(parts, tops, sums, out, head, D: tl.constexpr, PARTS: tl.constexpr, S: tl.constexpr):
-    """Join what all parts of one head found, in their order."""
+def _join(
+    parts, tops, sums, out, head, num_used, D: tl.constexpr, PARTS: tl.constexpr, S: tl.constexpr
+):
+    """Join what the used parts of one head found, in their order."""
     s, d = tl.arange(0, S), tl.arange(0, D)
     slot_S = head * PARTS + s
     # Others wrote it, so it is read where they meet, not from this processor's own cache.
-    top_S = tl.load(tops + slot_S, s < PARTS, -float("inf"), cache_modifier=".cg")
-    sum_S = tl.load(sums + slot_S, s < PARTS, 0.0, cache_modifier=".cg")
+    top_S = tl.load(tops + slot_S, s < num_used, -float("inf"), cache_modifier=".cg")
+    sum_S = tl.load(sums + slot_S, s < num_used, 0.0, cache_modifier=".cg")
     place_SD = slot_S[:, None] * D + d[None, :]
-    part_SD = tl.load(parts + place_SD, (s < PARTS)[:, None], 0.0, cache_modifier=".cg")
+    part_SD = tl.load(parts + place_SD, (s < num_used)[:, None], 0.0, cache_modifier=".cg")
     share_S = tl.exp(top_S - tl.max(top_S, 0))
     joined_D = tl.sum(share_S[:, None] * part_SD, 0) / tl.sum(share_S * sum_S, 0)
     tl.store(out + head * D + d, joined_D.to(out.dtype.element_ty))
@@ -103,25 +109,26 @@ def attend(
     PART: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, S: tl.constexpr,
     P: tl.constexpr, NORM: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Attend by one head to one part of the cache; the first part also meets the new token.
+    """Attend by one head to the new token, which is part 0, or to one part of the cache.
 
-    The program that ends last joins the parts of its head, in their order.
+    The program that ends last joins the used parts of its head, in their order.
     """
-    let_next_start(OVERLAPS)
     head, part = tl.program_id(0), tl.program_id(1)
+    at = tl.load(position)
+    num_used = 1 + tl.cdiv(at, PART)
+    if part >= num_used:
+        return
     group = head // (N // G)
     d = tl.arange(0, D)
     # Older positions were written by an earlier step, so they may be read before the wait.
-    at = tl.load(position)
     cos_D, sin_D = tl.load(cos + at * D + d), tl.load(sin + at * D + d)
-    first = part * PART
+    first = tl.where(part == 0, at, (part - 1) * PART)
     end = tl.minimum(first + PART, at)
     cache = group * C * D
     c = first + tl.arange(0, BLOCK)
     place_CD = cache + c[:, None] * D + d[None, :]
-    is_seen_C = c < end
-    key_CD = tl.load(keys + place_CD, is_seen_C[:, None], 0.0)
-    value_CD = tl.load(values + place_CD, is_seen_C[:, None], 0.0)
+    key_CD = tl.load(keys + place_CD, (c < end)[:, None], 0.0)
+    value_CD = tl.load(values + place_CD, (c < end)[:, None], 0.0)
     weight_D, other_weight_D = _weights_of(query_norm, head, D, NORM)
     key_weight_D, other_key_weight_D = _weights_of(key_norm, group, D, NORM)
     wait_for_previous(OVERLAPS)
@@ -129,11 +136,11 @@ def attend(
     here_D, there_D, whole = _read(row, head, N * D, P, D, NORM)
     new_here_D, new_there_D, new_whole = _read(row + N * D, group, G * D, P, D, NORM)
     new_value_D = tl.load(row + (N + G) * D + group * D + d)
+    # Not sooner: the next kernel reads weights at once, and these few numbers would queue behind.
+    let_next_start(OVERLAPS)
     query_D = _turn(
         here_D, there_D, whole, weight_D, other_weight_D, cos_D, sin_D, eps, N * D, NORM
     ).to(tl.float32)
-    top, total = tl.full([], -float("inf"), tl.float32), tl.full([], 0.0, tl.float32)
-    mixed_D = tl.zeros([D], tl.float32)
     if part == 0:
         new_key_D = _turn(
             new_here_D, new_there_D, new_whole, key_weight_D, other_key_weight_D, cos_D, sin_D,
@@ -143,14 +150,11 @@ def attend(
             tl.store(keys + cache + at * D + d, new_key_D)
             tl.store(values + cache + at * D + d, new_value_D)
         top = tl.sum(query_D * new_key_D.to(tl.float32), 0) * scaling
-        total += 1.0
+        total = tl.full([], 1.0, tl.float32)
         mixed_D = new_value_D.to(tl.float32)
-    if first < end:
-        top, total, mixed_D = _meet(
-            query_D, key_CD, value_CD, is_seen_C, scaling, top, total, mixed_D
-        )
-        top, total, mixed_D = _meet_rest(
-            query_D, keys + cache, values + cache, first, end, scaling, top, total, mixed_D,
+    else:
+        top, total, mixed_D = _meet_part(
+            query_D, key_CD, value_CD, keys + cache, values + cache, first, end, scaling,
             D, PART, BLOCK,
         )  # fmt: skip
     slot = head * PARTS + part
@@ -158,6 +162,6 @@ def attend(
     tl.store(tops + slot, top)
     tl.store(sums + slot, total)
     tl.debug_barrier()
-    if tl.atomic_add(arrived + head, 1, sem="acq_rel") == PARTS - 1:
-        _join(parts, tops, sums, out, head, D, PARTS, S)
+    if tl.atomic_add(arrived + head, 1, sem="acq_rel") == num_used - 1:
+        _join(parts, tops, sums, out, head, num_used, D, PARTS, S)
         tl.store(arrived + head, 0)  # for the next layer

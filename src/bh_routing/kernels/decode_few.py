@@ -2,10 +2,10 @@
 """One step of decoding one text on a GPU: four kernels a layer beside the router and the experts.
 
 A token multiplies every matrix by one vector, so the time is that of reading the weights, and what
-comes between is launches and waiting. Hence: a norm, a residual sum and the join of attention's
-parts are done again by every program of the product that needs them, instead of by a kernel before
-it; and each kernel starts while the one before it ends (programmatic dependent launch, from Hopper
-on) and reads its weights before it waits for what that one wrote.
+comes between is launches and waiting. Hence: a norm and a residual sum are done again by every
+program of the product that needs them, instead of by a kernel before it; and each kernel starts
+while the one before it ends (programmatic dependent launch, from Hopper on) and reads its weights
+before it waits for what that one wrote.
 
 Rounding is the model's own, except that sums are float32 and attention's probabilities too.
 
@@ -35,7 +35,7 @@ from bh_routing.kernels.router_twin import RoutedSlots, Router
 # costs 0.05 ms of 1: probably fewer programs that hold so much can start beside the one before.
 POSITIONS_IN_A_PART: Final = 64
 MOST_PARTS: Final = 16
-"""Parts of a text that attention reads side by side."""
+"""Parts of the cache that attention reads side by side, beside the new token."""
 ROWS: Final = {"attention": 4, "output": 8, "gate": 1, "head": 16}
 """Rows that one program multiplies."""
 
@@ -151,7 +151,7 @@ class _FewStep:
         vocabulary, hidden = decoder.head_VH.shape
         self._num_positions = state.keys.shape[3]
         self._part = max(POSITIONS_IN_A_PART, triton.cdiv(self._num_positions, MOST_PARTS))
-        self._num_parts = triton.cdiv(self._num_positions, self._part)
+        self._num_parts = 1 + triton.cdiv(self._num_positions, self._part)
         self._stream = like.new_empty(hidden)
         self._residual = like.new_empty(hidden)
         self._normed = like.new_empty(1, hidden)
