@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import random
 import statistics
+from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -24,44 +26,41 @@ from bh_routing.models.shapes import make_olmoe_shape
 from bh_routing.rules import Rule, TopK
 
 PROMPT_TOKENS, NUM_POSITIONS, STEPS, ROUNDS = 128, 512, 150, 5
+MODULES: Any = {"few": few, "experts": experts}  # what is changed is constant to everybody else
 SETTINGS: dict[str, dict[str, Any]] = {
     "as it is": {},
-    "attention by 8 rows": {"rows": {"attention": 8}},
-    "attention by 16 rows": {"rows": {"attention": 16}},
-    "output by 4 rows": {"rows": {"output": 4}},
-    "gate by 2 rows": {"rows": {"gate": 2}},
-    "head by 8 rows": {"rows": {"head": 8}},
-    "head by 32 rows": {"rows": {"head": 32}},
-    "parts of 128": {"part": 128},
-    "up 4 x 2048, 8 warps": {"up": experts.Block(4, 2048, 1, 8)},
-    "up 2 x 2048, 4 warps": {"up": experts.Block(2, 2048, 1, 4)},
-    "up 8 x 1024, 8 warps": {"up": experts.Block(8, 1024, 1, 8)},
-    "down 1 row, 1 warp": {"down": experts.Block(1, 1024, 4, 1)},
-    "down 2 rows, 8 slots": {"down": experts.Block(2, 1024, 8, 4)},
+    "attend by 2 warps": {"few.ATTEND_WARPS": 2},
+    "attend by 8 warps": {"few.ATTEND_WARPS": 8},
+    "parts of 32": {"few.POSITIONS_IN_A_PART": 32},
+    "parts of 32, 2 warps": {"few.POSITIONS_IN_A_PART": 32, "few.ATTEND_WARPS": 2},
+    "parts of 128": {"few.POSITIONS_IN_A_PART": 128},
+    "attention by 8 rows": {"few.ROWS": few.ROWS | {"attention": 8}},
+    "output by 4 rows": {"few.ROWS": few.ROWS | {"output": 4}},
+    "gate by 2 rows": {"few.ROWS": few.ROWS | {"gate": 2}},
+    "head by 8 rows": {"few.ROWS": few.ROWS | {"head": 8}},
+    "up 4 x 2048, 8 warps": {"experts.UP": experts.Block(4, 2048, 1, 8)},
+    "up 2 x 2048, 4 warps": {"experts.UP": experts.Block(2, 2048, 1, 4)},
+    "down 1 row, 2 warps": {"experts.DOWN": experts.Block(1, 1024, 4, 2)},
+    "down 4 rows, 2 slots": {"experts.DOWN": experts.Block(4, 1024, 2, 4)},
 }
 
 
 def make_sessions(engine: Any, model: Any, rules: list[Rule], setting: dict[str, Any]) -> Any:
-    """Capture a step of each rule with the modules' constants changed for the while."""
-    before = dict(few.ROWS), few.POSITIONS_IN_A_PART, experts.UP, experts.DOWN
-    few.ROWS.update(setting.get("rows", {}))
-    changed: Any = few, experts  # they are constants to everybody else
-    changed[0].POSITIONS_IN_A_PART = setting.get("part", before[1])
-    changed[1].UP, changed[1].DOWN = setting.get("up", before[2]), setting.get("down", before[3])
-    sessions = [
-        Session(
-            engine.decoder,
-            bind_routers(engine.bind(model, rule, None)),
-            num_slots=8,
-            batch=1,
-            num_positions=NUM_POSITIONS,
-        )
-        for rule in rules
-    ]
-    few.ROWS.update(before[0])
-    changed[0].POSITIONS_IN_A_PART = before[1]
-    changed[1].UP, changed[1].DOWN = before[2:]
-    return sessions
+    """Capture a step of each rule."""
+    with ExitStack() as stack:
+        for key, value in setting.items():
+            module, name = key.split(".")
+            stack.enter_context(patch.object(MODULES[module], name, value))
+        return [
+            Session(
+                engine.decoder,
+                bind_routers(engine.bind(model, rule, None)),
+                num_slots=rule.num_candidates(8),
+                batch=1,
+                num_positions=NUM_POSITIONS,
+            )
+            for rule in rules
+        ]
 
 
 @torch.inference_mode()

@@ -34,6 +34,7 @@ from bh_routing.kernels.router_twin import RoutedSlots, Router
 # Measured on one H100: benchmarks/decode_settings.txt. Attention by 8 warps, or in parts of 128,
 # costs 0.05 ms of 1: probably fewer programs that hold so much can start beside the one before.
 POSITIONS_IN_A_PART: Final = 64
+ATTEND_WARPS: Final = 4
 MOST_PARTS: Final = 16
 """Parts of the cache that attention reads side by side, beside the new token."""
 ROWS: Final = {"attention": 4, "output": 8, "gate": 1, "head": 16}
@@ -222,7 +223,7 @@ class _FewStep:
             N=num_heads, G=decoder.num_key_heads, D=dim, C=self._num_positions, PART=self._part,
             BLOCK=min(64, self._part), PARTS=self._num_parts,
             S=triton.next_power_of_2(self._num_parts), P=padded, NORM=width,
-            num_warps=4, **self._options,
+            num_warps=ATTEND_WARPS, **self._options,
         )  # fmt: skip
         _output[(triton.cdiv(hidden, ROWS["output"]),)](
             self._residual, self._heads, weights.output, self._stream,

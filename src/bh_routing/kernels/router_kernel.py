@@ -70,11 +70,14 @@ def _swap(cube, i: tl.constexpr, stage: tl.constexpr, N: tl.constexpr, LOG_P: tl
 
 
 @triton.jit
-def _sort_descending(x_BP, LOG_B: tl.constexpr, LOG_P: tl.constexpr):
-    """Sort rows of integers in registers, largest first: a bitonic network."""
+def _sort_descending(x_BP, LOG_B: tl.constexpr, LOG_P: tl.constexpr, FIRST: tl.constexpr = 1):
+    """Sort rows of integers in registers, largest first: a bitonic network from stage FIRST on.
+
+    The last stage alone, LOG_P, sorts what falls and then rises.
+    """
     # As tl.sort, but partners come from a sum: the interpreter takes minutes over its xor.
     cube = tl.reshape(x_BP, [2] * (LOG_B + LOG_P))
-    for stage in tl.static_range(1, LOG_P + 1):
+    for stage in tl.static_range(FIRST, LOG_P + 1):
         for step in tl.static_range(stage):
             cube = _swap(cube, stage - 1 - step, stage, LOG_B + LOG_P, LOG_P)
     return tl.reshape(cube, x_BP.shape)
@@ -138,14 +141,20 @@ def _scores(
     """The score of each rank: logit - median, or that over the row's robust scale."""
     scores_BP = sorted_BP - _median(sorted_BP, place_P, E)
     if STUDENTIZED:
-        # Bits of numbers from 0 up are ordered as they are; -1 puts what is no expert last.
-        deviations_BP = tl.where(place_P < E, tl.abs(scores_BP), -1.0)
-        bits_BP = _sort_descending(deviations_BP.to(tl.int32, bitcast=True), LOG_B, LOG_P)
-        mad_B1 = _median(bits_BP.to(tl.float32, bitcast=True), place_P, E)
-        # float64: rounded once, whatever the order. It counts only where most logits are equal.
-        sum_B1 = tl.sum(tl.maximum(deviations_BP, 0.0).to(tl.float64), axis=1, keep_dims=True)
-        mean_B1 = (sum_B1 / E).to(tl.float32)
-        scale_B1 = tl.where(mad_B1 > 0, mad_B1 * 1.4826, mean_B1 * 1.2533141373155001)
+        # Along sorted logits deviations fall and then rise, and what is no expert is the largest.
+        # Bits of numbers from 0 up are ordered as they are.
+        P: tl.constexpr = 1 << LOG_P
+        bits_BP = tl.abs(scores_BP).to(tl.int32, bitcast=True)
+        bits_BP = tl.where(place_P < E, bits_BP, 2147483647)
+        bits_BP = _sort_descending(bits_BP, LOG_B, LOG_P, FIRST=LOG_P)
+        mad_B1 = _median(bits_BP.to(tl.float32, bitcast=True), place_P - (P - E), E)
+        scale_B1 = mad_B1 * 1.4826
+        if tl.min((mad_B1 > 0).to(tl.int32)) == 0:  # where most logits are equal
+            deviations_BP = tl.where(place_P < E, tl.abs(scores_BP), 0.0)
+            # float64: rounded once, whatever the order.
+            sum_B1 = tl.sum(deviations_BP.to(tl.float64), axis=1, keep_dims=True)
+            mean_B1 = (sum_B1 / E).to(tl.float32)
+            scale_B1 = tl.where(mad_B1 > 0, scale_B1, mean_B1 * 1.2533141373155001)
         scale_B1 = tl.maximum(scale_B1, 1.1754943508222875e-38)
         scores_BP = _divide(scores_BP, scale_B1)
     return scores_BP
