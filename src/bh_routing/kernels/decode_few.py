@@ -31,8 +31,8 @@ from bh_routing.kernels.experts_layout import runs_on_hopper
 from bh_routing.kernels.overlap import let_next_start, wait_for_previous
 from bh_routing.kernels.router_twin import RoutedSlots, Router
 
-# Measured on one H100: benchmarks/decode_settings.txt. Attention by 8 warps, or in parts of 128,
-# costs 0.05 ms of 1: probably fewer programs that hold so much can start beside the one before.
+# Measured on one H100: benchmarks/decode_settings.txt. Attention by 8 warps costs 0.02 ms of 1, in
+# parts of 32 or 128 it costs 0.06.
 POSITIONS_IN_A_PART: Final = 64
 ATTEND_WARPS: Final = 4
 MOST_PARTS: Final = 16

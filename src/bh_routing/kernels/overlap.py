@@ -1,8 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Let a kernel start while the one before it ends: programmatic dependent launch, from Hopper on.
 
-Every kernel of such a row waits before it writes, and before it reads what another one wrote; what
-it waits for has waited in its turn, so that all that came earlier is done.
+Every program of such a row waits before it writes, and before it reads what another kernel wrote;
+one without work may end at once. What they wait for has waited in its turn, so that all that came
+earlier is done.
 """
 
 from __future__ import annotations
