@@ -15,6 +15,7 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --du
 
 setup: $(STAMP)
 
+# --no-compile: Python compiles what is imported when it first is; everything takes as long again.
 $(STAMP): pyproject.toml constraints.txt
 	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 		found=; for python in $(PYTHON) python3.11 python3.12 python3.13 python3.14 python3 python; do \
@@ -28,7 +29,8 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "creating $(VENV) with $$found"; \
 		$$found -m venv --clear $(VENV); \
 	fi
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
+		-c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $(STAMP)
 
 demo: $(STAMP)
