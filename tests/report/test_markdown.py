@@ -16,6 +16,7 @@ from bh_routing.errors import InputError
 from bh_routing.records import TIMINGS
 from bh_routing.report import create_visualizations, generate_markdown_report
 from bh_routing.report.conclusions import NO_QUALITY
+from bh_routing.report.text import signed_percent
 
 MakeResults = Callable[..., pd.DataFrame]
 FillFolder = Callable[..., Path]
@@ -61,6 +62,19 @@ def test_the_tables_hold_the_numbers_of_the_results(
             seconds = wide["inference_time_sec"]
             slower = (seconds[name] / seconds["topk_8"] - 1).mean()
             assert cells(report, "Time", name)[1] == f"{100 * slower:+.1f} %"
+
+
+def test_the_summary_gives_times_with_their_intervals(
+    results: pd.DataFrame, fill_folder: FillFolder
+) -> None:
+    summary = part(write(results, fill_folder(results)), "Summary")
+    seconds = results.pivot(index="prompt_text", columns="config_name")["inference_time_sec"]
+    changes = seconds.drop(columns="topk_8").div(seconds["topk_8"], axis=0) - 1
+    for name in (changes.mean().idxmin(), changes.mean().idxmax()):
+        mean, error = changes[name].mean(), stats.sem(changes[name])
+        low, high = stats.t.interval(0.95, len(changes) - 1, mean, error)
+        ends = f"{signed_percent(low)} to {signed_percent(high)}"
+        assert f"{signed_percent(mean)} (`{name}`, 95 % interval {ends})" in summary
 
 
 def test_tests_of_one_pass_point_to_the_rounds_where_there_are_some(

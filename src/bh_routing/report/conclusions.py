@@ -170,11 +170,12 @@ def time_sentence(facts: Facts) -> str:
     changes = findings.time_changes(facts.table)
     if not changes:
         return ""
-    low, high = (f(changes, key=lambda n: changes[n].mean) for f in (min, max))
-    ends = [signed_percent(changes[name].mean) for name in (low, high)]
-    span = f"{ends[0]} ({code(low)})"
-    if low != high:
-        span = f"{ends[0]} ({code(low)}) to {ends[1]} ({code(high)})"
+    ends = (f(changes, key=lambda n: changes[n].mean) for f in (min, max))
+    span = " to ".join(
+        f"{signed_percent(changes[name].mean)} ({code(name)}, 95 % interval "
+        f"{signed_percent(changes[name].low)} to {signed_percent(changes[name].high)})"
+        for name in dict.fromkeys(ends)
+    )
     doubt = ", but the machine's own speed was not steady" if _is_unsteady(facts) else ""
     return f"**Time.** Against {code(facts.baseline)}: {span}{doubt}."
 
