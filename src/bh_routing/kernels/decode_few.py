@@ -152,6 +152,7 @@ class _FewStep:
         vocabulary, hidden = decoder.head_VH.shape
         self._num_positions = state.keys.shape[3]
         self._part = max(POSITIONS_IN_A_PART, triton.cdiv(self._num_positions, MOST_PARTS))
+        # The new token is a part of its own.
         self._num_parts = 1 + triton.cdiv(self._num_positions, self._part)
         self._stream = like.new_empty(hidden)
         self._residual = like.new_empty(hidden)
