@@ -23,7 +23,7 @@ def test_decode_is_timed_beside_generate(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("part", ["router", "experts", "prefill", "suite"])
+@pytest.mark.parametrize("part", ["prefill", "suite"])
 def test_every_part_prints_a_table(part: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", part, "--device", "cpu", "--rounds", "1"]) == EXIT_DONE
     assert "copied_bytes_per_second" in capsys.readouterr().out
@@ -32,7 +32,7 @@ def test_every_part_prints_a_table(part: str, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        ("decoding", "part must be one of router, experts, decode, prefill, suite; got 'decoding'"),
+        ("decoding", "part must be one of decode, prefill, suite; got 'decoding'"),
         ("decode --batches one", "numbers like 1,4,16, got 'one'"),
         ("decode --batches 0", "at least 1"),
         ("decode --tokens 1", "tokens must be at least 2"),

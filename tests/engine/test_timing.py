@@ -6,9 +6,9 @@ from functools import partial
 
 import torch
 
-from bh_routing.engine.bench_cost import step_cost
 from bh_routing.engine.decode import engine_of
 from bh_routing.engine.timing import time_interleaved
+from bh_routing.experiments.bench import step_cost
 from bh_routing.models import LoadedModel
 
 

@@ -1,4 +1,4 @@
-"""`bh-routing bench`: how fast the router, the experts, decoding, prefill or a suite is here."""
+"""`bh-routing bench`: how fast decoding, prefill or a suite of experiments is on this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bh_routing.cli.options import DeviceOption, JsonOption
 
 
 def bench(
-    part: Annotated[str, typer.Argument(help="router, experts, decode, prefill or suite.")],
+    part: Annotated[str, typer.Argument(help="decode, prefill or suite.")],
     model: Annotated[
         str | None,
         typer.Option(
@@ -20,16 +20,16 @@ def bench(
         ),
     ] = None,
     device: DeviceOption = "auto",
-    batches: Annotated[str, typer.Option(help="decode: texts written side by side.")] = "1",
-    tokens: Annotated[int, typer.Option(help="decode: tokens written for each text.")] = 200,
-    rounds: Annotated[int, typer.Option(help="Rounds that count, after one that doesn't.")] = 5,
+    batches: Annotated[str, typer.Option(help="decode: batch sizes.")] = "1",
+    tokens: Annotated[int, typer.Option(help="decode: tokens generated per sequence.")] = 200,
+    rounds: Annotated[int, typer.Option(help="Timed rounds, after one warm-up round.")] = 5,
     compiled: Annotated[
         bool,
-        typer.Option("--compiled", help="decode: time transformers' compiled generation, too."),
+        typer.Option("--compiled", help="decode: also time transformers' compiled generation."),
     ] = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Time one part beside transformers' own and beside softmax + topk, in one run."""
+    """Time one part alongside transformers' own implementation, in one run."""
     from bh_routing.errors import InputError
     from bh_routing.experiments.bench import BenchSpec
     from bh_routing.experiments.bench import bench as measure

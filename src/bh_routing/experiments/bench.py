@@ -1,37 +1,291 @@
-"""Measure speed: one part of a model, decoding, prefill, or a suite of experiments."""
+"""Measure speed: decoding, prefill, or a suite of experiments, as `bh-routing bench` reports it.
+
+Axes: B batch, S decode steps, L layers, K slots, P prompt positions.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 import torch
+from torch import Tensor
 
-from bh_routing.engine.bench_decode import bench_decode, bench_prefill
-from bh_routing.engine.bench_kernels import bench_experts, bench_router
 from bh_routing.engine.calibrate import calibrate
-from bh_routing.engine.decode import startup_seconds
+from bh_routing.engine.decode import decode_greedily, engine_of, startup_seconds
+from bh_routing.engine.generate import TokenClock
+from bh_routing.engine.quickest import bind_quickest
 from bh_routing.engine.texts import packaged_documents
-from bh_routing.engine.timing import copied_bytes_per_second
+from bh_routing.engine.timing import Timing, copied_bytes_per_second, stopwatch, time_interleaved
 from bh_routing.errors import InputError
 from bh_routing.experiments.defaults import MAX_TOKENS, ROUTING_CONFIGS, TEST_PROMPTS
 from bh_routing.experiments.experiment import Subject, run_experiment, warm_up
 from bh_routing.experiments.provenance import device_name
 from bh_routing.experiments.spec import Prompt, make_rules
 from bh_routing.experiments.threads import choose_threads, torch_threads
+from bh_routing.kernels.decode_layout import Decoder
+from bh_routing.kernels.experts import NAME, sparse_experts_forward
+from bh_routing.models.backends import experts_by
+from bh_routing.models.discovery import find_routers
 from bh_routing.models.load import LoadedModel, load_model, resolve_device, resolve_dtype
+from bh_routing.models.routing import install
 from bh_routing.models.shapes import make_olmoe_shape
+from bh_routing.models.trace import DROPPED
+from bh_routing.rules.base import Rule
+from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
+from bh_routing.rules.top_k import TopK
 
-Part = Literal["router", "experts", "decode", "prefill", "suite"]
+
+class StepCost(NamedTuple):
+    """Cost of one decode step of B sequences."""
+
+    mean_experts: float
+    """Experts per token and layer."""
+    distinct_experts: float
+    """Experts read per step and layer: one that several sequences keep is read once."""
+    bytes: float
+    """Weights read, each once, and the keys and values of the cache."""
+    flops_per_token: float
+
+
+def step_cost(decoder: Decoder, kept_SLBK: Tensor, context: float) -> StepCost:
+    """Count the mean cost of decode steps from the experts that they kept.
+
+    Args:
+        decoder: the model.
+        kept_SLBK: kept expert of each slot, -1 where dropped.
+        context: mean number of positions attended to.
+    """
+    layer = decoder.layers[0]
+    is_kept = kept_SLBK != DROPPED
+    mean_experts = float(is_kept.sum(-1).float().mean())
+    num_layers, batch = kept_SLBK.shape[1:3]
+    num_experts = layer.gate_EH.shape[0]
+    # Dropped slots mark a column of their own, which isn't counted.
+    marked_SLX = torch.where(is_kept, kept_SLBK, num_experts).flatten(2).long()
+    is_read_SLE = marked_SLX.new_zeros(*marked_SLX.shape[:2], num_experts + 1, dtype=torch.bool)
+    is_read_SLE = is_read_SLE.scatter(-1, marked_SLX, value=True)[..., :num_experts]
+    distinct = float(is_read_SLE.sum(-1).float().mean())
+    expert = sum(p[0].numel() for p in layer.experts.parameters())
+    dense = num_layers * (sum(w.numel() for w in layer.attention[:4]) + layer.gate_EH.numel())
+    dense += decoder.head_VH.numel()
+    width = decoder.head_dim * num_layers
+    cached = context * 2 * decoder.num_key_heads * width
+    size = decoder.head_VH.element_size()
+    return StepCost(
+        mean_experts=mean_experts,
+        distinct_experts=distinct,
+        bytes=size * (dense + num_layers * distinct * expert + batch * cached),
+        flops_per_token=2 * (dense + num_layers * mean_experts * expert)
+        + 4 * context * decoder.num_heads * width,
+    )
+
+
+PROMPT_TOKENS: Final = 128
+MEAN_TOLERANCE: Final = 0.05
+MOST_TRIALS: Final = 12
+TRANSFORMERS_DEFAULT: Final = "grouped_mm"
 OLMOE_SHAPE: Final = "olmoe-shape"
 PREFILL_TOKENS: Final = {"cuda": 4_096, "cpu": 512}
+Row = dict[str, Any]
+Part = Literal["decode", "prefill", "suite"]
+
+
+def random_tokens(model: Any, batch: int, length: int, seed: int = 0) -> Tensor:
+    """Draw sequences of random tokens, int64 (B, P) on the model's device."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    return torch.randint(2, vocabulary, (batch, length), generator=generator).to(model.device)
+
+
+def rule_at_mean(mean_of: Callable[[Rule], float], mean_experts: float, max_k: int) -> Rule:
+    """Find BH's alpha at which about a mean number of experts is kept, under the Gaussian null.
+
+    The generated text depends on alpha too, so the mean jumps: the closest alpha tried is returned.
+    """
+    low, high = 0.0, 1.0
+    closest: tuple[float, Rule] | None = None
+    for _ in range(MOST_TRIALS):
+        alpha = (low + high) / 2
+        rule = BenjaminiHochberg(alpha=alpha, max_k=max_k, null="gaussian")
+        mean = mean_of(rule)
+        miss = abs(mean - mean_experts)
+        if closest is None or miss < closest[0]:
+            closest = miss, rule
+        if miss <= MEAN_TOLERANCE:
+            break
+        low, high = (alpha, high) if mean < mean_experts else (low, alpha)
+    assert closest is not None
+    return closest[1]
+
+
+def bench_decode(
+    model: Any,
+    *,
+    batches: Sequence[int],
+    tokens: int,
+    rounds: int,
+    copied: float,
+    is_compiled: bool,
+) -> list[Row]:
+    """Time the generation of `tokens` tokens after a prompt of PROMPT_TOKENS random ones.
+
+    Args:
+        model: not inside `route`.
+        batches: batch sizes.
+        tokens: generated per sequence.
+        rounds: timed rounds.
+        copied: bytes per second moved by a copy.
+        is_compiled: also time transformers' static cache with compilation, at batch size 1.
+    """
+    top_k = find_routers(model).model_top_k
+    engine = engine_of(model)
+    rows = []
+    for batch in batches:
+        prompt = random_tokens(model, batch, PROMPT_TOKENS)
+
+        def mean_of(rule: Rule, prompt: Tensor = prompt) -> float:
+            is_kept_SLBK = _kept(model, rule, prompt, tokens) != DROPPED
+            return float(is_kept_SLBK.sum(-1).float().mean())
+
+        rules: dict[str, Rule] = {
+            f"top-k {top_k}": TopK(top_k),
+            f"top-k {top_k // 2}": TopK(top_k // 2),
+            f"bh {top_k // 2}": rule_at_mean(mean_of, top_k / 2, top_k),
+        }
+        runs = {
+            f"engine, {name}": _engine_run(model, prompt, rule, tokens)
+            for name, rule in rules.items()
+        }
+        if batch == 1:
+            runs["generate"] = _generate_run(model, prompt, tokens)
+            if is_compiled:
+                runs["generate, static cache, compiled"] = _generate_run(
+                    model, prompt, tokens, cache_implementation="static"
+                )
+        for name, timing in time_interleaved(runs, rounds).items():
+            rule = rules.get(name.removeprefix("engine, "), TopK(top_k))
+            kept = _kept(model, rule, prompt, tokens)
+            cost = step_cost(engine.decoder, kept, PROMPT_TOKENS + tokens / 2)
+            rows.append(
+                {
+                    "batch": batch,
+                    "contender": name,
+                    "setting": str(rule) if name.startswith("engine, bh") else "",
+                    "tokens_per_second": batch / timing.median_sec,
+                    "step_ms": _milliseconds(timing),
+                    **cost._asdict(),
+                    "share_of_roof": cost.bytes / timing.median_sec / copied,
+                }
+            )
+    return rows
+
+
+def _kept(model: Any, rule: Rule, prompt: Tensor, tokens: int) -> Tensor:
+    trace = decode_greedily(model, prompt, rule, max_new_tokens=tokens).trace
+    steps_TLK: Tensor = trace.kept_index[prompt.numel() :]
+    kept_SLBK: Tensor = steps_TLK.unflatten(0, (-1, len(prompt))).transpose(1, 2)
+    return kept_SLBK
+
+
+def _engine_run(model: Any, prompt: Tensor, rule: Rule, tokens: int) -> Callable[[], float]:
+    """Prefill once: installing a rule discards what transformers has compiled."""
+    engine = engine_of(model)
+    bound = engine.bind(model, rule, None)
+    session = engine.session(bound, len(prompt), prompt.shape[1] + tokens)
+    with torch.inference_mode(), install(model, bound):
+        output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+
+    @torch.inference_mode()
+    def run() -> float:
+        position = session.start(output.past_key_values, output.logits[:, -1].argmax(-1))
+        return session.run(position, tokens - 1, ()).seconds / (tokens - 1)
+
+    return run
+
+
+def _generate_run(model: Any, prompt: Tensor, tokens: int, **options: Any) -> Callable[[], float]:
+    def run() -> float:
+        clock = TokenClock()
+        with experts_by(model, TRANSFORMERS_DEFAULT):
+            model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                min_new_tokens=tokens,
+                max_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=0,
+                streamer=clock,
+                **options,
+            )
+        return (clock.ticks[-1] - clock.ticks[1]) / (tokens - 1)
+
+    return run
+
+
+@torch.inference_mode()
+def bench_prefill(model: Any, *, tokens: int, rounds: int) -> list[Row]:
+    """Time one forward pass over random tokens."""
+    top_k = find_routers(model).model_top_k
+    token_1P = random_tokens(model, 1, tokens)
+
+    def forward() -> None:
+        model(input_ids=token_1P, use_cache=True, logits_to_keep=1)
+
+    def mean_of(rule: Rule) -> float:
+        with install(model, bind_quickest(model, rule)) as trace:
+            forward()
+        return float(trace.expert_counts.float().mean())
+
+    bh = rule_at_mean(mean_of, top_k / 2, top_k)
+    bh_mean = mean_of(bh)
+
+    def passes(implementation: str, rule: Rule | None = None) -> Callable[[], float]:
+        bound = bind_quickest(model, rule) if rule else None
+        watch = stopwatch(forward, model.device)
+        function = sparse_experts_forward if implementation == NAME else None
+
+        def run() -> float:
+            with (
+                experts_by(model, implementation, function),
+                install(model, bound) if bound else nullcontext(),
+            ):
+                return watch()
+
+        return run
+
+    runs = {
+        f"transformers, {TRANSFORMERS_DEFAULT}": passes(TRANSFORMERS_DEFAULT),
+        "top-k, bh_sparse": passes(NAME, TopK(top_k)),
+        "bh, bh_sparse": passes(NAME, bh),
+        f"bh, {TRANSFORMERS_DEFAULT}": passes(TRANSFORMERS_DEFAULT, bh),
+    }
+    rows = []
+    for name, timing in time_interleaved(runs, rounds).items():
+        rows.append(
+            {
+                "tokens": tokens,
+                "contender": name,
+                "mean_experts": bh_mean if name.startswith("bh") else float(top_k),
+                "pass_ms": _milliseconds(timing),
+                "tokens_per_second": tokens / timing.median_sec,
+            }
+        )
+    return rows
+
+
+def _milliseconds(timing: Timing) -> dict[str, float]:
+    times = {"median": timing.median_sec, "low": timing.low_sec, "high": timing.high_sec}
+    return {name: 1000 * seconds for name, seconds in times.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchSpec:
-    """What to measure, and on what."""
+    """The part to measure, and the model to measure it on."""
 
     part: Part
     model: str | None = None
@@ -44,7 +298,7 @@ class BenchSpec:
     """Also time transformers' compiled generation, whose start takes a minute or more."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Reject values out of range."""
         if self.part not in get_args(Part):
             raise InputError(f"part must be one of {', '.join(get_args(Part))}; got {self.part!r}")
         if not self.batches or min(self.batches) < 1:
@@ -64,8 +318,9 @@ def bench(spec: BenchSpec) -> dict[str, Any]:
         ModelError: the model can't be loaded, routed or decoded.
     """
     device = resolve_device(spec.device)
+    name = spec.model or (OLMOE_SHAPE if device.type == "cuda" else "demo")
     start = time.perf_counter()
-    model, tokenizer = _load(spec, device)
+    model, tokenizer = _load(name, device)
     loaded = time.perf_counter() - start
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     with torch_threads(choose_threads(device, num_parameters)):
@@ -79,7 +334,7 @@ def bench(spec: BenchSpec) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "threads": threads,
-        "model": spec.model or _default_model(device),
+        "model": name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "load_sec": loaded,
         "copied_bytes_per_second": copied,
@@ -88,12 +343,7 @@ def bench(spec: BenchSpec) -> dict[str, Any]:
     }
 
 
-def _default_model(device: torch.device) -> str:
-    return OLMOE_SHAPE if device.type == "cuda" else "demo"
-
-
-def _load(spec: BenchSpec, device: torch.device) -> LoadedModel:
-    name = spec.model or _default_model(device)
+def _load(name: str, device: torch.device) -> LoadedModel:
     if name == OLMOE_SHAPE:
         return make_olmoe_shape(device, resolve_dtype("auto", device))
     return load_model(name, device="cuda" if device.type == "cuda" else "cpu")
@@ -102,10 +352,6 @@ def _load(spec: BenchSpec, device: torch.device) -> LoadedModel:
 def _measure(spec: BenchSpec, model: Any, tokenizer: Any, copied: float) -> list[dict[str, Any]]:
     device = model.device.type
     match spec.part:
-        case "router":
-            return bench_router(model, rounds=spec.rounds)
-        case "experts":
-            return bench_experts(model, rounds=spec.rounds, copied=copied)
         case "decode":
             return bench_decode(
                 model,
@@ -125,9 +371,8 @@ def _bench_suite(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
     """Run the default configurations on the default prompts."""
     start = time.perf_counter()
     texts = [document.text for document in packaged_documents("calibration")]
-    calibration = calibrate(model, tokenizer, texts, nulls=("background",))
+    subject = Subject(model, tokenizer, calibrate(model, tokenizer, texts, nulls=("background",)))
     calibrate_sec = time.perf_counter() - start
-    subject = Subject(model, tokenizer, calibration)
     rules = make_rules(ROUTING_CONFIGS)
     prompts = [Prompt(**prompt) for prompt in TEST_PROMPTS]
     start = time.perf_counter()
