@@ -50,3 +50,13 @@ def test_other_bins_and_levels_are_refused() -> None:
         histogram_quantile([1, 2, 3], 0.5, 1.0)
     with pytest.raises(InputError, match="got 50"):
         histogram_quantile(_histogram(np.ones(3)), 50, 1.0)
+
+
+def test_a_largest_value_of_nan_gives_nan() -> None:
+    assert math.isnan(histogram_quantile(_histogram(np.array([0.1, 0.2])), 0.5, math.nan))
+
+
+def test_a_largest_value_of_infinity_bounds_nothing_below_it() -> None:
+    counts = _histogram(np.array([0.1, 0.2, math.inf]))
+    assert histogram_quantile(counts, 1.0, math.inf) == math.inf
+    assert histogram_quantile(counts, 0.3, math.inf) == pytest.approx(0.1, rel=RESOLUTION - 1)

@@ -81,3 +81,27 @@ def test_a_ratio_of_one_round_has_no_interval() -> None:
     assert ratio.n == 1
     assert ratio.mean == pytest.approx(2.0)
     assert math.isnan(ratio.low) and math.isnan(ratio.high)
+
+
+def test_texts_of_one_token_have_no_time_per_token_but_a_whole_time() -> None:
+    table = timings(2.0).assign(num_output_tokens=1, decode_time_sec=0.0)
+    found = speed_ups(table, ["topk_8", "fast"], "topk_8")["fast"]
+    assert math.isnan(found.decode_ms)
+    assert math.isnan(found.tokens_per_second)
+    assert found.decode.n == 0
+    assert found.whole.mean == pytest.approx(found.prefill.mean) == pytest.approx(2.0)
+
+
+def test_a_text_that_ends_at_once_is_not_taken_for_one_that_decodes_in_no_time() -> None:
+    table = timings(1.0)
+    ended = (table["config_name"] == "fast") & (table["round"] == 3)
+    table.loc[ended, ["num_output_tokens", "decode_time_sec"]] = [1, 0.0]
+    found = speed_ups(table, ["topk_8", "fast"], "topk_8")["fast"]
+    assert found.whole.n == found.decode.n == ROUNDS - 1
+    assert found.whole.mean == pytest.approx(1.0)
+
+
+def test_a_clock_too_coarse_for_a_token_gives_no_speed() -> None:
+    found = speed_ups(timings(1.0).assign(decode_time_sec=0.0), ["fast"], "topk_8")["fast"]
+    assert found.decode_ms == 0.0
+    assert math.isnan(found.tokens_per_second)

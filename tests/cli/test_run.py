@@ -16,7 +16,7 @@ import pytest
 
 from bh_routing.cli.main import main, process_arguments
 from bh_routing.cli.surroundings import Surroundings
-from bh_routing.records import JOURNAL, LOG, RESULTS_CSV, SUMMARY_JSON
+from bh_routing.records import JOURNAL, LOG, REPORT_HTML, REPORT_MD, RESULTS_CSV, SUMMARY_JSON
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "run_bh_experiments.py"
@@ -92,6 +92,15 @@ def test_a_file_and_subsets_choose_the_grid(tmp_path: Path) -> None:
         ("mine", "Hello"),
     ]
     assert records[3]["max_experts"] == 2.0
+
+
+@pytest.mark.usefixtures("loaded_demo")
+def test_one_token_per_prompt_is_enough_for_a_report(tmp_path: Path) -> None:
+    surroundings = Surroundings(configs=CONFIGS, prompts=PROMPTS)
+    flags = [*TINY, "--max-tokens", "1", "--output", str(tmp_path / "r")]
+    assert main(["run", *flags], surroundings) == 0
+    assert "speed-up, prompt" in (tmp_path / "r" / REPORT_HTML).read_text(encoding="utf-8")
+    assert "speed-up, prompt" in (tmp_path / "r" / REPORT_MD).read_text(encoding="utf-8")
 
 
 @pytest.mark.usefixtures("loaded_demo")

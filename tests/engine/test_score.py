@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from bh_routing.engine.score import compare_predictions, predict, score
+from bh_routing.engine.tally import DocumentTally
 from bh_routing.engine.texts import Document
 from bh_routing.engine.windows import prefix_token, tokenize_documents
 from bh_routing.models import LoadedModel, find_routers
@@ -163,3 +165,32 @@ def test_kl_is_never_below_rounding_and_matches_torch_in_float64() -> None:
     expected = (p.exp() * (p - q)).sum(-1)
     assert scores.kl_T.min() >= -1e-6
     torch.testing.assert_close(scores.kl_T.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_masked_tokens_add_nothing_to_the_divergence() -> None:
+    generator = torch.Generator().manual_seed(0)
+    top_k, rule = torch.randn(2, 20, 300, generator=generator).unbind(0)
+    targets = torch.randint(200, (20,), generator=generator)
+    whole = compare_predictions(predict(top_k[:, :200], targets), rule[:, :200])
+    top_k[:, 200:] = rule[:, 200:] = -torch.inf
+    masked = compare_predictions(predict(top_k, targets), rule)
+    torch.testing.assert_close(masked.kl_T, whole.kl_T)
+
+
+def test_a_token_that_only_the_rule_rules_out_diverges_without_bound() -> None:
+    top_k, rule = torch.zeros(2, 1, 4).unbind(0)
+    rule[0, 3] = -torch.inf
+    scores = compare_predictions(predict(top_k, torch.tensor([0])), rule)
+    assert scores.kl_T.tolist() == [torch.inf]
+
+
+def test_nan_reaches_the_largest_divergence() -> None:
+    tally = DocumentTally(num_layers=1, num_experts=2)
+    kept = torch.zeros(3, 1, 1, dtype=torch.long)
+    zeros = np.zeros(3, dtype=np.float32)
+    for kl in ([0.1, np.nan, 0.2], [0.3, 0.1, 0.2]):
+        tally.add(
+            zeros, zeros, np.array(kl, dtype=np.float32), zeros == 0, zeros,
+            first_position=0, kept_index_TLK=kept, top_k_index_TLK=kept,
+        )  # fmt: skip
+    assert np.isnan(tally.record("a", "d", "d", "x").kl_max)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
+from bh_routing.analysis.quality_records import read_quality
 from bh_routing.engine.texts import Document
-from bh_routing.errors import InputError, ResultsError
+from bh_routing.errors import ExperimentError, InputError, ResultsError
 from bh_routing.experiments.quality import (
     QualityLedger,
     QualityText,
@@ -134,3 +139,38 @@ def test_static_references_stand_on_both_sides_of_every_mean(
         f"topk_{low}": TopK(k=low),
         f"topk_{low + 1}": TopK(k=low + 1),
     }
+
+
+@contextmanager
+def logits_filled(demo: LoadedModel, token: int, value: float) -> Iterator[None]:
+    """The demo model with one token's logit fixed, as where a vocabulary is padded or broken."""
+    index = torch.tensor([token])
+    handle = demo.model.lm_head.register_forward_hook(
+        lambda _, __, logits: logits.index_fill(-1, index, value)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_a_masked_token_is_scored_and_read_back(
+    demo: LoadedModel, text: QualityText, tmp_path: Path
+) -> None:
+    plain = score_into(tmp_path / "plain", demo, text, RULES)
+    with logits_filled(demo, demo.model.config.vocab_size - 1, -math.inf):
+        masked = score_into(tmp_path / "masked", demo, text, RULES)
+    for ours, theirs in zip(masked, plain, strict=True):
+        assert ours.kl_sum == pytest.approx(theirs.kl_sum, rel=1e-3)
+    assert read_quality(tmp_path / "masked" / QUALITY_JOURNAL) == tuple(masked)
+    QualityLedger(tmp_path / "masked", text, run_seed="run")
+
+
+@pytest.mark.parametrize(("value", "match"), [(-math.inf, "probability 0"), (math.nan, "NaN")])
+def test_an_infinite_or_undefined_loss_is_an_error_and_never_written(
+    demo: LoadedModel, text: QualityText, tmp_path: Path, value: float, match: str
+) -> None:
+    target = text.documents[0].ids[5]
+    with logits_filled(demo, target, value), pytest.raises(ExperimentError, match=match):
+        score_into(tmp_path, demo, text, RULES)
+    assert read_quality(tmp_path / QUALITY_JOURNAL) == ()

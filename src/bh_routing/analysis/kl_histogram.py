@@ -27,7 +27,8 @@ def histogram_quantile(counts: ArrayLike, level: float, maximum: float) -> float
         level: of the quantile, in [0, 1].
         maximum: the largest value seen, which is kept exactly; it bounds the answer.
     Returns:
-        The quantile in nats; between 0 and the first edge linearly; NaN without tokens.
+        The quantile in nats; between 0 and the first edge linearly; NaN without tokens, or if the
+        largest value is NaN.
     Raises:
         InputError: the number of bins doesn't fit the edges, or the level isn't in [0, 1].
     Example:
@@ -45,7 +46,7 @@ def histogram_quantile(counts: ArrayLike, level: float, maximum: float) -> float
             "score again"
         )
     total = float(counts_B.sum())
-    if total == 0:
+    if total == 0 or math.isnan(maximum):
         return math.nan
     reached_B = np.cumsum(counts_B)
     rank = level * total

@@ -41,13 +41,18 @@ class SpeedUp:
     prefill_ms: float
     """Median over rounds of the time until the first token."""
     decode_ms: float
-    """Median over rounds of the time of a token after the first."""
+    """Median over rounds of the time of a token after the first; NaN if none was generated."""
     prefill: Ratio
     decode: Ratio
     whole: Ratio
     """Of reading the prompt and writing as many tokens as the round's longest text."""
     rounds: tuple[float, ...]
     """The same of each round: the configuration's time over the baseline's."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens after the first per second; NaN where that took no time."""
+        return 1000 / self.decode_ms if self.decode_ms else math.nan
 
     @property
     def change(self) -> MeanInterval:
@@ -86,15 +91,18 @@ def speed_ups(timings: pd.DataFrame, names: list[str], baseline: str | None) -> 
     Returns:
         The baseline too, with ratios of 1; nothing without timings of the baseline.
     """
-    timed = timings.assign(
-        token_sec=timings["decode_time_sec"] / (timings["num_output_tokens"] - 1).clip(lower=1)
-    )
+    steps = timings["num_output_tokens"] - 1
+    # A text of one token says nothing of the time per token after the first.
+    timed = timings.assign(token_sec=timings["decode_time_sec"] / steps.where(steps > 0))
     if baseline is None or baseline not in set(timed["config_name"]):
         return {}
     longest = timed.groupby("round")["num_output_tokens"].transform("max")
-    timed["whole_sec"] = timed["prefill_time_sec"] + timed["token_sec"] * (longest - 1)
+    decode_sec = (timed["token_sec"] * (longest - 1)).where(longest > 1, 0.0)
+    timed["whole_sec"] = timed["prefill_time_sec"] + decode_sec
     parts = {
-        part: timed.pivot_table(index="round", columns="config_name", values=column)
+        part: timed.pivot_table(
+            index="round", columns="config_name", values=column, dropna=False
+        )
         for part, column in (
             ("prefill", "prefill_time_sec"), ("decode", "token_sec"), ("whole", "whole_sec"),
         )

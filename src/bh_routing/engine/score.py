@@ -156,11 +156,13 @@ def compare_predictions(top_k: Prediction, rule_logits_TV: Tensor) -> TokenScore
     """
     rule_TV = rule_logits_TV.float().log_softmax(-1)
     correct_T = rule_TV.gather(1, top_k.targets_T[:, None]).squeeze(1)
+    # Differences first: summing each side alone would cancel to rounding noise. A token without
+    # probability adds nothing, also where both logits are -inf.
+    log_ratio_TV = (top_k.log_probs_TV - rule_TV).masked_fill_(top_k.probs_TV == 0, 0.0)
     return TokenScores(
         nll_T=-correct_T,
         top_k_nll_T=-top_k.correct_T,
-        # Differences first: summing each side alone would cancel to rounding noise.
-        kl_T=torch.linalg.vecdot(top_k.probs_TV, top_k.log_probs_TV - rule_TV),
+        kl_T=torch.linalg.vecdot(top_k.probs_TV, log_ratio_TV),
         same_top1_T=top_k.top1_T == rule_logits_TV.argmax(-1),
         delta_p_T=correct_T.exp() - top_k.correct_T.exp(),
     )

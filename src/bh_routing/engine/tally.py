@@ -47,7 +47,8 @@ class DocumentTally:
     ) -> None:
         """Add the scored tokens of one window, the first of which stands at `first_position`."""
         kl_T = np.maximum(kl_T.astype(np.float64), 0.0)
-        delta_nll_T = nll_T.astype(np.float64) - top_k_nll_T
+        with np.errstate(invalid="ignore"):  # infinite under both: NaN, which the caller finds
+            delta_nll_T = nll_T.astype(np.float64) - top_k_nll_T
         early = max(0, min(EARLY_POSITIONS - first_position, len(nll_T)))
         for name, values in {
             "nll": nll_T,
@@ -61,7 +62,7 @@ class DocumentTally:
         self._tokens += len(nll_T)
         self._early_tokens += early
         self._same_top1 += int(same_top1_T.sum())
-        self._kl_max = max(self._kl_max, float(kl_T.max(initial=0.0)))
+        self._kl_max = float(kl_T.max(initial=self._kl_max))  # of numpy: NaN stays NaN
         bins = np.searchsorted(KL_BIN_EDGES, kl_T, side="right")
         self._kl_histogram += np.bincount(bins, minlength=len(self._kl_histogram))
         self._add_experts(kept_index_TLK, top_k_index_TLK)

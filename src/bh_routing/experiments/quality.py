@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
@@ -215,7 +216,8 @@ def score_missing(
     Returns:
         One record a rule and document, rules outer, both in their order.
     Raises:
-        ExperimentError: the model gave NaN; the text says from which layer on.
+        ExperimentError: the model gave NaN, and the message says from which layer on; or it gave
+            a token of the text no probability at all.
     """
     executor = executor or SerialExecutor(Subject(model, tokenizer, calibration))
     keys = {
@@ -234,8 +236,8 @@ def score_missing(
             part = {name: rules[name] for name in names}
             settings = ScoreSettings(text.window, text.stride, text.batch_size)
             for record in executor.score(group, part, settings):
-                if not math.isfinite(record.nll_sum + record.top_k_nll_sum):
-                    raise ExperimentError(_where_nan(model, text, rules, calibration, record))
+                if not _is_finite(record):
+                    raise ExperimentError(_why_not_finite(model, text, rules, calibration, record))
                 ledger.add(keys[record.config_name, record.document], record)
                 bar.update(record.tokens)
     for key in keys.values():
@@ -244,13 +246,24 @@ def score_missing(
     return [record for record in found if record is not None]
 
 
-def _where_nan(
+def _is_finite(record: QualityRecord) -> bool:
+    """Say whether every number of a record is one that its readers take."""
+    numbers = [v for v in asdict(record).values() if isinstance(v, float)]
+    return bool(np.isfinite([*numbers, *record.jaccard_sum]).all())
+
+
+def _why_not_finite(
     model: Any,
     text: QualityText,
     rules: Mapping[str, Rule],
     calibration: Calibration | None,
     record: QualityRecord,
 ) -> str:
+    if math.isinf(record.nll_sum) or math.isinf(record.top_k_nll_sum):
+        return (
+            f"{record.config_name} on {record.document}: a token of the text has probability 0, so "
+            "the loss is infinite; leave that text out, or use a model that masks no token of it"
+        )
     (document,) = (d for d in text.documents if d.name == record.document)
     ids = document.ids[: text.window]
     where = find_nan(model, rules[record.config_name], calibration, ids)

@@ -115,7 +115,7 @@ def _side_by_side(facts: Facts) -> tuple[str, str]:
         shown = [_ratio(ratio) for ratio in ratios] if name != facts.baseline else [MISSING] * 3
         rows.append(
             [code(name), number(found.prefill_ms, 1), number(found.decode_ms, 2),
-             number(1000 / found.decode_ms, 1), *shown]
+             number(found.tokens_per_second, 1), *shown]
         )  # fmt: skip
     rounds = max(found.whole.n for found in facts.table.speed_ups.values())
     header = ["configuration", "prompt, ms", "token, ms", "tokens per second",
