@@ -1,0 +1,209 @@
+"""Measure the source: size, record types, imports, prose, and the modules a run's spec visits.
+
+    python tools/measure_house.py
+
+`tests/test_house.py` compares the figures with their bounds.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from collections import deque
+from pathlib import Path
+from typing import Final, NamedTuple
+
+SOURCE: Final = Path(__file__).parents[1] / "src"
+PACKAGE: Final = "bh_routing"
+RECORD_DECORATORS: Final = {"dataclass"}
+RECORD_BASES: Final = {"NamedTuple", "TypedDict", "BaseModel", "Enum", "StrEnum"}
+
+
+class House(NamedTuple):
+    """Figures of a source tree."""
+
+    lines: int
+    """Of all Python files, blank lines and docstrings included."""
+    files: int
+    record_types: int
+    """Dataclasses, named tuples, typed dictionaries, pydantic models and enumerations."""
+    import_percent: float
+    """Lines of import statements, of all lines."""
+    prose_words: int
+    """Of docstrings and comments."""
+    what_per_thousand: float
+    beside_per_thousand: float
+    """Occurrences per 1,000 words of prose: both were marks of translated English."""
+    spec_modules: int
+    """Modules that a run's spec, or a value taken from it, is passed into."""
+
+
+def measure(source: Path = SOURCE) -> House:
+    """Read every Python file below a folder and count."""
+    texts = {
+        ".".join(path.relative_to(source).with_suffix("").parts).removesuffix(".__init__"): (
+            path.read_text(encoding="utf-8")
+        )
+        for path in sorted(source.rglob("*.py"))
+    }
+    trees = {name: ast.parse(text) for name, text in texts.items()}
+    lines = sum(text.count("\n") for text in texts.values())
+    nodes = [node for tree in trees.values() for node in ast.walk(tree)]
+    imports = sum(
+        node.end_lineno - node.lineno + 1
+        for node in nodes
+        if isinstance(node, ast.Import | ast.ImportFrom) and node.end_lineno
+    )
+    words = re.findall(r"[A-Za-z']+", "\n".join(map(prose, texts.values(), trees.values())).lower())
+    return House(
+        lines=lines,
+        files=len(texts),
+        record_types=sum(isinstance(node, ast.ClassDef) and is_record(node) for node in nodes),
+        import_percent=100 * imports / lines,
+        prose_words=len(words),
+        what_per_thousand=1000 * words.count("what") / len(words),
+        beside_per_thousand=1000 * words.count("beside") / len(words),
+        spec_modules=len(modules_visited(trees, f"{PACKAGE}.experiments.run", "run", "spec")),
+    )
+
+
+def prose(text: str, tree: ast.Module) -> str:
+    """Return the docstrings, those below attributes too, and the comments of a module."""
+    strings = [
+        node.value.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    ]
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
+    return "\n".join(strings + comments)
+
+
+def is_record(node: ast.ClassDef) -> bool:
+    """Say whether a class is a record: it holds values rather than behaviour."""
+    decorators = {ast.unparse(each).split("(")[0].split(".")[-1] for each in node.decorator_list}
+    bases = {ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases}
+    return bool(decorators & RECORD_DECORATORS or bases & RECORD_BASES)
+
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Place = tuple[str, str]
+"""A module and a function of it; a method is `Class.method`."""
+
+
+def modules_visited(
+    trees: dict[str, ast.Module], module: str, function: str, parameter: str
+) -> set[str]:
+    """Follow a parameter, and the values made from it, through calls of our own functions.
+
+    A call is followed where its name is defined in, or imported from, our own modules, a class into
+    `__init__`, and a method where one class of ours alone has a method of that name.
+    """
+    functions: dict[Place, Function] = {}
+    methods: dict[str, list[Place]] = {}
+    for home, tree in trees.items():
+        for node in tree.body:
+            if isinstance(node, Function):
+                functions[home, node.name] = node
+            for method in node.body if isinstance(node, ast.ClassDef) else ():
+                if isinstance(method, Function) and isinstance(node, ast.ClassDef):
+                    place = (home, f"{node.name}.{method.name}")
+                    functions[place] = method
+                    methods.setdefault(method.name, []).append(place)
+    imported = {name: _imported(tree) for name, tree in trees.items()}
+    seen: set[tuple[Place, str]] = set()
+    queue = deque([((module, function), parameter)])
+    while queue:
+        visit = queue.popleft()
+        if visit in seen:
+            continue
+        seen.add(visit)
+        (home, _), tainted = visit
+        for call, argument in _passed(functions[visit[0]], tainted):
+            if call.startswith("."):
+                places = methods.get(call[1:], [])
+                target = places[0] if len(places) == 1 else ("", "")
+            else:
+                target = imported[home].get(call, (home, call))
+                if target not in functions:
+                    target = (target[0], f"{target[1]}.__init__")
+            parameters = _parameters(functions[target]) if target in functions else []
+            if isinstance(argument, str) and argument in parameters:
+                queue.append((target, argument))
+            elif isinstance(argument, int) and argument < len(parameters):
+                queue.append((target, parameters[argument]))
+    return {home for (home, _), _ in seen}
+
+
+def _imported(tree: ast.Module) -> dict[str, Place]:
+    return {
+        alias.asname or alias.name: (node.module, alias.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+    }
+
+
+def _parameters(node: Function) -> list[str]:
+    arguments = node.args
+    # Keyword-only ones come last, so that positions stay those of a call.
+    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    return [each.arg for each in named]
+
+
+def _passed(node: Function, parameter: str) -> set[tuple[str, int | str]]:
+    """Return the calls, with the position or keyword, that a value made from a parameter enters.
+
+    A method's name begins with a dot, and its object is argument 0; so is a class's new object.
+    """
+    made = {parameter}
+
+    def is_made(part: ast.AST | None) -> bool:
+        return part is not None and any(
+            isinstance(n, ast.Name) and n.id in made for n in ast.walk(part)
+        )
+
+    size = 0
+    while size != len(made):
+        size = len(made)
+        for part in ast.walk(node):
+            match part:
+                case ast.Assign(targets=targets, value=value) if is_made(value):
+                    found: list[ast.AST] = list(targets)
+                case (
+                    ast.AnnAssign(target=target, value=value)
+                    | ast.For(target=target, iter=value)
+                    | ast.comprehension(target=target, iter=value)
+                    | ast.NamedExpr(target=target, value=value)
+                ) if is_made(value):
+                    found = [target]
+                case ast.withitem(context_expr=value, optional_vars=target) if is_made(value):
+                    found = [target] if target else []
+                case _:
+                    continue
+            made |= {n.id for each in found for n in ast.walk(each) if isinstance(n, ast.Name)}
+    calls: set[tuple[str, int | str]] = set()
+    for part in ast.walk(node):
+        if not isinstance(part, ast.Call):
+            continue
+        if isinstance(part.func, ast.Name):
+            # Of a function the first argument is number 0; of a class, 1 after its object.
+            name, shift = part.func.id, int(part.func.id[:1].isupper())
+        elif isinstance(part.func, ast.Attribute):
+            name, shift = f".{part.func.attr}", 1
+            if is_made(part.func.value):
+                calls.add((name, 0))
+        else:
+            continue
+        calls |= {(name, i + shift) for i, each in enumerate(part.args) if is_made(each)}
+        calls |= {(name, each.arg) for each in part.keywords if each.arg and is_made(each.value)}
+    return calls
+
+
+if __name__ == "__main__":
+    for name, value in measure()._asdict().items():
+        print(f"{name:20} {value:,.2f}" if isinstance(value, float) else f"{name:20} {value:,}")
