@@ -152,6 +152,17 @@ def pruning_equals_the_familys_own_smaller_top_k(subject: Subject) -> None:
     torch.testing.assert_close(pruned, prefill(own), rtol=1e-5, atol=1e-5)
 
 
+def preserving_the_mass_is_the_convention_of_a_family_that_normalises(subject: Subject) -> None:
+    """Where the weights' sum is a constant, shared experts or gains included, so it stays."""
+    if not find_routers(subject.model).sites[0].facts.normalises:
+        return
+    logits = []
+    for weights in ("model", "preserve_mass"):
+        with route(subject.model, TopK(max(subject.top_k - 2, 1), weights=weights)):
+            logits.append(prefill(subject.model))
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+
+
 def counts_vary_by_token(subject: Subject) -> None:
     """Benjamini-Hochberg and top-p keep more experts of some tokens than of others."""
     for rule in _varying_rules(subject):
@@ -292,6 +303,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     keeping_everything_changes_nothing,
     a_second_route_is_refused,
     pruning_equals_the_familys_own_smaller_top_k,
+    preserving_the_mass_is_the_convention_of_a_family_that_normalises,
     counts_vary_by_token,
     dropped_experts_are_never_read,
     widening_adds_to_the_models_own,

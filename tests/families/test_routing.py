@@ -7,10 +7,11 @@ import torch
 import transformers
 from packaging.version import Version
 
+from bh_routing.models import find_routers
 from tests.families import checks
-from tests.families.checks import IMPLEMENTATIONS, Check
+from tests.families.checks import IMPLEMENTATIONS, Check, Subject
 from tests.families.misses import MISSES, MOST_MISSES, REFUSED, hold, miss_of
-from tests.families.zoo import family_names, left_out
+from tests.families.zoo import NUM_EXPERTS, family_names, left_out, tiny_model
 
 every_family = pytest.mark.parametrize("family", family_names())
 newest_only = pytest.mark.skipif(
@@ -49,6 +50,20 @@ def test_a_second_route_is_refused(family: str) -> None:
 @every_family
 def test_pruning_equals_the_familys_own_smaller_top_k(family: str) -> None:
     hold(checks.pruning_equals_the_familys_own_smaller_top_k, family)
+
+
+@every_family
+def test_preserving_the_mass_is_the_convention_of_a_family_that_normalises(family: str) -> None:
+    hold(checks.preserving_the_mass_is_the_convention_of_a_family_that_normalises, family)
+
+
+def test_gains_of_experts_are_no_part_of_the_mass_that_is_preserved() -> None:
+    model = tiny_model("gemma4")
+    for site in find_routers(model).sites:
+        site.module.per_expert_scale.copy_(torch.linspace(0.3, 3.0, NUM_EXPERTS))
+    checks.preserving_the_mass_is_the_convention_of_a_family_that_normalises(
+        Subject(model=model, with_top_k=lambda _: model)
+    )
 
 
 @every_family

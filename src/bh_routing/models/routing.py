@@ -183,7 +183,9 @@ def _make_callback(
 ) -> Callable[[Proposal], Decision]:
     rule, facts = bound.rule, site.facts
     # Where the sum that is normalised isn't the slots' own, the factor is taken below.
-    has_own_sum = facts.has_gains or facts.shares_with > 0
+    has_own_sum = facts.normalises and (facts.has_gains or facts.shares_with > 0)
+    # What such a family normalises is the mass: to preserve it is the family's own convention.
+    keeps_sum = has_own_sum and rule.weights != "renormalize"
 
     @torch.no_grad()
     def decide(proposal: Proposal) -> Decision:
@@ -196,7 +198,7 @@ def _make_callback(
         weights_TK = kept_weights(
             proposed_TK,
             keep_TK,
-            convention=rule.weights,
+            convention="model" if keeps_sum else rule.weights,
             normalises=facts.normalises and not has_own_sum,
             temperature=rule.temperature,
             router_logits_TE=scores_TE,
@@ -204,7 +206,7 @@ def _make_callback(
             model_top_k=facts.top_k,
             temperature_weights=rule.temperature_weights,
         )
-        if has_own_sum and facts.normalises and rule.weights == "model":
+        if keeps_sum:
             factor_T1 = _sum_ratio(masses_TK, keep_TK, shared_TS)
             weights_TK = (weights_TK.float() * factor_T1).to(proposed_TK.dtype)
             if shared_TS is not None:

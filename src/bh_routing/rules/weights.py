@@ -43,7 +43,8 @@ def kept_weights(
     - "model": a family that renormalises does so over the kept slots, w * sum(all) / sum(kept),
       which keeps any scale it uses; one that doesn't keeps its raw weights.
     - "renormalize": the kept weights sum to 1.
-    - "preserve_mass": the kept weights sum to what the model's own top-k sums to.
+    - "preserve_mass": the kept weights sum to what the model's own top-k sums to; the same as
+      "model" in a family that renormalises.
 
     At another temperature T the kept slots share the sum they have at T = 1 in proportion to
     exp(logit / T). "raw" is the ablation without that rescaling: the weights that a softmax
