@@ -60,7 +60,7 @@ def test_preserving_the_mass_is_the_convention_of_a_family_that_normalises(famil
 def test_gains_of_experts_are_no_part_of_the_mass_that_is_preserved() -> None:
     model = tiny_model("gemma4")
     for site in find_routers(model).sites:
-        site.module.per_expert_scale.copy_(torch.linspace(0.3, 3.0, NUM_EXPERTS))
+        site.module.get_parameter("per_expert_scale").copy_(torch.linspace(0.3, 3.0, NUM_EXPERTS))
     checks.preserving_the_mass_is_the_convention_of_a_family_that_normalises(
         Subject(model=model, with_top_k=lambda _: model)
     )

@@ -15,8 +15,16 @@ from torch import Tensor
 from bh_routing.errors import CalibrationError
 from bh_routing.multitest import Procedure, count_rejected
 from bh_routing.multitest.step_up import ranks
-from bh_routing.nulls import NULLS, Null, ReferenceTable, RouterPass, count_at_cut_offs, cut_offs
+from bh_routing.nulls import (
+    NULLS,
+    Null,
+    ReferenceTable,
+    RouterPass,
+    count_at_cut_offs,
+    cut_offs,
+)
 from bh_routing.nulls.cut_offs import count_at_storey_cut_offs, storey_cut_offs
+from tests.rules.proposals import OneDevice
 
 EVERY_NULL = pytest.mark.parametrize("null", NULLS.values(), ids=NULLS.keys())
 TABLED = [null for null in NULLS.values() if null.needs_table]
@@ -163,6 +171,13 @@ def test_scores_exactly_on_a_cut_off_count(null: Null) -> None:
 def test_scoring_makes_no_host_sync(null: Null) -> None:
     # A meta tensor has no values: whatever would read one raises.
     assert null.descending_scores(torch.empty(4, 64, device="meta")).shape == (4, 64)
+
+
+@EVERY_NULL
+def test_a_table_follows_the_device_of_the_scores(null: Null) -> None:
+    table = table_for(null, 64)
+    with OneDevice():
+        assert null.p_from_score(null.score(torch.empty(4, 64, device="meta")), table).is_meta
 
 
 @EVERY_NULL

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bh_routing.nulls import ReferenceTable, RouterPass, get_null
 from bh_routing.nulls.contributions import NEEDED, Contributions, Definition, Statistic
@@ -98,6 +101,27 @@ def made_up_contributions(num_experts: int, model_top_k: int) -> Contributions:
             for definition in definitions
         },
     )
+
+
+class OneDevice(TorchDispatchMode):
+    """Every operation takes tensors of one device, as CUDA demands; of `only`, if it is given."""
+
+    def __init__(self, only: str | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.only = only
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        leaves = tree_leaves((args, kwargs))
+        devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
+        allowed = devices if self.only is None else {self.only}
+        assert len(devices) <= 1 and devices <= allowed, f"{func} takes tensors of {devices}"
+        return func(*args, **(kwargs or {}))
 
 
 def changed(candidates: Candidates, change: Callable[[Tensor], Tensor]) -> Candidates:

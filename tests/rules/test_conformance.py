@@ -32,6 +32,7 @@ from bh_routing.rules import (
 from tests.rules.proposals import (
     MODEL_TOP_K,
     NUM_EXPERTS,
+    OneDevice,
     changed,
     context_for,
     kept_experts,
@@ -171,10 +172,14 @@ def test_selecting_leaves_its_input_as_it_was(rule: Rule) -> None:
 @EVERY_RULE
 def test_selecting_makes_no_host_sync(rule: Rule) -> None:
     # A meta tensor has no values: whatever would read one raises.
-    select = rule.bind(context_for(rule, device="meta"))
-    candidates = propose(LOGITS_TE, rule.num_candidates(MODEL_TOP_K))
-    keep_TK = select(changed(candidates, lambda tensor: tensor.to("meta")))
-    assert keep_TK.is_meta
+    context = context_for(rule, device="meta")
+    on_meta = changed(
+        propose(LOGITS_TE, rule.num_candidates(MODEL_TOP_K)), lambda tensor: tensor.to("meta")
+    )
+    select, p_values = rule.bind(context), rule.slot_p_values(context)
+    with OneDevice(only="meta"):  # a copy from the host would be a sync too
+        assert select(on_meta).is_meta
+        assert p_values is None or p_values(on_meta).is_meta
 
 
 @pytest.mark.gpu
@@ -191,6 +196,23 @@ def test_a_gpu_decides_like_the_cpu_and_never_syncs(rule: Rule) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(keep_TK.cpu(), expected_TK)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@EVERY_RULE
+def test_a_reference_on_either_device_serves_a_layer_on_either(rule: Rule) -> None:
+    candidates = propose(LOGITS_TE, rule.num_candidates(MODEL_TOP_K))
+    context = context_for(rule)
+    expected_TK = rule.bind(context)(candidates)
+    for device, other in (("cuda", "cpu"), ("cpu", "cuda")):
+        known = {
+            name: value and value.to(torch.device(other))
+            for name, value in (("table", context.table), ("contributions", context.contributions))
+        }
+        moved = dataclasses.replace(context, device=torch.device(device), **known)  # type: ignore[arg-type]
+        there = changed(candidates, lambda tensor, at=device: tensor.to(at))  # type: ignore[misc]
+        assert torch.equal(rule.bind(moved)(there).cpu(), expected_TK)
 
 
 @EVERY_RULE

@@ -12,13 +12,12 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from bh_routing.multitest import on_or_below_line
 from bh_routing.nulls.catalog import get_null
-from bh_routing.nulls.cut_offs import cut_offs, smallest_scores
+from bh_routing.nulls.cut_offs import cut_offs
 from bh_routing.rules.base import LayerContext, Rule
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
-from bh_routing.rules.benjamini_hochberg_drop import BenjaminiHochbergDrop, lower_tail
-from bh_routing.rules.contribution import layer_scale, require_contributions
+from bh_routing.rules.benjamini_hochberg_drop import BenjaminiHochbergDrop
+from bh_routing.rules.contribution import layer_scale
 from bh_routing.rules.contribution_threshold import ContributionThreshold
 from bh_routing.rules.min_p import MinP
 from bh_routing.rules.per_layer_top_k import PerLayerTopK
@@ -112,17 +111,11 @@ def _benjamini_hochberg_drop(
         return None
     if rule.scope == "population":
         return _threshold_plan(rule, context, rule.cut_off(context))
-    needed = require_contributions(rule.method, context).needed(rule.statistic, rule.needed)
-    lines_K = smallest_scores(
-        lambda negated: lower_tail(-negated, needed),
-        context.model_top_k,
-        lambda p_K: on_or_below_line(p_K, rule.alpha),
-    )
     return RouterPlan(
         decision="drop",
         num_slots=context.model_top_k,
         min_k=rule.min_k,
-        lines=lines_K.to(context.device),
+        lines=rule.cut_offs(context),
         scale_E=layer_scale(rule.method, rule.statistic, context),
     )
 

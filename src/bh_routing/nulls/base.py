@@ -77,7 +77,8 @@ class ReferenceTable:
             CalibrationError: there is one distribution an expert, and the scores' last axis isn't
                 as many experts.
         """
-        reference = self.sorted_scores_N
+        # Nothing is copied where a rule has moved its table when it was bound.
+        reference = self.sorted_scores_N.to(scores.device)
         if reference.ndim == 1:
             below = torch.searchsorted(reference, scores.contiguous(), side="left")
         else:

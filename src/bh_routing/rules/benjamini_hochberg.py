@@ -160,7 +160,7 @@ class BenjaminiHochberg(Rule):
     def slot_p_values(self, context: LayerContext) -> Callable[[Candidates], Tensor] | None:
         """The upper tail of the null at each candidate's score."""
         null, temperature = get_null(self.null), self.temperature
-        table = null.require_table(context.table) if null.needs_table else None
+        table = null.require_table(context.table).to(context.device) if null.needs_table else None
 
         def p_values(candidates: Candidates) -> Tensor:
             scores_TE = null.score(candidates.router_logits_TE, temperature)
@@ -171,7 +171,7 @@ class BenjaminiHochberg(Rule):
     def _select_by_p_values(self, context: LayerContext, kept_by_count: Tensor) -> Selector:
         """Reject by p-values themselves: no cut-off serves experts with tables of their own."""
         null = get_null(self.null)
-        table = null.require_table(context.table)
+        table = null.require_table(context.table).to(context.device)
         alpha, procedure, temperature = self.alpha, self.procedure, self.temperature
 
         def select(candidates: Candidates) -> Tensor:

@@ -112,6 +112,21 @@ class BenjaminiHochbergDrop(ContributionRule):
         needed = contributions.needed(self.statistic, self.needed).to(context.device)
         return lambda candidates: lower_tail(slot_scores(candidates, scale_E), needed)
 
+    def cut_offs(self, context: LayerContext) -> Tensor:
+        """Return what the negated score of each rank must reach for scope "token" to drop it.
+
+        Returns:
+            float32 tensor of shape (K,) on the layer's device, smallest score first.
+        """
+        contributions = require_contributions(self.method, context)
+        needed = contributions.needed(self.statistic, self.needed).to(torch.device("cpu"))
+        # A small score is a strong one here: with the sign turned the search is that of BH-select.
+        return smallest_scores(
+            lambda negated: lower_tail(-negated, needed),
+            context.model_top_k,
+            lambda p_K: on_or_below_line(p_K, self.alpha),
+        ).to(context.device)
+
     def cut_off(self, context: LayerContext) -> float:
         """Return the score up to which scope "population" drops; -inf if nothing is rejected."""
         contributions = require_contributions(self.method, context)
@@ -121,16 +136,9 @@ class BenjaminiHochbergDrop(ContributionRule):
         return float(all_N[is_below_N][-1]) if bool(is_below_N.any()) else _NOTHING
 
     def _bind_token(self, context: LayerContext) -> Selector:
-        contributions = require_contributions(self.method, context)
         scale_E = layer_scale(self.method, self.statistic, context)
-        needed = contributions.needed(self.statistic, self.needed)
-        alpha, min_k, num_slots = self.alpha, self.min_k, context.model_top_k
-        # A small score is a strong one here: with the sign turned the search is that of BH-select.
-        cut_offs_K = smallest_scores(
-            lambda negated: lower_tail(-negated, needed),
-            num_slots,
-            lambda p_K: on_or_below_line(p_K, alpha),
-        ).to(context.device)
+        min_k, num_slots = self.min_k, context.model_top_k
+        cut_offs_K = self.cut_offs(context)
         rank_K = ranks(num_slots, context.device)
 
         def select(candidates: Candidates) -> Tensor:
