@@ -75,7 +75,7 @@ def test_slots_are_compared_as_bh_drop_does(path: Path, read: CalibrationSamples
 def test_what_is_no_calibration_is_refused_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("text")
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign", metadata={"format": "pt"})
-    header = {"format": "bh_routing.calibration", "schema": "3"}
+    header = {"format": "bh_routing.calibration", "schema": "4"}
     facts = json.dumps({"num_layers": 1, "observed": ["pooled"]})
     save_file({"a": torch.zeros(1)}, tmp_path / "lacking", metadata=header | {"facts": facts})
     for name, message in (

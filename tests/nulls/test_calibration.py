@@ -36,6 +36,7 @@ def make(size: int = 2_000, **changes: Any) -> Calibration:
         "observed": {
             "pooled": tuple(torch.randn(5, 8, generator=generator) for _ in range(2)),
         },
+        "passages": torch.tensor([-(2**62), 3, 2**62]),
         "model_fingerprint": "a" * 64,
         "num_layers": 2,
         "num_experts": 8,
@@ -79,15 +80,16 @@ def test_a_saved_calibration_comes_back_bit_for_bit(tmp_path: Path) -> None:
     ours, theirs = saved.table("pooled", 1), loaded.table("pooled", 1)
     assert torch.equal(ours.sorted_scores_N, theirs.sorted_scores_N)
     assert torch.equal(saved.observed["pooled"][1], loaded.observed["pooled"][1])
+    assert torch.equal(saved.passages, loaded.passages)
     for field in dataclasses.fields(Calibration):
-        if field.name not in ("tables", "observed"):
+        if field.name not in ("tables", "observed", "passages"):
             assert getattr(loaded, field.name) == getattr(saved, field.name)
 
 
 def test_a_file_of_schema_2_is_still_read(tmp_path: Path) -> None:
     def make_older(tensors: Tensors, header: Header) -> None:
         facts = json.loads(header["facts"])
-        del facts["observed"]
+        del facts["observed"], tensors["passages"]
         header["facts"], header["schema"] = json.dumps(facts), "2"
         # Written by the version before, for this very calibration.
         header["fingerprint"] = FINGERPRINT_OF_SCHEMA_2
@@ -110,6 +112,7 @@ def test_the_fingerprint_ignores_the_date_and_nothing_else() -> None:
         make(num_tokens=6_001),
         make(model_fingerprint="c" * 64),
         make(size=1_999),
+        make(passages=torch.tensor([3, 4])),
         make(tables={"background": base.tables["background"]}),
     ]
     prints = {other.fingerprint for other in others}
@@ -163,7 +166,7 @@ def _no_json(tensors: Tensors, header: Header) -> None:
 
 
 def _newer_schema(tensors: Tensors, header: Header) -> None:
-    header["schema"] = "4"
+    header["schema"] = "5"
 
 
 def _observed_of_other_experts(tensors: Tensors, header: Header) -> None:
@@ -176,6 +179,18 @@ def _observed_not_finite(tensors: Tensors, header: Header) -> None:
 
 def _edited_observed(tensors: Tensors, header: Header) -> None:
     tensors["observed.pooled.0"][0, 0] += 1
+
+
+def _passages_out_of_order(tensors: Tensors, header: Header) -> None:
+    tensors["passages"] = tensors["passages"].flip(0).contiguous()
+
+
+def _passages_as_floats(tensors: Tensors, header: Header) -> None:
+    tensors["passages"] = tensors["passages"].float()
+
+
+def _without_passages(tensors: Tensors, header: Header) -> None:
+    del tensors["passages"]
 
 
 def _foreign(tensors: Tensors, header: Header) -> None:
@@ -194,11 +209,14 @@ def _foreign(tensors: Tensors, header: Header) -> None:
         (_edited_fact, "was changed after it was written"),
         (_wrong_type, "unreadable facts .num_layers"),
         (_no_json, "unreadable facts"),
-        (_newer_schema, "has schema '4', this version reads 2 and 3;"),
+        (_newer_schema, "has schema '5', this version reads 2, 3, 4;"),
         (_foreign, "no calibration of bh-routing"),
         (_observed_of_other_experts, r"'observed.pooled.1' .* shape \(T, 8\), got torch.float32"),
         (_observed_not_finite, "'observed.pooled.0' .* must be finite"),
         (_edited_observed, "was changed after it was written"),
+        (_passages_out_of_order, "'passages' .* must be ascending int64"),
+        (_passages_as_floats, "'passages' .* must be ascending int64, got torch.float32"),
+        (_without_passages, "was changed after it was written"),
     ],
 )
 def test_a_changed_file_is_refused_in_one_sentence(

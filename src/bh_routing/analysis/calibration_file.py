@@ -21,7 +21,7 @@ from bh_routing.errors import CalibrationError
 Floats = NDArray[np.float64]
 
 _FORMAT: Final = "bh_routing.calibration"
-_SCHEMAS: Final = ("2", "3")
+_SCHEMAS: Final = ("2", "3", "4")
 _NORMAL: Final = "gaussian"
 _NEEDED: Final = {"norm": "needed", "loss": "needed_by_loss"}
 _REMEDY: Final = "run: bh-routing calibrate --model NAME"
@@ -61,14 +61,15 @@ def read_calibration_samples(path: str | Path) -> CalibrationSamples:
     """Read references and observed scores of every null in a calibration file.
 
     Args:
-        path: the safetensors file that `bh-routing calibrate` wrote, of schema 2 or 3.
+        path: the safetensors file that `bh-routing calibrate` wrote, of schema 2 to 4.
     Raises:
         CalibrationError: it isn't there, or isn't such a file.
     """
     try:
         with safe_open(path, framework="numpy") as file:
             header: dict[str, str] = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = set(file.keys()) - {"passages"}
+            tensors = {name: file.get_tensor(name) for name in sorted(names)}
     except (SafetensorError, OSError) as error:
         raise CalibrationError(f"{path} is no calibration ({error}); {_REMEDY}") from error
     if header.get("format") != _FORMAT or header.get("schema") not in _SCHEMAS:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bh_routing.engine.contributions import SlotObserver, join_windows, summarize
-from bh_routing.engine.texts import text_sha256
+from bh_routing.engine.texts import passage_hashes, text_sha256
 from bh_routing.engine.windows import spread_tokens
 from bh_routing.errors import CalibrationError, InputError
 from bh_routing.models.discovery import Routers, find_routers, model_fingerprint
@@ -91,11 +91,20 @@ def calibrate(
         model_top_k=routers.model_top_k,
         model_fingerprint=model_fingerprint(model),
         text_sha256=text_sha256(texts),
+        passages=torch.from_numpy(passage_hashes(_texts_read(tokenizer, documents, taken))),
         num_tokens=sum(taken),
         num_documents=len(documents),
         seed=seed,
         table_capacity=capacity,
     )
+
+
+def _texts_read(
+    tokenizer: Any, documents: Sequence[list[int]], taken: Sequence[int]
+) -> Iterator[str]:
+    """The start of each document that was read, as text."""
+    for ids, length in zip(documents, taken, strict=True):
+        yield tokenizer.decode(ids[:length], skip_special_tokens=True)
 
 
 def _windows(model: Any, documents: Sequence[list[int]], taken: Sequence[int]) -> list[Tensor]:

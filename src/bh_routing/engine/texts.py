@@ -5,15 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bh_routing.demo import CALIBRATION_TEXT, EVALUATION_TEXT, demo_folder
 from bh_routing.errors import InputError
 
 SEPARATOR = "<|endoftext|>"
 DATASET_PREFIX = "hf:"
+PASSAGE_WORDS: Final = 24
+"""Words in a row that two texts don't share by chance: the packaged texts share 12, never 16."""
+PASSAGE_STRIDE: Final = 9
+"""Of as many passages in a row one is kept at least, so any 32 words in a row are recognised."""
+# Scripts without spaces count each letter as a word: Thai and Lao, Burmese, Khmer, kana, Han.
+_UNSPACED: Final = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+_WORD: Final = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 
 
 class Document(NamedTuple):
@@ -61,6 +72,59 @@ def text_sha256(texts: Sequence[str]) -> str:
     for text in texts:
         digest.update(hashlib.sha256(text.encode()).digest())
     return digest.hexdigest()
+
+
+def passage_hashes(texts: Iterable[str]) -> NDArray[np.int64]:
+    """Hash enough passages of some texts to recognise any part of them that is 32 words long.
+
+    A passage is PASSAGE_WORDS words in a row, or a whole text of fewer words; case, punctuation
+    and white space don't count. Of each PASSAGE_STRIDE passages in a row the smallest hash stays.
+
+    Returns:
+        Distinct hashes, ascending: about one for every five words.
+    Source: winnowing, Schleimer, Wilkerson & Aiken (2003).
+    """
+    kept = [np.empty(0, dtype=np.int64)]
+    for text in texts:
+        hashes_P = _hash_passages(_WORD.findall(text.casefold()))
+        if hashes_P.size:
+            stride = min(PASSAGE_STRIDE, hashes_P.size)
+            kept.append(np.lib.stride_tricks.sliding_window_view(hashes_P, stride).min(axis=-1))
+    return np.unique(np.concatenate(kept))
+
+
+def find_shared_passages(
+    documents: Iterable[Document], known: NDArray[np.int64]
+) -> dict[str, list[str]]:
+    """Return the documents that share a passage with `passage_hashes` of other texts.
+
+    Returns:
+        Document's name -> the words of its first shared passage.
+    """
+    shared: dict[str, list[str]] = {}
+    for document in documents:
+        words = _WORD.findall(document.text.casefold())
+        (found,) = np.nonzero(np.isin(_hash_passages(words), known))
+        if found.size:
+            shared.setdefault(document.name, words[found[0] : found[0] + PASSAGE_WORDS])
+    return shared
+
+
+def _hash_passages(words: Sequence[str]) -> NDArray[np.int64]:
+    """One hash for each start of a passage; axis P."""
+    if not words:
+        return np.empty(0, dtype=np.int64)
+    by_word = {
+        word: int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+        for word in set(words)
+    }
+    words_W = np.array([by_word[word] for word in words], dtype=np.uint64)
+    length = min(PASSAGE_WORDS, len(words))
+    hashes_P = np.zeros(len(words) - length + 1, dtype=np.uint64)
+    for offset in range(length):  # a polynomial modulo 2^64, over all passages at once
+        hashes_P = hashes_P * np.uint64(0x9E3779B97F4A7C15)
+        hashes_P += words_W[offset : offset + hashes_P.size]
+    return hashes_P.view(np.int64)
 
 
 def _read_file(path: Path) -> list[Document]:

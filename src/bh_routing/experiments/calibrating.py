@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.texts import (
     Document,
+    find_shared_passages,
     packaged_documents,
+    passage_hashes,
     read_documents,
     text_sha256,
 )
-from bh_routing.errors import CalibrationError
+from bh_routing.errors import CalibrationError, InputError
 from bh_routing.experiments.defaults import CALIBRATION_TOKENS
 from bh_routing.experiments.spec import NamedRule, RunSpec
 from bh_routing.experiments.stored_run import StoredRun
@@ -27,6 +29,9 @@ from bh_routing.records import CALIBRATION
 
 USUAL_NULLS: Final = ("background", "pooled")
 """Fitted even if no rule asks for them, so that such a rule can be added to the folder later."""
+
+QUOTED_WORDS: Final = 10
+"""Words of a shared passage that an error quotes, so that it can be found."""
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +59,63 @@ def calibration_documents(spec: RunSpec) -> CalibrationText:
     if spec.calibration_text is None:
         return CalibrationText(packaged_documents("calibration"), "packaged text")
     return CalibrationText(read_documents([spec.calibration_text]), f"text {spec.calibration_text}")
+
+
+def check_held_out(
+    spec: RunSpec, rules: Sequence[NamedRule], documents: Sequence[Document]
+) -> None:
+    """Raise InputError if a document to score shares a passage with text that a rule is fitted on.
+
+    Args:
+        spec: names the calibration or its text, and the budget that rules are brought to.
+        rules: what is scored; without a null and a budget nothing is fitted.
+        documents: what they are scored on.
+    Raises:
+        InputError: a passage is in both texts; the error quotes it.
+        CalibrationError: the calibration's file can't be read.
+    """
+    is_calibrated = any(named.rule.required_null is not None for named in rules)
+    if is_calibrated and spec.calibration is not None:
+        check_calibration_overlap(documents, spec.calibration)
+    if spec.budget is not None or (is_calibrated and spec.calibration is None):
+        check_overlap(documents, calibration_documents(spec).documents)
+
+
+def check_overlap(documents: Sequence[Document], calibration: Sequence[Document]) -> None:
+    """Raise InputError if a document to score shares a passage with the calibration text."""
+    known = passage_hashes(document.text for document in calibration)
+    _refuse_shared(documents, find_shared_passages(documents, known), "the calibration text")
+
+
+def check_calibration_overlap(documents: Sequence[Document], path: Path) -> None:
+    """Raise InputError if a document to score shares a passage with the text of a calibration.
+
+    A file of an earlier schema holds no passages; of it only the text as a whole is compared.
+    """
+    calibration = Calibration.load(path)
+    if len(calibration.passages):
+        shared = find_shared_passages(documents, calibration.passages.numpy())
+    elif calibration.text_sha256 == text_sha256([document.text for document in documents]):
+        shared = {document.name: document.text.split() for document in documents}
+    else:
+        log.warning(
+            "calibration %s was saved by an earlier version, which kept no trace of its text: "
+            "that it shares no passage with the scored text can't be checked",
+            path,
+        )
+        return
+    _refuse_shared(documents, shared, f"the text of calibration {path}")
+
+
+def _refuse_shared(
+    documents: Sequence[Document], shared: Mapping[str, Sequence[str]], where: str
+) -> None:
+    for name, words in shared.items():
+        raise InputError(
+            f"{len(shared)} of the {len(documents)} documents to score share a passage with "
+            f"{where}, so rules would be judged on what they were fitted on; the first is "
+            f"{name!r}, with '{' '.join(words[:QUOTED_WORDS])} …'; score or calibrate on other text"
+        )
 
 
 def obtain_calibration(

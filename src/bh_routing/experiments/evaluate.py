@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 from bh_routing.engine.texts import packaged_documents, read_documents
 from bh_routing.experiments.budget import bring_to_budget
-from bh_routing.experiments.calibrating import obtain_calibration
+from bh_routing.experiments.calibrating import check_held_out, obtain_calibration
 from bh_routing.experiments.chained_lines import digest
 from bh_routing.experiments.executor_choice import make_executor
 from bh_routing.experiments.experiment import Subject
@@ -67,6 +67,7 @@ def evaluate(spec: RunSpec, options: EvaluateOptions) -> Evaluation:
     """
     documents = read_documents(options.texts) if options.texts else packaged_documents("evaluation")
     rules = make_rules(spec.configs, spec.budget)
+    check_held_out(spec, rules, documents)
     model, tokenizer = load_model(
         spec.model, device=spec.device, dtype=spec.dtype, device_map=spec.device_map
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bh_routing.engine.texts import packaged_documents, read_documents
+from bh_routing.engine.texts import Document, packaged_documents, read_documents
 from bh_routing.experiments.executors import Executor
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.identity import RunIdentity
@@ -20,6 +20,17 @@ from bh_routing.rules.base import Rule
 from bh_routing.rules.top_k import TopK
 
 
+def scored_documents(spec: RunSpec) -> list[Document]:
+    """Read the documents that a run scores.
+
+    Raises:
+        InputError: they can't be read.
+    """
+    if spec.eval_text is None:
+        return packaged_documents("evaluation")
+    return read_documents([spec.eval_text])
+
+
 class QualityPhase:
     """Text that was read and tokenized before the run began; a mistake in it shows early.
 
@@ -28,13 +39,12 @@ class QualityPhase:
     """
 
     def __init__(self, spec: RunSpec, tokenizer: Any, facts: ModelFacts) -> None:
-        documents = (
-            packaged_documents("evaluation")
-            if spec.eval_text is None
-            else read_documents([spec.eval_text])
-        )
         self._text = prepare_text(
-            tokenizer, facts, documents, max_tokens=spec.eval_tokens, batch_size=spec.batch_size
+            tokenizer,
+            facts,
+            scored_documents(spec),
+            max_tokens=spec.eval_tokens,
+            batch_size=spec.batch_size,
         )
 
     def ledger(self, folder: Path, identity: RunIdentity) -> QualityLedger:

@@ -10,7 +10,11 @@ from typing import Any
 
 from bh_routing.engine.decode import startup_seconds
 from bh_routing.errors import BHRoutingError
-from bh_routing.experiments.calibrating import describe_nulls, save_calibration
+from bh_routing.experiments.calibrating import (
+    check_held_out,
+    describe_nulls,
+    save_calibration,
+)
 from bh_routing.experiments.conclusion import Hooks, conclude, guard
 from bh_routing.experiments.executor_choice import make_executor
 from bh_routing.experiments.executors import Executor
@@ -21,8 +25,9 @@ from bh_routing.experiments.provenance import (
     device_name,
     peak_memory_bytes,
 )
+from bh_routing.experiments.quality_phase import scored_documents
 from bh_routing.experiments.run_log import FILE_ONLY, RunLog
-from bh_routing.experiments.spec import RunSpec, resolved, shorten
+from bh_routing.experiments.spec import RunSpec, make_rules, resolved, shorten
 from bh_routing.experiments.store import ResultStore
 from bh_routing.experiments.threads import torch_threads
 from bh_routing.experiments.timing_rounds import write_timing_rounds
@@ -76,6 +81,9 @@ def run(spec: RunSpec, hooks: Hooks | None = None) -> RunOutcome:
             spec.output, resume=spec.resume, checkpoint_interval=spec.checkpoint_interval
         ) as store,
     ):
+        if not spec.no_eval:
+            rules = make_rules(spec.configs, spec.budget)
+            check_held_out(spec, rules, scored_documents(spec))
         loaded = load(spec)
         with torch_threads(loaded.threads):
             prepared = Preparation(spec, store, loaded)

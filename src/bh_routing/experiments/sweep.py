@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -14,10 +13,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from bh_routing.engine.texts import Document, packaged_documents, read_documents
-from bh_routing.errors import InputError, ResultsError
+from bh_routing.engine.texts import packaged_documents, read_documents
+from bh_routing.errors import ResultsError
 from bh_routing.experiments.calibrating import (
     calibration_documents,
+    check_calibration_overlap,
+    check_overlap,
     obtain_calibration,
     save_calibration,
 )
@@ -86,6 +87,8 @@ def sweep(spec: RunSpec, options: SweepOptions) -> dict[str, Any]:
     start = time.perf_counter()
     documents = read_documents(options.texts) if options.texts else packaged_documents("evaluation")
     check_overlap(documents, calibration_documents(spec).documents)
+    if spec.calibration is not None:
+        check_calibration_overlap(documents, spec.calibration)
     read_stored_sweep(spec.output)
     loaded = load(spec)
     check_budgets(options.budgets, loaded.facts.model_top_k)
@@ -189,22 +192,6 @@ def _curve_goals(options: SweepOptions, model_top_k: int) -> list[Goal]:
         if variant.method in CURVES
         for budget in curve_budgets(options.budgets, model_top_k)
     ]
-
-
-def check_overlap(evaluation: Sequence[Document], calibration: Sequence[Document]) -> None:
-    """Raise InputError if a document is in both texts, by the hash of its words."""
-    known = {_hash(document.text) for document in calibration}
-    shared = [document.name for document in evaluation if _hash(document.text) in known]
-    if shared:
-        raise InputError(
-            f"{len(shared)} of the {len(evaluation)} documents to score are in the calibration "
-            f"text too ({shared[0]!r} first), so knobs would be chosen on what they are judged by; "
-            "give another --text or --calibration-text"
-        )
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
 
 
 def read_stored_sweep(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A frozen calibration: reference tables of one model, where they came from, and one file.
 
-The file is safetensors: tensors `<null>.<layer>`, `observed.<null>.<layer>` and `contributions.*`,
-and JSON facts in its header. Nothing in it is executable. Axes: N reference scores.
+The file is safetensors: tensors `<null>.<layer>`, `observed.<null>.<layer>`, `contributions.*` and
+`passages`, and JSON facts in its header. Nothing in it is executable. Axes: N reference scores.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from bh_routing.nulls.calibration_file import (
     CONTRIBUTIONS,
     FORMAT,
     OBSERVED,
+    PASSAGES,
     SCHEMA,
     CalibrationFacts,
     read_calibration,
@@ -61,6 +62,9 @@ class Calibration:
     observed: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
     """Null -> each layer's scores of a few calibration tokens, float32 (T, E): for pictures, which
     lay them beside the reference. No rule looks at them."""
+    passages: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """Hashes of passages of the text that was read, ascending, int64; empty if unknown. Scored
+    text is checked against them."""
     created_at: str = ""
     """UTC, ISO 8601; no part of the fingerprint."""
 
@@ -126,6 +130,7 @@ class Calibration:
         for name, tensor in sorted(self._observed_tensors().items()):
             digest.update(name.encode())
             digest.update(tensor.numpy().astype("<f4").tobytes())
+        digest.update(self.passages.numpy().astype("<i8").tobytes())
         return digest.hexdigest()
 
     def check(
@@ -182,6 +187,7 @@ class Calibration:
             for name, tensor in self._contribution_tensors().items()
         }
         tensors |= self._observed_tensors()
+        tensors |= {PASSAGES: self.passages} if len(self.passages) else {}
         header = {
             "format": FORMAT,
             "schema": str(SCHEMA),
@@ -212,6 +218,7 @@ class Calibration:
         loaded = cls(
             tables=parts.tables,
             observed=parts.observed,
+            passages=parts.passages,
             contributions=parts.contributions,
             created_at=parts.created_at,
             **fields,

@@ -19,11 +19,12 @@ from bh_routing.nulls.catalog import NULLS
 from bh_routing.nulls.contributions import Contributions, Definition, Statistic
 
 FORMAT: Final = "bh_routing.calibration"
-SCHEMA: Final = 3
-_READABLE: Final = ("2", str(SCHEMA))
-"""Schema 2 is schema 3 without observed scores."""
+SCHEMA: Final = 4
+_READABLE: Final = ("2", "3", str(SCHEMA))
+"""Schema 3 is schema 4 without passages, schema 2 also without observed scores."""
 OBSERVED: Final = "observed"
 CONTRIBUTIONS: Final = "contributions"
+PASSAGES: Final = "passages"
 _RESIDUAL_NORMS: Final = "residual_norms"
 _KINDS: Final = (("scale", 1), ("all", 1), ("needed", 2), ("cut", 1))
 """Kind of a tensor that describes slots, and how many words follow it."""
@@ -58,6 +59,7 @@ class CalibrationParts(NamedTuple):
     tables: dict[str, tuple[ReferenceTable, ...]]
     observed: dict[str, tuple[Tensor, ...]]
     contributions: Contributions | None
+    passages: Tensor
     fingerprint: str
     created_at: str
 
@@ -94,6 +96,7 @@ def read_calibration(path: Path) -> CalibrationParts:
         for null in facts.observed
     }
     contributions = _take_contributions(path, tensors, facts) if facts.contributions else None
+    passages = _take_passages(path, tensors)
     if tensors:
         raise CalibrationError(
             f"calibration {path} holds {len(tensors)} tensors that its header doesn't name, such "
@@ -104,6 +107,7 @@ def read_calibration(path: Path) -> CalibrationParts:
         tables,
         observed,
         contributions,
+        passages,
         header.get("fingerprint", ""),
         header.get("created_at", ""),
     )
@@ -117,7 +121,7 @@ def _read_facts(path: Path, header: dict[str, str]) -> CalibrationFacts:
     if header.get("schema") not in _READABLE:
         raise CalibrationError(
             f"calibration {path} has schema {header.get('schema')!r}, this version reads "
-            f"{' and '.join(_READABLE)}; {_REMEDY}"
+            f"{', '.join(_READABLE)}; {_REMEDY}"
         )
     try:
         return CalibrationFacts.model_validate_json(header.get("facts", ""))
@@ -196,6 +200,17 @@ def _take_observed(path: Path, tensors: dict[str, Tensor], name: str, num_expert
             f"{_REMEDY}"
         )
     return scores_TE
+
+
+def _take_passages(path: Path, tensors: dict[str, Tensor]) -> Tensor:
+    """Remove the hashes of passages from `tensors` and return them; empty before schema 4."""
+    passages = tensors.pop(PASSAGES, torch.empty(0, dtype=torch.int64))
+    if passages.dtype != torch.int64 or passages.ndim != 1 or bool((passages.diff() <= 0).any()):
+        raise CalibrationError(
+            f"{PASSAGES!r} of calibration {path} must be ascending int64, got {passages.dtype} of "
+            f"shape {tuple(passages.shape)}; {_REMEDY}"
+        )
+    return passages
 
 
 def _rows_of(null: str, facts: CalibrationFacts) -> tuple[int, ...]:
