@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from transformers import AutoTokenizer
 
 from bh_routing.engine.decode import Engine, decode_greedily, engine_of
 from bh_routing.engine.generate import generate_greedy, generate_routed
+from bh_routing.errors import CalibrationError
 from bh_routing.kernels.decode_layout import UndecodableError
 from bh_routing.models import LoadedModel, route
+from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules.base import Rule
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 from bh_routing.rules.random_k import RandomK
@@ -28,7 +33,7 @@ def test_tokens_and_experts_are_those_of_generate_under_route(
 ) -> None:
     with route(demo.model, rule) as expected:
         plain = generate_greedy(demo.model, demo.tokenizer, PROMPT, 8)
-    generation, trace, _ = generate_routed(demo.model, demo.tokenizer, PROMPT, 8, rule)
+    generation, trace = generate_routed(demo.model, demo.tokenizer, PROMPT, 8, rule)
     assert generation.token_ids == plain.token_ids
     assert generation.text == plain.text
     assert torch.equal(trace.expert_counts, expected.expert_counts)
@@ -79,7 +84,7 @@ def test_another_layout_is_left_to_generate_with_a_line_in_the_log(
     model = broken(demo, change)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            generation, trace, _ = generate_routed(model, demo.tokenizer, PROMPT, 3, TopK(4))
+            generation, trace = generate_routed(model, demo.tokenizer, PROMPT, 3, TopK(4))
     assert len(generation.token_ids) == 3
     assert trace.expert_counts.unique().tolist() == [4]
     assert caplog.text.count("plain generate") == 1
@@ -87,12 +92,129 @@ def test_another_layout_is_left_to_generate_with_a_line_in_the_log(
         engine_of(model)
 
 
-def test_settings_that_change_logits_are_left_to_generate(
-    demo: LoadedModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+class Adapted(nn.Module):
+    """A projection with a low-rank addition, as adapters do it: its `weight` is the base's."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(torch.full((1, base.in_features), 0.1))
+        self.up = nn.Parameter(torch.zeros(base.out_features, 1))
+        self.bias = None
+        self.out_features = base.out_features
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base.weight
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.base(inputs) + inputs @ self.down.T @ self.up.T
+        return outputs
+
+
+def exchange_parameter(model: Any) -> None:
+    norm = model.model.norm
+    norm.weight = nn.Parameter(norm.weight.detach().flip(0))
+
+
+def exchange_storage(model: Any) -> None:
+    model.model.layers[3].mlp.experts.down_proj.data = torch.zeros(64, 128, 64)
+
+
+def change_buffer_in_place(model: Any) -> None:
+    model.model.rotary_emb.inv_freq.data.mul_(0.5)
+
+
+def change_attribute(model: Any) -> None:
+    model.model.layers[1].input_layernorm.variance_epsilon = 10.0
+
+
+def change_config(model: Any) -> None:
+    model.config.clip_qkv = 0.05
+
+
+def add_adapter(model: Any) -> None:
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = Adapted(attention.q_proj)
+    generate_routed(model, AutoTokenizer.from_pretrained(model.name_or_path), PROMPT, 2, TopK(8))
+    attention.q_proj.up.data.fill_(3.0)
+
+
+def add_hook(model: Any) -> None:
+    model.model.layers[2].register_forward_hook(lambda _, __, output: -output)
+
+
+CHANGES = [
+    exchange_parameter,
+    exchange_storage,
+    change_buffer_in_place,
+    change_attribute,
+    change_config,
+    add_adapter,
+    add_hook,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_changed_model_writes_what_generate_writes(
+    demo: LoadedModel, change: Callable[[Any], None]
 ) -> None:
-    monkeypatch.setattr(demo.model.generation_config, "repetition_penalty", 1.3)
-    generate_routed(demo.model, demo.tokenizer, PROMPT, 2, TopK(2))
-    assert "repetition_penalty=1.3" in caplog.text
+    model = copy.deepcopy(demo.model)
+    before = generate_routed(model, demo.tokenizer, PROMPT, 8, TopK(8)).generation
+    change(model)
+    after = generate_routed(model, demo.tokenizer, PROMPT, 8, TopK(8)).generation
+    with route(model, TopK(8)):
+        plain = generate_greedy(model, demo.tokenizer, PROMPT, 8)
+    assert after.token_ids == plain.token_ids
+    assert after.token_ids != before.token_ids
+
+
+def test_a_model_in_another_dtype_is_decoded_in_that_dtype(demo: LoadedModel) -> None:
+    model = copy.deepcopy(demo.model)
+    first = engine_of(model)
+    model.to(torch.bfloat16)
+    generation, _ = generate_routed(model, demo.tokenizer, PROMPT, 8, TopK(8))
+    with route(model, TopK(8)):
+        plain = generate_greedy(model, demo.tokenizer, PROMPT, 8)
+    assert generation.token_ids == plain.token_ids
+    assert engine_of(model) is not first
+
+
+def test_dropout_is_left_to_generate(demo: LoadedModel) -> None:
+    model = copy.deepcopy(demo.model)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.9
+    engine_of(model)
+    model.train()
+    with pytest.raises(UndecodableError):
+        engine_of(model)
+
+
+def test_a_model_that_was_put_right_is_decoded_again(demo: LoadedModel) -> None:
+    model = broken(demo, "a bias")
+    with pytest.raises(UndecodableError):
+        engine_of(model)
+    model.model.layers[2].self_attn.q_proj.bias = None
+    assert engine_of(model) is engine_of(model)
+
+
+def test_an_unchanged_model_keeps_its_engine(demo: LoadedModel) -> None:
+    engine = engine_of(demo.model)
+    generate_routed(demo.model, demo.tokenizer, PROMPT, 2, TopK(8))
+    generate_greedy(demo.model, demo.tokenizer, PROMPT, 2)
+    demo.model(torch.tensor([[5, 900]]), output_hidden_states=True, output_router_logits=True)
+    assert engine_of(demo.model) is engine
+
+
+def test_a_calibration_of_weights_that_changed_in_place_is_rejected(
+    demo: LoadedModel, demo_calibration: Calibration
+) -> None:
+    model = copy.deepcopy(demo.model)
+    rule = BenjaminiHochberg(alpha=0.5, max_k=8)
+    generate_routed(model, demo.tokenizer, PROMPT, 2, rule, demo_calibration)
+    model.model.layers[0].mlp.gate.weight.data.mul_(2)
+    with pytest.raises(CalibrationError, match="model"):
+        generate_routed(model, demo.tokenizer, PROMPT, 2, rule, demo_calibration)
 
 
 def test_a_text_longer_than_the_context_is_refused(demo: LoadedModel) -> None:

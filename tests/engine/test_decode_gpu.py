@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+from collections import Counter
 
 import pytest
 import torch
@@ -37,7 +39,7 @@ def test_tokens_and_experts_are_those_of_generate_under_route(
 ) -> None:
     with route(on_gpu.model, rule) as expected:
         plain = generate_greedy(on_gpu.model, on_gpu.tokenizer, PROMPT, 30)
-    generation, trace, _ = generate_routed(on_gpu.model, on_gpu.tokenizer, PROMPT, 30, rule)
+    generation, trace = generate_routed(on_gpu.model, on_gpu.tokenizer, PROMPT, 30, rule)
     assert caplog.records == []
     assert generation.token_ids == plain.token_ids
     assert torch.equal(trace.expert_counts, expected.expert_counts)
@@ -63,6 +65,38 @@ def test_texts_side_by_side_are_written_as_alone(on_gpu: LoadedModel) -> None:
     for column, token_P in enumerate(token_BP):
         alone = decode_greedily(on_gpu.model, token_P.unsqueeze(0), BH, max_new_tokens=12)
         assert torch.equal(together.token_SB[:, column], alone.token_SB[:, 0])
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_nan_in_one_step_is_noticed(on_gpu: LoadedModel, batch: int) -> None:
+    model = copy.deepcopy(on_gpu.model)
+    token_BP = torch.tensor([[5, 900, 77, 12]] * batch, device="cuda")
+    clean = decode_greedily(model, token_BP, TopK(8), max_new_tokens=24)
+    assert not clean.has_nan
+    # Of the last layer, so that no later step sees it; first text, its prompt's last token first.
+    kept_TK = clean.trace.kept_index[:, -1]
+    kept_SK = torch.cat([kept_TK[3:4], kept_TK[4 * batch :: batch]])
+    uses = Counter(kept_SK.flatten().tolist())
+    lone = [
+        (step, expert)
+        for step, kept_K in enumerate(kept_SK.tolist())
+        for expert in kept_K
+        if uses[expert] == 1 and 0 < step < 20
+    ]
+    step, expert = lone[0]
+    model.model.layers[-1].mlp.experts.down_proj.data[expert] = torch.nan
+    assert decode_greedily(model, token_BP, TopK(8), max_new_tokens=24).has_nan
+    assert not decode_greedily(model, token_BP, TopK(8), max_new_tokens=step).has_nan
+
+
+def test_a_changed_model_writes_what_generate_writes(on_gpu: LoadedModel) -> None:
+    model = copy.deepcopy(on_gpu.model)
+    before = generate_routed(model, on_gpu.tokenizer, PROMPT, 12, TopK(8)).generation
+    model.model.layers[3].mlp.experts.down_proj.data = torch.zeros(64, 128, 64, device="cuda")
+    after = generate_routed(model, on_gpu.tokenizer, PROMPT, 12, TopK(8)).generation
+    with route(model, TopK(8)):
+        plain = generate_greedy(model, on_gpu.tokenizer, PROMPT, 12)
+    assert after.token_ids == plain.token_ids != before.token_ids
 
 
 def test_a_second_text_is_written_as_if_it_were_the_first(on_gpu: LoadedModel) -> None:

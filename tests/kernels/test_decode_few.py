@@ -88,7 +88,8 @@ def write(decoder: Decoder, bind: Any, tokens: list[int]) -> tuple[Tensor, ...]:
             logits.append(state.logits_BV[0].clone())
             assert int(state.token_B) == int(logits[-1].argmax())
             assert int(state.position_1) == position + 1
-    return torch.stack(logits), state.keys, state.values, state.kept_PLBK, state.token_PB
+    noted = (state.kept_PLBK, state.token_PB, state.top_PB)
+    return torch.stack(logits), state.keys, state.values, *noted
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -101,3 +102,26 @@ def test_the_kernels_write_what_torch_writes(family: str, monkeypatch: pytest.Mo
     expected = write(decoder, bind_torch, tokens)
     found = write(decoder, few.bind_few, tokens)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("bind", ["bind_torch", "bind_few"])
+def test_the_noted_logit_tells_which_steps_are_broken(bind: str, value: float) -> None:
+    few = importlib.import_module("bh_routing.kernels.decode_few")
+    decoder = make_decoder("qwen3_moe")
+    # Broken is the last step alone: its token's embedding, after the tokens before were written.
+    decoder.embedding_VH[13, 5] = value
+    top_PB = write(decoder, {"bind_torch": bind_torch, "bind_few": few.bind_few}[bind], [7, 0, 13])[
+        -1
+    ]
+    assert (top_PB[:3, 0] < torch.inf).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("bind", ["bind_torch", "bind_few"])
+def test_one_nan_among_the_logits_is_noted(bind: str) -> None:
+    few = importlib.import_module("bh_routing.kernels.decode_few")
+    decoder = make_decoder("qwen3_moe")
+    decoder.head_VH[31, 2] = torch.nan
+    top_PB = write(decoder, {"bind_torch": bind_torch, "bind_few": few.bind_few}[bind], [7, 0])[-1]
+    assert not (top_PB[:2] < torch.inf).any()

@@ -31,7 +31,7 @@ from bh_routing.kernels.router_sorted import sorted_router
 from bh_routing.kernels.router_twin import Router, SoftmaxFamily, twin_router
 from bh_routing.models.backends import experts_by
 from bh_routing.models.discovery import find_routers
-from bh_routing.models.routing import BoundRule, install
+from bh_routing.models.routing import BoundRule, check_calibration, install
 from bh_routing.models.trace import DROPPED, ExpertTrace
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules.base import Rule
@@ -55,7 +55,7 @@ class Decoded(NamedTuple):
     """Until the first token was known."""
     decode_sec: float
     has_nan: bool
-    """Whether the last logits were NaN: from the first NaN on they all are."""
+    """Whether a token was chosen from logits that hold NaN or infinity."""
 
 
 class Engine:
@@ -79,16 +79,14 @@ class Engine:
         self.decoder = read_decoder(model, blocks, min(context, MOST_POSITIONS))
         self._compare_logits(model, TopK(routers.model_top_k))
 
-    def serves(self, model: Any) -> bool:
-        """Whether the model's weights are still where this engine reads them."""
-        weight = model.get_input_embeddings().weight
-        return bool(weight.data_ptr() == self.decoder.embedding_VH.data_ptr())
-
     def bind(self, model: Any, rule: Rule, calibration: Calibration | None) -> BoundRule:
-        """Bind a rule as `bind_rule` does, once."""
+        """Bind a rule as `bind_rule` does, once; check its calibration every time."""
         key = (rule, calibration)
         if key not in self._bound:
             self._bound[key] = bind_quickest(model, rule, calibration)
+        else:
+            # Weights may have been changed in place: trained, or merged with an adapter's.
+            check_calibration(model, self._bound[key].routers, rule, calibration)
         return self._bound[key]
 
     def session(self, bound: BoundRule, batch: int, length: int) -> Session:
@@ -136,30 +134,84 @@ class Engine:
             raise UndecodableError(f"what is read off its layers gives other logits ({error:.2g})")
 
 
-_engines: Final[WeakKeyDictionary[nn.Module, Engine | UndecodableError]] = WeakKeyDictionary()
+class _Snapshot(NamedTuple):
+    """Everything of a model that an engine takes over when it is made.
+
+    Values of parameters aren't among it: the engine reads them where they are.
+    """
+
+    config: str
+    modules: list[Any]
+    parameters: list[Any]
+    buffers: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: Any) -> _Snapshot:
+        return cls(
+            model.config.to_json_string(use_diff=False),
+            [
+                (name, type(module), [item for item in vars(module).items() if _is_setting(*item)])
+                for name, module in model.named_modules()
+            ],
+            [
+                (name, p.data_ptr(), p.device, p.dtype, p.shape, p.stride())
+                for name, p in model.named_parameters()
+            ],
+            {name: buffer.detach().clone() for name, buffer in model.named_buffers()},
+        )
+
+    def is_of(self, model: Any) -> bool:
+        now = _Snapshot.of(model)
+        return (
+            now[:3] == self[:3]
+            and now.buffers.keys() == self.buffers.keys()
+            and all(
+                buffer.device == self.buffers[name].device
+                and torch.equal(buffer, self.buffers[name])
+                for name, buffer in now.buffers.items()
+            )
+        )
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    return not name.startswith("_") and isinstance(value, bool | int | float | str | None)
+
+
+_engines: Final[WeakKeyDictionary[nn.Module, tuple[_Snapshot, Engine | UndecodableError]]] = (
+    WeakKeyDictionary()
+)
 
 
 def engine_of(model: Any) -> Engine:
-    """Return the model's engine, made at the first call.
+    """Return the model's engine, made at the first call and whenever the model was changed.
 
     Raises:
         UndecodableError: there can be none.
     """
-    engine = _engines.get(model)
-    if engine is None or (isinstance(engine, Engine) and not engine.serves(model)):
+    _refuse_hooks(model)
+    snapshot, engine = _engines.get(model, (None, None))
+    if engine is None or snapshot is None or not snapshot.is_of(model):
         try:
             engine = Engine(model)
         except UndecodableError as error:
             engine = error
-        _engines[model] = engine
+        _engines[model] = _Snapshot.of(model), engine
     if isinstance(engine, UndecodableError):
         raise engine
     return engine
 
 
+def _refuse_hooks(model: Any) -> None:
+    # A step calls no module, so that no hook would see it; transformers' own only collect outputs.
+    for name, module in model.named_modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            if not getattr(hook, "__module__", "").startswith("transformers."):
+                raise UndecodableError(f"{name or 'the model'} has a forward hook")
+
+
 def startup_seconds(model: Any) -> float | None:
     """Time that the model's engine took for compiling and capturing; None without one."""
-    engine = _engines.get(model)
+    _, engine = _engines.get(model, (None, None))
     return engine.startup_sec if isinstance(engine, Engine) else None
 
 
@@ -221,7 +273,7 @@ def decode_greedily(
     start = time.perf_counter()
     with _quickest_experts(model), install(model, bound) as trace:
         output = model(input_ids=token_BP, use_cache=True, logits_to_keep=1)
-    first_B = output.logits[:, -1].argmax(-1)
+    top_B, first_B = output.logits[:, -1].max(-1)
     first = first_B.tolist()
     prefill_sec = time.perf_counter() - start
     position = session.start(output.past_key_values, first_B)
@@ -231,5 +283,5 @@ def decode_greedily(
         for layer, kept_BK in enumerate(kept_LBK):
             trace.record(layer, kept_BK, kept_BK != DROPPED)
     token_SB = torch.cat([first_B.cpu().unsqueeze(0), steps.token_SB])
-    has_nan = bool(session.state.logits_BV.isnan().any())
+    has_nan = steps.has_nan or not bool((top_B < torch.inf).all())
     return Decoded(token_SB, trace, prefill_sec, steps.seconds, has_nan)

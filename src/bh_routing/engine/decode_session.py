@@ -33,6 +33,8 @@ class Steps(NamedTuple):
     """int64, on the host."""
     kept_SLBK: Tensor
     """int16, on the session's device: kept expert of each slot, -1 where dropped."""
+    has_nan: bool
+    """Whether a token was chosen from logits that hold NaN or infinity."""
     seconds: float
 
 
@@ -97,6 +99,7 @@ class Session:
         return Steps(
             self.state.token_PB[first:end].cpu(),
             self.state.kept_PLBK[first:end],
+            not bool((self.state.top_PB[first:end] < torch.inf).all()),
             clock.seconds(done),
         )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -19,21 +21,17 @@ from bh_routing.rules.base import Rule
 
 log = logging.getLogger(__name__)
 
-LOGITS_SETTINGS: Final = {
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "bad_words_ids": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "min_length": 0,
-    "min_new_tokens": None,
-    "guidance_scale": None,
-    "sequence_bias": None,
-    "exponential_decay_length_penalty": None,
+GREEDY: Final = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "max_length": None,
 }
-"""Settings of a checkpoint that change logits before the largest is taken -> what does nothing."""
+"""What is asked of `generate`, whatever a checkpoint's own settings say."""
+KNOWN_CRITERIA: Final = {"EosTokenCriteria", "MaxLengthCriteria"}
+KNOWN_CACHES: Final = {"NoneType", "DynamicCache", "StaticCache"}
+"""Those that keep the very keys and values."""
 
 
 _told: Final[WeakKeyDictionary[Any, set[str]]] = WeakKeyDictionary()
@@ -52,6 +50,8 @@ class Generation(NamedTuple):
     prefill_time_sec: float
     """Until the first token was known."""
     decode_time_sec: float
+    has_nan: bool
+    """Whether a token was chosen from logits that hold NaN or infinity."""
 
 
 class RoutedGeneration(NamedTuple):
@@ -59,8 +59,6 @@ class RoutedGeneration(NamedTuple):
 
     generation: Generation
     trace: ExpertTrace
-    has_nan: bool
-    """Whether the engine's last logits were NaN: from the first NaN on they all are."""
 
 
 def generate_routed(
@@ -87,14 +85,14 @@ def generate_routed(
     """
     token_1P = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     try:
-        _refuse_logits_settings(model)
+        end_ids = _end_ids(model, token_1P, max_new_tokens)
         decoded = decode_greedily(
             model,
             token_1P,
             rule,
             calibration,
             max_new_tokens=max_new_tokens,
-            end_ids=_end_ids(model),
+            end_ids=end_ids,
         )
     except UndecodableError as error:
         if (reason := str(error)) not in (told := _told.setdefault(model, set())):
@@ -102,7 +100,7 @@ def generate_routed(
             told.add(reason)
         with route(model, rule, calibration) as trace:
             plain = generate_greedy(model, tokenizer, prompt, max_new_tokens)
-        return RoutedGeneration(plain, trace, has_nan=False)
+        return RoutedGeneration(plain, trace)
     token_ids = decoded.token_SB[:, 0].tolist()
     generation = Generation(
         text=tokenizer.decode(token_ids, skip_special_tokens=True),
@@ -111,8 +109,9 @@ def generate_routed(
         inference_time_sec=decoded.prefill_sec + decoded.decode_sec,
         prefill_time_sec=decoded.prefill_sec,
         decode_time_sec=decoded.decode_sec,
+        has_nan=decoded.has_nan,
     )
-    return RoutedGeneration(generation, decoded.trace, decoded.has_nan)
+    return RoutedGeneration(generation, decoded.trace)
 
 
 class TokenClock:
@@ -146,13 +145,13 @@ def generate_greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int
     pad = tokenizer.pad_token_id
     clock = TokenClock()
     start = time.perf_counter()
-    with torch.inference_mode():
+    with torch.inference_mode(), _watch_logits(model) as tops:
         output = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
+            **GREEDY,
+            tokenizer=tokenizer,
             pad_token_id=tokenizer.eos_token_id if pad is None else pad,
             streamer=clock,
         )
@@ -166,17 +165,68 @@ def generate_greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int
         inference_time_sec=end - start,
         prefill_time_sec=first_token - start,
         decode_time_sec=end - first_token,
+        has_nan=not all(bool(top < torch.inf) for top in tops),
     )
 
 
-def _refuse_logits_settings(model: Any) -> None:
-    settings = model.generation_config
-    for name, nothing in LOGITS_SETTINGS.items():
-        value = getattr(settings, name, nothing)
-        if value is not None and value != nothing:
-            raise UndecodableError(f"its generation settings say {name}={value!r}")
+@contextmanager
+def _watch_logits(model: Any) -> Iterator[list[Tensor]]:
+    """Collect the largest logit of each forward call, which NaN is; no host sync."""
+    tops: list[Tensor] = []
+
+    def note(_: Any, __: Any, output: Any) -> None:
+        tops.append(output.logits.amax())
+
+    hook = model.register_forward_hook(note)
+    try:
+        yield tops
+    finally:
+        hook.remove()
 
 
-def _end_ids(model: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    return set() if ends is None else set(ends) if isinstance(ends, list) else {ends}
+def _end_ids(model: Any, token_1P: Tensor, max_new_tokens: int) -> set[int]:
+    """Let `generate` prepare what it would do, and return the tokens that end it.
+
+    Raises:
+        UndecodableError: it would do more than take the largest logit.
+    """
+    end_ids: set[int] = set()
+    # It hands no tokenizer on to a loop that isn't its own.
+    unknown = {"stop_strings"} if model.generation_config.stop_strings else set()
+
+    def inspect(
+        _: Any,
+        input_ids: Tensor,
+        *,
+        logits_processor: Sequence[Any],
+        stopping_criteria: Sequence[Any],
+        generation_config: Any,
+        past_key_values: Any = None,
+        **__: Any,
+    ) -> Tensor:
+        unknown.update(
+            {type(processor).__name__ for processor in logits_processor},
+            {type(criterion).__name__ for criterion in stopping_criteria} - KNOWN_CRITERIA,
+            {type(past_key_values).__name__} - KNOWN_CACHES,
+            {str(generation_config.get_generation_mode().value)} - {"greedy_search"},
+        )
+        if not torch.equal(input_ids, token_1P):
+            unknown.add("token_healing")
+        for criterion in stopping_criteria:
+            if (ends := getattr(criterion, "eos_token_id", None)) is not None:
+                end_ids.update(ends.tolist())
+        return input_ids
+
+    try:
+        model.generate(
+            token_1P,
+            attention_mask=torch.ones_like(token_1P),
+            max_new_tokens=max_new_tokens,
+            custom_generate=inspect,
+            **GREEDY | {"stop_strings": None},
+        )
+    except (ValueError, ImportError) as error:
+        raise UndecodableError(f"generate rejects its generation settings ({error})") from error
+    if unknown:
+        raise UndecodableError(f"its generation settings ask for {', '.join(sorted(unknown))}")
+    return end_ids

@@ -10,7 +10,7 @@ import torch
 
 from bh_routing.engine.generate import Generation, RoutedGeneration, generate_routed
 from bh_routing.errors import ExperimentError
-from bh_routing.experiments.failures import any_nan, find_nan, watch_logits
+from bh_routing.experiments.failures import find_nan
 from bh_routing.experiments.metrics import load_balance
 from bh_routing.experiments.spec import NamedRule, Prompt
 from bh_routing.models.trace import ExpertTrace
@@ -55,9 +55,8 @@ def run_experiment(
     device = subject.model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with watch_logits(subject.model) as sums:
-        generation, trace, has_nan = _generate(subject, named_rule, prompt, max_tokens)
-    if has_nan or any_nan(sums):
+    generation, trace = _generate(subject, named_rule, prompt, max_tokens)
+    if generation.has_nan:
         ids = [*subject.tokenizer(prompt.text)["input_ids"], *generation.token_ids]
         raise ExperimentError(find_nan(subject.model, named_rule.rule, subject.calibration, ids))
     peak = int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None

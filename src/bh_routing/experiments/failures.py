@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -34,30 +33,6 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-@contextmanager
-def watch_logits(model: Any) -> Iterator[list[Tensor]]:
-    """Sum the logits of every forward call inside the block: NaN anywhere makes the sum NaN.
-
-    One small sum a call, and no host sync: watching each router would cost one in every layer.
-    """
-    sums: list[Tensor] = []
-
-    def note(_: Any, __: Any, output: Any) -> None:
-        if isinstance(logits := getattr(output, "logits", None), Tensor):
-            sums.append(logits.sum())
-
-    hook = model.register_forward_hook(note)
-    try:
-        yield sums
-    finally:
-        hook.remove()
-
-
-def any_nan(sums: Sequence[Tensor]) -> bool:
-    """Say whether a watched call gave NaN; one copy to the host."""
-    return bool(sums) and bool(torch.stack(list(sums)).isnan().any())
 
 
 def find_nan(

@@ -75,7 +75,7 @@ def time_rounds(
     for round_ in range(num_rounds + 1):
         prompt = prompts[(round_ - 1) % len(prompts)]
         for rule in generator.sample(rules, len(rules)):
-            generation, _, _ = generate_routed(
+            generation, _ = generate_routed(
                 model, tokenizer, prompt.text, num_tokens, rule.rule, calibration
             )
             if round_:

@@ -81,6 +81,8 @@ def _project(
     tl.store(out + row_R, result_R, row_R < ROWS)
     if PICKS:
         value_R = tl.where(row_R < ROWS, result_R.to(tl.float32), -float("inf"))
+        # Whether a maximum passes NaN on differs between devices; infinity is passed on by all.
+        value_R = tl.where(value_R == value_R, value_R, float("inf"))
         largest = tl.max(value_R, 0)
         tl.store(best + tl.program_id(0), largest)
         is_best_R = (value_R == largest) & (row_R < ROWS)
@@ -107,7 +109,7 @@ def _output(
 
 @triton.jit
 def _pick(
-    best, best_row, token, written, position, vocabulary,
+    best, best_row, token, written, top, position,
     PROGRAMS: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Take the token with the largest logit, the smaller of equals, and go on to the next place."""
@@ -115,8 +117,9 @@ def _pick(
     b = tl.arange(0, B)
     value_B = tl.load(best + b, b < PROGRAMS, -float("inf"))
     row_B = tl.load(best_row + b, b < PROGRAMS, 2147483647)
-    picked = tl.min(tl.where(value_B == tl.max(value_B, 0), row_B, 2147483647), 0)
-    picked = tl.where(picked < vocabulary, picked, 0)  # where all is NaN, nothing is largest
+    largest = tl.max(value_B, 0)
+    picked = tl.min(tl.where(value_B == largest, row_B, 2147483647), 0)
+    tl.store(top + at, largest)
     tl.store(token, picked.to(tl.int64))
     tl.store(written + at, picked.to(tl.int64))
     tl.debug_barrier()
@@ -186,8 +189,8 @@ class _FewStep:
         self._recorder.join()
         num_best = len(self._best)
         _pick[(1,)](
-            self._best, self._best_row, state.token_B, state.token_PB, state.position_1,
-            decoder.head_VH.shape[0], PROGRAMS=num_best, B=triton.next_power_of_2(num_best),
+            self._best, self._best_row, state.token_B, state.token_PB, state.top_PB,
+            state.position_1, PROGRAMS=num_best, B=triton.next_power_of_2(num_best),
             num_warps=8,
         )  # fmt: skip
 

@@ -107,7 +107,7 @@ def read_decoder(model: Any, blocks: Sequence[nn.Module], num_positions: int) ->
     dim = cos_PD.shape[1]
     if attention.head_dim != dim:
         raise UndecodableError("only part of each head is rotated")
-    return Decoder(
+    decoder = Decoder(
         embedding_VH=model.get_input_embeddings().weight,
         layers=tuple(
             _read_layer(layer, block) for layer, block in zip(layers, blocks, strict=True)
@@ -120,6 +120,20 @@ def read_decoder(model: Any, blocks: Sequence[nn.Module], num_positions: int) ->
         num_key_heads=attention.k_proj.out_features // dim,
         scaling=float(attention.scaling),
     )
+    _check_all_is_read(model, decoder)
+    return decoder
+
+
+def _check_all_is_read(model: nn.Module, decoder: Decoder) -> None:
+    """Refuse a model with a parameter that no step reads, such as an adapter's."""
+    read = {id(tensor) for tensor in (decoder.embedding_VH, decoder.norm.weight, decoder.head_VH)}
+    for layer in decoder.layers:
+        norms = (layer.input_norm, layer.experts_norm, *layer.attention[4:])
+        read |= {id(norm.weight) for norm in norms if norm is not None}
+        read |= {id(tensor) for tensor in (*layer.attention[:4], layer.gate_EH)}
+        read |= {id(tensor) for tensor in layer.experts.parameters(recurse=False)}
+    if unread := [name for name, tensor in model.named_parameters() if id(tensor) not in read]:
+        raise UndecodableError(f"a step wouldn't read {unread[0]}")
 
 
 def _read_layer(layer: nn.Module, block: nn.Module) -> Layer:

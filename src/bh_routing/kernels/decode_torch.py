@@ -42,6 +42,8 @@ class DecodeState:
     """(layers, B, G, P, D)."""
     values: Tensor
     logits_BV: Tensor
+    top_PB: Tensor
+    """float32: the largest logit that each token was chosen by; NaN or inf if any logit is."""
 
     @classmethod
     def empty(
@@ -60,6 +62,7 @@ class DecodeState:
             keys=like.new_zeros(shape),
             values=like.new_zeros(shape),
             logits_BV=like.new_zeros(batch, decoder.head_VH.shape[0]),
+            top_PB=like.new_zeros(num_positions, batch, dtype=torch.float32),
         )
 
     def record(self, slots: Sequence[RoutedSlots]) -> None:
@@ -94,6 +97,9 @@ def bind_torch(decoder: Decoder, state: DecodeState, routers: Sequence[Router]) 
         logits_BV = functional.linear(_normalise(hidden_BH, decoder.norm), decoder.head_VH)
         state.logits_BV.copy_(logits_BV)
         state.token_B.copy_(logits_BV.argmax(-1))
+        # For argmax NaN is the largest, so that the chosen logit speaks for all of them.
+        top_B1 = logits_BV.gather(1, state.token_B.unsqueeze(1))
+        state.top_PB.index_copy_(0, state.position_1, top_B1.T.float())
         state.record(slots)
         state.token_PB.index_copy_(0, state.position_1, state.token_B.unsqueeze(0))
         state.position_1.add_(1)
