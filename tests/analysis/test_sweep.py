@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from bh_routing.analysis.quality import QualityOptions, quality_table
-from bh_routing.analysis.sweep import ALL_RULES, SweepTables, analyze_sweep, beats
+from bh_routing.analysis.sweep import ALL_RULES, SweepTables, analyze_sweep
+from bh_routing.analysis.sweep_equal_cost import EqualCost
 from bh_routing.analysis.sweep_records import align, read_sweep
 from bh_routing.analysis.sweep_row import (
     DomainRow,
@@ -177,7 +178,8 @@ def test_the_winner_of_a_budget_saves_most_of_static_top_ks_loss(tables: SweepTa
 def test_a_win_needs_interval_and_corrected_p(
     low: float, high: float, p: float, verdict: str
 ) -> None:
-    assert beats((low + high) / 2, low, high, p) == verdict
+    found = EqualCost(difference=(low + high) / 2, low=low, high=high, p_corrected=p)
+    assert found.answer == verdict
 
 
 def test_an_oracle_has_a_row_and_does_not_win(odd: SweepTables) -> None:

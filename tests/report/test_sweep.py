@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from bh_routing.report.pareto import Mark, Panel, Series, draw_domains, draw_par
 from bh_routing.report.quality_plot import percent_change
 from bh_routing.report.style import rendered
 from bh_routing.report.sweep import conclude_sweep, render_sweep
-from bh_routing.report.sweep_verdict import pareto_title, series_label, verdict
+from bh_routing.report.sweep_verdict import domains_title, pareto_title, series_label, verdict
 from tests.analysis.scored import scored_documents
 from tests.analysis.swept import (
     STATIC_LOSSES,
@@ -130,6 +131,37 @@ def test_a_rule_that_wins_nowhere_is_not_praised(tmp_path: Path) -> None:
     assert "saves" not in first
     assert "nothing can be compared at 5 and 4 experts" in second
     assert "**yes**" not in render_sweep(found)
+
+
+def test_a_bh_rule_that_loses_clearly_is_said_to(tmp_path: Path) -> None:
+    records = [r for r in usual_records(24) if not r.config_name.startswith("bh_drop")]
+    for budget in (5, 4):
+        own = scored_documents(f"bh_drop-block@{budget}", delta=0.9, documents=24)
+        records += with_experts(own, budget)
+    found = analyze_sweep(write_sweep(tmp_path, usual_points(), records), FEW)
+    sentence = verdict(found)[-1]
+    assert "clearly loses more than static top-k at 5 and 4 experts" in sentence
+    assert "less than static top-k: 0 of 2 at 5.0 and 0 of 2 at 4.0" in sentence
+
+
+def test_domains_are_counted_by_their_intervals(tables: SweepTables) -> None:
+    assert domains_title(tables.winners, tables.domains) == (
+        "The best rule clearly loses less than static top-k in all 2 domains, at every budget"
+    )
+    doubtful = [replace(row, top_k_high=0.01) for row in tables.domains]
+    assert "in no domain" in domains_title(tables.winners, doubtful)
+    half = [replace(row, top_k_high=0.01) if row.domain == "prose" else row
+            for row in tables.domains]  # fmt: skip
+    assert "in 1 of 2 domains" in domains_title(tables.winners, half)
+
+
+def test_only_points_that_were_scored_are_said_to_keep_their_budget(tables: SweepTables) -> None:
+    rows = [replace(row, off_budget=False) for row in tables.rows]
+    unscored = replace(rows[0], mean_experts=math.nan)
+    every = "keeps within 2 % of its budget"
+    assert f"Every point {every}" in render_sweep(replace(tables, rows=tuple(rows)))
+    assert f"Every scored point {every}" in render_sweep(replace(tables, rows=(*rows, unscored)))
+    assert every not in render_sweep(replace(tables, rows=(unscored,), winners=()))
 
 
 def test_the_report_asks_every_rule_whether_it_beats_each_reference(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from bh_routing.analysis.clustered import (
 )
 from bh_routing.analysis.multiplicity import BH_LABEL, benjamini_hochberg_exploratory, holm
 from bh_routing.analysis.paired import (
+    EXACT_PAIRS,
     MeanInterval,
     PairedEstimate,
     mean_interval,
@@ -34,6 +35,7 @@ from bh_routing.analysis.paired import (
 
 __all__ = [
     "BH_LABEL",
+    "EXACT_PAIRS",
     "NON_INFERIORITY_MARGIN",
     "AccuracyComparison",
     "ClusterBootstrap",

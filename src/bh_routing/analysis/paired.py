@@ -16,7 +16,7 @@ from bh_routing.errors import InputError
 MIN_PAIRS: Final = 3
 """Fewer pairs give no interval and no test: two points fix mean and spread and leave no check."""
 
-_EXACT_PAIRS: Final = 50
+EXACT_PAIRS: Final = 50
 """Up to this many nonzero differences the signed-rank test is exact."""
 _SPREAD_FLOOR: Final = 1e-12
 """A spread below this share of the values' size is rounding, not variation."""
@@ -165,7 +165,7 @@ def signed_rank(difference_n: Sequence[float] | NDArray[np.float64]) -> SignedRa
     if n == 0:
         return SignedRank(math.nan, "none", math.nan)
     floor = signed_rank_floor(n)
-    if n > _EXACT_PAIRS:
+    if n > EXACT_PAIRS:
         p = float(stats.wilcoxon(nonzero_n, method="approx").pvalue)
         return SignedRank(p, "approximate", floor)
     return SignedRank(_exact_signed_rank(nonzero_n), "exact", floor)

@@ -5,6 +5,7 @@
     schema_version, margin, confidence, resamples, seed, correction, exploratory, definitions,
     kl_resolution, notes
     rules           [one dict a configuration, the fields of QualityRow]
+    static_top_k    {name: the fields of EqualCost against static top-k, and `answer`}
     load_balance    {name: {num_tokens, mean_experts, measures: {measure: {by_layer, mean, pooled,
                     noise_by_layer, noise, noise_pooled, noise_sd}}, note}}
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -34,8 +35,14 @@ from bh_routing.analysis.estimates import (
 )
 from bh_routing.analysis.kl_histogram import RESOLUTION, histogram_quantile
 from bh_routing.analysis.load_balance import MEASURES, measure_load
-from bh_routing.analysis.quality_row import QualityRow, QualitySlice, quality_definitions
+from bh_routing.analysis.quality_row import (
+    QualityRow,
+    QualitySlice,
+    is_static,
+    quality_definitions,
+)
 from bh_routing.analysis.strict_json import to_strict
+from bh_routing.analysis.sweep_equal_cost import compare_with_static
 from bh_routing.errors import InputError
 from bh_routing.records import SCHEMA_VERSION, QualityRecord
 
@@ -89,6 +96,7 @@ def analyze_quality(
         "kl_resolution": RESOLUTION,
         "notes": notes,
         "rules": rows,
+        "static_top_k": _against_static(by_rule, options),
         "load_balance": {
             name: measure_load(
                 _total(own, "expert_counts"), _total(own, "count_histogram"), seed=options.seed
@@ -98,6 +106,19 @@ def analyze_quality(
     }
     strict: dict[str, Any] = to_strict(block)
     return strict
+
+
+def _against_static(
+    by_rule: Mapping[str, Sequence[QualityRecord]], options: QualityOptions
+) -> dict[str, dict[str, Any]]:
+    static = [name for name in by_rule if is_static(name)]
+    compared = compare_with_static(
+        [record for own in by_rule.values() for record in own],
+        static,
+        resamples=options.resamples,
+        seed=options.seed,
+    )
+    return {name: {**asdict(found), "answer": found.answer} for name, found in compared.items()}
 
 
 def quality_table(

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from bh_routing.records import column
+
+_STATIC = re.compile(r"(?:^|[^a-z])top_?k(?![a-z])", re.IGNORECASE)
+
+
+def is_static(name: str) -> bool:
+    """Whether a configuration of this name keeps a fixed number of experts."""
+    return _STATIC.search(name) is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

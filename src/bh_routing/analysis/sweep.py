@@ -31,7 +31,6 @@ PER_LAYER: Final = "per_layer_top_k"
 REFERENCES: Final = (STATIC, TOP_P, PER_LAYER)
 OFF_BUDGET: Final = 0.02
 """A mean further from its budget than this share is flagged."""
-SIGNIFICANCE_LEVEL: Final = 0.05
 ALL_RULES: Final = "all rules"
 BH_RULES: Final = ("bh_drop",)
 """Rules that get a winner of their own beside the winner of all."""
@@ -94,20 +93,6 @@ def analyze_sweep(folder: Path, options: QualityOptions = DEFAULT_OPTIONS) -> Sw
         winners=_winners(rows),
         num_tests=sum(math.isfinite(found.p) for found in overall.values()),
     )
-
-
-def beats(difference: float, low: float, high: float, p_corrected: float) -> str:
-    """Say whether a loss is below the reference's: yes, no, undecided or unknown.
-
-    Example:
-        >>> beats(-0.02, -0.03, -0.01, 0.004)
-        'yes'
-    """
-    if not math.isfinite(difference + low + high + p_corrected):
-        return "unknown"
-    if p_corrected >= SIGNIFICANCE_LEVEL or low <= 0 <= high:
-        return "undecided"
-    return "yes" if high < 0 else "no"
 
 
 def _compare(
@@ -209,7 +194,7 @@ def _against(
             f"{name}_domains": sum(
                 _found(compared, point, name).difference < 0 for compared in by_domain.values()
             ),
-            f"beats_{name}": beats(found.difference, found.low, found.high, found.p_corrected),
+            f"beats_{name}": found.answer,
         }
     return columns
 

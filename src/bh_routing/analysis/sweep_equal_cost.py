@@ -44,11 +44,13 @@ from bh_routing.analysis.bootstrap import (
 )
 from bh_routing.analysis.clustered import BOOTSTRAP_CLUSTERS, MIN_CLUSTERS
 from bh_routing.analysis.multiplicity import holm
-from bh_routing.analysis.sweep_records import ScoredText
+from bh_routing.analysis.sweep_records import ScoredText, align
+from bh_routing.records import QualityRecord
 
 _CLOSEST: Final = 0.25
 """Points of a curve nearer than this many experts give a slope of noise: the later one goes."""
 _ROUNDING: Final = 1e-9
+SIGNIFICANCE_LEVEL: Final = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +83,20 @@ class EqualCost:
     share_low: float = math.nan
     share_high: float = math.nan
     note: str = ""
+
+    @property
+    def answer(self) -> str:
+        """Whether the rule loses less than the curve: yes, no, undecided or unknown.
+
+        Example:
+            >>> EqualCost(difference=-0.02, low=-0.03, high=-0.01, p_corrected=0.004).answer
+            'yes'
+        """
+        if not math.isfinite(self.difference + self.low + self.high + self.p_corrected):
+            return "unknown"
+        if self.p_corrected >= SIGNIFICANCE_LEVEL or self.low <= 0 <= self.high:
+            return "undecided"
+        return "yes" if self.high < 0 else "no"
 
 
 class Sampled(NamedTuple):
@@ -161,6 +177,28 @@ def compare_at_equal_cost(
             note=_why_no_interval(ends.low_R[i], share_ends.low_R[i], num_clusters),
         )
     return found
+
+
+def compare_with_static(
+    records: Sequence[QualityRecord], static: Sequence[str], *, resamples: int, seed: int
+) -> dict[str, EqualCost]:
+    """Compare every other configuration with static top-k at its own mean experts.
+
+    Args:
+        records: one for each configuration and document.
+        static: names of the configurations that are static top-k.
+        resamples: as `compare_at_equal_cost`.
+        seed: of the bootstrap.
+    Returns:
+        Name -> comparison; empty without a static configuration.
+    """
+    names = dict.fromkeys(record.config_name for record in records)
+    others = [name for name in names if name not in static]
+    if not static or not others:
+        return {}
+    curve = Curve(name="static top-k", config_names=tuple(static), widest=1.0)
+    found = compare_at_equal_cost(align(records), others, [curve], resamples=resamples, seed=seed)
+    return {name: found[name, curve.name] for name in others}
 
 
 def _plan(text: ScoredText, config_name: str, curve: Curve) -> _Test:

@@ -185,6 +185,7 @@ def _table(document: dict[str, Any]) -> str:
         "first token is scored after an end-of-text token. ΔNLL in nats a token against the "
         f"model's own top-k; margin {document['margin']:.4f}."
     )
+    lines += document["notes"]
     lines += [f"{row['config_name']}: {row['note']}" for row in rows if row["note"]]
     return "\n".join(lines)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
+from bh_routing.analysis.estimates import MeanInterval
+from bh_routing.analysis.quality_row import is_static
 from bh_routing.report import findings
 from bh_routing.report.blocks import table
-from bh_routing.report.facts import BALANCE, EXPERTS, Facts, known
-from bh_routing.report.quality import QualityRow, reference_at
+from bh_routing.report.facts import EXPERTS, Facts, known
+from bh_routing.report.quality import QualityRow
 from bh_routing.report.text import (
     MISSING,
     as_float,
@@ -90,16 +93,32 @@ def conclude(facts: Facts) -> list[str]:
 
 def quality_sentence(facts: Facts) -> str:
     """What the configurations lose, the least and the most, and static top-k beside them."""
-    tested = [row for row in facts.quality if not row.is_static]
-    if not tested:
+    scored = findings.scored(facts.quality)
+    tested = [row for row in scored.whole if not row.is_static]
+    if not any(not row.is_static for row in facts.quality):
         return NO_QUALITY
-    least = min(tested, key=lambda row: row.delta_nll)
-    most = max(tested, key=lambda row: row.delta_nll)
-    text = f"{code(least.name)} changes perplexity by {_loss(least)}"
-    if most is not least:
-        middle = f", the least of {len(tested)}" if len(tested) > 2 else ""
-        text += f"{middle}; {code(most.name)} by {_loss(most)}{', the most' if middle else ''}"
-    return f"**Quality against experts used.** {text}. {_static_sentence(facts)}"
+    texts = []
+    if tested:
+        least = min(tested, key=lambda row: row.delta_nll)
+        most = max(tested, key=lambda row: row.delta_nll)
+        text = f"{code(least.name)} changes perplexity by {_loss(least)}"
+        if most is not least:
+            middle = f", the least of {len(tested)}" if len(tested) > 2 else ""
+            text += f"{middle}; {code(most.name)} by {_loss(most)}{', the most' if middle else ''}"
+        texts = [f"{text}.", static_sentence(tested)]
+    texts += partial_sentence(scored)
+    return f"**Quality against experts used.** {' '.join(texts)}"
+
+
+def partial_sentence(scored: findings.Scored) -> list[str]:
+    """Name the configurations that were scored on less text than the others."""
+    if not scored.partial:
+        return []
+    shown = (
+        f"{code(row.name)} ({row.tokens:,.0f} of {scored.tokens:,} tokens)"
+        for row in scored.partial
+    )
+    return [f"Scored on a part of the text only, so not compared: {listed(shown)}."]
 
 
 def _loss(row: QualityRow) -> str:
@@ -114,25 +133,26 @@ def _ends(row: QualityRow) -> str:
     return f"95 % interval {low} to {high}"
 
 
-def _static_sentence(facts: Facts) -> str:
-    tested = [row for row in facts.quality if not row.is_static]
-    at_same = {row.name: reference_at(facts.quality, row.mean_experts) for row in tested}
-    compared = [row for row in tested if math.isfinite(at_same[row.name])]
-    if not compared:
+def static_sentence(tested: list[QualityRow]) -> str:
+    """Set configurations against static top-k, as far as the intervals decide it."""
+    groups = {
+        answer: [row for row in tested if row.against_static == answer]
+        for answer in ("no", "yes", "undecided")
+    }
+    if not any(groups.values()):
         return (
             "A fixed smaller number of experts wasn't scored near these means, so the loss can't "
             "be set against the simplest alternative; add configurations such as "
             "`{method: topk, k: 4}` and `{method: topk, k: 5}` to see it."
         )
-    losing = [row for row in compared if row.delta_nll > at_same[row.name]]
-    winning = [row for row in compared if row.delta_nll <= at_same[row.name]]
     texts = []
-    if losing:
-        texts.append(f"{_names(losing)} {_verb(losing, 'loses', 'lose')} more than static top-k")
-    if winning:
-        texts.append(f"{_names(winning)} {_verb(winning, 'loses', 'lose')} no more than static "
-                     "top-k")  # fmt: skip
-    return f"At the same mean number of experts {' and '.join(texts)}."
+    for answer, how in (("no", "more"), ("yes", "less")):
+        if rows := groups[answer]:
+            lose = _verb(rows, "loses", "lose")
+            texts.append(f"{_names(rows)} {lose} clearly {how} than static top-k")
+    if rows := groups["undecided"]:
+        texts.append(f"no difference from static top-k is clear for {_names(rows)}")
+    return f"At the same mean number of experts {listed(texts)}."
 
 
 def _names(rows: list[QualityRow]) -> str:
@@ -162,6 +182,8 @@ def experts_sentence(facts: Facts) -> str:
 
 
 def _less(share: float) -> str:
+    if percent(abs(share)) == percent(0):
+        return "as many"
     return f"{percent(abs(share))} {'fewer' if share >= 0 else 'more'}"
 
 
@@ -172,12 +194,17 @@ def time_sentence(facts: Facts) -> str:
         return ""
     ends = (f(changes, key=lambda n: changes[n].mean) for f in (min, max))
     span = " to ".join(
-        f"{signed_percent(changes[name].mean)} ({code(name)}, 95 % interval "
-        f"{signed_percent(changes[name].low)} to {signed_percent(changes[name].high)})"
+        f"{signed_percent(changes[name].mean)} ({code(name)}, {_time_ends(changes[name])})"
         for name in dict.fromkeys(ends)
     )
     doubt = ", but the machine's own speed was not steady" if _is_unsteady(facts) else ""
     return f"**Time.** Against {code(facts.baseline)}: {span}{doubt}."
+
+
+def _time_ends(change: MeanInterval) -> str:
+    if not math.isfinite(change.low):
+        return "no interval"
+    return f"95 % interval {signed_percent(change.low)} to {signed_percent(change.high)}"
 
 
 def _alpha_sentence(facts: Facts) -> str:
@@ -214,6 +241,7 @@ def _entries(null: dict[str, object]) -> list[dict[str, object]]:
 
 
 def _quality_conclusions(facts: Facts) -> list[str]:
+    scored = findings.scored(facts.quality)
     tested = [row for row in facts.quality if not row.is_static]
     if not tested:
         return [
@@ -221,46 +249,57 @@ def _quality_conclusions(facts: Facts) -> list[str]:
             "measured. Score it before using any of these configurations."
         ]
     margin = signed_percent(math.expm1(facts.margin), 1)
-    within = [row for row in tested if row.verdict == "within margin"]
-    beyond = [row for row in tested if row.verdict == "beyond margin"]
-    open_ = [row for row in tested if row not in within and row not in beyond]
+    groups = {
+        f"Within the margin of {margin} perplexity: {{}}.": "within margin",
+        f"Beyond the margin of {margin} perplexity, so not free: {{}}.": "beyond margin",
+        "Undecided at this amount of text: {}. That isn't evidence of no harm.": "undecided",
+        "Without an interval, so without a verdict: {}.": "unknown",
+    }
     texts = []
-    if within:
-        texts.append(f"Within the margin of {margin} perplexity: {_names(within)}.")
-    if beyond:
-        texts.append(f"Beyond the margin of {margin} perplexity, so not free: {_names(beyond)}.")
-    if open_:
-        texts.append(f"Undecided at this amount of text: {_names(open_)}. That isn't evidence of "
-                     "no harm.")  # fmt: skip
-    static = _static_sentence(facts)
-    best = min(tested, key=lambda row: row.delta_nll)
-    least = (
-        f"Of the configurations tried, {code(best.name)} loses least "
-        f"({loss_percent(best.perplexity_ratio)} perplexity at "
-        f"{number(best.mean_experts)} experts)."
+    for text, verdict in groups.items():
+        if rows := [row for row in tested if row.verdict == verdict]:
+            texts.append(text.format(_names(rows)))
+    whole = [row for row in scored.whole if not row.is_static]
+    if whole:
+        texts.append(static_sentence(whole))
+    texts += partial_sentence(scored)
+    return [*texts, *([_least(whole)] if len(whole) > 1 else [])]
+
+
+def _least(rows: list[QualityRow]) -> str:
+    """Name the lowest estimate, and whose interval reaches down to its own."""
+    best = min(rows, key=lambda row: row.delta_nll)
+    near = [row for row in rows if row is not best and not row.low > best.high]
+    doubt = ""
+    if near:
+        verb = _verb(near, "isn't", "aren't")
+        doubt = f"; {_names(near)} {verb} clearly apart from it"
+    return (
+        f"Of the configurations tried, {code(best.name)} has the lowest estimate "
+        f"({loss_percent(best.perplexity_ratio)} perplexity at {number(best.mean_experts)} "
+        f"experts){doubt}."
     )
-    return [*texts, static, *([least] if len(tested) > 1 else [])]
 
 
 def _saving_conclusion(facts: Facts) -> str:
     if not facts.others or facts.baseline is None:
         return ""
-    fewer = [n for n in facts.others if _clearly(facts, n, EXPERTS, -1)]
-    more = [n for n in facts.others if _clearly(facts, n, EXPERTS, 1)]
-    unclear = [n for n in facts.others if n not in fewer and n not in more]
-    texts = []
-    if fewer:
-        texts.append(f"fewer experts than {code(facts.baseline)} in {_some(fewer)}")
-    if more:
-        texts.append(f"more in {_some(more)}")
-    if unclear:
-        texts.append(f"no significant difference, or no test, for {_some(unclear)}")
-    return f"On these prompts: {'; '.join(texts)}."
+    sides = findings.expert_sides(facts.table)
+    base = code(facts.baseline)
+    groups = {
+        "below": f"fewer experts than {base} in {{}}",
+        "above": f"more experts than {base} in {{}}",
+        "same": f"as many experts as {base} in {{}}",
+        "undecided": "no significant difference for {}",
+        "unknown": "no test for {}",
+    }
+    return f"On these prompts: {'; '.join(_grouped(groups, sides))}."
 
 
-def _clearly(facts: Facts, name: str, metric: str, sign: int) -> bool:
-    found = facts.compare(name, metric)
-    return bool(found.get("significant")) and sign * as_float(found.get("mean_difference")) > 0
+def _grouped(groups: Mapping[str, str], sides: Mapping[str, str]) -> list[str]:
+    """Fill each group's text with the names on its side; groups without a name are left out."""
+    named = {key: [name for name, side in sides.items() if side == key] for key in groups}
+    return [text.format(_some(named[key])) for key, text in groups.items() if named[key]]
 
 
 def _some(names: list[str]) -> str:
@@ -270,24 +309,36 @@ def _some(names: list[str]) -> str:
 
 
 def _time_conclusion(facts: Facts) -> str:
-    changes = findings.time_changes(facts.table)
-    slower = [name for name, change in changes.items() if change.low > 0]
-    faster = [name for name, change in changes.items() if change.high < 0]
-    if not changes:
+    sides = {n: findings.side(c) for n, c in findings.time_changes(facts.table).items()}
+    if not sides:
         return ""
+    experts = findings.expert_sides(facts.table)
+    fewer = {name: side for name, side in sides.items() if experts.get(name) == "below"}
     if _is_unsteady(facts):
-        return "Whether fewer experts save time is open: the machine's own speed varied too much."
+        what = "fewer experts save time" if fewer else "the configurations differ in time"
+        return f"Whether {what} is open: the machine's own speed varied too much."
+    base = code(facts.baseline)
+    texts = _grouped({"below": f"{{}} took less time than {base}"}, sides)
+    texts += _grouped({"above": "{} took longer with fewer experts"}, fewer)
+    others = {name: side for name, side in sides.items() if name not in fewer}
+    texts += _grouped({"above": "{} took longer"}, others)
+    texts += _grouped(
+        {
+            "undecided": f"no clear difference in time from {base} for {{}}",
+            "unknown": "too few times for an interval for {}",
+        },
+        sides,
+    )
     reason = (
         " Leaving out experts saves arithmetic; whether it saves time depends on what else the "
         "machine waits for, and the selection itself costs something."
     )
-    if slower and not faster:
-        return f"Fewer experts bought no speed here: {_some(slower)} took longer.{reason}"
-    if faster and not slower:
-        return f"{_some(faster)} took less time than {code(facts.baseline)}."
-    if not faster and not slower:
-        return f"No configuration differs clearly in time from {code(facts.baseline)}."
-    return f"{_some(faster)} took less time, {_some(slower)} more.{reason}"
+    failed = "above" in fewer.values()
+    start = ""
+    if failed and "below" not in fewer.values():
+        start = "Fewer experts bought no speed here: "
+    sentence = start + "; ".join(texts)
+    return f"{sentence[0].upper()}{sentence[1:]}.{reason if failed else ''}"
 
 
 def _is_unsteady(facts: Facts) -> bool:
@@ -298,35 +349,38 @@ def _balance_conclusion(facts: Facts) -> str:
     if facts.baseline is None:
         return ""
     base = _over_noise(facts, facts.baseline)
-    ratios = {name: _over_noise(facts, name) for name in facts.others}
-    ratios = {name: ratio for name, ratio in ratios.items() if math.isfinite(ratio)}
-    if not ratios or not math.isfinite(base):
+    sides = {n: s for n, s in findings.balance_sides(facts.table).items() if s != "unknown"}
+    if not sides or not math.isfinite(base):
         return ""
-    # A twentieth more or less is within what another set of prompts would change.
-    less_even = [name for name, ratio in ratios.items() if ratio > 1.05 * base]
-    more_even = [name for name, ratio in ratios.items() if ratio < 0.95 * base]
-    alike = [name for name in ratios if name not in less_even and name not in more_even]
-    groups = {"less evenly": less_even, "more evenly": more_even, "about as evenly": alike}
-    texts = [f"{how} in {_some(names)}" for how, names in groups.items() if names]
+    groups = {
+        "above": "less evenly in {}",
+        "below": "more evenly in {}",
+        "same": "as evenly in {}",
+        "undecided": "without a clear difference in {}",
+    }
     return (
-        f"Measured against sampling noise, experts are loaded {listed(texts)}, compared with "
-        f"{code(facts.baseline)}, whose CV is {number(base, 1)} times that of noise."
+        f"Measured against sampling noise, experts are loaded {listed(_grouped(groups, sides))}, "
+        f"compared with {code(facts.baseline)}, whose CV is {number(base, 1)} times that of noise."
     )
 
 
 def _over_noise(facts: Facts, name: str) -> float:
-    noise = facts.table.mean(name, f"{BALANCE}_noise")
-    return facts.table.mean(name, BALANCE) / noise if noise > 0 else math.nan
+    return facts.table.mean(name, "load_over_noise")
 
 
 def _spread_conclusion(facts: Facts) -> str:
     stuck = [
         name
         for name in facts.others
-        if facts.table.mean(name, "std_experts_per_token") == 0
-        and facts.table.mean(name, EXPERTS) != facts.table.mean(facts.baseline or "", EXPERTS)
+        if not (is_static(name) or facts.config(name).get("method") in ("top_k", "topk"))
+        and (facts.table.values(name, "std_experts_per_token") == 0).all()
+        and len(facts.table.values(name, "std_experts_per_token"))
     ]
     if not stuck:
         return ""
     kept = ", ".join(f"{code(n)} ({number(facts.table.mean(n, EXPERTS))})" for n in stuck[:LISTED])
-    return f"These keep the same number of experts for every token, so they decide nothing: {kept}."
+    more = f" and {len(stuck) - LISTED} more" if len(stuck) > LISTED else ""
+    return (
+        "These kept the same number of experts for every token of a prompt, as a fixed k does: "
+        f"{kept}{more}."
+    )

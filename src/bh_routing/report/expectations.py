@@ -15,7 +15,15 @@ from typing import Any, Final, Literal
 from bh_routing.analysis.estimates import signed_rank_floor
 from bh_routing.report import findings
 from bh_routing.report.facts import BALANCE, EXPERTS, Facts, child
-from bh_routing.report.text import as_float, code, number, p_value, percent, signed_percent
+from bh_routing.report.text import (
+    as_float,
+    code,
+    markdown,
+    number,
+    p_value,
+    percent,
+    signed_percent,
+)
 
 Verdict = Literal["met", "not met", "not comparable"]
 
@@ -268,8 +276,11 @@ def _other_hardware(facts: Facts, hardware: str) -> str:
     device = str(facts.model.get("device_name", "") or "")
     is_cpu = str(facts.model.get("device", "")).startswith("cpu")
     cores = child(facts.run, "provenance").get("cpu_count")
+    where = findings.place(facts.run)
     if not facts.run:
         return "the run doesn't say what it ran on"
+    if not where.is_one_machine:
+        return f"this run: {markdown(where.text)}"
     here = f"a CPU with {cores} cores" if is_cpu else device or "unknown hardware"
     same = cores == 16 if hardware == "cpu:16" else hardware in device.replace("-", " ").split()
     matches = same and is_cpu == (hardware == "cpu:16")

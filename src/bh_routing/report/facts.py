@@ -59,6 +59,12 @@ class Facts:
         return margin_of(self.summary)
 
     @property
+    def quality_notes(self) -> list[str]:
+        """What the analysis says of the scored text."""
+        notes = child(self.summary, "quality").get("notes")
+        return list(map(str, notes)) if isinstance(notes, list) else []
+
+    @property
     def model(self) -> Mapping[str, Any]:
         """The model's entry in run.json."""
         return child(self.run, "model")

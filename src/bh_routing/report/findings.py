@@ -1,17 +1,113 @@
-"""One sentence a picture: what the numbers show, by rule."""
+"""What the numbers show, as typed findings that know how sure they are, and as titles of charts."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
-from bh_routing.analysis.estimates import MeanInterval, mean_interval
-from bh_routing.report.quality import QualityRow, reference_at
+import numpy as np
+
+from bh_routing.analysis.comparisons import SIGNIFICANCE_LEVEL
+from bh_routing.analysis.estimates import MeanInterval, holm, mean_interval, paired_difference
+from bh_routing.report.quality import QualityRow
 from bh_routing.report.table import Experiments
 from bh_routing.report.text import cut_middle, listed, loss_percent, number, plain, signed_percent
 
 NAME_LIMIT = 24
 UNSTEADY = 0.10
 """A quiet machine stays within a few percent of its speed."""
+
+Side = Literal["below", "above", "same", "undecided", "unknown"]
+"""Where a configuration lies beside the baseline, as far as the data decide it."""
+Steadiness = Literal["steady", "unsteady", "unknown"]
+
+
+class Scored(NamedTuple):
+    """How much text was scored, and which configurations were scored on all of it."""
+
+    tokens: int
+    documents: int
+    whole: list[QualityRow]
+    partial: list[QualityRow]
+    """Scored on less, as in an unfinished run: not to be compared with the others."""
+
+
+class Place(NamedTuple):
+    """Where experiments ran."""
+
+    is_one_machine: bool
+    text: str
+    """Completes "on ..."; empty if the run doesn't say."""
+
+
+def scored(rows: Sequence[QualityRow]) -> Scored:
+    """Split rows by whether they were scored on the whole text."""
+    most = max(((row.tokens, row.documents) for row in rows), default=(0.0, 0.0))
+    whole = [row for row in rows if (row.tokens, row.documents) == most]
+    return Scored(int(most[0]), int(most[1]), whole, [row for row in rows if row not in whole])
+
+
+def place(run: Mapping[str, Any]) -> Place:
+    """Say where the experiments of a run ran."""
+    executor, sessions = run.get("executor"), run.get("sessions")
+    if isinstance(executor, Mapping) and executor.get("name") == "ray":
+        return Place(False, f"{executor.get('workers')} workers of a Ray cluster")
+    machines = {
+        tuple(str(session.get(key)) for key in ("platform", "cpu_count"))
+        for session in (sessions if isinstance(sessions, list) else [])
+        if isinstance(session, Mapping)
+    }
+    if len(machines) > 1:
+        return Place(False, f"{len(machines)} machines, since the run was resumed on another")
+    return Place(True, "one machine") if run else Place(False, "")
+
+
+def span_of(counts: Iterable[int]) -> str:
+    """One number, or the least and the most."""
+    known = sorted(counts)
+    return str(known[0]) if known[0] == known[-1] else f"{known[0]} to {known[-1]}"
+
+
+def side(change: MeanInterval) -> Side:
+    """Where an interval lies beside 0."""
+    if not (math.isfinite(change.low) and math.isfinite(change.high)):
+        return "unknown"
+    return "below" if change.high < 0 else "above" if change.low > 0 else "undecided"
+
+
+def expert_sides(table: Experiments) -> dict[str, Side]:
+    """Whether each configuration keeps fewer or more experts than the baseline on these prompts.
+
+    Decided where every prompt agrees, since counts don't vary between runs, or else by the paired
+    t test, corrected by Holm over the configurations.
+    """
+    names = table.others if table.baseline is not None else []
+    pairs = {name: table.paired(name, "avg_experts_per_token") for name in names}
+    tests = {name: paired_difference(*pair) for name, pair in pairs.items()}
+    corrected = holm([test.p for test in tests.values()])
+    found: dict[str, Side] = {}
+    for (name, test), p in zip(tests.items(), corrected, strict=True):
+        difference_n = np.subtract(*pairs[name])
+        if not difference_n.size:
+            found[name] = "unknown"
+        elif (difference_n == 0).all():
+            found[name] = "same"
+        elif (np.sign(difference_n) == np.sign(difference_n[0])).all() or p < SIGNIFICANCE_LEVEL:
+            found[name] = "below" if test.mean < 0 else "above"
+        else:
+            found[name] = "undecided" if math.isfinite(p) else "unknown"
+    return found
+
+
+def balance_sides(table: Experiments) -> dict[str, Side]:
+    """Whether experts are loaded more evenly (below) than under the baseline, in units of noise."""
+    names = table.others if table.baseline is not None else []
+    differences = {n: np.subtract(*table.paired(n, "load_over_noise")) for n in names}
+    return {
+        name: "same" if len(own_n) and not own_n.any() else side(mean_interval(own_n))
+        for name, own_n in differences.items()
+    }
 
 
 def experts(table: Experiments) -> str:
@@ -52,6 +148,8 @@ def time(table: Experiments) -> str:
     against = f"against {show(table.baseline)}"
     if is_unsteady(table):
         return f"Time {against}: {span}, on a machine of unsteady speed"
+    if not slower and not faster and not any(math.isfinite(c.low) for c in changes.values()):
+        return f"Time {against}: {span}, from too few prompts for an interval"
     if len(slower) == len(changes):
         return f"Every configuration is slower than {show(table.baseline)}: {span} time"
     if len(faster) == len(changes):
@@ -93,30 +191,35 @@ def speed_spread(table: Experiments) -> float:
     return float(per_token.std() / per_token.mean()) if len(per_token) > 2 else math.nan
 
 
+def steadiness(table: Experiments) -> Steadiness:
+    """Whether the machine's own speed stayed the same; unknown of too few or too short texts."""
+    spread = speed_spread(table)
+    if not math.isfinite(spread):
+        return "unknown"
+    return "unsteady" if spread > UNSTEADY else "steady"
+
+
 def is_unsteady(table: Experiments) -> bool:
     """Whether the machine's own speed varied too much for times to be compared.
 
     What was timed side by side can be: its intervals hold what is left of that.
     """
-    return not table.speed_ups and speed_spread(table) > UNSTEADY
+    return not table.speed_ups and steadiness(table) == "unsteady"
 
 
 def balance(table: Experiments) -> str:
-    """Say who loads the experts least evenly, and what noise alone would show."""
+    """Say how much the load of experts varies, and how much of that noise alone would show."""
     means = {name: table.mean(name, "expert_utilization_cv") for name in table.names}
     means = {name: mean for name, mean in means.items() if math.isfinite(mean)}
     if not means:
         return "No experiment has a measure of load balance"
-    worst = max(means, key=means.__getitem__)
-    best = min(means, key=means.__getitem__)
-    noise = table.mean(worst, "expert_utilization_cv_noise")
-    alone = f" (noise alone {number(noise)})" if math.isfinite(noise) else ""
-    if worst == best:
-        return f"{show(worst)}: load varies by {number(means[worst])} of its mean{alone}"
-    return (
-        f"Load is least even in {show(worst)}: {number(means[worst])}{alone}; "
-        f"most even in {show(best)}: {number(means[best])}"
-    )
+    low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
+    parts = []
+    for name in dict.fromkeys((low, high)):
+        noise = table.mean(name, "expert_utilization_cv_noise")
+        alone = f", of which noise alone {number(noise)}" if math.isfinite(noise) else ""
+        parts.append(f"{number(means[name])} ({show(name)}{alone})")
+    return f"Load varies by {' to '.join(parts)} of its mean"
 
 
 def by_category(table: Experiments) -> str:
@@ -141,19 +244,18 @@ def by_category(table: Experiments) -> str:
 
 def latency(table: Experiments) -> str:
     """Say whether keeping fewer experts went along with less time."""
-    changes = time_changes(table)
-    base = table.mean(table.baseline or "", "avg_experts_per_token")
-    fewer = [n for n in changes if table.mean(n, "avg_experts_per_token") < base]
+    changes, experts_kept = time_changes(table), expert_sides(table)
+    fewer = {n: side(change) for n, change in changes.items() if experts_kept.get(n) == "below"}
     if not fewer:
         return "Experts kept and time per generated token"
-    faster = [name for name in fewer if changes[name].high < 0]
-    slower = [name for name in fewer if changes[name].low > 0]
+    faster = [name for name, found in fewer.items() if found == "below"]
+    slower = [name for name, found in fewer.items() if found == "above"]
     if is_unsteady(table):
         return "Speed varied too much to say whether fewer experts save time"
     if len(faster) == len(fewer):
-        return "Fewer experts took less time in every configuration"
+        return "Fewer experts took less time in every configuration that keeps fewer"
     if len(slower) == len(fewer):
-        return "Fewer experts did not save time: every configuration is slower"
+        return "Fewer experts did not save time: every configuration that keeps fewer is slower"
     if not faster:
         return "Fewer experts did not clearly save time in any configuration"
     return f"Fewer experts clearly saved time in {listed(show(name) for name in faster)} only"
@@ -166,24 +268,32 @@ def show(name: object) -> str:
 
 def quality(rows: list[QualityRow]) -> str:
     """Say what the configurations cost, and whether static top-k costs less at the same mean."""
-    tested = [row for row in rows if not row.is_static]
+    tested = [row for row in scored(rows).whole if not row.is_static]
     if not tested:
         return "Perplexity of static top-k by number of experts"
-    behind = [row for row in tested if row.delta_nll > reference_at(rows, row.mean_experts)]
-    compared = [row for row in tested if math.isfinite(reference_at(rows, row.mean_experts))]
     least = min(tested, key=lambda row: row.delta_nll)
     most = max(tested, key=lambda row: row.delta_nll)
     span = loss_percent(least.perplexity_ratio)
     if most is not least:
         span = f"{span} to {loss_percent(most.perplexity_ratio)}"
     cost = f"Keeping {_experts_span(tested)} experts changes perplexity by {span}"
+    counts = {answer: [row.against_static for row in tested].count(answer)
+              for answer in ("yes", "no", "undecided")}  # fmt: skip
+    compared = sum(counts.values())
     if not compared:
         return cost
-    if len(behind) == len(compared):
+    if counts["no"] == compared:
         return f"{cost}; static top-k loses less at the same mean"
-    if not behind:
+    if counts["yes"] == compared:
         return f"{cost}; static top-k loses more at the same mean"
-    return f"{cost}; static top-k loses less in {len(behind)} of {len(compared)}"
+    if counts["undecided"] == compared:
+        return f"{cost}; no clear difference from static top-k at the same mean"
+    texts = [
+        f"{word} in {counts[answer]}"
+        for answer, word in (("no", "less"), ("yes", "more"))
+        if counts[answer]
+    ]
+    return f"{cost}; static top-k clearly loses {' and '.join(texts)} of {compared}"
 
 
 def _experts_span(rows: list[QualityRow]) -> str:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from bh_routing.report import findings
 from bh_routing.report.blocks import bullets, section, table, text_table
 from bh_routing.report.facts import Facts, child
 from bh_routing.report.text import (
@@ -171,17 +172,25 @@ def _noise_row(entry: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _times(facts: Facts) -> str:
+    where = findings.place(facts.run)
+    if facts.table.speed_ups or where.is_one_machine:
+        return "Times are of one machine and of batch size 1."
+    text = f", measured on {where.text}: differences in time may be theirs" if where.text else ""
+    return f"Times are of batch size 1{text}."
+
+
 def limitations(facts: Facts) -> str:
     """What these numbers can't say."""
     items = [
-        f"{facts.num_prompts()} prompts were chosen by hand. Tests and intervals over them speak "
-        "of these prompts; they aren't a sample of what people write.",
+        f"The {facts.num_prompts()} prompts aren't a random sample of what people write: tests and "
+        "intervals over them speak of these prompts.",
         "Experts of one token share a hidden state, so neither independence nor positive "
         "dependence of the p-values is given. Read *BH at nominal alpha under the fitted null*, "
         "not *the false discovery rate is bounded*.",
         "Texts are greedy, one a prompt: nothing is said about sampling.",
-        "Times are of one machine and of one text at a time. Where several are written side by "
-        "side they share the experts that are read, and dropping some saves less.",
+        f"{_times(facts)} Where several texts are generated in one batch they share the experts "
+        "that are read, and dropping some saves less.",
     ]
     if facts.quality:
         items.insert(

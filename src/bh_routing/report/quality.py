@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bh_routing.analysis.estimates import NON_INFERIORITY_MARGIN
 from bh_routing.analysis.quality import analyze_quality
+from bh_routing.analysis.quality_row import is_static
 from bh_routing.analysis.results import load_results
 from bh_routing.records import QUALITY_JOURNAL
 from bh_routing.report.text import as_float
 
-_STATIC = re.compile(r"(?:^|[^a-z])top_?k(?![a-z])", re.IGNORECASE)
+Answer = Literal["yes", "no", "undecided", "unknown"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +52,9 @@ class QualityRow:
     is_reference: bool
     """Whether every token came out as under the model's own top-k."""
     note: str
+    against_static: Answer = "unknown"
+    """Whether it loses less than static top-k at its own mean: decided by the interval of the
+    difference, never by its sign."""
 
     @property
     def is_static(self) -> bool:
@@ -59,16 +62,30 @@ class QualityRow:
         return is_static(self.name)
 
 
-def is_static(name: str) -> bool:
-    """Whether a configuration of this name keeps a fixed number of experts."""
-    return _STATIC.search(name) is not None
-
-
 def quality_rows(summary: Mapping[str, Any] | None) -> list[QualityRow]:
     """Read the quality records of a summary; empty if quality was not measured."""
     records = _block(summary).get("rules")
     rows = [_row(record) for record in records or [] if isinstance(record, Mapping)]
-    return [row for row in rows if math.isfinite(row.delta_nll)]
+    rows = [row for row in rows if math.isfinite(row.delta_nll)]
+    compared = _block(summary).get("static_top_k")
+    tested = compared if isinstance(compared, Mapping) else {}
+    return [replace(row, against_static=_against_static(row, rows, tested)) for row in rows]
+
+
+def _against_static(row: QualityRow, rows: list[QualityRow], tested: Mapping[str, Any]) -> Answer:
+    """Take the paired test of the analysis; without one, compare intervals, which is stricter."""
+    if row.is_static:
+        return "unknown"
+    if row.name in tested:
+        found = tested[row.name]
+        answer = found.get("answer") if isinstance(found, Mapping) else None
+        return answer if answer in ("yes", "no", "undecided") else "unknown"
+    curve = [r for r in rows if (r.tokens, r.documents) == (row.tokens, row.documents)]
+    ends = row.low, row.high, *(reference_at(curve, row.mean_experts, f) for f in ("low", "high"))
+    if not all(map(math.isfinite, ends)):
+        return "unknown"
+    low, high, static_low, static_high = ends
+    return "yes" if high < static_low else "no" if low > static_high else "undecided"
 
 
 def with_quality(summary: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
@@ -88,17 +105,17 @@ def margin_of(summary: Mapping[str, Any] | None) -> float:
     return margin if margin > 0 else NON_INFERIORITY_MARGIN
 
 
-def reference_at(rows: list[QualityRow], mean_experts: float) -> float:
+def reference_at(rows: list[QualityRow], mean_experts: float, field: str = "delta_nll") -> float:
     """The delta_nll of static top-k at this mean, on the line between its neighbours.
 
     Between k and k + 1 the line is what mixing the two at random by token gives. NaN outside the
     numbers of experts that were scored.
     """
-    curve = sorted((row.mean_experts, row.delta_nll) for row in rows if row.is_static)
+    curve = sorted((row.mean_experts, getattr(row, field)) for row in rows if row.is_static)
     for (x0, y0), (x1, y1) in pairwise(curve):
         # Wider gaps aren't bridged: the curve bends, and a chord would flatter whatever is above.
         if x0 <= mean_experts <= x1 and 0 < x1 - x0 <= 1.0 + 1e-9:
-            return y0 + (y1 - y0) * (mean_experts - x0) / (x1 - x0)
+            return float(y0 + (y1 - y0) * (mean_experts - x0) / (x1 - x0))
     return math.nan
 
 

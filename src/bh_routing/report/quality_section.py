@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 
 from bh_routing.analysis.text_agreement import TextAgreement
+from bh_routing.report import findings
 from bh_routing.report.blocks import picture, section, table
+from bh_routing.report.conclusions import partial_sentence
 from bh_routing.report.facts import Facts
+from bh_routing.report.findings import Scored
 from bh_routing.report.quality import QualityRow, reference_at
 from bh_routing.report.quality_plot import QUALITY_PLOT
 from bh_routing.report.text import (
     MISSING,
     code,
     interval,
+    listed,
     loss_percent,
     markdown,
     number,
@@ -29,11 +33,11 @@ def quality(facts: Facts, agreement: dict[str, TextAgreement]) -> str:
     texts = _agreement(agreement)
     if not rows:
         return section("Agreement of the generated texts", *texts) if texts else ""
-    tokens, documents = max(row.tokens for row in rows), max(row.documents for row in rows)
+    scored = findings.scored(rows)
     margin = signed_percent(math.expm1(facts.margin), 1)
     how = (
-        f"Every configuration scored the same {tokens:,.0f} tokens of {documents:.0f} documents, "
-        "and is compared with the model's own top-k on each token. Intervals are over documents. "
+        f"{_text(scored)}, and each is compared with the model's own top-k on each token that it "
+        "was scored on. Intervals are over documents. "
         f"*Within margin* means that the one-sided 95 % upper bound stays below {margin} "
         "perplexity; *undecided* isn't *no difference*: see the last column for what this much "
         "text could have found."
@@ -41,7 +45,7 @@ def quality(facts: Facts, agreement: dict[str, TextAgreement]) -> str:
     return section(
         "Quality against experts used",
         picture(QUALITY_PLOT, "Change in perplexity against mean experts kept"),
-        _losses(rows),
+        _losses(rows, scored.whole),
         how,
         _distances(rows),
         "KL is the divergence of the next-token distribution from top-k's, over the whole "
@@ -49,17 +53,26 @@ def quality(facts: Facts, agreement: dict[str, TextAgreement]) -> str:
         "first; *overlap* is the Jaccard overlap of the kept experts with top-k's. Losses are "
         "shown for early and late positions of a window, since dropped experts may compound.",
         *_notes(rows),
+        *partial_sentence(scored),
+        *(markdown(note, 300) for note in facts.quality_notes),
         *texts,
     )
 
 
-def _losses(rows: list[QualityRow]) -> str:
+def _text(scored: Scored) -> str:
+    size = f"{scored.tokens:,} tokens of {scored.documents} documents"
+    if not scored.partial:
+        return f"Every configuration was scored on the same {size}"
+    return f"{listed(code(row.name) for row in scored.whole)} were scored on the same {size}"
+
+
+def _losses(rows: list[QualityRow], comparable: list[QualityRow]) -> str:
     header = ["configuration", "experts", "perplexity", "95 % interval, %", "ΔNLL",
               "static top-k there", "p corrected", "verdict", "detectable"]  # fmt: skip
     lines = []
     for row in rows:
         own = row.is_static
-        static = reference_at(rows, row.mean_experts)
+        static = reference_at(comparable, row.mean_experts) if row in comparable else math.nan
         ends = 100 * (row.ratio_low - 1), 100 * (row.ratio_high - 1)
         lines.append(
             [

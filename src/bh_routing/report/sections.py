@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from bh_routing.analysis.estimates import signed_rank_floor
+from bh_routing.analysis.estimates import EXACT_PAIRS, signed_rank_floor
 from bh_routing.analysis.speed import Ratio
 from bh_routing.report import findings
 from bh_routing.report.blocks import bullets, picture, section, table, text_table
@@ -117,7 +117,7 @@ def _side_by_side(facts: Facts) -> tuple[str, str]:
             [code(name), number(found.prefill_ms, 1), number(found.decode_ms, 2),
              number(found.tokens_per_second, 1), *shown]
         )  # fmt: skip
-    rounds = max(found.whole.n for found in facts.table.speed_ups.values())
+    rounds = findings.span_of(found.whole.n for found in facts.table.speed_ups.values())
     header = ["configuration", "prompt, ms", "token, ms", "tokens per second",
               "speed-up, prompt", "speed-up, token", "speed-up, both"]  # fmt: skip
     return (
@@ -224,15 +224,12 @@ def tests(facts: Facts) -> str:
     if not parts:
         return ""
     most = max(as_float(facts.compare(n, EXPERTS).get("n", 0)) for n in facts.others)
-    floor = p_value(signed_rank_floor(int(most))) if math.isfinite(most) else MISSING
     how = (
         f"Each row sets a configuration against {code(facts.baseline)} on the same prompts "
         "(n pairs). *p* is the two-sided paired t test, raw, then corrected by Holm over the "
         "configurations of its table; *significant* means corrected p < 0.05. *d* is Cohen's d "
         "for paired data: the mean difference over the standard deviation of the differences. "
-        f"An exact Wilcoxon signed-rank test of {number(most, 0)} pairs can't give less than "
-        f"{floor}, however clear the difference. All p-values speak of these prompts, not of "
-        "text in general."
+        f"{_wilcoxon(most)}All p-values speak of these prompts, not of text in general."
     )
     if facts.table.speed_ups:
         how += (
@@ -240,6 +237,16 @@ def tests(facts: Facts) -> str:
             "machine that slows down counts as a difference; believe the rounds, under *Time*."
         )
     return section("Statistical tests", how, *parts, bullets(list(notes)[:20]))
+
+
+def _wilcoxon(most: float) -> str:
+    """What the exact signed-rank test can't reach; it isn't used beyond EXACT_PAIRS."""
+    if not 0 < most <= EXACT_PAIRS:
+        return ""
+    return (
+        f"An exact Wilcoxon signed-rank test of {number(most, 0)} pairs can't give less than "
+        f"{p_value(signed_rank_floor(int(most)))}, however clear the difference. "
+    )
 
 
 def _test_row(name: str, found: Mapping[str, Any], digits: int) -> list[str]:

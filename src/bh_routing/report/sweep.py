@@ -85,7 +85,9 @@ def conclude_sweep(folder: Path, options: QualityOptions | None = None) -> list[
     with look():
         panel = Panel(title="", series=_series(tables.rows))
         pareto = draw_pareto(panel, pareto_title(tables.winners))
-        domains = draw_domains(_domain_panels(tables.domains), domains_title(tables.winners))
+        domains = draw_domains(
+            _domain_panels(tables.domains), domains_title(tables.winners, tables.domains)
+        )
     return [
         _write_csv(folder / SWEEP_CSV, map(asdict, tables.rows)),
         _write_csv(folder / DOMAINS_CSV, map(asdict, tables.domains)),
@@ -215,15 +217,18 @@ def _points(rows: Sequence[SweepRow]) -> str:
         )
     how = (
         "ΔPPL and ΔNLL are against the model's own top-k; their interval holds for the row alone. "
-        "*Domains* counts those where the rule loses less than static top-k."
+        "*Domains* counts those where the rule's estimate is below static top-k's, however "
+        "clearly; the table by domain has the intervals."
     )
     return f"{table(header, lines)}\n\n{how}"
 
 
 def _flags(rows: Sequence[SweepRow]) -> str:
     off = [row for row in rows if row.off_budget]
+    scored = [row for row in rows if math.isfinite(row.mean_experts)]
     if not off:
-        return f"Every point keeps within {percent(OFF_BUDGET)} of its budget."
+        which = "Every point" if len(scored) == len(rows) else "Every scored point"
+        return f"{which} keeps within {percent(OFF_BUDGET)} of its budget." if scored else ""
     named = listed(
         f"{code(row.config_name)} ({number(row.mean_experts)} for {row.budget:g})" for row in off
     )

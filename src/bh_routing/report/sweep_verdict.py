@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from bh_routing.analysis.sweep import (
     ALL_RULES,
     PER_LAYER,
-    SIGNIFICANCE_LEVEL,
     TOP_P,
     SweepTables,
 )
+from bh_routing.analysis.sweep_equal_cost import SIGNIFICANCE_LEVEL
 from bh_routing.analysis.sweep_records import STATIC
 from bh_routing.analysis.sweep_row import DomainRow, SweepRow, Winner
 from bh_routing.report.text import code, listed, number, p_value, percent, plain
@@ -38,7 +38,7 @@ def verdict(tables: SweepTables) -> list[str]:
     if any(row.rule == PER_LAYER for row in tables.rows):
         sentences.append(_against_curve(overall, PER_LAYER, "per-layer top-k"))
     own = [w for w in tables.winners if w.among != ALL_RULES]
-    return [*sentences, *([_bh(own)] if own else [])]
+    return [*sentences, *([_bh(own, tables.domains)] if own else [])]
 
 
 def pareto_title(winners: Sequence[Winner]) -> str:
@@ -57,17 +57,30 @@ def pareto_title(winners: Sequence[Winner]) -> str:
     return f"At {_budgets(clear)} {saves[0].lower() + saves[1:]}"
 
 
-def domains_title(winners: Sequence[Winner]) -> str:
-    """State in how many domains the winners lose less than static top-k."""
+def domains_title(winners: Sequence[Winner], domains: Sequence[DomainRow]) -> str:
+    """State in how many domains the winners clearly lose less than static top-k."""
     rows = [w.row for w in winners if w.among == ALL_RULES and w.row]
     if not rows:
         return "Loss and experts of each rule by domain"
-    fewest, of = min(row.top_k_domains for row in rows), rows[0].domains
+    clear, of = clear_domains(rows, domains), rows[0].domains
+    fewest = min(clear)
     if fewest == of:
-        return f"The best rule loses less than static top-k in all {of} domains, at every budget"
-    if fewest == 0:
-        return "At some budget the best rule loses less than static top-k in no domain"
-    return f"The best rule of a budget loses less than static top-k in {fewest} to {of} domains"
+        return (
+            f"The best rule clearly loses less than static top-k in all {of} domains, at every "
+            "budget"
+        )
+    if max(clear) == 0:
+        return "The best rule of a budget clearly loses less than static top-k in no domain"
+    span = f"{fewest}" if fewest == max(clear) else f"{fewest} to {max(clear)}"
+    return f"The best rule of a budget clearly loses less than static top-k in {span} of {of} " \
+           "domains"  # fmt: skip
+
+
+def clear_domains(rows: Sequence[SweepRow], domains: Sequence[DomainRow]) -> list[int]:
+    """Count for each row the domains whose interval against static top-k lies below 0."""
+    return [
+        sum(d.config_name == row.config_name and d.top_k_high < 0 for d in domains) for row in rows
+    ]
 
 
 def _against_top_k(winners: Sequence[Winner]) -> str:
@@ -114,22 +127,27 @@ def _against_curve(winners: Sequence[Winner], name: str, shown: str) -> str:
     return f"**Against {shown}** {'; '.join(parts)}."
 
 
-def _bh(winners: Sequence[Winner]) -> str:
+def _bh(winners: Sequence[Winner], domains: Sequence[DomainRow]) -> str:
     rows = [w.row for w in winners if w.row]
     if not rows:
         return "**The best BH-drop variant** could not be compared at any budget."
     texts = []
-    for name, shown in ((STATIC, "static top-k"), (TOP_P, "top-p"), (PER_LAYER, "per-layer top-k")):
-        won = [w for w in winners if getattr(w, f"beats_{name}") == "yes"]
-        if won:
-            texts.append(f"than {shown} at {_budgets(won)}")
-    found = f"loses less {listed(texts)}" if texts else "beats no reference clearly"
+    shown = ((STATIC, "static top-k"), (TOP_P, "top-p"), (PER_LAYER, "per-layer top-k"))
+    for answer, how in (("yes", "less"), ("no", "more")):
+        against = [
+            (reference, [w for w in winners if getattr(w, f"beats_{name}") == answer])
+            for name, reference in shown
+        ]
+        if parts := [f"than {reference} at {_budgets(own)}" for reference, own in against if own]:
+            texts.append(f"clearly loses {how} {listed(parts)}")
     signs = listed(
-        f"{row.top_k_domains} of {row.domains} at {number(row.budget, 1)}" for row in rows
+        f"{clear} of {row.domains} at {number(row.budget, 1)}"
+        for clear, row in zip(clear_domains(rows, domains), rows, strict=True)
     )
+    found = listed(texts) or "differs clearly from no reference"
     return (
-        f"**The best BH-drop variant** {found}, saving {_span(winners)} of static "
-        f"top-k's increase in perplexity; domains in which it loses less than static top-k: "
+        f"**The best BH-drop variant** {found}. Of static top-k's increase in perplexity it saves "
+        f"{_span(winners)} by estimate; domains in which it clearly loses less than static top-k: "
         f"{signs}."
     )
 

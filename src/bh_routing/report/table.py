@@ -104,6 +104,8 @@ def experiments_of(results: pd.DataFrame, folder: Path | None = None) -> Experim
         numbers = pd.to_numeric(pd.Series(known, index=rows.index), errors="coerce")
         rows[column] = numbers.astype(np.float64).replace([np.inf, -np.inf], np.nan)
     is_ok = rows["status"] == STATUS_OK if "status" in rows.columns else rows["config_name"] != ""
+    noise = rows["expert_utilization_cv_noise"]
+    rows["load_over_noise"] = rows["expert_utilization_cv"] / noise.where(noise > 0)
     frame = rows[is_ok].reset_index(drop=True)
     names = [str(name) for name in frame["config_name"].drop_duplicates()]
     baseline = choose_baseline(names)

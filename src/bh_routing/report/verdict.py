@@ -19,35 +19,40 @@ def verdict(facts: Facts) -> list[str]:
 
 
 def _certainty(facts: Facts) -> str:
+    scored = findings.scored(facts.quality)
     tested = [row for row in facts.quality if not row.is_static]
-    parts = []
+    parts = ["Quality was not scored."]
     if tested:
-        documents = max(row.documents for row in facts.quality)
-        tokens = max(row.tokens for row in facts.quality)
         margin = signed_percent(math.expm1(facts.margin), 1)
         harmless = [code(row.name) for row in tested if row.verdict == "within margin"]
         harmful = [code(row.name) for row in tested if row.verdict == "beyond margin"]
-        open_ = len(tested) - len(harmless) - len(harmful)
+        unknown = sum(row.verdict == "unknown" for row in tested)
+        open_ = len(tested) - len(harmless) - len(harmful) - unknown
         claims = [f"{listed(harmless)} within the margin of {margin}"] if harmless else []
         claims += [f"{listed(harmful)} beyond the margin of {margin}"] if harmful else []
         claims += [f"{open_} undecided"] if open_ else []
-        parts.append(
-            f"Quality was scored on {tokens:,.0f} tokens of {documents:.0f} documents, and its "
-            f"intervals are over documents: {'; '.join(claims)}."
-        )
-    else:
-        parts.append("Quality was not scored.")
-    prompts = facts.num_prompts()
+        claims += [f"{unknown} without an interval"] if unknown else []
+        size = "" if not scored.partial else "up to "
+        parts = [
+            f"Quality was scored on {size}{scored.tokens:,} tokens of {scored.documents} "
+            f"documents, and its intervals are over documents: {'; '.join(claims)}."
+        ]
     parts.append(
-        f"Experts and times are of {number(prompts, 0)} prompts on one machine"
-        f"{_steadiness(facts)}; they say nothing of other prompts."
+        f"Experts and times are of {number(facts.num_prompts(), 0)} prompts{_machine(facts)}; they "
+        "say nothing of other prompts."
     )
     return f"**How sure.** {' '.join(parts)}"
 
 
-def _steadiness(facts: Facts) -> str:
+def _machine(facts: Facts) -> str:
+    where = findings.place(facts.run)
+    text = f" on {where.text}" if where.text else ""
     if facts.table.speed_ups:
-        rounds = max(found.whole.n for found in facts.table.speed_ups.values())
-        return f", times of {rounds} rounds side by side"
-    steady = "varied too much to compare" if findings.is_unsteady(facts.table) else "was steady"
-    return f", whose own speed {steady}"
+        rounds = findings.span_of(found.whole.n for found in facts.table.speed_ups.values())
+        return f"{text}, times of {rounds} rounds timed side by side on one machine"
+    steady = {
+        "unsteady": ", whose own speed varied too much to compare",
+        "steady": ", whose own speed was steady" if where.is_one_machine else "",
+        "unknown": "",
+    }
+    return text + steady[findings.steadiness(facts.table)]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from bh_routing.analysis.quality_row import is_static
 from bh_routing.records import ExperimentDetail
 from bh_routing.report.facts import Facts, child
 from bh_routing.report.page.charts import (
@@ -20,7 +21,6 @@ from bh_routing.report.page.charts import (
     finite,
     finite_list,
 )
-from bh_routing.report.quality import is_static
 from bh_routing.report.style import BASELINE_COLOUR, GUIDE_COLOUR, colours_of
 from bh_routing.report.text import as_float, number, plain
 
