@@ -236,6 +236,8 @@ class RoundTiming:
     decode_time_sec: float = column("Seconds from the first token on.")
 
 
+TIMING_COLUMNS: Final = tuple(f.name for f in fields(RoundTiming))
+
 TOKEN_TRACES: Final = "token_traces.jsonl"
 
 

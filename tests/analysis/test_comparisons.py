@@ -12,8 +12,8 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from bh_routing.analysis.comparisons import METRICS, analyze_results
-from bh_routing.analysis.strict_json import dump_strict
 from bh_routing.errors import InputError
+from bh_routing.results.strict_json import render_json
 
 CONFIGS = {"topk_8": 8.0, "bh_strict": 4.0, "bh_moderate": 5.0, "bh_loose": 6.0}
 
@@ -136,7 +136,7 @@ def test_the_summary_of_a_run_with_nothing_but_failures_is_strict_json() -> None
     def refuse(text: str) -> None:
         raise AssertionError(f"not JSON: {text}")
 
-    summary = json.loads(dump_strict(analyze_results(table)), parse_constant=refuse)
+    summary = json.loads(render_json(analyze_results(table)), parse_constant=refuse)
     assert summary["rows"]["failed"] == 48
 
 

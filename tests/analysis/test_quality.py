@@ -15,10 +15,10 @@ from bh_routing.analysis.quality import QualityOptions, analyze_quality, quality
 from bh_routing.analysis.quality_records import read_quality
 from bh_routing.analysis.quality_row import quality_definitions
 from bh_routing.analysis.results import load_results
-from bh_routing.analysis.strict_json import dump_strict
 from bh_routing.errors import InputError, ResultsError
-from bh_routing.experiments.files import render_header
+from bh_routing.experiments.stored_run import render_header
 from bh_routing.records import QUALITY_JOURNAL, RESULTS_CSV, QualityRecord
+from bh_routing.results.strict_json import render_json
 from tests.analysis.scored import scored_documents
 
 REQUIRED = (
@@ -128,13 +128,13 @@ def test_overlap_and_kept_experts_are_told_by_layer(records: list[QualityRecord]
 
 def test_the_order_of_documents_changes_nothing(records: list[QualityRecord]) -> None:
     mild = [r for r in records if r.config_name == "mild"]
-    assert dump_strict(quality_table(mild[::-1])) == dump_strict(quality_table(mild))
+    assert render_json(quality_table(mild[::-1])) == render_json(quality_table(mild))
 
 
 def test_of_two_records_for_one_document_the_last_counts(records: list[QualityRecord]) -> None:
     mild = [r for r in records if r.config_name == "mild"]
     wrong = replace(mild[3], nll_sum=1e6)
-    assert dump_strict(quality_table([wrong, *mild])) == dump_strict(quality_table(mild))
+    assert render_json(quality_table([wrong, *mild])) == render_json(quality_table(mild))
 
 
 def test_histograms_of_different_width_add_up(records: list[QualityRecord]) -> None:

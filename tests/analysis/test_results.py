@@ -12,7 +12,7 @@ import pytest
 
 from bh_routing.analysis.results import load_results
 from bh_routing.errors import ResultsError
-from bh_routing.experiments.files import render_header, render_row
+from bh_routing.experiments.stored_run import render_header, render_row
 from bh_routing.records import (
     CSV_COLUMNS,
     JOURNAL,

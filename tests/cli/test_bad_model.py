@@ -50,8 +50,21 @@ def run(model: Path, *flags: str) -> list[str]:
         ({"config.json": lambda c: c.clear()}, "", "model_type"),
         ({"config.json": lambda c: c.update(model_type="new")}, "", "--model demo"),
         ({}, "model-", "can't be loaded"),
+        ({}, "tokenizer", "has no tokenizer: tokenizer.json"),
+        ({}, "tokenizer.json", "has no tokenizer: tokenizer.json"),
+        ({"tokenizer.json": lambda c: c.update(model={})}, "", "can't be loaded"),
     ],
-    ids=["dense", "vocabulary", "type", "empty", "unknown", "weightless"],
+    ids=[
+        "dense",
+        "vocabulary",
+        "type",
+        "empty",
+        "unknown",
+        "weightless",
+        "no-tokenizer",
+        "no-words",
+        "broken-tokenizer",
+    ],
 )
 def test_what_cannot_be_loaded_is_refused(
     changes: dict[str, Change],
@@ -77,6 +90,8 @@ def test_a_checkpoint_without_end_and_padding_tokens_runs_but_cannot_be_scored(
     model = make_checkpoint(tmp_path / "model", dict.fromkeys(names, forget))
     expect(run(model), "neither a beginning- nor an end-of-text token", capsys)
     assert not (tmp_path / "r").exists()
+    command = ["lm-eval", "--model", str(model), "--tasks", "bh_cloze", "--device", "cpu"]
+    expect(command, "the tokenizer has no end-of-text token", capsys)
     assert main(run(model, "--no-eval"), QUIET) == 0
 
 

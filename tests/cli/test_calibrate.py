@@ -9,6 +9,7 @@ import pytest
 
 from bh_routing.cli.main import main
 from bh_routing.nulls import Calibration
+from tests.cli.test_bad_input import expect
 
 
 @pytest.mark.full
@@ -26,10 +27,23 @@ def test_calibrate_writes_the_file_and_a_picture_of_each_null(
         "--nulls",
         "background",
     ]
-    assert main(["calibrate", *arguments, "--max-tokens", "400", "--json"]) == 0
+    assert main(["calibrate", *arguments, "--max-tokens", "5000", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["fingerprint"] == Calibration.load(file).fingerprint
     assert document["plots"] == [str(path) for path in sorted(plots.iterdir())]
     assert [Path(p).name for p in document["plots"]] == [
         "calibration_background.png", "calibration_gaussian.png",
     ]  # fmt: skip
+
+
+def test_a_calibration_that_no_rule_would_take_is_not_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, text = tmp_path / "demo.safetensors", tmp_path / "mine.txt"
+    text.write_text("The river ran to the sea. " * 900)
+    command = ["calibrate", "--model", "demo", "--device", "cpu", "--output", str(file)]
+    expect([*command, "--max-tokens", "4999"], "--max-tokens must be at least 5000", capsys)
+    expect([*command, "--text", str(text)], "1 documents, at least 20 are needed", capsys)
+    text.write_text("One.\n<|endoftext|>\n" * 30)
+    expect([*command, "--text", str(text)], "tokens, at least 5000 are needed", capsys)
+    assert not file.exists()

@@ -44,7 +44,7 @@ def test_out_of_memory_fails_its_row_with_the_remedy_and_the_run_goes_on(
     assert main(arguments, QUIET) == 1
     err = capsys.readouterr().err
     assert "topk_8 on 'Once upon a time' failed: out of memory" in err
-    assert "--device cpu" in err and "--max-tokens" in err
+    assert "--device cpu" in err and "fewer tokens" in err
     lines = (tmp_path / "r" / JOURNAL).read_text().splitlines()
     assert [json.loads(line)["record"]["status"] for line in lines] == ["failed", "ok"]
 
@@ -59,6 +59,6 @@ def test_a_batch_that_does_not_fit_loses_no_experiment(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 1, done.stderr
-    assert "scoring failed (out of memory; use --device cpu, a smaller --batch-size" in done.stderr
+    assert "scoring failed (out of memory; use --device cpu, a smaller batch size" in done.stderr
     [line] = (tmp_path / "r" / JOURNAL).read_text().splitlines()
     assert json.loads(line)["record"]["status"] == "ok"

@@ -44,7 +44,9 @@ def test_packaged_documents_know_their_domain_and_never_overlap() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        ("a.txt", b"\xff\xfe", "isn't UTF-8"),
+        ("a.txt", b"caf\xe9", "isn't UTF-8 \\(byte 3\\)"),
+        ("a.txt", b"\xff\xfe\x00", "isn't UTF-16"),
+        ("a.txt", "no mark".encode("utf-16-le"), "NUL characters, as UTF-16"),
         ("a.txt", b" \n", "holds no text"),
         ("a.txt.xz", b"not packed", "can't be read"),
         ("a.jsonl", b'{"texts": "x"}', "line 1"),
@@ -56,3 +58,32 @@ def test_a_file_that_is_no_text_is_named(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=match):
         read_documents([tmp_path / name])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_the_system_that_wrote_a_text_changes_nothing(
+    tmp_path: Path, encoding: str, line_end: str
+) -> None:
+    texts = ["Größe one.\nIts second line.", "Two."]
+    plain, packed = tmp_path / "a.txt", tmp_path / "b.txt.xz"
+    raw = "\n<|endoftext|>\n".join(texts).replace("\n", line_end).encode(encoding)
+    plain.write_bytes(raw)
+    packed.write_bytes(lzma.compress(raw))
+    for path in (plain, packed):
+        assert [document.text for document in read_documents([path])] == texts
+    lines = tmp_path / "a.jsonl"
+    rows = line_end.join(json.dumps({"text": text}) for text in texts)
+    lines.write_bytes(rows.encode(encoding))
+    assert [document.text for document in read_documents([lines])] == texts
+
+
+def test_blanks_around_a_separator_and_unusual_line_ends_in_json_do_no_harm(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a.txt").write_text("One.\n  <|endoftext|> \t\nTwo.\n<|endoftext|>")
+    assert [d.text for d in read_documents([tmp_path / "a.txt"])] == ["One.", "Two."]
+    odd = "One\u2028still one\x85and one."
+    row = json.dumps({"text": odd}, ensure_ascii=False)
+    (tmp_path / "b.jsonl").write_text(row, encoding="utf-8")
+    assert [d.text for d in read_documents([tmp_path / "b.jsonl"])] == [odd]

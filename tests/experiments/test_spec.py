@@ -6,9 +6,17 @@ from typing import Any
 import pytest
 
 from bh_routing.errors import InputError
-from bh_routing.experiments.config_file import SIZE_LIMIT_BYTES, add_config_file
+from bh_routing.experiments.config_file import (
+    SIZE_LIMIT_BYTES,
+    add_config_file,
+    load_yaml,
+    read_config_file,
+)
 from bh_routing.experiments.defaults import ROUTING_CONFIGS, TEST_PROMPTS
-from bh_routing.experiments.spec import make_spec, select_configs, select_prompts
+from bh_routing.experiments.rule_text import parse_rule
+from bh_routing.experiments.spec import make_rules, make_spec, select_configs, select_prompts
+from bh_routing.results.strict_json import render_json
+from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 
 CUSTOM = {
     "method": "bh",
@@ -172,3 +180,58 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none.yaml", tmp_path):
         with pytest.raises(InputError, match="configuration file"):
             add_config_file(path, {}, [])
+
+
+NUMBERS = {
+    "1e-2": 0.01, "1E-2": 0.01, ".5e1": 5.0, "+1.5": 1.5, "5.": 5.0, "0x1F": 31, "0o17": 15,
+    "-7": -7, "true": True, "False": False, "~": None, "null": None,
+}  # fmt: skip
+TEXTS = ["on", "off", "yes", "no", "010", "1_000", "1:30", "2026-01-31", "1e", "0b11", "nul", "="]
+
+
+@pytest.mark.parametrize(("text", "value"), [*NUMBERS.items(), *((text, text) for text in TEXTS)])
+def test_a_plain_word_means_the_same_in_a_file_and_on_the_command_line(
+    text: str, value: object
+) -> None:
+    read = load_yaml(f"a: {text}")["a"]
+    _, config = parse_rule(f"bh:alpha={text}")
+    assert (read, config["alpha"]) == (value, value)
+    assert type(read) is type(config["alpha"]) is type(value)
+
+
+@pytest.mark.parametrize("key", ["null", "on", "no", "123", "2026-01-31", "1e-2", "~", "true"])
+def test_a_key_is_a_text_whatever_it_looks_like(key: str) -> None:
+    assert load_yaml(f"{key}: {{{key}: 1}}") == {key: {key: 1}}
+
+
+def test_a_null_distribution_and_a_small_alpha_can_be_written_plainly(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("configs:\n  2026: {method: bh, alpha: 1e-2, null: gaussian, description: no}")
+    (mine,) = make_rules(read_config_file(path).configs)
+    assert (mine.name, mine.description) == ("2026", "no")
+    assert mine.rule == BenjaminiHochberg(alpha=0.01, null="gaussian")
+    (named,) = make_rules(dict([parse_rule("bh:alpha=1e-2,null=gaussian")]))
+    assert named.rule == mine.rule
+
+
+def test_a_configuration_of_a_sweep_is_read_back_however_small_its_alpha(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.json"
+    path.write_bytes(render_json({"configs": {"a": {"method": "bh", "alpha": 1.5e-07}}}))
+    assert b"1.5e-07" in path.read_bytes()
+    assert read_config_file(path).configs["a"]["alpha"] == 1.5e-07
+
+
+@pytest.mark.parametrize("line", ['{k: 1, "k": 2}', "{null: a, null: b}", "{1: a, 1: b}"])
+def test_a_key_given_twice_is_an_error(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"configs: {{a: {line}}}")
+    with pytest.raises(InputError, match="twice"):
+        read_config_file(path)
+
+
+@pytest.mark.parametrize(
+    "rule", ["bh:alpha=0.1,alpha=0.2", "bh:null=pooled,null=softmax", "bh:method=x"]
+)
+def test_a_field_given_twice_in_a_rule_is_an_error(rule: str) -> None:
+    with pytest.raises(InputError, match="twice; remove one"):
+        parse_rule(rule)

@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 
 from bh_routing.analysis.comparisons import analyze_results
-from bh_routing.analysis.strict_json import dump_strict
 from bh_routing.errors import InputError
 from bh_routing.records import CSV_COLUMNS
 from bh_routing.report.export import export_results
+from bh_routing.results.strict_json import render_json
 
 openpyxl: Any = importlib.import_module("openpyxl")  # ships no type information
 FillFolder = Callable[..., Path]
@@ -100,7 +100,7 @@ def test_latex_is_a_booktabs_table_of_the_means(
 ) -> None:
     folder = fill_folder(results)
     summary = analyze_results(results) | {"quality": quality}
-    (folder / "analysis_summary.json").write_text(dump_strict(summary), encoding="utf-8")
+    (folder / "analysis_summary.json").write_bytes(render_json(summary))
     text = export_results(folder, "latex").read_text(encoding="utf-8")
     assert text.index("\\toprule") < text.index("\\midrule") < text.index("\\bottomrule")
     line = next(line for line in text.splitlines() if "bh\\_strict" in line)

@@ -14,9 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 
-from bh_routing.analysis.speed import COLUMNS
 from bh_routing.errors import InputError
-from bh_routing.records import TIMINGS
+from bh_routing.records import TIMING_COLUMNS, TIMINGS
 from bh_routing.report import create_visualizations, findings
 from bh_routing.report.quality import quality_rows
 from bh_routing.report.speed_plots import draw_experts_vs_speed, draw_relative_times
@@ -180,7 +179,7 @@ def test_pictures_of_time_show_the_rounds_that_their_titles_speak_of(
         for number, factor in enumerate(shares, start=1)
         for name, share in (("topk_8", 1.0), ("bh", factor))
     ]
-    pd.DataFrame(rounds, columns=list(COLUMNS)).to_csv(tmp_path / TIMINGS, index=False)
+    pd.DataFrame(rounds, columns=list(TIMING_COLUMNS)).to_csv(tmp_path / TIMINGS, index=False)
     table = experiments_of(results, tmp_path)
     assert "faster" in findings.time(table)
     bars = draw_relative_times(table).axes[0].patches
@@ -192,7 +191,7 @@ def test_pictures_of_time_show_the_rounds_that_their_titles_speak_of(
     assert heights == pytest.approx([100.0, mean])
     assert set(draw(results, tmp_path)) == REQUIRED
     lines = (tmp_path / TIMINGS).read_text().splitlines()
-    (tmp_path / TIMINGS).write_text("\n".join([lines[0], "1,topk_8,text,5,1,0.0,0.0"]))
+    (tmp_path / TIMINGS).write_text(f"{lines[0]}\n1,topk_8,text,5,1,0.0,0.0\n")
     assert set(draw(results, tmp_path)) == REQUIRED
 
 

@@ -11,9 +11,8 @@ import pytest
 from scipy import stats
 
 from bh_routing.analysis.comparisons import analyze_results
-from bh_routing.analysis.speed import COLUMNS
 from bh_routing.errors import InputError
-from bh_routing.records import TIMINGS
+from bh_routing.records import TIMING_COLUMNS, TIMINGS
 from bh_routing.report import create_visualizations, generate_markdown_report
 from bh_routing.report.conclusions import NO_QUALITY
 from bh_routing.report.text import signed_percent
@@ -84,7 +83,7 @@ def test_tests_of_one_pass_point_to_the_rounds_where_there_are_some(
     assert "of one pass" not in part(write(results, folder), "Statistical tests")
     names = results["config_name"].unique()
     rounds = [(n, name, "text", 5, 1, 1.0, 0.1) for n in (1, 2) for name in names]
-    pd.DataFrame(rounds, columns=list(COLUMNS)).to_csv(folder / TIMINGS, index=False)
+    pd.DataFrame(rounds, columns=list(TIMING_COLUMNS)).to_csv(folder / TIMINGS, index=False)
     assert "believe the rounds" in part(write(results, folder), "Statistical tests")
 
 

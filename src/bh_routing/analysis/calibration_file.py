@@ -24,7 +24,7 @@ _FORMAT: Final = "bh_routing.calibration"
 _SCHEMAS: Final = ("2", "3", "4")
 _NORMAL: Final = "gaussian"
 _NEEDED: Final = {"norm": "needed", "loss": "needed_by_loss"}
-_REMEDY: Final = "run: bh-routing calibrate --model NAME"
+_REMEDY: Final = "run: bh-routing calibrate --model NAME --output FILE"
 NORMAL_QUANTILES: Final = 20_000
 """Scores that stand for N(0, 1), which has no table."""
 

@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 
 from bh_routing.analysis.multiplicity import holm
 from bh_routing.analysis.paired import MeanInterval, mean_interval, paired_difference
-from bh_routing.analysis.strict_json import to_strict
 from bh_routing.errors import InputError, unknown_name
 from bh_routing.records import SCHEMA_VERSION, STATUS_OK
+from bh_routing.results.strict_json import to_strict
 
 METRICS: Final = (
     "avg_experts_per_token",

@@ -41,10 +41,10 @@ from bh_routing.analysis.quality_row import (
     is_static,
     quality_definitions,
 )
-from bh_routing.analysis.strict_json import to_strict
 from bh_routing.analysis.sweep_equal_cost import compare_with_static
 from bh_routing.errors import InputError
 from bh_routing.records import SCHEMA_VERSION, QualityRecord
+from bh_routing.results.strict_json import to_strict
 
 CONFIDENCE: Final = 0.95
 REFERENCE_NOTE: Final = "The same as the model's own top-k on every token: nothing to test."

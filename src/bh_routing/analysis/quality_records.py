@@ -7,8 +7,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from bh_routing.analysis.jsonl import half_read, read_lines
 from bh_routing.records import QualityRecord
+from bh_routing.results.json_lines import read_json_lines
+from bh_routing.results.strict_json import half_read
 
 
 def read_quality(path: Path) -> tuple[QualityRecord, ...]:
@@ -20,7 +21,7 @@ def read_quality(path: Path) -> tuple[QualityRecord, ...]:
         ResultsError: a line isn't a whole record of this schema.
     """
     records: dict[tuple[str, str], QualityRecord] = {}
-    for number, entry in read_lines(path):
+    for number, entry in enumerate(read_json_lines(path).objects, start=1):
         if "header" in entry:
             continue
         values = entry.get("record", entry)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import logging
 import webbrowser
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -14,7 +12,6 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from bh_routing.analysis.jsonl import half_read, read_lines
 from bh_routing.analysis.quality_records import read_quality
 from bh_routing.analysis.speed import read_timings
 from bh_routing.errors import ResultsError
@@ -34,6 +31,11 @@ from bh_routing.records import (
     QualityRecord,
     journal_seed,
 )
+from bh_routing.results.csv_table import read_csv
+from bh_routing.results.json_lines import read_json_lines
+from bh_routing.results.strict_json import find_json_object, half_read
+
+_log = logging.getLogger(__name__)
 
 TEXT_COLUMNS: Final = tuple(f.name for f in fields(ExperimentRecord) if f.type == "str")
 """Read as they stand: a prompt `NA` is a prompt, not a missing value."""
@@ -106,7 +108,7 @@ def load_results(folder: str | Path) -> Results:
             f"{path} holds neither {RESULTS_CSV} nor {JOURNAL}; name a folder that "
             "bh-routing run wrote"
         )
-    run = _read_object(path / RUN_JSON) or {}
+    run = find_json_object(path / RUN_JSON) or {}
     identity = run.get("identity")
     seed = journal_seed(identity) if isinstance(identity, dict) else None
     entries = list(_journal_entries(journal, seed)) if journal.is_file() else []
@@ -126,7 +128,7 @@ def load_results(folder: str | Path) -> Results:
         experiments=experiments,
         details=details,
         run=run,
-        summary=_read_object(path / SUMMARY_JSON),
+        summary=find_json_object(path / SUMMARY_JSON),
         quality=_current(read_quality(scored), run) if scored.is_file() else (),
         timings=read_timings(path / TIMINGS),
     )
@@ -147,27 +149,7 @@ def read_experiments(path: Path) -> pd.DataFrame:
         ResultsError: a column is missing, a row is cut short, or a cell isn't what its column
             holds.
     """
-    try:
-        content = path.read_bytes().decode("utf-8")
-        # strict: an open quote at the end of the file is a cut, not the end of a text.
-        rows = list(csv.reader(io.StringIO(content, newline=""), strict=True))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise half_read(path, str(error)) from error
-    if content and not content.endswith("\n"):
-        raise half_read(path, "its last row has no line end")
-    if not rows:
-        raise half_read(path, "it is empty")
-    header = rows[0]
-    missing = [name for name in CSV_COLUMNS if name not in header]
-    if missing:
-        raise ResultsError(
-            f"{path} lacks the columns {', '.join(missing)}: it isn't a results file of this "
-            "version; run again into another folder"
-        )
-    for number, row in enumerate(rows[1:], start=1):
-        if len(row) != len(header):
-            raise half_read(path, f"row {number} has {len(row)} of {len(header)} cells")
-    return experiments_frame((dict(zip(header, row, strict=True)) for row in rows[1:]), path)
+    return experiments_frame(read_csv(path, CSV_COLUMNS), path)
 
 
 def experiments_frame(
@@ -203,7 +185,10 @@ def _journal_entries(
 ) -> Iterator[tuple[dict[str, Any], ExperimentDetail]]:
     """The journal's experiments in order; of one that was run again the last counts."""
     known = {f.name for f in fields(ExperimentDetail)}
-    for number, entry in read_lines(path, seed):
+    lines = read_json_lines(path, seed)
+    if lines.torn_bytes:
+        _log.warning("%s: the last line has no end; it is being written, and is skipped", path)
+    for number, entry in enumerate(lines.objects, start=1):
         try:
             record, detail = dict(entry["record"]), dict(entry["detail"])
         except (ValueError, KeyError, TypeError) as error:
@@ -212,15 +197,3 @@ def _journal_entries(
         if missing:
             raise half_read(path, f"line {number} lacks {', '.join(missing)}")
         yield record, ExperimentDetail(**{k: v for k, v in detail.items() if k in known})
-
-
-def _read_object(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise half_read(path, str(error)) from error
-    if not isinstance(value, dict):
-        raise half_read(path, f"it holds a {type(value).__name__}, not an object")
-    return value

@@ -8,18 +8,18 @@ ratio over rounds, taken back by exp: symmetric in which of the two is called th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from bh_routing.analysis.jsonl import half_read
 from bh_routing.analysis.paired import MeanInterval, mean_interval
-from bh_routing.records import RoundTiming
+from bh_routing.records import TIMING_COLUMNS
+from bh_routing.results.csv_table import read_csv
+from bh_routing.results.strict_json import half_read
 
-COLUMNS = tuple(field.name for field in fields(RoundTiming))
-NUMBERS = tuple(name for name in COLUMNS if name not in ("config_name", "prompt_text"))
+NUMBERS = tuple(name for name in TIMING_COLUMNS if name not in ("config_name", "prompt_text"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +68,12 @@ def read_timings(path: Path) -> pd.DataFrame:
         ResultsError: it lacks a column, or a time in it is no positive number.
     """
     if not path.is_file():
-        return pd.DataFrame(columns=list(COLUMNS))
-    texts = {"config_name": str, "prompt_text": str}
+        return pd.DataFrame(columns=list(TIMING_COLUMNS))
+    rows = read_csv(path, TIMING_COLUMNS)
     try:
-        table = pd.read_csv(path, dtype=texts, keep_default_na=False)
-        table = table[list(COLUMNS)].astype(dict.fromkeys(NUMBERS, np.float64))
-    except (ValueError, KeyError, TypeError) as error:
+        table = pd.DataFrame(rows, columns=list(TIMING_COLUMNS))
+        table = table.astype(dict.fromkeys(NUMBERS, np.float64))
+    except ValueError as error:
         raise half_read(path, str(error)) from error
     times = table[["prefill_time_sec", "decode_time_sec"]]
     if not (np.isfinite(times) & (times >= 0)).all(axis=None):

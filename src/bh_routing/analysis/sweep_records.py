@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bh_routing.analysis.bootstrap import Floats
-from bh_routing.analysis.jsonl import half_read
 from bh_routing.analysis.quality_records import read_quality
 from bh_routing.errors import ResultsError
 from bh_routing.records import QUALITY_JOURNAL, RUN_JSON, SCHEMA_VERSION, QualityRecord
+from bh_routing.results.strict_json import half_read, read_json_object
 
 STATIC: Final = "top_k"
 SWEEP: Final = "sweep"
@@ -95,11 +94,8 @@ def read_sweep(folder: Path) -> Sweep:
             raise ResultsError(
                 f"{folder} holds no {name}; give the output folder of a finished bh-routing sweep"
             )
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        kind, version = run.get("kind"), run.get("schema_version")
-    except (OSError, ValueError, AttributeError) as error:
-        raise half_read(path, str(error)) from error
+    run = read_json_object(path)
+    kind, version = run.get("kind"), run.get("schema_version")
     if kind != SWEEP or version != SCHEMA_VERSION:
         raise ResultsError(
             f"{path} is of kind {kind!r} and schema version {version}, expected {SWEEP!r} and "

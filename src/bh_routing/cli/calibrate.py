@@ -10,6 +10,7 @@ import typer
 
 from bh_routing.cli.console import console_log
 from bh_routing.cli.options import DeviceOption, Float32Option, JsonOption, ModelOption
+from bh_routing.errors import InputError
 from bh_routing.experiments import defaults
 
 
@@ -46,8 +47,14 @@ def calibrate(
     from bh_routing.models.load import load_model
     from bh_routing.nulls.catalog import get_null
     from bh_routing.nulls.contributions import NEEDED
+    from bh_routing.nulls.limits import MIN_TOKENS
     from bh_routing.report.calibration_plots import plot_calibration
 
+    if max_tokens < MIN_TOKENS:
+        raise InputError(
+            f"--max-tokens must be at least {MIN_TOKENS}, got {max_tokens}: no rule takes a "
+            "calibration from fewer"
+        )
     names = [name.strip() for name in nulls.split(",") if name.strip()]
     observed = NEEDED.values()
     names = [name for name in names if name in observed or get_null(name).needs_table]
@@ -65,6 +72,7 @@ def calibrate(
             max_tokens=max_tokens,
             seed=seed,
         )
+        fitted.check_text()
         fitted.save(output)
         pages = plot_calibration(output, plots) if plots else []
     facts = {

@@ -57,8 +57,8 @@ def _more_blocks(results: Results, summary: dict[str, Any]) -> dict[str, Any]:
     from bh_routing.analysis.comparisons import choose_baseline
     from bh_routing.analysis.quality import analyze_quality
     from bh_routing.analysis.speed import speed_ups
-    from bh_routing.analysis.strict_json import to_strict
     from bh_routing.analysis.text_agreement import text_agreement
+    from bh_routing.results.strict_json import to_strict
 
     blocks: dict[str, Any] = {}
     if results.quality and "quality" not in summary:

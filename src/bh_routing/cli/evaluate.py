@@ -149,16 +149,16 @@ def _facts(model: str, found: Evaluation) -> dict[str, Any]:
 
 
 def _write(folder: Path, document: dict[str, Any]) -> None:
-    import pandas as pd
-
-    from bh_routing.experiments.files import render_json, write_atomically
+    from bh_routing.results.atomic import write_atomically
+    from bh_routing.results.csv_table import render_csv
+    from bh_routing.results.strict_json import render_json
 
     write_atomically(folder / "quality.json", render_json(document))
     flat = [
         {name: value for name, value in row.items() if not isinstance(value, dict | list)}
         for row in document["rules"]
     ]
-    write_atomically(folder / "quality.csv", pd.DataFrame(flat).to_csv(index=False).encode())
+    write_atomically(folder / "quality.csv", render_csv(flat))
 
 
 def _table(document: dict[str, Any]) -> str:

@@ -106,17 +106,20 @@ def _run(spec: RunSpec, plan: TaskPlan, output: Path | None) -> dict[str, Any]:
     """Run everything, keep outcomes as they come, and return the summary as plain data."""
     from bh_routing.analysis.task_outcomes import compare_tasks
     from bh_routing.experiments.calibrating import obtain_calibration
-    from bh_routing.experiments.files import plain_json, render_json, write_atomically
     from bh_routing.experiments.provenance import collect_provenance
     from bh_routing.experiments.spec import make_rules, resolved
+    from bh_routing.integrations.lm_eval import check_end_token
     from bh_routing.integrations.task_runs import find_tasks, run_tasks
     from bh_routing.models.discovery import describe_model
     from bh_routing.models.load import load_model
+    from bh_routing.results.atomic import write_atomically
+    from bh_routing.results.strict_json import render_json, to_strict
 
     _check_output(output)
     rules = make_rules(spec.configs)
     known = find_tasks(plan)
     loaded = load_model(spec.model, device=spec.device, dtype=spec.dtype)
+    check_end_token(loaded.tokenizer)
     facts = describe_model(loaded.model)
     reference = _reference(rules, facts.model_top_k)
     calibration = obtain_calibration(spec, rules, loaded.model, loaded.tokenizer, None)
@@ -126,7 +129,7 @@ def _run(spec: RunSpec, plan: TaskPlan, output: Path | None) -> dict[str, Any]:
         runs.append(run)
         _append(output, run)
     comparisons = compare_tasks([o for run in runs for o in run.outcomes], reference)
-    document: dict[str, Any] = plain_json(
+    document: dict[str, Any] = to_strict(
         {
             "model": {"name": spec.model, **asdict(facts)},
             "configs": resolved(spec, rules)["configs"],
@@ -173,13 +176,17 @@ def _check_output(output: Path | None) -> None:
 
 def _append(output: Path | None, run: TaskRun) -> None:
     """Write a finished run's outcomes at once: an interruption loses no finished one."""
+    from bh_routing.results.strict_json import render_json_lines
+
     if output is None:
         return
     output.mkdir(parents=True, exist_ok=True)
-    with (output / TASK_OUTCOMES).open("a", encoding="utf-8") as file:
-        for outcome in run.outcomes:
-            line = {"schema_version": SCHEMA_VERSION, **asdict(outcome)}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    with (output / TASK_OUTCOMES).open("ab") as file:
+        file.write(
+            render_json_lines(
+                {"schema_version": SCHEMA_VERSION, **asdict(outcome)} for outcome in run.outcomes
+            )
+        )
 
 
 def _run_facts(run: TaskRun) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def _observe(
         if not bool(torch.isfinite(scores_TE).all()):
             raise CalibrationError(
                 f"router {site.name} gave NaN or infinite logits on the calibration text; "
-                "the checkpoint is damaged or the dtype too narrow: try --no-fp16"
+                "the checkpoint is damaged or the dtype too narrow: try float32"
             )
         hidden_TH = proposal.hidden_TH.detach()
         seen = RouterPass(scores_TE, proposal.top_k_index_TK, hidden_TH, site.linear_gate())

@@ -190,7 +190,7 @@ def summarize(
         if not bool(values.isfinite().all()):
             raise CalibrationError(
                 f"the {name} of some slot is NaN or infinite on the calibration text; the "
-                "checkpoint is damaged or the dtype too narrow: try --no-fp16"
+                "checkpoint is damaged or the dtype too narrow: try float32"
             )
     scores = {
         name: torch.cat([s.weights * scale_LE[i, s.experts] for i, s in enumerate(layers)])

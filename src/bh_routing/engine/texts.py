@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import lzma
@@ -25,6 +26,14 @@ PASSAGE_STRIDE: Final = 9
 # Scripts without spaces count each letter as a word: Thai and Lao, Burmese, Khmer, kana, Han.
 _UNSPACED: Final = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 _WORD: Final = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_SEPARATOR_LINE: Final = re.compile(rf"^[ \t]*{re.escape(SEPARATOR)}[ \t]*$", re.MULTILINE)
+_MARKS: Final = (
+    (codecs.BOM_UTF8, "UTF-8-sig"),
+    (codecs.BOM_UTF32_LE, "UTF-32"),  # before UTF-16's, which it begins with
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
 
 
 class Document(NamedTuple):
@@ -41,13 +50,14 @@ def read_documents(sources: Iterable[str | Path]) -> list[Document]:
     """Read every document of some files or datasets.
 
     `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT` is a dataset of the Hugging Face hub, or a folder
-    that `datasets.load_dataset` reads, with a column `text`. A `.jsonl` file holds one object a
-    line with `text` and, optionally, `name`, `cluster` and `domain`. Any other file is UTF-8
-    text, `.xz` packed or not, its documents separated by a line that holds only
-    `<|endoftext|>`; a `documents.json` beside it may name them.
+    that `datasets.load_dataset` reads, with a column `text`. A `.jsonl` file holds one object per
+    line with `text` and, optionally, `name`, `cluster` and `domain`. Any other file is text,
+    `.xz` packed or not, its documents separated by a line that holds only `<|endoftext|>`; a
+    `documents.json` next to it may name them. Files are UTF-8, or say by a byte order mark that
+    they are UTF-16 or UTF-32; line ends of Windows and old Macs count as line ends.
 
     Raises:
-        InputError: a file is missing, not UTF-8, or holds no text.
+        InputError: a file is missing, of another encoding, or holds no text.
     """
     documents = []
     for source in sources:
@@ -130,20 +140,33 @@ def _hash_passages(words: Sequence[str]) -> NDArray[np.int64]:
 def _read_file(path: Path) -> list[Document]:
     try:
         raw = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
-        content = raw.decode("utf-8")
     except FileNotFoundError:
         raise InputError(f"text file {path} doesn't exist; check the path") from None
     except (OSError, lzma.LZMAError) as error:
         raise InputError(f"text file {path} can't be read ({error}); give a text file") from error
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"text file {path} isn't UTF-8 (byte {error.start}); convert it first, for example "
-            "with iconv"
-        ) from error
+    content = _decode(path, raw)
     documents = _json_lines(path, content) if path.suffix == ".jsonl" else _plain(path, content)
     if not documents:
         raise InputError(f"text file {path} holds no text; give a file with at least one document")
     return documents
+
+
+def _decode(path: Path, raw: bytes) -> str:
+    """Decode a text file, and turn every kind of line end into one."""
+    encoding = next((name for mark, name in _MARKS if raw.startswith(mark)), "UTF-8")
+    try:
+        content = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"text file {path} isn't {encoding.removesuffix('-sig')} (byte {error.start}); convert "
+            "it to UTF-8 first, for example with iconv"
+        ) from error
+    if "\0" in content:
+        raise InputError(
+            f"text file {path} holds NUL characters, as UTF-16 without a byte order mark does; "
+            "convert it to UTF-8 first, for example with iconv"
+        )
+    return content.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _read_dataset(source: str) -> list[Document]:
@@ -174,7 +197,7 @@ def _read_dataset(source: str) -> list[Document]:
 
 
 def _plain(path: Path, content: str) -> list[Document]:
-    pieces = f"\n{content}\n".split(f"\n{SEPARATOR}\n")
+    pieces = _SEPARATOR_LINE.split(content)
     texts = [piece.strip() for piece in pieces if piece.strip()]
     stem = path.name.removesuffix(".xz").removesuffix(".txt")
     labels = _labels(path, stem)
@@ -193,7 +216,7 @@ def _labels(path: Path, split: str) -> dict[int, dict[str, object]]:
     if not file.exists():
         return {}
     try:
-        entries = json.loads(file.read_text("utf-8"))
+        entries = json.loads(_decode(file, file.read_bytes()))
         return {int(e["index"]): e for e in entries if e["split"] == split}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
@@ -204,7 +227,7 @@ def _labels(path: Path, split: str) -> dict[int, dict[str, object]]:
 
 def _json_lines(path: Path, content: str) -> list[Document]:
     documents = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -10,9 +10,10 @@ Both parts are optional; what they hold is added to the defaults.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,6 +22,7 @@ from bh_routing.errors import InputError
 from bh_routing.experiments.spec import Prompt
 from bh_routing.experiments.validation import describe_error
 
+_SIGNED: Final = "-+0123456789"
 SIZE_LIMIT_BYTES: Final = 1_000_000
 YAML_ERRORS: Final = (
     yaml.YAMLError,
@@ -52,35 +54,72 @@ class Selection(NamedTuple):
     prompts: list[dict[str, Any]]
 
 
+_TYPES: Final = (
+    ("null", re.compile(r"(?:~|null|Null|NULL|)$"), ("~", "n", "N", "")),
+    ("bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), tuple("tTfF")),
+    ("int", re.compile(r"(?:[-+]?(?:0|[1-9][0-9]*)|0o[0-7]+|0x[0-9a-fA-F]+)$"), tuple(_SIGNED)),
+    (
+        "float",
+        re.compile(
+            r"[-+]?(?:[0-9]+[eE][-+]?[0-9]+"
+            r"|(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))$"
+            r"|\.(?:nan|NaN|NAN)$"
+        ),
+        (*_SIGNED, "."),
+    ),
+)
+"""Tag, plain scalars that have it, and how they begin: YAML 1.2's, whatever PyYAML's 1.1 says.
+
+By 1.1 `1e-2` is a text, `on` and `no` are truth values, 010 is 8 and 2026-01-31 is a date.
+"""
+
+
 class _Loader(yaml.SafeLoader):
     """A safe loader that refuses what would be lost or blown up without a word."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {  # type: ignore[misc]
+        first: [(f"tag:yaml.org,2002:{tag}", form) for tag, form, all_ in _TYPES if first in all_]
+        for first in (*_SIGNED, *"~nNtTfF.", "")
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = key_node.value
             if isinstance(key, str) and key in seen:
-                raise _Refused(
+                raise RefusedYaml(
                     f"has the name {key!r} twice (line {key_node.start_mark.line + 1}); YAML would "
                     "keep only the last: rename or remove one"
                 )
             if isinstance(key, str):
                 seen.add(key)
+                # A key is a text, whatever it looks like: `null` is a field of rules.
+                key_node.tag = "tag:yaml.org,2002:str"
         return super().construct_mapping(node, deep=deep)
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()  # type: ignore[no-untyped-call]
             # Nested aliases make a few lines stand for gigabytes.
-            raise _Refused(
+            raise RefusedYaml(
                 f"uses a YAML alias (*{event.anchor}, line {event.start_mark.line + 1}), which "
                 "isn't supported; write the value out"
             )
         return super().compose_node(parent, index)
 
 
-class _Refused(Exception):
-    """The file holds something this loader doesn't take; the text goes on after its path."""
+class RefusedYaml(Exception):
+    """The text holds something this loader doesn't take; the message goes on after its name."""
+
+
+def load_yaml(content: str | bytes) -> Any:
+    """Read YAML 1.2's plain types: keys are texts, no key twice, no aliases, no dates.
+
+    Raises:
+        RefusedYaml: an alias, or a key twice.
+        YAML_ERRORS: it isn't YAML.
+    """
+    return yaml.load(content, Loader=_Loader)  # derived from SafeLoader
 
 
 def read_config_file(path: Path) -> ConfigFile:
@@ -104,8 +143,8 @@ def read_config_file(path: Path) -> ConfigFile:
             "file?"
         )
     try:
-        values = yaml.load(content, Loader=_Loader)  # derived from SafeLoader
-    except _Refused as refusal:
+        values = load_yaml(content)
+    except RefusedYaml as refusal:
         raise InputError(f"configuration file {path} {refusal}") from None
     except YAML_ERRORS as error:
         problem = " ".join(str(error).split())

@@ -15,8 +15,8 @@ from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules.base import Candidates, Rule, Selector
 
 OUT_OF_MEMORY: Final = (
-    "out of memory; use --device cpu, a smaller --batch-size or --max-tokens, or a smaller dtype "
-    "(leave out --no-fp16)"
+    "out of memory; use --device cpu, a smaller batch size, fewer tokens, or a smaller dtype than "
+    "float32"
 )
 
 
@@ -62,4 +62,4 @@ def find_nan(
     where = "the model's output is NaN, though every router's logits are finite"
     if first is not None:
         where = f"router {first} gave NaN or infinite logits"
-    return f"{where}; the checkpoint is damaged or the dtype too narrow: try --no-fp16"
+    return f"{where}; the checkpoint is damaged or the dtype too narrow: try float32"

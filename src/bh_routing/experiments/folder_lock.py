@@ -10,9 +10,9 @@ from typing import Final
 from filelock import FileLock, Timeout
 
 from bh_routing.errors import ResultsError
-from bh_routing.experiments.files import unwritable
 from bh_routing.experiments.stored_run import OWN_NAMES
 from bh_routing.records import CHECKPOINT
+from bh_routing.results.atomic import unwritable
 
 LOCK: Final = ".lock"
 

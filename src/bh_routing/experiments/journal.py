@@ -10,15 +10,11 @@ from typing import Any, Final, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from bh_routing.errors import ResultsError
-from bh_routing.experiments.chained_lines import (
-    WAYS_OUT,
-    ChainedContent,
-    ChainedLine,
-    ChainedWriter,
-    read_chained,
-)
+from bh_routing.experiments.chained_lines import ChainedWriter, read_chained
 from bh_routing.records import ExperimentDetail, ExperimentRecord
+from bh_routing.results.json_lines import JsonLines
 
+WAYS_OUT: Final = "start over with --no-resume, or choose another --output"
 _FLOAT_FIELDS: Final = frozenset(
     name for name, kind in get_type_hints(ExperimentRecord).items() if kind is float
 )
@@ -42,7 +38,7 @@ class JournalContent:
     """What is on disk and fits its checksums; the default is a journal that doesn't exist yet."""
 
     entries: list[Entry] = field(default_factory=list)
-    chain: ChainedContent = field(default_factory=ChainedContent)
+    chain: JsonLines = field(default_factory=JsonLines)
 
 
 def read_journal(path: Path, seed: str) -> JournalContent:
@@ -54,10 +50,12 @@ def read_journal(path: Path, seed: str) -> JournalContent:
     Raises:
         ResultsError: a line doesn't fit its checksum, or isn't a line of a journal.
     """
-    chain = read_chained(path, seed)
+    chain = read_chained(path, seed, WAYS_OUT)
     entries = [
-        _entry(line, where=f"line {number} of {path}")
-        for number, line in enumerate(chain.lines, start=1)
+        _entry(body, checksum, where=f"line {number} of {path}")
+        for number, (body, checksum) in enumerate(
+            zip(chain.objects, chain.checksums, strict=True), start=1
+        )
     ]
     return JournalContent(entries=entries, chain=chain)
 
@@ -71,8 +69,8 @@ class JournalWriter:
     def append(self, key: str, record: ExperimentRecord, detail: ExperimentDetail) -> Entry:
         """Write one line and wait until the disk has it; ResultsError if it can't be written."""
         body = {"key": key, "record": to_values(record), "detail": to_values(detail)}
-        line = self._writer.append(body)
-        return Entry(key=key, record=record, detail=detail, checksum=line.checksum)
+        checksum = self._writer.append(body)
+        return Entry(key=key, record=record, detail=detail, checksum=checksum)
 
     def check_place(self) -> None:
         """Raise ResultsError if the journal was removed or replaced meanwhile."""
@@ -88,13 +86,13 @@ def to_values(item: ExperimentRecord | ExperimentDetail) -> dict[str, Any]:
     return {f.name: getattr(item, f.name) for f in fields(item)}
 
 
-def _entry(line: ChainedLine, where: str) -> Entry:
+def _entry(body: Mapping[str, Any], checksum: str, where: str) -> Entry:
     try:
         return Entry(
-            key=_KEY.validate_python(line.body["key"]),
-            record=_record(line.body["record"]),
-            detail=_DETAIL.validate_python(line.body["detail"], extra="forbid"),
-            checksum=line.checksum,
+            key=_KEY.validate_python(body["key"]),
+            record=_record(body["record"]),
+            detail=_DETAIL.validate_python(body["detail"], extra="forbid"),
+            checksum=checksum,
         )
     except (KeyError, AttributeError, ValidationError) as error:
         raise ResultsError(f"{where} isn't an experiment; {WAYS_OUT}") from error

@@ -23,25 +23,23 @@ from bh_routing.engine.windows import (
     tokenize_documents,
 )
 from bh_routing.errors import ExperimentError, ResultsError
-from bh_routing.experiments.chained_lines import (
-    WAYS_OUT,
-    ChainedContent,
-    ChainedWriter,
-    digest,
-    read_chained,
-)
+from bh_routing.experiments.chained_lines import ChainedWriter, digest, read_chained
 from bh_routing.experiments.executors import Executor, ScoreSettings, SerialExecutor
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.failures import find_nan
 from bh_routing.models.discovery import ModelFacts
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.records import QUALITY_JOURNAL, QualityRecord
+from bh_routing.results.json_lines import JsonLines
 from bh_routing.rules.base import Rule
 from bh_routing.rules.catalog import rule_to_config
 
 log = logging.getLogger(__name__)
 
 DEFAULT_WINDOW = 1024
+_REMEDY: Final = (
+    f"choose another --output, or move {QUALITY_JOURNAL} away to have everything scored anew"
+)
 _RECORD: Final = TypeAdapter(QualityRecord)
 
 
@@ -121,7 +119,7 @@ class QualityLedger:
             "stride": text.stride,
         }
         self._seed = digest([run_seed, "quality"])
-        self._content = read_chained(self._path, self._seed)
+        self._content = read_chained(self._path, self._seed, _REMEDY)
         self._writer: ChainedWriter | None = None
         self._records: dict[str, QualityRecord] = {}
         self._last_key: dict[tuple[str, str], str] = {}
@@ -131,7 +129,7 @@ class QualityLedger:
         """Open the file for writing."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._writer = ChainedWriter(self._path, self._content, self._seed)
-        if not self._content.lines:
+        if not self._content.objects:
             self._writer.append({"header": self._header})
 
     def find(self, key: str) -> QualityRecord | None:
@@ -167,17 +165,17 @@ class QualityLedger:
         self._records[key] = record
         self._last_key[record.config_name, record.document] = key
 
-    def _read(self, content: ChainedContent) -> None:
-        for number, line in enumerate(content.lines):
+    def _read(self, content: JsonLines) -> None:
+        for number, body in enumerate(content.objects):
             if number == 0:
-                self._check_header(line.body.get("header"))
+                self._check_header(body.get("header"))
                 continue
             try:
-                record = _RECORD.validate_python(line.body["record"])
-                self._remember(str(line.body["key"]), record)
+                record = _RECORD.validate_python(body["record"])
+                self._remember(str(body["key"]), record)
             except (KeyError, ValidationError) as error:
                 raise ResultsError(
-                    f"line {number + 1} of {self._path} isn't a quality record; {WAYS_OUT}"
+                    f"line {number + 1} of {self._path} isn't a quality record; {_REMEDY}"
                 ) from error
 
     def _check_header(self, found: Any) -> None:
@@ -191,7 +189,7 @@ class QualityLedger:
         ]
         raise ResultsError(
             f"{self._path} holds scores of another text or setting ({'; '.join(differences)}); "
-            f"{WAYS_OUT}"
+            f"{_REMEDY}"
         )
 
 

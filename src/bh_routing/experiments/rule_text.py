@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import yaml
-
 from bh_routing.errors import InputError
-from bh_routing.experiments.config_file import YAML_ERRORS
+from bh_routing.experiments.config_file import YAML_ERRORS, RefusedYaml, load_yaml
 
 
 def parse_rule(text: str) -> tuple[str, dict[str, Any]]:
@@ -29,9 +27,11 @@ def parse_rule(text: str) -> tuple[str, dict[str, Any]]:
                 f"rule {text!r} must be method:field=value,field=value, got {item!r} in it; for "
                 "example bh:alpha=0.05,max_k=8"
             )
+        if field.strip() in config:
+            raise InputError(f"rule {text!r} gives {field.strip()} twice; remove one")
         try:
-            config[field.strip()] = yaml.safe_load(value)
-        except YAML_ERRORS as error:
+            config[field.strip()] = load_yaml(value)
+        except (*YAML_ERRORS, RefusedYaml) as error:
             problem = " ".join(str(error).split())[:100]
             raise InputError(
                 f"rule {text!r} has the value {value!r}, which isn't valid YAML ({problem}); write "

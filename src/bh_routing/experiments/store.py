@@ -18,24 +18,22 @@ from typing import Any, Final
 from filelock import FileLock, Timeout
 
 from bh_routing.errors import ResultsError
-from bh_routing.experiments.chained_lines import WAYS_OUT
-from bh_routing.experiments.files import (
-    TEMPORARY_SUFFIX,
-    render_header,
-    render_json,
-    render_row,
-    sync_folder,
-    unwritable,
-    write_atomically,
-)
 from bh_routing.experiments.folder_lock import LOCK, in_use, refuse_links
 from bh_routing.experiments.identity import RunIdentity
-from bh_routing.experiments.journal import Entry, JournalContent, JournalWriter, to_values
+from bh_routing.experiments.journal import (
+    WAYS_OUT,
+    Entry,
+    JournalContent,
+    JournalWriter,
+    to_values,
+)
 from bh_routing.experiments.stored_run import (
     OWN_NAMES,
     StoredRun,
     latest_entries,
     read_stored_run,
+    render_header,
+    render_row,
 )
 from bh_routing.records import (
     CHECKPOINT,
@@ -47,6 +45,13 @@ from bh_routing.records import (
     ExperimentDetail,
     ExperimentRecord,
 )
+from bh_routing.results.atomic import (
+    TEMPORARY_SUFFIX,
+    sync_folder,
+    unwritable,
+    write_atomically,
+)
+from bh_routing.results.strict_json import render_json
 
 REFRESH_SEC: Final = 1.0
 """Least pause between two renderings of a derived file."""

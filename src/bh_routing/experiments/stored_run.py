@@ -5,7 +5,6 @@ Nothing here writes. Each refusal says which file, and the ways out.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -13,13 +12,12 @@ from typing import Any, Final, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from bh_routing.errors import ResultsError
-from bh_routing.experiments.chained_lines import WAYS_OUT
-from bh_routing.experiments.files import render_header, render_row
 from bh_routing.experiments.identity import RunIdentity
-from bh_routing.experiments.journal import Entry, JournalContent, read_journal
+from bh_routing.experiments.journal import WAYS_OUT, Entry, JournalContent, read_journal
 from bh_routing.records import (
     CALIBRATION,
     CHECKPOINT,
+    CSV_COLUMNS,
     JOURNAL,
     LOG,
     PLOTS,
@@ -31,7 +29,10 @@ from bh_routing.records import (
     SUMMARY_JSON,
     TIMINGS,
     TOKEN_TRACES,
+    ExperimentRecord,
 )
+from bh_routing.results.csv_table import render_csv_row
+from bh_routing.results.strict_json import read_json_object
 
 OWN_NAMES: Final = (
     # First: a move that is cut short then leaves a folder that says what to do.
@@ -50,6 +51,7 @@ OWN_NAMES: Final = (
     TOKEN_TRACES,
 )
 """Everything that a run writes into its folder."""
+_PUT_BACK: Final = f"put it back, or {WAYS_OUT}"
 _PLANS: Final = TypeAdapter(list[list[str]])
 
 
@@ -70,7 +72,7 @@ def read_stored_run(folder: Path) -> StoredRun | None:
     if not (folder / RUN_JSON).exists():
         _refuse_without_run_json(folder)
         return None
-    document = _read_object(folder / RUN_JSON)
+    document = read_json_object(folder / RUN_JSON, _PUT_BACK)
     identity = document.get("identity")
     try:
         plans = _PLANS.validate_python(document.get("plans"), strict=True)
@@ -93,6 +95,16 @@ def read_stored_run(folder: Path) -> StoredRun | None:
     return StoredRun(document, content)
 
 
+def render_header() -> str:
+    """Render the first line of the CSV of experiments."""
+    return render_csv_row(CSV_COLUMNS)
+
+
+def render_row(record: ExperimentRecord) -> str:
+    """Render one record as a row of the CSV of experiments."""
+    return render_csv_row(getattr(record, name) for name in CSV_COLUMNS)
+
+
 def latest_entries(entries: Sequence[Entry]) -> dict[str, Entry]:
     """Return the last entry of each key: a retried experiment has several."""
     return {entry.key: entry for entry in entries}
@@ -107,23 +119,11 @@ def _refuse_without_run_json(folder: Path) -> None:
             )
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise ResultsError(
-            f"{path} isn't a JSON object: it was edited or truncated; put it back, or {WAYS_OUT}"
-        )
-    return value
-
-
 def _check_checkpoint(path: Path, entries: Sequence[Entry]) -> None:
     """A checkpoint is written after its lines, so a journal can't be shorter than it says."""
     if not path.exists():
         return
-    checkpoint = _read_object(path)
+    checkpoint = read_json_object(path, _PUT_BACK)
     finished, checksum = checkpoint.get("finished"), checkpoint.get("last_checksum")
     if not isinstance(finished, int) or finished < 0:
         raise ResultsError(f"{path} was edited; delete it to go on, or {WAYS_OUT}")

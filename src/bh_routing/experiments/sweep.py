@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -26,7 +25,6 @@ from bh_routing.experiments.chained_lines import digest
 from bh_routing.experiments.executor_choice import make_executor
 from bh_routing.experiments.executors import Executor
 from bh_routing.experiments.experiment import Subject
-from bh_routing.experiments.files import render_json, write_atomically
 from bh_routing.experiments.folder_lock import only_writer
 from bh_routing.experiments.journal import JournalContent
 from bh_routing.experiments.knob_search import KnobSearch, check_budgets
@@ -40,6 +38,8 @@ from bh_routing.experiments.stored_run import StoredRun
 from bh_routing.experiments.variants import Variant
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.records import RUN_JSON, SCHEMA_VERSION, QualityRecord
+from bh_routing.results.atomic import write_atomically
+from bh_routing.results.strict_json import read_json_object, render_json
 from bh_routing.rules.base import Rule
 from bh_routing.rules.catalog import rule_to_config
 from bh_routing.rules.per_layer_top_k import PerLayerTopK
@@ -203,15 +203,10 @@ def read_stored_sweep(folder: Path) -> dict[str, Any]:
     path = folder / RUN_JSON
     if not path.exists():
         return {}
-    try:
-        document = json.loads(path.read_bytes())
-        is_sweep = (document["kind"], document["schema_version"]) == (KIND, SCHEMA_VERSION)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        is_sweep = False
-    if not is_sweep:
+    document = read_json_object(path, "choose another --output")
+    if (document.get("kind"), document.get("schema_version")) != (KIND, SCHEMA_VERSION):
         raise ResultsError(f"{path} isn't of a sweep of this version; choose another --output")
-    stored: dict[str, Any] = document
-    return stored
+    return document
 
 
 def _identity(loaded: Loaded, calibration: Calibration | None) -> dict[str, Any]:

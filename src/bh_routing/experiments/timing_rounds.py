@@ -13,14 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
-import pandas as pd
-
 from bh_routing.engine.generate import generate_routed
+from bh_routing.errors import ResultsError
 from bh_routing.experiments.executors import Cell
 from bh_routing.experiments.experiment import Subject
-from bh_routing.experiments.files import write_atomically
 from bh_routing.experiments.spec import NamedRule, Prompt
-from bh_routing.records import TIMINGS, RoundTiming
+from bh_routing.records import TIMING_COLUMNS, TIMINGS, RoundTiming
+from bh_routing.results.atomic import write_atomically
+from bh_routing.results.csv_table import read_csv, render_csv
 
 MOST_TOKENS: Final = 16
 """Tokens written in a round: enough for the time of one, and a run stays short."""
@@ -57,8 +57,7 @@ def write_timing_rounds(
     if _has_timed(path, [rule.name for rule in rules], num_rounds):
         return
     rows = time_rounds(subject, rules, prompts, num_rounds, min(max_tokens, MOST_TOKENS), seed)
-    table = pd.DataFrame([asdict(row) for row in rows])
-    write_atomically(path, table.to_csv(index=False, lineterminator="\n").encode())
+    write_atomically(path, render_csv(map(asdict, rows), TIMING_COLUMNS))
 
 
 def time_rounds(
@@ -94,7 +93,8 @@ def _has_timed(path: Path, names: Sequence[str], num_rounds: int) -> bool:
     if not path.is_file():
         return False
     try:
-        table = pd.read_csv(path, dtype={"config_name": str}, keep_default_na=False)
-        return set(table["config_name"]) == set(names) and table["round"].max() == num_rounds
-    except (ValueError, KeyError, TypeError):
+        rows = read_csv(path, TIMING_COLUMNS)
+        last = max((int(row["round"]) for row in rows), default=0)
+    except (ResultsError, ValueError):
         return False  # made by something else, or edited: timed anew
+    return {row["config_name"] for row in rows} == set(names) and last == num_rounds

@@ -10,9 +10,8 @@ Axes: T tokens, L layers, K slots.
 from __future__ import annotations
 
 import base64
-import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -22,12 +21,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bh_routing.errors import ResultsError
 from bh_routing.experiments.executors import Cell
 from bh_routing.experiments.experiment import Subject
-from bh_routing.experiments.files import write_atomically
 from bh_routing.models.routing import BoundRule, bind_rule, install
 from bh_routing.models.sites import Proposal
 from bh_routing.records import JOURNAL, TOKEN_TRACES, TokenTrace
+from bh_routing.results.atomic import write_atomically
+from bh_routing.results.json_lines import read_json_lines
+from bh_routing.results.strict_json import render_json_lines
 from bh_routing.rules.base import Candidates
 
 MAX_TOKENS: Final = 256
@@ -52,10 +54,10 @@ def write_token_traces(
         return
     texts = list(dict.fromkeys(cell.prompt.text for cell in grid))[:num_prompts]
     wanted = {cell.key: cell for cell in grid if cell.prompt.text in texts}
-    known = {trace["key"]: trace for trace in _lines(path) if "key" in trace}
+    known = _known_traces(path)
     generated = {
         line["key"]: line["detail"]["output_token_ids"]
-        for line in _lines(folder / JOURNAL)
+        for line in read_json_lines(folder / JOURNAL).objects
         if line["key"] in wanted and line["record"]["status"] == "ok"
     }
     traces = []
@@ -64,8 +66,7 @@ def write_token_traces(
             traces.append(known[key])
         elif (trace := trace_tokens(subject, wanted[key], token_ids)) is not None:
             traces.append(asdict(trace))
-    lines = [json.dumps(trace, ensure_ascii=False) + "\n" for trace in traces]
-    write_atomically(path, "".join(lines).encode())
+    write_atomically(path, render_json_lines(traces))
 
 
 @torch.inference_mode()
@@ -149,15 +150,9 @@ def pack(
     return base64.b64encode(zlib.compress(raw)).decode("ascii")
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects in a file of JSON lines; none if it is missing, and up to the first torn line."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            try:
-                value = json.loads(line)
-            except ValueError:
-                return
-            if isinstance(value, dict):
-                yield value
+def _known_traces(path: Path) -> dict[str, dict[str, Any]]:
+    """Traces of an earlier run by key; none if the file is damaged: all are made anew."""
+    try:
+        return {trace["key"]: trace for trace in read_json_lines(path).objects}
+    except (ResultsError, KeyError):
+        return {}

@@ -96,6 +96,7 @@ class RoutedModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         rule = make_rule(config) if rule is None else rule
         if isinstance(pretrained, str):
             pretrained = load_model(pretrained, device=device or "auto", dtype=dtype)  # type: ignore[arg-type]  # checked there
+        check_end_token(pretrained.tokenizer)
         calibration = find_calibration(pretrained, rule, calibration)
         with _without_hints():
             super().__init__(
@@ -185,6 +186,15 @@ class RoutedModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
             tokens=use.tokens + len(counts_TL),
             units=use.units + counts_TL.numel(),
             experts_sum=use.experts_sum + int(counts_TL.sum()),
+        )
+
+
+def check_end_token(tokenizer: Any) -> None:
+    """Raise InputError if the tokenizer lacks the token by which lm-eval pads and ends texts."""
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            "the tokenizer has no end-of-text token, by which lm-eval pads and ends texts; set "
+            "eos_token in the model's tokenizer_config.json, or tokenizer.eos_token"
         )
 
 

@@ -37,6 +37,10 @@ DeviceName = Literal["auto", "cuda", "cpu"]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 DeviceMapName = Literal["auto"]
 _HUB_TIMEOUT_SEC = 5.0
+_NO_TOKENIZER: Final = (
+    "model {!r} has no tokenizer: tokenizer.json, or the vocabulary in another form, is missing or "
+    "damaged; put the tokenizer's files next to config.json, as tokenizer.save_pretrained does"
+)
 
 
 class LoadedModel(NamedTuple):
@@ -126,6 +130,9 @@ def _read(
         config = AutoConfig.from_pretrained(source, **options)
         family_of(config.model_type)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        # Without its files transformers makes a tokenizer that knows no word.
+        if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
+            raise ModelError(_NO_TOKENIZER.format(source))
         widening = widening_of(source, config)
         is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
         auto: Any = AutoModelForCausalLM if is_causal else AutoModelForMultimodalLM
@@ -250,6 +257,8 @@ def _explain(name: str, options: dict[str, Any], error: Exception) -> str:
             f"model {name!r} is not in the local cache and {constants.ENDPOINT} can't be reached; "
             "connect to the network, give a local folder, or use --model demo"
         )
+    if "backend tokenizer" in str(error):
+        return _NO_TOKENIZER.format(name)
     reason = " ".join(str(error).split())[:300]
     if "trust_remote_code" in str(error):
         reason = "it brings code of its own, which is never run"

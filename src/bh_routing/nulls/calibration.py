@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import Tensor
 
 from bh_routing.errors import CalibrationError
@@ -35,8 +35,9 @@ from bh_routing.nulls.catalog import NULLS
 from bh_routing.nulls.contributions import NEEDED, Contributions, remedy
 from bh_routing.nulls.limits import DRAWS_ON_FIRST_LINE, MIN_DOCUMENTS, MIN_TOKENS
 from bh_routing.nulls.reservoir import row_capacity
+from bh_routing.results.atomic import unwritable, write_atomically
 
-_REMEDY: Final = "run: bh-routing calibrate --model NAME"
+_REMEDY: Final = "run: bh-routing calibrate --model NAME --output FILE"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -173,10 +174,11 @@ class Calibration:
         self._check_reach(null, alpha)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the calibration to one safetensors file; readers never see half of it."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        neighbour = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        """Write the calibration to one safetensors file; readers never see half of it.
+
+        Raises:
+            ResultsError: the disk is full, or the file may not be written.
+        """
         tensors = {
             f"{null}.{layer}": table.sorted_scores_N.cpu().contiguous()
             for null, tables in self.tables.items()
@@ -195,14 +197,12 @@ class Calibration:
             "fingerprint": self.fingerprint,
             "created_at": self.created_at,
         }
+        target = Path(path)
         try:
-            save_file(tensors, neighbour, metadata=header)
-            with neighbour.open("rb+") as written:
-                os.fsync(written.fileno())
-            neighbour.replace(target)
-        finally:
-            neighbour.unlink(missing_ok=True)
-        return target
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(target.parent, error) from error
+        return write_atomically(target, serialise(tensors, metadata=header))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
@@ -258,16 +258,20 @@ class Calibration:
             )
         return self.tables[null]
 
-    def _check_reach(self, null: str, alpha: float | None) -> None:
-        for what, have, need in (
-            ("distinct tokens", self.num_tokens, MIN_TOKENS),
-            ("documents", self.num_documents, MIN_DOCUMENTS),
+    def check_text(self) -> None:
+        """Raise CalibrationError if it was made from too little text to serve any rule."""
+        for what, have, need, advice in (
+            ("distinct tokens", self.num_tokens, MIN_TOKENS, "longer text, or more tokens of it"),
+            ("documents", self.num_documents, MIN_DOCUMENTS, "text of more documents"),
         ):
             if have < need:
                 raise CalibrationError(
                     f"calibration was made from {have} {what}, at least {need} are needed; "
-                    "calibrate on a larger --calibration-text"
+                    f"calibrate on {advice}"
                 )
+
+    def _check_reach(self, null: str, alpha: float | None) -> None:
+        self.check_text()
         size = self.table_size(null)
         if alpha is None:
             return
@@ -288,11 +292,14 @@ class Calibration:
             # A token gives each expert one score at most, fewer to those in its top-k.
             tokens = ceil(1.05 * needed * self.num_tokens / size)
             if tokens <= row_capacity(self.num_experts):
-                return f"run: bh-routing calibrate --nulls {null} --max-tokens {tokens}"
+                return (
+                    f"run: bh-routing calibrate --nulls {null} --max-tokens {tokens} --model NAME "
+                    "--output FILE"
+                )
             return "another null: tables by expert can't be that large"
         if size >= self.table_capacity:
             return "calibrate with larger tables"
-        return "calibrate on a larger --calibration-text"
+        return "calibrate on more tokens of text"
 
     def _facts(self) -> CalibrationFacts:
         return CalibrationFacts(

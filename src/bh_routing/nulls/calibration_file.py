@@ -28,7 +28,7 @@ PASSAGES: Final = "passages"
 _RESIDUAL_NORMS: Final = "residual_norms"
 _KINDS: Final = (("scale", 1), ("all", 1), ("needed", 2), ("cut", 1))
 """Kind of a tensor that describes slots, and how many words follow it."""
-_REMEDY: Final = "run: bh-routing calibrate --model NAME"
+_REMEDY: Final = "run: bh-routing calibrate --model NAME --output FILE"
 
 
 class CalibrationFacts(BaseModel):

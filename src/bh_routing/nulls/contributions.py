@@ -102,7 +102,7 @@ class Contributions:
 
 def remedy(null: str) -> str:
     """Say what to do where a calibration lacks "needed" or "needed_by_loss"."""
-    calibrate = f"run: bh-routing calibrate --nulls background,{null}"
+    calibrate = f"run: bh-routing calibrate --nulls background,{null} --model NAME --output FILE"
     if null == NEEDED["loss"]:
         return f"{calibrate}, or use statistic: contribution, which needs no gradients"
     return calibrate

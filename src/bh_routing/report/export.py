@@ -11,13 +11,13 @@ from typing import Any, Final
 
 from bh_routing.analysis.comparisons import analyze_results
 from bh_routing.analysis.results import Results, load_results
-from bh_routing.analysis.strict_json import dump_strict
 from bh_routing.errors import InputError, unknown_name
 from bh_routing.records import SCHEMA_VERSION, column_definitions
 from bh_routing.report.facts import BALANCE, EXPERTS, SECONDS, SPEED, Facts
 from bh_routing.report.files import write_bytes
 from bh_routing.report.table import experiments_of
 from bh_routing.report.text import as_float, latex, number, signed, spreadsheet
+from bh_routing.results.strict_json import render_json
 
 ENDINGS: Final = {"xlsx": "xlsx", "latex": "tex", "json": "json"}
 STEM: Final = "bh_routing_results"
@@ -73,7 +73,7 @@ def _json(results: Results, facts: Facts) -> bytes:
         "summary": facts.summary,
         "experiments": results.experiments.to_dict(orient="records"),
     }
-    return dump_strict(_visible(content)).encode("utf-8")
+    return render_json(_visible(content))
 
 
 def _visible(value: Any) -> Any:

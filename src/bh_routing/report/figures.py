@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from bh_routing.records import PLOTS, SUMMARY_JSON
 from bh_routing.report import findings
 from bh_routing.report.bars import BarPlot, draw_bars
-from bh_routing.report.files import read_json
 from bh_routing.report.quality import margin_of, quality_rows, with_quality
 from bh_routing.report.quality_plot import QUALITY_PLOT, draw_quality
 from bh_routing.report.scatter import draw_categories, draw_experts_vs_latency
@@ -27,6 +26,7 @@ from bh_routing.report.speed_plots import (
 )
 from bh_routing.report.style import look, new_figure, save, set_title
 from bh_routing.report.table import Experiments, experiments_of
+from bh_routing.results.strict_json import find_json_object
 
 EXPERTS_PLOT: Final = "avg_experts_comparison.png"
 TIME_PLOT: Final = "inference_time_comparison.png"
@@ -55,7 +55,7 @@ def create_visualizations(
         InputError: a needed column is missing.
     """
     folder = Path(output_dir)
-    given = read_json(folder / SUMMARY_JSON) if summary is None else summary
+    given = find_json_object(folder / SUMMARY_JSON) or {} if summary is None else summary
     known = with_quality(given, folder)
     table = experiments_of(results, folder)
     is_timed = bool(timed_with_baseline(table))

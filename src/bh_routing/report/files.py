@@ -1,43 +1,33 @@
-"""Read what a run left behind, and write files that are never seen half done."""
+"""Write the files of a report: atomically, and never through a link."""
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from bh_routing.errors import ResultsError
 from bh_routing.records import PLOTS, RUN_JSON
+from bh_routing.results.atomic import unwritable, write_atomically
+from bh_routing.results.strict_json import find_json_object
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
-    """Write through a temporary neighbour, fsync and rename.
+    """Write a file, and the folder it goes into if that is missing.
 
     Raises:
-        ResultsError: the folder's plots are a symbolic link to somewhere else.
+        ResultsError: the folder's plots are a symbolic link to somewhere else, or the file can't
+            be written.
     """
     if path.parent.name == PLOTS and path.parent.is_symlink():
         raise ResultsError(
             f"{path.parent} is a symbolic link, and bh-routing writes no plot outside its folder; "
             "remove the link"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp makes files that only the owner may read
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(path.parent, error) from error
+    return write_atomically(path, content)
 
 
 def write_text(path: Path, content: str) -> Path:
@@ -46,14 +36,9 @@ def write_text(path: Path, content: str) -> Path:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Read run.json of a results folder; empty if it isn't there or can't be read as JSON."""
-    return read_json(folder / RUN_JSON)
+    """Read run.json of a results folder; empty if it isn't there.
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; empty if the file is missing or isn't one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    Raises:
+        ResultsError: the file isn't a whole JSON object.
+    """
+    return find_json_object(folder / RUN_JSON) or {}

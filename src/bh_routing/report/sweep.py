@@ -9,8 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-import pandas as pd
-
 from bh_routing.analysis.bootstrap import RESAMPLES
 from bh_routing.analysis.quality import QualityOptions
 from bh_routing.analysis.sweep import (
@@ -61,6 +59,7 @@ from bh_routing.report.text import (
     percent,
     signed,
 )
+from bh_routing.results.csv_table import render_csv
 
 SWEEP_CSV: Final = "sweep.csv"
 DOMAINS_CSV: Final = "sweep_domains.csv"
@@ -125,8 +124,8 @@ def render_sweep(tables: SweepTables) -> str:
         section(
             "Run it again",
             f"    {_command(tables.sweep.run)}",
-            "The knobs that were found are in `sweep.json`; `bh-routing evaluate --config "
-            "sweep.json` scores them again.",
+            "The knobs that were found are in `sweep.json`; `bh-routing evaluate --model MODEL "
+            "--config sweep.json` scores them again.",
         ),
         section("Limits", bullets(_limits(tables))),
     ]
@@ -134,9 +133,7 @@ def render_sweep(tables: SweepTables) -> str:
 
 
 def _write_csv(path: Path, rows: Iterable[Mapping[str, object]]) -> Path:
-    return write_bytes(
-        path, pd.DataFrame(list(rows)).to_csv(index=False).encode("utf-8", "replace")
-    )
+    return write_bytes(path, render_csv(rows))
 
 
 def _series(rows: Sequence[SweepRow | DomainRow]) -> tuple[Series, ...]:

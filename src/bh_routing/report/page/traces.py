@@ -12,8 +12,9 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bh_routing.analysis.jsonl import half_read, read_lines
 from bh_routing.records import TOKEN_TRACES, TokenTrace
+from bh_routing.results.json_lines import read_json_lines
+from bh_routing.results.strict_json import half_read
 
 PAGE_BYTES: Final = 3_000_000
 """Traces that a page carries, in bytes of text; the first prompts of every configuration."""
@@ -37,7 +38,7 @@ def read_traces(folder: Path) -> list[TokenTrace]:
     """
     path = folder / TOKEN_TRACES
     found: dict[tuple[str, str], TokenTrace] = {}
-    for number, entry in read_lines(path) if path.is_file() else ():
+    for number, entry in enumerate(read_json_lines(path).objects, start=1):
         try:
             trace = TokenTrace(**entry)
             unpack(trace)

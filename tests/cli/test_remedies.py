@@ -1,0 +1,86 @@
+"""Every command that a message or page of ours advises can be given as it stands."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from bh_routing.cli.main import app
+
+SOURCE = Path(__file__).parents[2] / "src" / "bh_routing"
+ASKS_GIT = SOURCE / "experiments" / "provenance.py"
+COMMANDS: dict[str, Any] = getattr(typer.main.get_command(app), "commands")  # noqa: B009
+ADVICE = re.compile(r"bh-routing ([a-z][a-z-]*)((?: (?:--[a-z0-9-]+|[^ ;`]+))*)")
+
+
+def texts(source: str) -> Iterator[str]:
+    """Every text of a module that isn't a docstring, with X for what is filled in later."""
+    tree = ast.parse(source)
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    inside: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            inside |= {id(value) for value in node.values}
+            yield "".join(str(v.value) if isinstance(v, ast.Constant) else "X" for v in node.values)
+        elif id(node) not in inside | docstrings and isinstance(node, ast.Constant):
+            yield str(node.value)
+
+
+def options(command: Any) -> set[str]:
+    return {flag for parameter in command.params for flag in parameter.opts}
+
+
+def complaints(text: str) -> list[str]:
+    """What is wrong with the commands and flags that a text names."""
+    wrong = []
+    for name, rest in ADVICE.findall(text):
+        flags = re.findall(r"--[a-z][a-z0-9-]*", rest)
+        if name not in COMMANDS:
+            wrong += [f"no command {name}"] if flags else []
+            continue
+        wrong += [f"{name} has no {flag}" for flag in flags if flag not in options(COMMANDS[name])]
+        if flags:
+            required = {p.opts[0] for p in COMMANDS[name].params if p.required}
+            wrong += [
+                f"{name} needs {flag}"
+                for flag in required
+                if flag.startswith("--") and flag not in flags
+            ]
+    every = set().union(*map(options, COMMANDS.values())) | {"--help", "--version", "--head"}
+    flags = re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)
+    return wrong + [f"no {flag}" for flag in flags if flag not in every]
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(set(SOURCE.rglob("*.py")) - {ASKS_GIT}),
+    ids=lambda path: str(path.relative_to(SOURCE)),
+)
+def test_a_message_names_only_commands_and_flags_that_exist(path: Path) -> None:
+    found = {text: complaints(text) for text in texts(path.read_text(encoding="utf-8"))}
+    assert {text: wrong for text, wrong in found.items() if wrong} == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("run: bh-routing calibrate --model NAME", ["calibrate needs --output"]),
+        ("bh-routing evaluate --no-resume", ["evaluate has no --no-resume"]),
+        ("give another --destination", ["no --destination"]),
+        ("run: bh-routing tune --alpha 1", ["no command tune", "no --alpha"]),
+    ],
+)
+def test_a_remedy_that_does_not_exist_is_found(text: str, wrong: list[str]) -> None:
+    assert complaints(text) == wrong
