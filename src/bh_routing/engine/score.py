@@ -219,7 +219,8 @@ def _forward(model: Any, rule: BoundRule, batch: _Batch) -> _Forward:
         output = model(
             input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False
         )
-    return _Forward(output.logits.flatten(0, 1), trace.kept_index[batch.scored_BS.flatten()])
+    is_scored_T = batch.scored_BS[batch.attention_mask_BS.bool().cpu()]
+    return _Forward(output.logits.flatten(0, 1), trace.kept_index[is_scored_T])
 
 
 def _chunks(logits_PV: Tensor, batch: _Batch) -> Iterator[Tensor]:

@@ -166,8 +166,8 @@ class RoutedModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         count, since they are run.
         """
         is_fed_BN = ~torch.isin(generated_BN, self._end_tokens()).cumsum(1).bool()
-        # Tokens lie in the trace step by step: the whole prompts, then one token of each row.
-        is_real = torch.cat([real_BS.flatten(), is_fed_BN[:, :-1].T.flatten()])
+        # Tokens lie in the trace step by step: the prompts without padding, then one of each row.
+        is_real = torch.cat([real_BS[real_BS], is_fed_BN[:, :-1].T.flatten()])
         if len(is_real) != sum(trace.forward_tokens):
             raise InputError(
                 "experts can't be counted in a generation of several beams or sequences a prompt; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 from weakref import WeakKeyDictionary, WeakSet
@@ -10,8 +11,9 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from bh_routing.errors import ModelError
+from bh_routing.errors import InputError, ModelError
 from bh_routing.models.families import family_of
 from bh_routing.models.listen import listen_to_text, text_config
 from bh_routing.models.probe import establish
@@ -21,7 +23,7 @@ from bh_routing.models.sites import RouterSite
 _SAMPLED_VALUES = 256
 
 ROUTED: Final[WeakSet[nn.Module]] = WeakSet()
-"""Models inside `route` now."""
+"""Router modules inside `route` now: a part or a wrapper of a model has the same ones."""
 
 _known: Final[WeakKeyDictionary[nn.Module, Routers]] = WeakKeyDictionary()
 
@@ -38,6 +40,11 @@ class Routers:
     def most_slots(self) -> int:
         """How many slots every router can be asked for."""
         return min(site.facts.most_slots for site in self.sites)
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether some router is inside `route` now."""
+        return any(site.module in ROUTED for site in self.sites)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,10 +73,11 @@ def find_routers(model: nn.Module) -> Routers:
         ModelError: the model has no router, is spread, quantised or of a family that isn't
             supported, or something about a router can't be established.
     """
-    model = uncompiled(model)
+    model = unwrapped(model)
     known = _known.get(model)
-    if known is not None and (model in ROUTED or _is_as_found(model, known)):
+    if known is not None and (known.is_routed or _is_as_found(model, known)):
         return known
+    refuse_routed(model.modules())
     _known.pop(model, None)
     model_type = model_type_of(model)
     family = family_of(model_type)
@@ -97,10 +105,39 @@ def find_routers(model: nn.Module) -> Routers:
     return routers
 
 
-def uncompiled(model: nn.Module) -> nn.Module:
-    """Return the module that `torch.compile` wrapped, or the module itself."""
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, nn.Module) else model
+def refuse_routed(modules: Iterable[nn.Module]) -> None:
+    """Raise ModelError if one of the modules is a router inside `route`."""
+    if any(module in ROUTED for module in modules):
+        raise ModelError(
+            "the model's routers are already inside route(), perhaps by a part or a wrapper of the "
+            "model; leave that block first"
+        )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside `torch.compile`, `DistributedDataParallel` or `DataParallel`.
+
+    Raises:
+        InputError: `model` is no module, such as a pipeline.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"model must be a torch module, got {type(model).__name__}; give the model that it "
+            "holds, such as pipeline.model"
+        )
+    while True:
+        if isinstance(model, DataParallel) and len(model.device_ids) > 1:
+            raise ModelError(
+                f"DataParallel runs copies of the model on {len(model.device_ids)} GPUs, and only "
+                "the model itself can be routed; use one GPU, or DistributedDataParallel"
+            )
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
+            model = model.module
+        # Not by getattr: PEFT's wrappers answer for the model inside them.
+        elif (inner := model._modules.get("_orig_mod")) is not None:
+            model = inner
+        else:
+            return model
 
 
 def model_type_of(model: nn.Module) -> str:
@@ -163,7 +200,7 @@ def model_fingerprint(model: nn.Module) -> str:
     checkpoint or a fine-tuned one never does. The same on every device; not on every dtype.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(uncompiled(model).named_parameters()):
+    for name, parameter in sorted(unwrapped(model).named_parameters()):
         # A parameter that is cut across processes is put together on each of them.
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         flat = whole.detach().reshape(-1)

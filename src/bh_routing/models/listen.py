@@ -5,13 +5,14 @@ Axes: T tokens, E experts, K slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from bh_routing.errors import ModelError
 from bh_routing.models.sites import BLOCK_METHOD, Order, Routed, RouterPlace, as_routed
@@ -161,6 +162,46 @@ def text_config(model: nn.Module) -> Any:
     """Return the configuration of a model's text part; None if it has none."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def text_stack_of(model: nn.Module, places: Sequence[RouterPlace]) -> nn.Module:
+    """Return the innermost transformers model around all routers, else the model itself.
+
+    Wrappers such as PEFT's call it and not what is around it.
+    """
+    routers = {place.module for place in places}
+    around = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and routers.issubset(module.modules())
+    ]
+    return around[-1] if around else model
+
+
+def real_tokens(arguments: Mapping[str, Any]) -> Tensor | None:
+    """Read off a forward call's arguments which positions are tokens and not padding.
+
+    Args:
+        arguments: of the text model's `forward`, by name.
+    Returns:
+        Bool tensor (B, S), False at padding; None where the call says nothing of it.
+    """
+    mask, cache = arguments.get("attention_mask"), arguments.get("past_key_values")
+    inputs = arguments.get("input_ids")
+    inputs = arguments.get("inputs_embeds") if inputs is None else inputs
+    if isinstance(mask, dict):  # one for each kind of layer: a sliding window is the narrower one
+        masks = [value for value in mask.values() if isinstance(value, Tensor)]
+        mask = max(masks, key=lambda value: value.shape[-1], default=None)
+    if not isinstance(mask, Tensor) or not isinstance(inputs, Tensor):
+        return None
+    num_positions = inputs.shape[1]
+    if mask.ndim == 2:
+        return mask[:, -num_positions:].bool()
+    if mask.ndim != 4 or num_positions == 1:
+        return None
+    # Who may look at whom, prepared for a cache of fixed length: a token may look at itself.
+    sees_BSP = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    return sees_BSP.diagonal(int(cache.get_seq_length()) if cache else 0, dim1=1, dim2=2)
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:

@@ -132,7 +132,10 @@ def _find_widener(bench: _Bench, top_k: int, num_experts: int) -> Held | None:
     """Find the number that is the router's top-k: one more there gives one slot more."""
     other = top_k + 1 if top_k < num_experts else top_k - 1
     place = bench.place
-    owners = [place.block, place.module] if place.order is None else [place.module, place.block]
+    # A wrapper such as PEFT's holds the router as a part.
+    owners = [*place.module.modules(), place.block]
+    if place.order is None:
+        owners.insert(0, owners.pop())
     config = getattr(place.module, "config", None)
     for owner in (*owners, *([] if config is None else [config])):
         for name, value in list(vars(owner).items()):

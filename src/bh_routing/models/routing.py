@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bh_routing.errors import CalibrationError, InputError, ModelError
-from bh_routing.models.discovery import ROUTED, Routers, find_routers, model_fingerprint, uncompiled
+from bh_routing.models.discovery import (
+    ROUTED,
+    Routers,
+    find_routers,
+    model_fingerprint,
+    refuse_routed,
+    unwrapped,
+)
 from bh_routing.models.experts import slot_output_norms
-from bh_routing.models.sites import Decision, Proposal, RouterSite
+from bh_routing.models.listen import real_tokens, text_stack_of
+from bh_routing.models.sites import Decision, Proposal, RouterSite, RoutingHook, Undo
 from bh_routing.models.trace import ExpertTrace
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.contributions import NEEDED
@@ -47,15 +57,21 @@ def route(
     The router proposes slots, the rule decides which stay. A dropped slot gets weight 0 and the
     index of the token's own best expert, so no backend reads a dropped expert's weights.
 
+    Which slots stay is constant to autograd; gradients reach the gate through the weights of the
+    kept slots, as under a smaller top-k of the model's own. Gradient checkpointing is rejected: it
+    runs layers again in the backward pass, which may come after the block.
+
     Args:
-        model: a transformers model with mixture-of-experts layers.
+        model: a transformers model with mixture-of-experts layers; compiled, wrapped by PEFT or
+            DistributedDataParallel too.
         rule: which slots stay.
         calibration: reference distributions, needed by rules whose null needs a table.
     Returns:
         A context that yields the trace of what was kept.
     Raises:
         CalibrationError: the rule needs a calibration and none, or another model's, was given.
-        ModelError: the model has no routers, or is already inside `route`.
+        ModelError: the model has no routers, or they are already inside `route`; a copy or a pickle
+            is made of the model inside the block, or a training step uses gradient checkpointing.
         InputError: the rule doesn't fit the model, such as more experts than there are.
     Example:
         >>> with route(model, TopK(4)) as trace:                        # doctest: +SKIP
@@ -108,17 +124,18 @@ def _check_site(site: RouterSite, rule: Rule) -> None:
 @contextmanager
 def install(model: nn.Module, bound: BoundRule) -> Iterator[ExpertTrace]:
     """Hook a bound rule into the model inside a `with` block, and yield a new trace."""
-    model = uncompiled(model)
-    if model in ROUTED:
-        raise ModelError("this model is already inside route(); leave that block first")
     routers = bound.routers
+    modules = [site.module for site in routers.sites]
+    refuse_routed(modules)
     trace = ExpertTrace(len(routers.sites), routers.num_experts)
     with ExitStack() as undo:
-        ROUTED.add(model)
-        undo.callback(ROUTED.discard, model)
+        ROUTED.update(modules)
+        undo.callback(ROUTED.difference_update, modules)
         # Compiled code looks for no new hook, and goes on running one that was taken out.
         torch.compiler.reset()
         undo.callback(torch.compiler.reset)
+        for take_out in _watch_calls(text_stack_of(unwrapped(model), routers.sites), trace):
+            undo.callback(take_out)
         deciders = bound.deciders or (None,) * len(routers.sites)
         for site, selector, decider in zip(routers.sites, bound.selectors, deciders, strict=True):
             callback = (
@@ -178,6 +195,29 @@ def _layer_context(
     )
 
 
+def _watch_calls(stack: nn.Module, trace: ExpertTrace) -> Iterator[Undo]:
+    """Tell the trace which positions of each forward call are tokens, and yield how to stop."""
+    names = list(inspect.signature(stack.forward).parameters)
+
+    def begin(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if torch.is_grad_enabled() and stack.training and _is_checkpointing(stack):
+            raise ModelError(
+                "gradient checkpointing runs layers again in the backward pass, which may come "
+                "after route(); disable it, or call model.eval(), first"
+            )
+        trace.begin(real_tokens(dict(zip(names, args, strict=False)) | keywords))
+
+    def end(*_: Any) -> None:
+        trace.begin(None)
+
+    yield stack.register_forward_pre_hook(RoutingHook(begin), with_kwargs=True).remove
+    yield stack.register_forward_hook(RoutingHook(end), always_call=True).remove
+
+
+def _is_checkpointing(stack: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in stack.modules())
+
+
 def _make_callback(
     site: RouterSite, bound: BoundRule, select: Selector, trace: ExpertTrace
 ) -> Callable[[Proposal], Decision]:
@@ -187,14 +227,14 @@ def _make_callback(
     # What such a family normalises is the mass: to preserve it is the family's own convention.
     keeps_sum = has_own_sum and rule.weights != "renormalize"
 
-    @torch.no_grad()
     def decide(proposal: Proposal) -> Decision:
         hidden_TH, scores_TE, index_TK, proposed_TK, masses_TK, shared_TS = proposal
         candidates = Candidates(scores_TE, index_TK, proposed_TK)
-        if rule.needs_output_norms:
-            norms_TK = slot_output_norms(site.experts, hidden_TH, index_TK, proposed_TK.dtype)
-            candidates = candidates._replace(output_norms_TK=norms_TK)
-        keep_TK = select(candidates)
+        with torch.no_grad():
+            if rule.needs_output_norms:
+                norms_TK = slot_output_norms(site.experts, hidden_TH, index_TK, proposed_TK.dtype)
+                candidates = candidates._replace(output_norms_TK=norms_TK)
+            keep_TK = select(candidates)
         weights_TK = kept_weights(
             proposed_TK,
             keep_TK,

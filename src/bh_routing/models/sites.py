@@ -17,6 +17,8 @@ from typing import Any, Final, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bh_routing.errors import ModelError
+
 Scoring = Literal["softmax", "sigmoid", "sqrt_softplus", "probabilities", "sparsemixer"]
 
 TRANSFORMS: Final[Mapping[Scoring, Callable[[Tensor], Tensor]]] = {
@@ -196,6 +198,22 @@ class RouterPlace:
         return as_routed(logits_TE, method(*arguments))
 
 
+class RoutingHook:
+    """A hook that answers for one model: it must not be copied along with it."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, *call: Any) -> Any:
+        return self._hook(*call)
+
+    def __reduce__(self) -> Any:
+        raise ModelError(
+            "a model can't be copied or pickled inside route(), the copy would stay routed; do it "
+            "before the block or after it"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class RouterSite(RouterPlace):
     """One mixture-of-experts layer's router."""
@@ -217,15 +235,16 @@ class RouterSite(RouterPlace):
             decided = self._ask(callback, inputs[0], order.unpack(output))
             return None if decided is None else order.pack(decided)
 
-        return self.module.register_forward_hook(hook).remove
+        return self.module.register_forward_hook(RoutingHook(hook)).remove
 
     def linear_gate(self) -> Tensor | None:
         """Return the weight (E, H) that alone makes the scores of the input; None if none does."""
-        weight = getattr(self.module, "weight", None)
+        # Not by getattr: PEFT's wrappers answer with the weight that they add to.
+        weight = self.module._parameters.get("weight")
         is_ranked_by_logits = self.facts.ranks_by == "logits" and self.facts.bias is None
         if not is_ranked_by_logits or self.facts.scoring == "probabilities":
             return None
-        return weight if isinstance(weight, Tensor) else None
+        return weight
 
     def _watch_block(self, callback: Callback) -> Undo:
         before = vars(self.block).get(BLOCK_METHOD)
@@ -244,7 +263,7 @@ class RouterSite(RouterPlace):
             has_weights_first = pair[0].is_floating_point()
             return (weights_TK, index_TK) if has_weights_first else (index_TK, weights_TK)
 
-        handle = self.module.register_forward_hook(hook)
+        handle = self.module.register_forward_hook(RoutingHook(hook))
         setattr(self.block, BLOCK_METHOD, method)
 
         def undo() -> None:

@@ -1,12 +1,11 @@
-"""What a rule kept, recorded while the model runs and read once at the end.
+"""The kept experts of each token, recorded while the model runs.
 
-Axes: F forward calls, T tokens, L layers, K candidate slots, E experts.
+Axes: B sequences, S positions, T tokens, L layers, K candidate slots, E experts.
 """
 
 from __future__ import annotations
 
 import itertools
-from functools import cached_property
 from typing import Final
 from weakref import WeakValueDictionary
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 DROPPED = -1
+_PADDING: Final = -2
 
 _numbers: Final = itertools.count()
 _traces: Final[WeakValueDictionary[int, ExpertTrace]] = WeakValueDictionary()
@@ -22,16 +22,30 @@ _traces: Final[WeakValueDictionary[int, ExpertTrace]] = WeakValueDictionary()
 class ExpertTrace:
     """Which experts every token kept in every layer.
 
-    While the model runs, only device tensors are collected: no host sync per token. The first
-    reading copies them to the host once; a trace can't be read while more is coming, so read it
-    after the last forward call, or call `clear` in between.
+    Padding is no token: positions that the attention mask of a forward call leaves out aren't part
+    of the trace. Layers that gradient checkpointing runs again count once. Rows that `generate`
+    goes on feeding after their own end of text are run, and therefore count.
+
+    While the model runs, only device tensors are collected: no host sync per token. Reading copies
+    them to the host; what is read holds all forward calls that are complete by then.
     """
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self.num_experts = num_experts
         self._number = next(_numbers)
         _traces[self._number] = self
-        self._kept_index: list[list[Tensor]] = [[] for _ in range(num_layers)]
+        self._calls: list[list[Tensor]] = [[] for _ in range(num_layers)]
+        self._real_BS: Tensor | None = None
+        self._read: tuple[int, Tensor] | None = None
+
+    def begin(self, real_BS: Tensor | None) -> None:
+        """Begin a forward call, in which padding is False; None: every position is a token."""
+        self._real_BS = real_BS
+        if not torch.compiler.is_compiling():
+            # A call that failed on its way has left layers behind that the others don't have.
+            complete = self._num_complete
+            for calls in self._calls:
+                del calls[complete:]
 
     def record(self, layer: int, top_k_index_TK: Tensor, keep_TK: Tensor) -> Tensor:
         """Add one forward call of one layer.
@@ -41,32 +55,53 @@ class ExpertTrace:
             which runs in every call because the experts wait for what it returns.
         """
         kept_TK = torch.where(keep_TK, top_k_index_TK, DROPPED).to(torch.int16)
+        real_BS = self._real_BS
+        if real_BS is not None and real_BS.numel() == len(kept_TK):
+            real_T1 = real_BS.reshape(-1, 1).to(kept_TK.device)
+            kept_TK = torch.where(real_T1, kept_TK, _PADDING)
         if torch.compiler.is_compiling():
             index_TK: Tensor = _record(top_k_index_TK, kept_TK, self._number, layer)
             return index_TK
-        self._kept_index[layer].append(kept_TK)
+        self._add(layer, kept_TK)
         return top_k_index_TK
+
+    def _add(self, layer: int, kept_TK: Tensor) -> None:
+        # Inside a backward pass a layer is only run again.
+        if torch._C._current_graph_task_id() == -1:
+            self._calls[layer].append(kept_TK)
 
     def clear(self) -> None:
         """Forget everything recorded so far."""
-        for calls in self._kept_index:
+        for calls in self._calls:
             calls.clear()
-        self.__dict__.pop("kept_index", None)
+        self._read = None
+
+    @property
+    def _num_complete(self) -> int:
+        return min(len(calls) for calls in self._calls)
 
     @property
     def forward_tokens(self) -> list[int]:
         """Tokens of each forward call; in generation the first is the prompt."""
-        return [call.shape[0] for call in self._kept_index[0]]
+        complete = self._calls[0][: self._num_complete]
+        return [int((call[:, 0] != _PADDING).sum()) for call in complete]
 
-    @cached_property
+    @property
     def kept_index(self) -> Tensor:
         """Kept expert of each slot, -1 where dropped: int16 on the host, (tokens, layers, K)."""
-        if not self.forward_tokens:
-            return torch.empty((0, len(self._kept_index), 1), dtype=torch.int16)
+        complete = self._num_complete
+        if self._read is None or self._read[0] != complete:
+            self._read = (complete, self._copy_to_host(complete))
+        return self._read[1]
+
+    def _copy_to_host(self, complete: int) -> Tensor:
+        if not complete:
+            return torch.empty((0, len(self._calls), 1), dtype=torch.int16)
         # Layers of a model that is spread over GPUs record where they are.
-        device = self._kept_index[0][0].device
-        layers = [torch.cat(calls).to(device) for calls in self._kept_index]
-        return torch.stack(layers, dim=1).cpu()
+        device = self._calls[0][0].device
+        layers = [torch.cat(calls[:complete]).to(device) for calls in self._calls]
+        kept_TLK = torch.stack(layers, dim=1).cpu()
+        return kept_TLK[kept_TLK[:, 0, 0] != _PADDING]
 
     @property
     def expert_counts(self) -> Tensor:
@@ -92,7 +127,7 @@ def count_experts(kept_index_TLK: Tensor, num_experts: int) -> Tensor:
 def _record(index_TK: Tensor, kept_TK: Tensor, number: int, layer: int) -> Tensor:
     trace = _traces.get(number)
     if trace is not None:
-        trace._kept_index[layer].append(kept_TK.clone())
+        trace._add(layer, kept_TK.clone())
     return index_TK.clone()
 
 
