@@ -219,7 +219,7 @@ FLAGS = {
         "--model --output --max-tokens --checkpoint-interval --no-resume --device --no-fp16 "
         "--config --configs --prompts --calibration --calibration-text --seed --executor "
         "--eval-text --no-eval --eval-tokens --token-traces --timing-rounds --track "
-        "--budget --device-map --batch-size --ray-address --workers --json"
+        "--budget --device-map --batch-size --ray-address --workers --chat-template --json"
     ),
     "calibrate": (
         "--output --model --text --nulls --max-tokens --seed --plots --device --no-fp16 --json"
@@ -236,7 +236,7 @@ FLAGS = {
     ),
     "lm-eval": (
         "--tasks --model --include-path --config --configs --limit --num-fewshot --batch-size "
-        "--calibration --calibration-text --output --device --no-fp16 --seed --json"
+        "--calibration --calibration-text --output --device --no-fp16 --seed --chat-template --json"
     ),
     "export": "folder --to --output",
     "models": "--check --device --no-fp16 --json",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bh_routing.analysis.trackers import track_run
+from bh_routing.analysis.trackers import find_tracker, track_run
 from bh_routing.errors import InputError
 from bh_routing.report.figures import create_visualizations
 from tests.report.conftest import FillFolder, MakeResults, fill_folder, make_results
@@ -104,3 +104,36 @@ def test_an_unknown_or_missing_tracker_is_named(
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(InputError, match=r"bh-routing\[wandb\]"):
         track_run(folder, "wandb")
+
+
+def test_a_name_that_mlflow_would_not_take_is_logged_in_another_form(
+    fill_folder: FillFolder,
+    make_results: MakeResults,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="needs mlflow-skinny")
+    folder = fill_folder(make_results({"topk_8": 8.0, "top_p@5": 5.0, "a+b": 4.0}, 3))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    run_id = track_run(folder, "mlflow").split()[-1]
+    metrics = mlflow.MlflowClient((tmp_path / "store").as_uri()).get_run(run_id).data.metrics
+    assert metrics["top_p_at_5/avg_experts_per_token"] == pytest.approx(5.0, abs=0.3)
+    assert metrics["a_plus_b/avg_experts_per_token"] == pytest.approx(4.0, abs=0.3)
+
+
+@pytest.mark.parametrize("store", ["sqlite:////nowhere/mlflow.db", "nonsense://x"])
+def test_a_store_that_cannot_be_used_is_named_before_the_run(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow", reason="needs mlflow-skinny")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    with pytest.raises(InputError, match=r"MLflow can't use its store .*MLFLOW_TRACKING_URI"):
+        find_tracker("mlflow")
+
+
+def test_logging_that_fails_keeps_the_results_and_says_how_to_try_again(folder: Path) -> None:
+    pytest.importorskip("tensorboardX", reason="needs tensorboardX")
+    (folder / "tensorboard").write_text("a file where events would go")
+    with pytest.raises(InputError, match=r"bh-routing report .* --track tensorboard"):
+        track_run(folder, "tensorboard")

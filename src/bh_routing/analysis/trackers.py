@@ -55,31 +55,55 @@ def track_run(folder: str | Path, tracker: str) -> str:
     Returns:
         Where it went.
     Raises:
-        InputError: the tracker isn't known or isn't installed.
+        InputError: the tracker isn't known, isn't installed, or can't be logged to.
         ResultsError: the folder isn't a results folder.
     """
     module = find_tracker(tracker)
     results = load_results(folder)
     _, log = TRACKERS[tracker]
-    return log(module, tracked(results), results.folder)
+    try:
+        return log(module, tracked(results), results.folder)
+    except Exception as error:  # a tracker raises what it likes
+        raise InputError(
+            f"logging to {tracker} failed ({_reason(error)}); the results are kept, try again "
+            f"with: bh-routing report {results.folder} --track {tracker}"
+        ) from error
 
 
 def find_tracker(tracker: str) -> ModuleType:
     """Import a tracker's package; ask before a long run, whose results it is to get.
 
     Raises:
-        InputError: the tracker isn't known or isn't installed.
+        InputError: the tracker isn't known, isn't installed, or its store can't be used.
     """
     if tracker not in TRACKERS:
         raise InputError(f"tracker must be one of {', '.join(TRACKERS)}; got {tracker!r}")
     package, _ = TRACKERS[tracker]
     try:
-        return importlib.import_module(package)
+        module = importlib.import_module(package)
     except ImportError as error:
         raise InputError(
             f"tracker {tracker!r} needs the package {package}; "
             f"install it with: pip install 'bh-routing[{tracker}]'"
         ) from error
+    if tracker == "mlflow":
+        _check_mlflow_store(module)
+    return module
+
+
+def _check_mlflow_store(mlflow: ModuleType) -> None:
+    """Ask the store for an experiment: mlflow-skinny alone can't open MLflow's default, SQLite."""
+    try:
+        mlflow.search_experiments(max_results=1)
+    except Exception as error:  # a store raises what it likes
+        raise InputError(
+            f"MLflow can't use its store {mlflow.get_tracking_uri()} ({_reason(error)}); set "
+            "MLFLOW_TRACKING_URI to a server, or install the package mlflow for a local store"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def tracked(results: Results) -> TrackedRun:
@@ -124,7 +148,9 @@ def _to_mlflow(mlflow: ModuleType, run: TrackedRun, folder: Path) -> str:
     mlflow.set_experiment(PROJECT)
     with mlflow.start_run(run_name=run.name) as started:
         mlflow.log_params(run.parameters)
-        mlflow.log_metrics(run.metrics)
+        # MLflow takes no @ or + in a name, which names of configurations may have.
+        names = {name: name.replace("@", "_at_").replace("+", "_plus_") for name in run.metrics}
+        mlflow.log_metrics({names[name]: value for name, value in run.metrics.items()})
         for path in (*run.pictures, *run.files):
             inside = path.relative_to(folder).parent.as_posix()
             mlflow.log_artifact(str(path), None if inside == "." else inside)

@@ -15,6 +15,7 @@ from bh_routing.cli.console import console_log
 from bh_routing.cli.options import (
     CalibrationOption,
     CalibrationTextOption,
+    ChatTemplateOption,
     ConfigOption,
     ConfigsOption,
     DeviceOption,
@@ -64,6 +65,7 @@ def lm_eval(
     device: DeviceOption = defaults.DEVICE,
     no_fp16: Float32Option = False,
     seed: SeedOption = defaults.SEED,
+    chat_template: ChatTemplateOption = defaults.CHAT_TEMPLATE,
     as_json: JsonOption = False,
 ) -> int:
     """Run lm-eval tasks under each configuration; compare with the model's own top-k."""
@@ -79,6 +81,7 @@ def lm_eval(
         calibration=calibration,
         calibration_text=calibration_text,
         seed=seed,
+        chat_template=chat_template,
     )
     plan = TaskPlan(
         tasks=split_items(tasks) or (),
@@ -105,6 +108,7 @@ def _require_extra() -> None:
 def _run(spec: RunSpec, plan: TaskPlan, output: Path | None) -> dict[str, Any]:
     """Run everything, keep outcomes as they come, and return the summary as plain data."""
     from bh_routing.analysis.task_outcomes import compare_tasks
+    from bh_routing.engine.prompts import choose_chat_template
     from bh_routing.experiments.calibrating import obtain_calibration
     from bh_routing.experiments.provenance import collect_provenance
     from bh_routing.experiments.spec import make_rules, resolved
@@ -120,6 +124,7 @@ def _run(spec: RunSpec, plan: TaskPlan, output: Path | None) -> dict[str, Any]:
     known = find_tasks(plan)
     loaded = load_model(spec.model, device=spec.device, dtype=spec.dtype)
     check_end_token(loaded.tokenizer)
+    loaded = loaded._replace(tokenizer=choose_chat_template(loaded.tokenizer, spec.chat_template))
     facts = describe_model(loaded.model)
     reference = _reference(rules, facts.model_top_k)
     calibration = obtain_calibration(spec, rules, loaded.model, loaded.tokenizer, None)
@@ -139,6 +144,7 @@ def _run(spec: RunSpec, plan: TaskPlan, output: Path | None) -> dict[str, Any]:
             "limit": plan.limit,
             "num_fewshot": plan.num_fewshot,
             "batch_size": plan.batch_size,
+            "chat_template": loaded.tokenizer.chat_template,
             "runs": [_run_facts(run) for run in runs],
             "comparisons": [asdict(comparison) for comparison in comparisons],
             "provenance": {

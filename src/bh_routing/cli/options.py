@@ -46,6 +46,13 @@ TokensOption = Annotated[
     int | None,
     typer.Option(min=1, help="Most tokens scored, spread over the documents. Default: all."),
 ]
+ChatTemplateOption = Annotated[
+    str,
+    typer.Option(
+        help="Whether prompts are user messages in the tokenizer's chat template: on, off, or "
+        "auto, which is on where there is one."
+    ),
+]
 ExecutorOption = Annotated[
     str,
     typer.Option(

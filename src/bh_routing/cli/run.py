@@ -17,6 +17,7 @@ from bh_routing.cli.options import (
     BudgetOption,
     CalibrationOption,
     CalibrationTextOption,
+    ChatTemplateOption,
     ConfigOption,
     ConfigsOption,
     DeviceMapOption,
@@ -86,6 +87,7 @@ def run(
     batch_size: BatchSizeOption = None,
     ray_address: RayAddressOption = None,
     workers: WorkersOption = None,
+    chat_template: ChatTemplateOption = defaults.CHAT_TEMPLATE,
     as_json: JsonOption = False,
 ) -> int:
     """Compare routing configurations on prompts; goes on where an earlier run stopped."""
@@ -110,6 +112,7 @@ def run(
         "executor": executor,
         "ray_address": ray_address,
         "workers": workers,
+        "chat_template": chat_template,
         "eval_text": eval_text,
         "no_eval": no_eval,
         "eval_tokens": eval_tokens,

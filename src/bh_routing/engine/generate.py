@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bh_routing.engine.decode import decode_greedily
+from bh_routing.engine.prompts import encode_prompt
 from bh_routing.kernels.decode_layout import UndecodableError
 from bh_routing.models.routing import route
 from bh_routing.models.trace import ExpertTrace
@@ -75,7 +76,7 @@ def generate_routed(
 
     Args:
         model: a transformers model with `generate`, not inside `route`.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; if it has a chat template, the prompt is a user's message in it.
         prompt: text, at least one token.
         max_new_tokens: most tokens to generate; an end-of-text token ends earlier.
         rule: which experts stay.
@@ -83,7 +84,7 @@ def generate_routed(
     Raises:
         CalibrationError, ModelError, InputError: as `route` does.
     """
-    token_1P = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+    token_1P = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
     try:
         end_ids = _end_ids(model, token_1P, max_new_tokens)
         decoded = decode_greedily(
@@ -133,22 +134,22 @@ def generate_greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int
 
     Args:
         model: a transformers model with `generate`.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; if it has a chat template, the prompt is a user's message in it.
         prompt: text, at least one token.
         max_new_tokens: most tokens to generate; an end-of-text token ends earlier.
     Returns:
         The continuation and its times in seconds. The clock is read when `generate` hands a
         token over, which it does after copying it to the host, so device work is included.
     """
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    num_input_tokens = inputs["input_ids"].shape[1]
+    token_1P = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
+    num_input_tokens = token_1P.shape[1]
     pad = tokenizer.pad_token_id
     clock = TokenClock()
     start = time.perf_counter()
     with torch.inference_mode(), _watch_logits(model) as tops:
         output = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+            input_ids=token_1P,
+            attention_mask=torch.ones_like(token_1P),
             max_new_tokens=max_new_tokens,
             **GREEDY,
             tokenizer=tokenizer,

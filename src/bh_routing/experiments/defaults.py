@@ -15,6 +15,7 @@ DEVICE: Final = "auto"
 DTYPE: Final = "auto"
 SEED: Final = 0
 EXECUTOR: Final = "local"
+CHAT_TEMPLATE: Final = "auto"
 CALIBRATION_TOKENS: Final = 16_384
 EVAL_TOKENS: Final = 3_000
 TOKEN_TRACES: Final = 12

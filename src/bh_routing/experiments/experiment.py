@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from bh_routing.engine.generate import Generation, RoutedGeneration, generate_routed
+from bh_routing.engine.prompts import encode_prompt
 from bh_routing.errors import ExperimentError
 from bh_routing.experiments.failures import find_nan
 from bh_routing.experiments.metrics import load_balance
@@ -57,7 +58,7 @@ def run_experiment(
         torch.cuda.reset_peak_memory_stats(device)
     generation, trace = _generate(subject, named_rule, prompt, max_tokens)
     if generation.has_nan:
-        ids = [*subject.tokenizer(prompt.text)["input_ids"], *generation.token_ids]
+        ids = [*encode_prompt(subject.tokenizer, prompt.text), *generation.token_ids]
         raise ExperimentError(find_nan(subject.model, named_rule.rule, subject.calibration, ids))
     peak = int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None
     return _summarise(generation, trace, named_rule.name, prompt, peak)

@@ -17,6 +17,7 @@ _LABELS: Final = {
     "dtype": "dtype (--no-fp16)",
     "device_type": "device (--device)",
     "max_tokens": "--max-tokens",
+    "chat_template": "chat template (--chat-template)",
     "calibration": "calibration (--calibration, --calibration-text)",
 }
 
@@ -32,6 +33,8 @@ class RunIdentity:
     dtype: str
     device_type: str
     max_tokens: int
+    chat_template: str | None = None
+    """Hash of the template that prompts are written into; None: they are raw."""
     calibration: str | None = None
     """Fingerprint; None while no configuration has needed one."""
 

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bh_routing.engine.prompts import choose_chat_template, encode_prompt
 from bh_routing.errors import InputError
 from bh_routing.experiments.budget import bring_to_budget
 from bh_routing.experiments.calibrating import obtain_calibration
+from bh_routing.experiments.chained_lines import digest
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.grid import make_grid
 from bh_routing.experiments.identity import RunIdentity
@@ -50,6 +52,7 @@ def load(spec: RunSpec) -> Loaded:
     model, tokenizer = load_model(
         spec.model, device=spec.device, dtype=spec.dtype, device_map=spec.device_map
     )
+    tokenizer = choose_chat_template(tokenizer, spec.chat_template)
     facts = describe_model(model)
     threads = choose_threads(model.device, facts.num_parameters)
     seconds = time.perf_counter() - start
@@ -64,6 +67,8 @@ def load(spec: RunSpec) -> Loaded:
         threads,
         seconds,
     )
+    if tokenizer.chat_template:
+        log.info("each prompt is a user's message in the tokenizer's chat template")
     return Loaded(model, tokenizer, facts, seconds, threads, torch.get_num_threads())
 
 
@@ -87,7 +92,7 @@ class Preparation:
                 named.rule.check(
                     num_experts=loaded.facts.num_experts, model_top_k=loaded.facts.model_top_k
                 )
-        store.check(_identity(spec, loaded.facts, None))
+        store.check(_identity(spec, loaded, None))
         self.quality = None if spec.no_eval else QualityPhase(spec, loaded.tokenizer, loaded.facts)
         start = time.perf_counter()
         with torch_threads(loaded.batch_threads):
@@ -104,7 +109,7 @@ class Preparation:
             with _naming(named.name):
                 bind_rule(loaded.model, named.rule, calibration)
         fingerprint = calibration.fingerprint if calibration else None
-        self.identity = _identity(spec, loaded.facts, fingerprint)
+        self.identity = _identity(spec, loaded, fingerprint)
         store.check(self.identity)
         if self.quality is not None and store.stored is not None:
             self.quality.ledger(spec.output, self.identity)
@@ -118,7 +123,7 @@ def check_prompts(spec: RunSpec, tokenizer: Any, facts: ModelFacts) -> None:
         InputError: the prompt's number, its length, the room there is, and what to change.
     """
     for number, prompt in enumerate(spec.prompts, start=1):
-        length = len(tokenizer(prompt.text)["input_ids"])
+        length = len(encode_prompt(tokenizer, prompt.text))
         shown = f"prompt {number} ({shorten(prompt.text)!r})"
         if length == 0:
             raise InputError(f"{shown} gives no token with this model's tokenizer; change it")
@@ -133,13 +138,15 @@ def check_prompts(spec: RunSpec, tokenizer: Any, facts: ModelFacts) -> None:
             )
 
 
-def _identity(spec: RunSpec, facts: ModelFacts, calibration: str | None) -> RunIdentity:
+def _identity(spec: RunSpec, loaded: Loaded, calibration: str | None) -> RunIdentity:
+    facts, template = loaded.facts, loaded.tokenizer.chat_template
     return RunIdentity(
         model=spec.model,
         model_fingerprint=facts.fingerprint,
         dtype=facts.dtype,
         device_type=facts.device,
         max_tokens=spec.max_tokens,
+        chat_template=digest(template) if template else None,
         calibration=calibration,
     )
 

@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple, Self
 import torch
 
 from bh_routing import __version__
+from bh_routing.engine.prompts import choose_chat_template
 from bh_routing.engine.score import document_groups
 from bh_routing.engine.windows import TokenizedDocument
 from bh_routing.errors import ExperimentError, InputError
@@ -71,6 +72,8 @@ class Recipe(NamedTuple):
     facts: ModelFacts
     """Of the driver's model."""
     threads: int
+    has_chat_template: bool
+    """Whether the driver writes prompts into the tokenizer's chat template."""
     version: str = __version__
 
 
@@ -96,6 +99,8 @@ class Worker:
             device: Any = recipe.facts.device
             dtype: Any = recipe.dtype
             model, tokenizer = load_model(recipe.model, device=device, dtype=dtype)
+            if not recipe.has_chat_template:
+                tokenizer = choose_chat_template(tokenizer, "off")
             facts = describe_model(model)
             if facts != recipe.facts:
                 raise InputError(
@@ -150,7 +155,9 @@ class RayExecutor:
         path = Path(model).expanduser()
         # A worker has another working directory.
         name = str(path.resolve()) if model != DEMO and path.is_dir() else model
-        self._recipe = Recipe(name, dtype, self._facts, settings.threads)
+        self._recipe = Recipe(
+            name, dtype, self._facts, settings.threads, bool(subject.tokenizer.chat_template)
+        )
         self._exits = ExitStack()
         self._ray: Any = None
         self._pool: WorkerPool | None = None

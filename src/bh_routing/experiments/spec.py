@@ -95,6 +95,8 @@ class RunSpec(BaseModel):
     """A file that `bh-routing calibrate` saved; None: calibrate if a rule needs it."""
     calibration_text: Path | None = None
     """Text to calibrate on; None: the packaged text."""
+    chat_template: Literal["auto", "on", "off"] = defaults.CHAT_TEMPLATE
+    """Whether prompts are messages in the tokenizer's chat template; auto: if it has one."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = defaults.SEED
     """Seed of whatever draws at random; greedy generation doesn't."""
     executor: Literal["local", "ray"] = defaults.EXECUTOR

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bh_routing.engine.prompts import encode_prompt
 from bh_routing.errors import ResultsError
 from bh_routing.experiments.executors import Cell
 from bh_routing.experiments.experiment import Subject
@@ -81,7 +82,7 @@ def trace_tokens(subject: Subject, cell: Cell, token_ids: Sequence[int]) -> Toke
         The trace; None for a model whose routers propose different numbers of slots.
     """
     model, tokenizer = subject.model, subject.tokenizer
-    prompt_ids = tokenizer(cell.prompt.text)["input_ids"]
+    prompt_ids = encode_prompt(tokenizer, cell.prompt.text)
     ids = [*prompt_ids, *token_ids[:-1]][:MAX_TOKENS]
     bound = bind_rule(model, cell.named_rule.rule, subject.calibration)
     seen: dict[int, Proposal] = {}

@@ -182,6 +182,7 @@ def _evaluate(
         # Configurations are compared item by item; lm-eval's errors are of each alone.
         bootstrap_iters=0,
         task_manager=manager,
+        apply_chat_template=bool(model.tokenizer.chat_template),
     )
     return results
 

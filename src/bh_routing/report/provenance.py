@@ -59,6 +59,11 @@ def _configurations(facts: Facts) -> str:
     return text_table(["configuration", "method", "fields", "description"], rows)
 
 
+def _template(run: Mapping[str, object]) -> str:
+    is_applied = child(run, "identity").get("chat_template")
+    return ", each a user's message in the tokenizer's chat template" if is_applied else ""
+
+
 def _value(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else plain(value)
 
@@ -79,7 +84,7 @@ def _facts(facts: Facts) -> list[tuple[str, str]]:
         ("Device", _joined(*(markdown(model.get(k), 60)
                              for k in ("device", "device_name", "dtype")))),
         ("Prompts", f"{facts.num_prompts()}, up to {number(spec.get('max_tokens'), 0)} new tokens "
-                    "each, greedy" if spec else ""),
+                    f"each, greedy{_template(facts.run)}" if spec else ""),
         ("Calibration", _calibration(calibration)),
         ("Time", _timing(timing)),
         ("Peak memory", f"{number(memory, 2)} GB" if math.isfinite(memory) else ""),
