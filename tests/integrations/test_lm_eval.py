@@ -17,6 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from bh_routing.demo import demo_folder
+from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.score import score
 from bh_routing.engine.texts import Document, packaged_documents
 from bh_routing.engine.windows import tokenize_documents
@@ -27,6 +28,7 @@ from bh_routing.models.load import LoadedModel
 from bh_routing.models.routing import route
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
+from bh_routing.rules.benjamini_hochberg_drop import BenjaminiHochbergDrop
 from bh_routing.rules.top_k import TopK
 
 LIMIT = 3
@@ -275,3 +277,17 @@ def test_wrong_arguments_are_named(
 ) -> None:
     with pytest.raises(InputError, match=message):
         RoutedModel(demo, **arguments)
+
+
+def test_blocks_of_a_request_do_not_depend_on_the_batch(demo: LoadedModel) -> None:
+    rule = BenjaminiHochbergDrop(0.3, scope="block", statistic="contribution")
+    texts = [document.text for document in packaged_documents("calibration")]
+    calibration = calibrate(demo.model, demo.tokenizer, texts, nulls=("needed",), max_tokens=6_000)
+    ids = demo.tokenizer(texts[0])["input_ids"]
+    requests = [(("", ""), ids[10 * n : 10 * n + 5 + 20 * n], ids[:3]) for n in range(3)]
+    means = []
+    for batch_size in (1, 3):
+        model = RoutedModel(demo, rule=rule, calibration=calibration, batch_size=batch_size)
+        model._loglikelihood_tokens(requests, disable_tqdm=True)
+        means.append(model.expert_use.mean_experts)
+    assert means[0] == pytest.approx(means[1], abs=1e-3)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from bh_routing.nulls import ReferenceTable, RouterPass, get_null
 from bh_routing.nulls.contributions import NEEDED, Contributions, Definition, Statistic
-from bh_routing.rules import Candidates, LayerContext, Rule
+from bh_routing.rules import Candidates, LayerContext, Rows, Rule
 
 NUM_EXPERTS = 64
 MODEL_TOP_K = 8
@@ -30,7 +30,7 @@ def random_logits(num_tokens: int, num_experts: int = NUM_EXPERTS, seed: int = 0
 def propose(
     logits_TE: Tensor, num_slots: int = MODEL_TOP_K, *, shuffled: bool = False, seed: int = 0
 ) -> Candidates:
-    """Propose the best slots with raw softmax weights, in the order of logits or shuffled.
+    """Propose the best slots of one sequence, with raw softmax weights, by logit or shuffled.
 
     The norm of a slot's expert output is made up from its weight and its expert.
     """
@@ -42,7 +42,8 @@ def propose(
         index_TK = index_TK.gather(-1, order_TK)
     weights_TK = logits_TE.float().softmax(-1).gather(-1, index_TK)
     norms_TK = 0.5 + (index_TK * 0.37 + weights_TK).frac()
-    return Candidates(logits_TE, index_TK, weights_TK, norms_TK)
+    rows = Rows.of_batch(torch.ones(1, len(logits_TE)) > 0, torch.zeros(1, len(logits_TE)) > 0)
+    return Candidates(logits_TE, index_TK, weights_TK, norms_TK, rows)
 
 
 def context_for(
@@ -126,7 +127,7 @@ class OneDevice(TorchDispatchMode):
 
 def changed(candidates: Candidates, change: Callable[[Tensor], Tensor]) -> Candidates:
     """Apply the same change to every tensor of some candidates."""
-    return Candidates(*(change(tensor) for tensor in candidates if tensor is not None))
+    return tree_map(change, candidates)  # type: ignore[no-any-return]
 
 
 def kept_experts(candidates: Candidates, keep_TK: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from bh_routing.errors import InputError
 from bh_routing.rules import (
@@ -22,6 +23,7 @@ from bh_routing.rules import (
     OracleContribution,
     PerLayerTopK,
     RandomK,
+    Rows,
     Rule,
     Threshold,
     TopK,
@@ -109,7 +111,7 @@ def test_the_same_token_is_decided_alike_alone_and_in_any_batch(rule: Rule) -> N
     candidates = propose(LOGITS_TE, rule.num_candidates(MODEL_TOP_K))
     select = rule.bind(context_for(rule))
     keep_TK = select(candidates)
-    if not rule.decides_tokens_alone:
+    if rule.unit != "token":
         pytest.skip("its neighbours move a token's line")
     order_T = torch.randperm(len(LOGITS_TE), generator=torch.Generator().manual_seed(1))
     shuffled = changed(candidates, lambda tensor: tensor[order_T])
@@ -117,6 +119,27 @@ def test_the_same_token_is_decided_alike_alone_and_in_any_batch(rule: Rule) -> N
     for token in (0, 7, 199):
         alone = changed(candidates, lambda tensor, at=token: tensor[at : at + 1])  # type: ignore[misc]
         assert torch.equal(select(alone), keep_TK[token : token + 1])
+
+
+@EVERY_RULE
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_a_sequence_is_decided_alike_alone_and_in_any_batch_with_any_padding(
+    rule: Rule, side: str
+) -> None:
+    lengths, width = (30, 1, 77, 50), 80
+    select = rule.bind(context_for(rule))
+    num_slots = rule.num_candidates(MODEL_TOP_K)
+    logits_BSE = random_logits(len(lengths) * width, seed=7).unflatten(0, (len(lengths), width))
+    is_real_BS = torch.zeros(len(lengths), width, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        start = {"left": width - length, "right": 0, "both": (width - length) // 2}[side]
+        is_real_BS[row, start : start + length] = True
+    batch = propose(logits_BSE.flatten(0, 1), num_slots)
+    batch = batch._replace(rows=Rows.of_batch(is_real_BS, torch.zeros_like(is_real_BS)))
+    keep_BSK = select(batch).unflatten(0, is_real_BS.shape)
+    for row, is_real_S in enumerate(is_real_BS):
+        alone = propose(logits_BSE[row, is_real_S], num_slots)
+        assert torch.equal(select(alone), keep_BSK[row, is_real_S])
 
 
 @EVERY_RULE
@@ -165,8 +188,8 @@ def test_selecting_leaves_its_input_as_it_was(rule: Rule) -> None:
     candidates = propose(LOGITS_TE.clone(), rule.num_candidates(MODEL_TOP_K), shuffled=True)
     before = changed(candidates, torch.clone)
     rule.bind(context_for(rule))(candidates)
-    pairs = zip(before, candidates, strict=True)
-    assert all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs)
+    pairs = zip(tree_leaves(before), tree_leaves(candidates), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 @EVERY_RULE

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from bh_routing.errors import CalibrationError, InputError
 from bh_routing.multitest import benjamini_hochberg
-from bh_routing.multitest.blocks import reject_in_blocks
+from bh_routing.multitest.blocks import number_blocks, reject_in_blocks
 from bh_routing.rules import (
     BenjaminiHochbergDrop,
     ContributionThreshold,
     LayerContext,
     OracleContribution,
+    Rows,
     Rule,
 )
 from tests.rules.proposals import MODEL_TOP_K, context_for, propose, random_logits
@@ -144,6 +145,21 @@ def test_a_value_out_of_range_is_refused(fields: dict[str, object]) -> None:
 
 
 def test_padding_is_no_hypothesis() -> None:
-    p_TK = torch.tensor([[0.04, 0.9], [0.05, 0.9], [0.09, 0.2]], dtype=torch.float64)
-    # Alone in its block the last row has two hypotheses: 0.09 * 2 / 1 <= 0.2.
-    assert reject_in_blocks(p_TK, 0.2, 2).tolist()[2] == [True, True]
+    p_TK = torch.tensor(
+        [[0.001, 0.001], [0.04, 0.9], [0.05, 0.9], [0.09, 0.2]], dtype=torch.float64
+    )
+    block_T = number_blocks(torch.tensor([-1, 0, 0, 0]), torch.tensor([0, 0, 1, 2]), 2)
+    # Alone in its block the last row has two hypotheses: 0.09 * 2 / 1 <= 0.2. In one block with
+    # the padding, 0.04 would have been rejected at 0.09: 0.04 * 4 / 3 <= 0.09.
+    assert reject_in_blocks(p_TK, 0.2, block_T).tolist()[3] == [True, True]
+    assert reject_in_blocks(p_TK, 0.09, block_T).tolist()[1:3] == [[False, False]] * 2
+
+
+def test_blocks_end_with_their_sequence_and_start_again_behind_a_hole() -> None:
+    is_real_BS = torch.tensor([[0, 1, 1, 0, 1, 1], [1, 1, 1, 1, 0, 0]]).bool()
+    is_start_BS = torch.zeros_like(is_real_BS)
+    is_start_BS[1, 2] = True  # two sequences packed into one row
+    rows = Rows.of_batch(is_real_BS, is_start_BS)
+    assert rows.sequence_T.tolist() == [-1, 0, 0, -1, 0, 0, 1, 1, 2, 2, -1, -1]
+    assert rows.position_T.tolist() == [0, 0, 1, 0, 2, 3, 0, 1, 0, 1, 0, 0]
+    assert number_blocks(*rows, 3).tolist() == [0, 1, 1, 3, 1, 5, 6, 6, 8, 8, 10, 11]

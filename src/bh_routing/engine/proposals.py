@@ -20,12 +20,13 @@ from bh_routing.models.discovery import Routers, find_routers
 from bh_routing.models.routing import route
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.contributions import NEEDED
-from bh_routing.rules.base import Candidates, LayerContext, Rule, Selector
+from bh_routing.rules.base import Candidates, LayerContext, Rows, Rule, Selector, Unit
 from bh_routing.rules.mixing import MixingRule
 
 MEMORY_BYTES: Final = 2**30
 """Most that the proposals of a text may take."""
 _SLOT_BYTES: Final = 16  # index, weight and norm
+_ROW_BYTES: Final = 16  # sequence and position
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,10 @@ class _Recorder(MixingRule):
     with_norms: bool
 
     @property
+    def unit(self) -> Unit:
+        return "block"
+
+    @property
     def needs_output_norms(self) -> bool:
         return self.with_norms
 
@@ -65,7 +70,7 @@ class _Recorder(MixingRule):
 
 def tokens_that_fit(routers: Routers) -> int:
     """Return how many tokens' proposals fit into MEMORY_BYTES."""
-    layer_bytes = 4 * routers.num_experts + _SLOT_BYTES * routers.model_top_k
+    layer_bytes = 4 * routers.num_experts + _SLOT_BYTES * routers.model_top_k + _ROW_BYTES
     return MEMORY_BYTES // (len(routers.sites) * layer_bytes)
 
 
@@ -104,11 +109,17 @@ def capture_proposals(
 
 def _join(calls: list[Candidates]) -> Candidates:
     norms = [c.output_norms_TK for c in calls if c.output_norms_TK is not None]
+    rows = [c.rows for c in calls if c.rows is not None]
     joined = Candidates(
         router_logits_TE=torch.cat([c.router_logits_TE for c in calls]),
         top_k_index_TK=torch.cat([c.top_k_index_TK for c in calls]),
         top_k_weights_TK=torch.cat([c.top_k_weights_TK for c in calls]),
         output_norms_TK=torch.cat(norms) if norms else None,
+        # A call is one window: the rows of a sequence of its own.
+        rows=Rows(
+            torch.cat([torch.full_like(r.sequence_T, call) for call, r in enumerate(rows)]),
+            torch.cat([r.position_T for r in rows]),
+        ),
     )
     calls.clear()  # one layer at a time is there twice
     return joined

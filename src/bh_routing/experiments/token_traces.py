@@ -1,8 +1,8 @@
 """What every token of an experiment kept, written small: the file behind the token view.
 
 Traces are made after the experiments, in one pass over each text: nothing is recorded while a text
-is generated and timed. A rule that decides tokens together (`decides_tokens_alone` is false) may
-decide otherwise in that pass than while it generated.
+is generated and timed. A rule whose unit isn't the token may decide otherwise in that
+pass than while it generated.
 
 Axes: T tokens, L layers, K slots.
 """

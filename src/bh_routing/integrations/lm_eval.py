@@ -135,11 +135,32 @@ class RoutedModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
     def _model_call(
         self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
-        with install(self.model, self._bound) as trace:
+        with install(self.model, self._bound) as trace, self._with_mask(inps) as lengths:
             logits: Tensor = super()._model_call(inps, attn_mask, labels)
         # Which tokens are padding is known when lm-eval picks the rows apart, one call a row.
-        self._unread_rows = list(trace.expert_counts.unflatten(0, inps.shape))
+        self._unread_rows = list(trace.expert_counts.split(lengths))
         return logits
+
+    @contextmanager
+    def _with_mask(self, inps: Tensor) -> Iterator[list[int]]:
+        """Tell the model which inputs are padding, where the rule decides tokens together.
+
+        lm-eval pads on the right with zeros and gives no mask. Zeros at the end of a text are taken
+        for padding too, in a batch and alone. Yields each row's number of tokens in the trace.
+        """
+        if self._bound.rule.unit == "token":
+            yield [inps.shape[1]] * len(inps)
+            return
+        mask = (inps != 0).flip(-1).cumsum(-1).flip(-1).clamp_max(1)
+
+        def add_mask(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, {**kwargs, "attention_mask": mask}
+
+        hook = self.model.register_forward_pre_hook(add_mask, with_kwargs=True)
+        try:
+            yield mask.sum(-1).tolist()
+        finally:
+            hook.remove()
 
     def _select_cont_toks(
         self, logits: Tensor, contlen: int | None = None, inplen: int | None = None

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bh_routing.rules.base import Candidates, LayerContext, Rule
+from bh_routing.rules.base import Candidates, LayerContext, Rows, Rule
 from bh_routing.rules.weights import alias_dropped, kept_weights
 
 
@@ -60,6 +60,8 @@ class SoftmaxFamily:
 def twin_router(rule: Rule, context: LayerContext, family: SoftmaxFamily) -> Router:
     """Bind any rule that needs no outputs of experts to a layer; torch only, on any device.
 
+    Each row of logits is a sequence of its own, as in a decode step.
+
     Raises:
         InputError: the rule doesn't fit the layer, or lacks a calibration.
     """
@@ -68,6 +70,9 @@ def twin_router(rule: Rule, context: LayerContext, family: SoftmaxFamily) -> Rou
 
     def route(router_logits_TE: Tensor) -> RoutedSlots:
         candidates = family.propose(router_logits_TE, num_slots)
+        if rule.unit != "token":
+            rows = Rows.of_step(len(router_logits_TE), router_logits_TE.device)
+            candidates = candidates._replace(rows=rows)
         keep_TK = select(candidates)
         weights_TK = kept_weights(
             candidates.top_k_weights_TK,

@@ -22,6 +22,7 @@ from bh_routing.models.discovery import (
 )
 from bh_routing.models.experts import slot_output_norms
 from bh_routing.models.listen import real_tokens, text_stack_of
+from bh_routing.models.rows import RowsOfCall
 from bh_routing.models.sites import Decision, Proposal, RouterSite, RoutingHook, Undo
 from bh_routing.models.trace import ExpertTrace
 from bh_routing.nulls.calibration import Calibration
@@ -134,12 +135,13 @@ def install(model: nn.Module, bound: BoundRule) -> Iterator[ExpertTrace]:
         # Compiled code looks for no new hook, and goes on running one that was taken out.
         torch.compiler.reset()
         undo.callback(torch.compiler.reset)
-        for take_out in _watch_calls(text_stack_of(unwrapped(model), routers.sites), trace):
+        rows = None if bound.rule.unit == "token" else RowsOfCall()
+        for take_out in _watch_calls(text_stack_of(unwrapped(model), routers.sites), trace, rows):
             undo.callback(take_out)
         deciders = bound.deciders or (None,) * len(routers.sites)
         for site, selector, decider in zip(routers.sites, bound.selectors, deciders, strict=True):
             callback = (
-                _make_callback(site, bound, selector, trace)
+                _make_callback(site, bound, selector, trace, rows)
                 if decider is None
                 else _make_short_callback(site, decider, trace)
             )
@@ -195,8 +197,8 @@ def _layer_context(
     )
 
 
-def _watch_calls(stack: nn.Module, trace: ExpertTrace) -> Iterator[Undo]:
-    """Tell the trace which positions of each forward call are tokens, and yield how to stop."""
+def _watch_calls(stack: nn.Module, trace: ExpertTrace, rows: RowsOfCall | None) -> Iterator[Undo]:
+    """Tell trace and rows which positions of each call are tokens, and yield how to stop."""
     names = list(inspect.signature(stack.forward).parameters)
 
     def begin(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -205,7 +207,10 @@ def _watch_calls(stack: nn.Module, trace: ExpertTrace) -> Iterator[Undo]:
                 "gradient checkpointing runs layers again in the backward pass, which may come "
                 "after route(); disable it, or call model.eval(), first"
             )
-        trace.begin(real_tokens(dict(zip(names, args, strict=False)) | keywords))
+        arguments = dict(zip(names, args, strict=False)) | keywords
+        trace.begin(real_tokens(arguments))
+        if rows is not None:
+            rows.note(arguments)
 
     def end(*_: Any) -> None:
         trace.begin(None)
@@ -219,7 +224,11 @@ def _is_checkpointing(stack: nn.Module) -> bool:
 
 
 def _make_callback(
-    site: RouterSite, bound: BoundRule, select: Selector, trace: ExpertTrace
+    site: RouterSite,
+    bound: BoundRule,
+    select: Selector,
+    trace: ExpertTrace,
+    rows: RowsOfCall | None,
 ) -> Callable[[Proposal], Decision]:
     rule, facts = bound.rule, site.facts
     # Where the sum that is normalised isn't the slots' own, the factor is taken below.
@@ -234,6 +243,9 @@ def _make_callback(
             if rule.needs_output_norms:
                 norms_TK = slot_output_norms(site.experts, hidden_TH, index_TK, proposed_TK.dtype)
                 candidates = candidates._replace(output_norms_TK=norms_TK)
+            if rows is not None:
+                known = rows.of(len(index_TK), index_TK.device)
+                candidates = candidates._replace(rows=known)
             keep_TK = select(candidates)
         weights_TK = kept_weights(
             proposed_TK,

@@ -3,9 +3,11 @@
 from bh_routing.rules.base import (
     Candidates,
     LayerContext,
+    Rows,
     Rule,
     Selector,
     TemperatureWeights,
+    Unit,
     WeightConvention,
 )
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
@@ -39,12 +41,14 @@ __all__ = [
     "PerLayerTopK",
     "RandomK",
     "RoutedExperts",
+    "Rows",
     "Rule",
     "Selector",
     "TemperatureWeights",
     "Threshold",
     "TopK",
     "TopP",
+    "Unit",
     "WeightConvention",
     "alias_dropped",
     "benjamini_hochberg_routing",

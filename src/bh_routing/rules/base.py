@@ -20,6 +20,53 @@ from bh_routing.rules.knobs import Knob
 
 WeightConvention = Literal["model", "renormalize", "preserve_mass"]
 TemperatureWeights = Literal["mass", "raw"]
+Unit = Literal["token", "block"]
+"""The rows that a rule decides together: each token alone, or blocks of a sequence's tokens."""
+
+
+class Rows(NamedTuple):
+    """The sequences that the T rows of a forward pass belong to; a sequence's rows are in order.
+
+    Rows of one position decode together: in a decode step every sequence has one row, position 0.
+    """
+
+    sequence_T: Tensor
+    """int64: number of the row's sequence, in the order of the batch; -1 at padding."""
+    position_T: Tensor
+    """int64: rows of the same sequence before this one, in this forward pass, without padding."""
+
+    @classmethod
+    def of_batch(cls, is_real_BS: Tensor, is_start_BS: Tensor) -> Rows:
+        """Number the rows of a batch; no host sync.
+
+        Args:
+            is_real_BS: bool, False at padding.
+            is_start_BS: bool, True where another sequence starts within a row of the batch.
+        Example:
+            >>> mask = torch.tensor([[False, True, True], [True, True, True]])
+            >>> rows = Rows.of_batch(mask, torch.zeros_like(mask))
+            >>> rows.sequence_T.tolist(), rows.position_T.tolist()
+            ([-1, 0, 0, 1, 1, 1], [0, 0, 1, 0, 1, 2])
+        """
+        is_first_BS = is_real_BS.cumsum(dim=-1) == 1
+        is_start_T = (is_real_BS & (is_first_BS | is_start_BS)).flatten()
+        is_real_T = is_real_BS.flatten()
+        number_T = is_real_T.cumsum(dim=0) - 1
+        first_T = torch.where(is_start_T, number_T, 0).cummax(dim=0).values
+        return cls(
+            torch.where(is_real_T, is_start_T.cumsum(dim=0) - 1, -1),
+            torch.where(is_real_T, number_T - first_T, 0),
+        )
+
+    @classmethod
+    def of_step(cls, num_rows: int, device: torch.device) -> Rows:
+        """Number the rows of a decode step: one row for each sequence."""
+        numbers_T = torch.arange(num_rows, device=device)
+        return cls(numbers_T, torch.zeros_like(numbers_T))
+
+    def to(self, device: torch.device) -> Rows:
+        """Return the same on `device`."""
+        return Rows(self.sequence_T.to(device), self.position_T.to(device))
 
 
 class Candidates(NamedTuple):
@@ -33,6 +80,8 @@ class Candidates(NamedTuple):
     """The family's own weights, in the family's dtype."""
     output_norms_TK: Tensor | None = None
     """float32 norm of each slot's expert output; only for a rule that `needs_output_norms`."""
+    rows: Rows | None = None
+    """The tokens' sequences; only for a rule whose `unit` isn't the token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,9 +130,9 @@ class Rule(ABC):
         return True
 
     @property
-    def decides_tokens_alone(self) -> bool:
-        """Whether a token's decision never depends on the other tokens of the forward pass."""
-        return True
+    def unit(self) -> Unit:
+        """The rows decided together; a rule of another unit than the token is told its `Rows`."""
+        return "token"
 
     @property
     def needs_output_norms(self) -> bool:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from bh_routing.multitest import check_alpha, on_or_below_line
-from bh_routing.multitest.blocks import reject_in_blocks
+from bh_routing.multitest.blocks import number_blocks, reject_in_blocks
 from bh_routing.multitest.step_up import ranks
 from bh_routing.nulls.base import ReferenceTable
 from bh_routing.nulls.contributions import Definition
 from bh_routing.nulls.cut_offs import count_at_cut_offs, smallest_scores
-from bh_routing.rules.base import Candidates, LayerContext, Selector
+from bh_routing.rules.base import Candidates, LayerContext, Selector, Unit
 from bh_routing.rules.contribution import (
     ContributionRule,
     layer_scale,
@@ -43,8 +43,9 @@ class BenjaminiHochbergDrop(ContributionRule):
     (1 + #{needed <= s}) / (n + 1). A flat router keeps its slots, a decisive one drops its tail.
 
     - scope "token": BH over each token's candidate slots, in one layer.
-    - scope "block": BH over all slots of `block_tokens` consecutive tokens of one forward pass in
-      one layer; padding counts, and decoding one token at a time it equals "token".
+    - scope "block": BH over all slots of `block_tokens` consecutive tokens of one sequence and
+      forward pass, in one layer. Blocks end with their sequence and padding is part of none, so
+      neither batch size nor neighbours matter; in a decode step it equals "token".
     - scope "population": BH once over the calibration's own slots, all layers; its cut-off t is
       then a fixed threshold: the same decisions as ContributionThreshold(t).
 
@@ -85,9 +86,9 @@ class BenjaminiHochbergDrop(ContributionRule):
         return needed_null(self.statistic, self.needed)
 
     @property
-    def decides_tokens_alone(self) -> bool:
-        """Not in blocks, where a token's neighbours move the line."""
-        return self.scope != "block"
+    def unit(self) -> Unit:
+        """The block where BH runs over blocks."""
+        return "block" if self.scope == "block" else "token"
 
     def smallest_alpha(self, num_experts: int) -> float | None:
         """Alpha: there are fewer hypotheses than experts, so this asks for more than enough."""
@@ -156,7 +157,9 @@ class BenjaminiHochbergDrop(ContributionRule):
 
         def select(candidates: Candidates) -> Tensor:
             scores_TK = slot_scores(candidates, scale_E)
-            is_dropped_TK = reject_in_blocks(lower_tail(scores_TK, needed), alpha, block_tokens)
+            assert candidates.rows is not None  # our own bug: whoever runs a rule knows its rows
+            block_T = number_blocks(*candidates.rows, block_tokens)
+            is_dropped_TK = reject_in_blocks(lower_tail(scores_TK, needed), alpha, block_T)
             return ~is_dropped_TK | (rank_slots(candidates, scores_TK).rank_TK < min_k)
 
         return select

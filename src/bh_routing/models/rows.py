@@ -1,0 +1,52 @@
+"""The sequences that the rows of a forward pass belong to, read off the arguments of the call.
+
+Axes: B batch, S positions of the call, T = B * S rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bh_routing.errors import ModelError
+from bh_routing.models.listen import real_tokens
+from bh_routing.rules.base import Rows
+
+
+class RowsOfCall:
+    """The rows of the newest call of a model's stack of layers."""
+
+    def __init__(self) -> None:
+        self._rows: Rows | None = None
+
+    def note(self, arguments: Mapping[str, Any]) -> None:
+        """Read the rows off the arguments of a call that begins."""
+        names = ("input_ids", "inputs_embeds")
+        tokens = next(value for name in names if (value := arguments.get(name)) is not None)
+        is_real_BS = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        if (known_BS := real_tokens(arguments)) is not None:
+            is_real_BS = is_real_BS & known_BS.to(tokens.device)
+        is_start_BS = torch.zeros_like(is_real_BS)
+        places: Any = arguments.get("position_ids")
+        has_places = isinstance(places, Tensor) and places.ndim == 2
+        if has_places and arguments.get("attention_mask") is None:
+            # Packed sequences: the positions start again, as transformers' own masks take it.
+            is_start_BS[:, 1:] = places.diff(dim=-1) != 1
+        self._rows = Rows.of_batch(is_real_BS, is_start_BS)
+
+    def of(self, num_rows: int, device: torch.device) -> Rows:
+        """Return the rows of the call that is running.
+
+        Raises:
+            ModelError: a router sees another number of rows than the call has.
+        """
+        known = 0 if self._rows is None else len(self._rows.sequence_T)
+        if self._rows is None or known != num_rows:
+            raise ModelError(
+                f"a router sees {num_rows} tokens of a forward pass of {known}, so blocks of a "
+                "sequence can't be told apart; choose scope token or population"
+            )
+        return self._rows.to(device)
