@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from bh_routing.analysis.trackers import find_tracker, track_run
 from bh_routing.errors import InputError
+from bh_routing.records import RUN_JSON
 from bh_routing.report.figures import create_visualizations
 from tests.report.conftest import FillFolder, MakeResults, fill_folder, make_results
 
@@ -114,10 +116,15 @@ def test_a_name_that_mlflow_would_not_take_is_logged_in_another_form(
 ) -> None:
     mlflow = pytest.importorskip("mlflow", reason="needs mlflow-skinny")
     folder = fill_folder(make_results({"topk_8": 8.0, "top_p@5": 5.0, "a+b": 4.0}, 3))
+    run = json.loads((folder / RUN_JSON).read_text())
+    run["spec"]["configs"] = {"top_p@5": {"method": "top_p"}}
+    (folder / RUN_JSON).write_text(json.dumps(run))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     run_id = track_run(folder, "mlflow").split()[-1]
-    metrics = mlflow.MlflowClient((tmp_path / "store").as_uri()).get_run(run_id).data.metrics
+    data = mlflow.MlflowClient((tmp_path / "store").as_uri()).get_run(run_id).data
+    metrics = data.metrics
+    assert data.params["spec.configs.top_p_at_5.method"] == "top_p"
     assert metrics["top_p_at_5/avg_experts_per_token"] == pytest.approx(5.0, abs=0.3)
     assert metrics["a_plus_b/avg_experts_per_token"] == pytest.approx(4.0, abs=0.3)
 

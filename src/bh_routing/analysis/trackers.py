@@ -147,14 +147,17 @@ def _short(value: Any) -> str:
 def _to_mlflow(mlflow: ModuleType, run: TrackedRun, folder: Path) -> str:
     mlflow.set_experiment(PROJECT)
     with mlflow.start_run(run_name=run.name) as started:
-        mlflow.log_params(run.parameters)
-        # MLflow takes no @ or + in a name, which names of configurations may have.
-        names = {name: name.replace("@", "_at_").replace("+", "_plus_") for name in run.metrics}
-        mlflow.log_metrics({names[name]: value for name, value in run.metrics.items()})
+        mlflow.log_params({_mlflow_name(name): text for name, text in run.parameters.items()})
+        mlflow.log_metrics({_mlflow_name(name): value for name, value in run.metrics.items()})
         for path in (*run.pictures, *run.files):
             inside = path.relative_to(folder).parent.as_posix()
             mlflow.log_artifact(str(path), None if inside == "." else inside)
         return f"MLflow run {started.info.run_id}"
+
+
+def _mlflow_name(name: str) -> str:
+    """Replace what configurations' names may have and MLflow's may not."""
+    return name.replace("@", "_at_").replace("+", "_plus_")
 
 
 def _to_wandb(wandb: ModuleType, run: TrackedRun, folder: Path) -> str:
