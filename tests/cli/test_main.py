@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -105,3 +106,55 @@ def test_help_loads_neither_torch_nor_pandas(tmp_path: Path) -> None:
         check=True,
     )
     assert done.stdout.splitlines()[-1] == "0 []"
+
+
+COMMAND = [sys.executable, "-m", "bh_routing", "run"]
+SCRIPT = [sys.executable, "run_bh_experiments.py"]
+
+
+def start_in_vain(command: list[str], **changes: str) -> list[str]:
+    """Start a run of a model that doesn't exist, in a fresh process; return stderr's lines."""
+    steering = ("OMP_", "GOMP_")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(steering)}
+    done = subprocess.run(
+        [*command, "--model", "./nowhere"],
+        env=env | {"PYTHONPATH": "src", "OMP_DISPLAY_ENV": "true"} | changes,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    return done.stderr.splitlines()
+
+
+@pytest.mark.parametrize("command", [COMMAND, SCRIPT], ids=["command", "script"])
+def test_the_first_line_comes_before_the_slow_imports(command: list[str]) -> None:
+    first, *rest = start_in_vain(command)
+    assert first.startswith("importing ")
+    assert any("OMP_WAIT_POLICY" in line for line in rest)  # written when torch is loaded
+
+
+@pytest.mark.parametrize("command", [COMMAND, SCRIPT], ids=["command", "script"])
+def test_threads_wait_without_spinning(command: list[str]) -> None:
+    lines = start_in_vain(command)
+    assert any("OMP_WAIT_POLICY = 'PASSIVE'" in line for line in lines)
+
+
+def test_a_wait_policy_that_the_user_set_stays() -> None:
+    lines = start_in_vain(COMMAND, OMP_WAIT_POLICY="active")
+    assert any("OMP_WAIT_POLICY = 'ACTIVE'" in line for line in lines)
+    assert not any("OMP_WAIT_POLICY = 'PASSIVE'" in line for line in lines)
+
+
+def test_importing_the_library_sets_nothing() -> None:
+    code = "import os, bh_routing.cli.main, bh_routing; bh_routing.TopK; print(dict(os.environ))"
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=env | {"PYTHONPATH": "src"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "OMP_WAIT_POLICY" not in done.stdout

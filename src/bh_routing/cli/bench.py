@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bh_routing.cli.console import console_log
 from bh_routing.cli.options import DeviceOption, JsonOption
 
 
@@ -30,24 +31,25 @@ def bench(
     as_json: JsonOption = False,
 ) -> int:
     """Time one part alongside transformers' own implementation, in one run."""
-    from bh_routing.errors import InputError
-    from bh_routing.experiments.bench import BenchSpec
-    from bh_routing.experiments.bench import bench as measure
+    with console_log():
+        from bh_routing.errors import InputError
+        from bh_routing.experiments.bench import BenchSpec
+        from bh_routing.experiments.bench import bench as measure
 
-    try:
-        sizes = tuple(int(size) for size in batches.split(","))
-    except ValueError:
-        raise InputError(f"batches must be numbers like 1,4,16, got {batches!r}") from None
-    spec = BenchSpec(
-        part=part,  # type: ignore[arg-type]  # checked there
-        model=model,
-        device=device,
-        batches=sizes,
-        tokens=tokens,
-        rounds=rounds,
-        is_compiled=compiled,
-    )
-    document = measure(spec)
+        try:
+            sizes = tuple(int(size) for size in batches.split(","))
+        except ValueError:
+            raise InputError(f"batches must be numbers like 1,4,16, got {batches!r}") from None
+        spec = BenchSpec(
+            part=part,  # type: ignore[arg-type]  # checked there
+            model=model,
+            device=device,
+            batches=sizes,
+            tokens=tokens,
+            rounds=rounds,
+            is_compiled=compiled,
+        )
+        document = measure(spec)
     if as_json:
         typer.echo(json.dumps(document, indent=2))
         return 0

@@ -41,27 +41,27 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> int:
     """Fit reference distributions of a model's router scores; `run --calibration` takes them."""
-    from bh_routing.engine.calibrate import calibrate as fit
-    from bh_routing.engine.texts import packaged_documents, read_documents
-    from bh_routing.experiments.spec import make_spec
-    from bh_routing.models.load import load_model
-    from bh_routing.nulls.catalog import get_null
-    from bh_routing.nulls.contributions import NEEDED
-    from bh_routing.nulls.limits import MIN_TOKENS
-    from bh_routing.report.calibration_plots import plot_calibration
-
-    if max_tokens < MIN_TOKENS:
-        raise InputError(
-            f"--max-tokens must be at least {MIN_TOKENS}, got {max_tokens}: no rule takes a "
-            "calibration from fewer"
-        )
-    names = [name.strip() for name in nulls.split(",") if name.strip()]
-    observed = NEEDED.values()
-    names = [name for name in names if name in observed or get_null(name).needs_table]
-    spec = make_spec(
-        model=model, device=device, seed=seed, dtype="float32" if no_fp16 else defaults.DTYPE
-    )
     with console_log():
+        from bh_routing.engine.calibrate import calibrate as fit
+        from bh_routing.engine.texts import packaged_documents, read_documents
+        from bh_routing.experiments.spec import make_spec
+        from bh_routing.models.load import load_model
+        from bh_routing.nulls.catalog import get_null
+        from bh_routing.nulls.contributions import NEEDED
+        from bh_routing.nulls.limits import MIN_TOKENS
+        from bh_routing.report.calibration_plots import plot_calibration
+
+        if max_tokens < MIN_TOKENS:
+            raise InputError(
+                f"--max-tokens must be at least {MIN_TOKENS}, got {max_tokens}: no rule takes a "
+                "calibration from fewer"
+            )
+        names = [name.strip() for name in nulls.split(",") if name.strip()]
+        observed = NEEDED.values()
+        names = [name for name in names if name in observed or get_null(name).needs_table]
+        spec = make_spec(
+            model=model, device=device, seed=seed, dtype="float32" if no_fp16 else defaults.DTYPE
+        )
         documents = read_documents(text) if text else packaged_documents("calibration")
         loaded = load_model(spec.model, device=spec.device, dtype=spec.dtype)
         fitted = fit(

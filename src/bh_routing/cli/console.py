@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+log = logging.getLogger(__name__)
+
 _SHOWN = ("bh_routing", "py.warnings")
 
 
@@ -25,13 +27,15 @@ class _Console(logging.Handler):
 
 @contextmanager
 def console_log() -> Iterator[None]:
-    """Show what the package logs inside the block."""
+    """Show what the package logs inside the block, and first why it is silent for seconds."""
     handler = _Console(level=logging.INFO)
     for name in _SHOWN:
         logging.getLogger(name).addHandler(handler)
     package = logging.getLogger(_SHOWN[0])
     level = package.level
     package.setLevel(logging.INFO)
+    if "torch" not in sys.modules:
+        log.info("importing torch and transformers")
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from bh_routing.cli.console import console_log
 from bh_routing.cli.options import JsonOption
 from bh_routing.experiments import defaults
 
@@ -27,10 +28,11 @@ def doctor(
     as_json: JsonOption = False,
 ) -> int:
     """Check versions, devices, memory, the demo model, the hub and the disk; 1 if a run can't."""
-    from bh_routing.experiments.doctor import check_statistics, examine
+    with console_log():
+        from bh_routing.experiments.doctor import check_statistics, examine
 
-    findings = examine(output)
-    rows, measured = check_statistics(tokens) if statistics else ([], [])
+        findings = examine(output)
+        rows, measured = check_statistics(tokens) if statistics else ([], [])
     findings += measured
     if as_json:
         document = {

@@ -70,27 +70,27 @@ def lm_eval(
 ) -> int:
     """Run lm-eval tasks under each configuration; compare with the model's own top-k."""
     _require_extra()
-    from bh_routing.experiments.spec import make_spec
-    from bh_routing.integrations.task_runs import TaskPlan
-
-    spec = make_spec(
-        model=model,
-        device=device,
-        dtype="float32" if no_fp16 else defaults.DTYPE,
-        configs=choose(context.obj, config, split_items(configs), None).configs,
-        calibration=calibration,
-        calibration_text=calibration_text,
-        seed=seed,
-        chat_template=chat_template,
-    )
-    plan = TaskPlan(
-        tasks=split_items(tasks) or (),
-        include_paths=include_path or (),
-        limit=limit,
-        num_fewshot=num_fewshot,
-        batch_size=batch_size,
-    )
     with console_log():
+        from bh_routing.experiments.spec import make_spec
+        from bh_routing.integrations.task_runs import TaskPlan
+
+        spec = make_spec(
+            model=model,
+            device=device,
+            dtype="float32" if no_fp16 else defaults.DTYPE,
+            configs=choose(context.obj, config, split_items(configs), None).configs,
+            calibration=calibration,
+            calibration_text=calibration_text,
+            seed=seed,
+            chat_template=chat_template,
+        )
+        plan = TaskPlan(
+            tasks=split_items(tasks) or (),
+            include_paths=include_path or (),
+            limit=limit,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+        )
         document = _run(spec, plan, output)
     typer.echo(json.dumps(document, indent=2, ensure_ascii=False) if as_json else _table(document))
     return 0

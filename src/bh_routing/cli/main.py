@@ -83,6 +83,9 @@ def main(argv: Sequence[str] | None = None, surroundings: Surroundings | None = 
         surroundings: configurations, prompts and functions to use instead of the library's.
     """
     arguments = process_arguments() if argv is None else list(argv)
+    # Read when torch loads: threads that spin while they wait for each other take, on a machine
+    # that does something else as well, up to fifty times as long as one thread alone.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         code = app(
             args=arguments,

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bh_routing.cli.console import console_log
+
 if TYPE_CHECKING:
     from bh_routing.models.sites import RouterSite
 
@@ -27,7 +29,8 @@ def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
 ) -> int:
     """List the families of models that can be routed, or check one model."""
-    rows = _families() if check is None else _check(check, device, no_fp16)
+    with console_log():
+        rows = _families() if check is None else _check(check, device, no_fp16)
     typer.echo(json.dumps(rows, indent=2) if as_json else _table(rows))
     return 0
 

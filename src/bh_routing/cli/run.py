@@ -92,7 +92,6 @@ def run(
 ) -> int:
     """Compare routing configurations on prompts; goes on where an earlier run stopped."""
     surroundings = context.obj
-    chosen = choose(surroundings, config, split_items(configs), split_items(prompts))
     values: dict[str, Any] = {
         "model": model,
         "output": output,
@@ -101,8 +100,6 @@ def run(
         "resume": not no_resume,
         "device": device,
         "dtype": "float32" if no_fp16 else defaults.DTYPE,
-        "configs": chosen.configs,
-        "prompts": chosen.prompts,
         "budget": budget,
         "calibration": calibration,
         "calibration_text": calibration_text,
@@ -128,7 +125,9 @@ def run(
             from bh_routing.analysis.trackers import find_tracker
 
             find_tracker(track)
-        outcome = run_experiments(make_spec(**values), make_hooks(surroundings))
+        chosen = choose(surroundings, config, split_items(configs), split_items(prompts))
+        spec = make_spec(**values, configs=chosen.configs, prompts=chosen.prompts)
+        outcome = run_experiments(spec, make_hooks(surroundings))
         if track is not None:
             from bh_routing.analysis.trackers import track_run
 

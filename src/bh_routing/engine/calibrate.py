@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from bh_routing.engine.contributions import SlotObserver, join_windows, summarize
 from bh_routing.engine.texts import passage_hashes, text_sha256
@@ -160,14 +161,15 @@ def _read(
     seed: int,
 ) -> Contributions | None:
     """Run the model over the windows; observe slots and losses only where a null asks for it."""
+    bar = tqdm(windows, desc="calibration", unit="window")
     if not nulls & set(NEEDED.values()):
         with torch.inference_mode():
-            for window in windows:
+            for window in bar:
                 model(window.to(model.device), use_cache=False, logits_to_keep=1)
         return None
     observer = SlotObserver(model, routers, by_loss=NEEDED["loss"] in nulls)
     try:
-        layers = join_windows([observer.read(window.to(model.device)) for window in windows])
+        layers = join_windows([observer.read(window.to(model.device)) for window in bar])
     finally:
         observer.close()
     return summarize(layers, routers.num_experts, capacity, seed)

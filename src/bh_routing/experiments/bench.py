@@ -322,8 +322,7 @@ def bench(spec: BenchSpec) -> dict[str, Any]:
     start = time.perf_counter()
     model, tokenizer = _load(name, device)
     loaded = time.perf_counter() - start
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    with torch_threads(choose_threads(device, num_parameters)):
+    with torch_threads(choose_threads(model).decode):
         threads = torch.get_num_threads()
         copied = copied_bytes_per_second(device)
         rows = _measure(spec, model, tokenizer, copied)

@@ -44,6 +44,7 @@ def conclude(folder: Path, hooks: Hooks) -> list[str]:
     if hooks.load is None:
         return problems
     load, analyze, visualize, report = hooks.load, hooks.analyze, hooks.visualize, hooks.report
+    log.info("comparing, drawing the plots and writing the report")
     results = guard("reading the results", problems, lambda: load(folder))
     if results is None:
         return problems

@@ -19,6 +19,7 @@ from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.folder_lock import only_writer
 from bh_routing.experiments.quality import QualityLedger, QualityText, prepare_text, score_missing
 from bh_routing.experiments.spec import RunSpec, make_rules
+from bh_routing.experiments.threads import choose_threads, torch_threads
 from bh_routing.models.discovery import ModelFacts, describe_model
 from bh_routing.models.load import load_model
 from bh_routing.models.routing import bind_rule
@@ -81,14 +82,15 @@ def evaluate(spec: RunSpec, options: EvaluateOptions) -> Evaluation:
         stride=options.stride,
         batch_size=spec.batch_size,
     )
-    calibration = obtain_calibration(spec, rules, model, tokenizer, stored=None).calibration
-    rules = bring_to_budget(spec, rules, model, tokenizer, calibration).rules
-    for named in rules:
-        bind_rule(model, named.rule, calibration)
-    fingerprint = calibration.fingerprint if calibration else None
-    seed = digest([facts.fingerprint, facts.dtype, facts.device, fingerprint])
-    start = time.perf_counter()
     with ExitStack() as stack:
+        stack.enter_context(torch_threads(choose_threads(model).batch))
+        calibration = obtain_calibration(spec, rules, model, tokenizer, stored=None).calibration
+        rules = bring_to_budget(spec, rules, model, tokenizer, calibration).rules
+        for named in rules:
+            bind_rule(model, named.rule, calibration)
+        fingerprint = calibration.fingerprint if calibration else None
+        seed = digest([facts.fingerprint, facts.dtype, facts.device, fingerprint])
+        start = time.perf_counter()
         folder = options.output or Path(stack.enter_context(TemporaryDirectory()))
         stack.enter_context(only_writer(folder))
         ledger = stack.enter_context(QualityLedger(folder, text, seed))

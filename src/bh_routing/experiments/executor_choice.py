@@ -7,17 +7,15 @@ from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.ray_executor import RayExecutor, RaySettings
 from bh_routing.experiments.spec import RunSpec
 from bh_routing.experiments.threads import choose_threads
-from bh_routing.models.discovery import describe_model
 
 
 def make_executor(spec: RunSpec, subject: Subject) -> Executor:
     """Return the executor that a spec names; nothing is started before it is entered."""
     if spec.executor == "local":
         return SerialExecutor(subject)
-    model = subject.model
     settings = RaySettings(
         address=spec.ray_address,
         num_workers=spec.workers,
-        threads=choose_threads(model.device, describe_model(model).num_parameters),
+        threads=choose_threads(subject.model).decode,
     )
     return RayExecutor(spec.model, spec.dtype, subject, settings)

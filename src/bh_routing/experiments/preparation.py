@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
-
 from bh_routing.engine.prompts import choose_chat_template, encode_prompt
 from bh_routing.errors import InputError
 from bh_routing.experiments.budget import bring_to_budget
@@ -21,7 +19,7 @@ from bh_routing.experiments.identity import RunIdentity
 from bh_routing.experiments.quality_phase import QualityPhase
 from bh_routing.experiments.spec import RunSpec, make_rules, shorten
 from bh_routing.experiments.store import ResultStore
-from bh_routing.experiments.threads import choose_threads, torch_threads
+from bh_routing.experiments.threads import Threads, choose_threads, torch_threads
 from bh_routing.models.discovery import ModelFacts, describe_model
 from bh_routing.models.load import load_model
 from bh_routing.models.routing import bind_rule
@@ -36,10 +34,7 @@ class Loaded(NamedTuple):
     tokenizer: Any
     facts: ModelFacts
     seconds: float
-    threads: int
-    """While it writes: tokens come one by one."""
-    batch_threads: int
-    """While it scores many tokens at once; torch's own choice."""
+    threads: Threads
 
 
 def load(spec: RunSpec) -> Loaded:
@@ -53,23 +48,25 @@ def load(spec: RunSpec) -> Loaded:
         spec.model, device=spec.device, dtype=spec.dtype, device_map=spec.device_map
     )
     tokenizer = choose_chat_template(tokenizer, spec.chat_template)
+    log.info("trying out the routers of %s", spec.model)
     facts = describe_model(model)
-    threads = choose_threads(model.device, facts.num_parameters)
+    threads = choose_threads(model)
     seconds = time.perf_counter() - start
     log.info(
-        "loaded %s: %d layers with %d experts, top-%d, %s on %s (threads: %d), in %.1f s",
+        "loaded %s: %d layers with %d experts, top-%d, %s on %s (threads: %d, for batches %d), "
+        "in %.1f s",
         spec.model,
         facts.num_layers,
         facts.num_experts,
         facts.model_top_k,
         facts.dtype,
         facts.device,
-        threads,
+        *threads,
         seconds,
     )
     if tokenizer.chat_template:
         log.info("each prompt is a user's message in the tokenizer's chat template")
-    return Loaded(model, tokenizer, facts, seconds, threads, torch.get_num_threads())
+    return Loaded(model, tokenizer, facts, seconds, threads)
 
 
 class Preparation:
@@ -95,7 +92,7 @@ class Preparation:
         store.check(_identity(spec, loaded, None))
         self.quality = None if spec.no_eval else QualityPhase(spec, loaded.tokenizer, loaded.facts)
         start = time.perf_counter()
-        with torch_threads(loaded.batch_threads):
+        with torch_threads(loaded.threads.batch):
             calibration, self.calibration_document = obtain_calibration(
                 spec, self.rules, loaded.model, loaded.tokenizer, store.stored
             )

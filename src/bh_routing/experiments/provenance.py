@@ -29,6 +29,7 @@ def collect_provenance(seed: int) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "git_revision": git_revision(Path(bh_routing.__file__).parent),
         "seed": seed,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -85,7 +85,7 @@ def run(spec: RunSpec, hooks: Hooks | None = None) -> RunOutcome:
             rules = make_rules(spec.configs, spec.budget)
             check_held_out(spec, rules, scored_documents(spec))
         loaded = load(spec)
-        with torch_threads(loaded.threads):
+        with torch_threads(loaded.threads.decode):
             prepared = Preparation(spec, store, loaded)
             keys = [cell.key for cell in prepared.grid]
             with make_executor(spec, prepared.subject) as executor:
@@ -130,7 +130,7 @@ def _run_begun(
     rounds_start = time.perf_counter()
     _time_side_by_side(spec, prepared, store, problems)
     traces_start = time.perf_counter()
-    with torch_threads(prepared.loaded.batch_threads):
+    with torch_threads(prepared.loaded.threads.batch):
         guard(
             "tracing tokens",
             problems,
@@ -182,7 +182,7 @@ def _score(
         return None
     start = time.perf_counter()
     identity, subject, rules = prepared.identity, prepared.subject, prepared.rules
-    with torch_threads(prepared.loaded.batch_threads):
+    with torch_threads(prepared.loaded.threads.batch):
         scored = guard(
             "scoring",
             problems,
@@ -214,7 +214,12 @@ def _document(spec: RunSpec, prepared: Preparation, store: ResultStore) -> dict[
     """Content of run.json before the first experiment."""
     facts = prepared.loaded.facts
     stored = store.stored.document if store.stored is not None else {}
-    provenance = {**collect_provenance(spec.seed), "threads": prepared.loaded.threads}
+    threads = prepared.loaded.threads
+    provenance = {
+        **collect_provenance(spec.seed),
+        "threads": threads.decode,
+        "batch_threads": threads.batch,
+    }
     return {
         "schema_version": prepared.identity.schema_version,
         "spec": resolved(spec, prepared.rules),

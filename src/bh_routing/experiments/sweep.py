@@ -35,6 +35,7 @@ from bh_routing.experiments.quality_phase import static_references
 from bh_routing.experiments.settings import Goal, Setting
 from bh_routing.experiments.spec import NamedRule, RunSpec
 from bh_routing.experiments.stored_run import StoredRun
+from bh_routing.experiments.threads import torch_threads
 from bh_routing.experiments.variants import Variant
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.records import RUN_JSON, SCHEMA_VERSION, QualityRecord
@@ -100,7 +101,7 @@ def sweep(spec: RunSpec, options: SweepOptions) -> dict[str, Any]:
         batch_size=spec.batch_size,
     )
     prepared = _Prepared(spec, options, loaded, text)
-    with only_writer(spec.output):
+    with only_writer(spec.output), torch_threads(loaded.threads.batch):
         return _sweep_begun(prepared, start)
 
 
@@ -271,7 +272,7 @@ def _document(
         },
         "provenance": {
             **collect_provenance(spec.seed),
-            "threads": loaded.batch_threads,
+            "threads": loaded.threads.batch,
             "command": options.command,
         },
         "timing": None,

@@ -13,6 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
+from tqdm import tqdm
+
 from bh_routing.engine.generate import generate_routed
 from bh_routing.errors import ResultsError
 from bh_routing.experiments.executors import Cell
@@ -57,7 +59,8 @@ def write_timing_rounds(
     if _has_timed(path, [rule.name for rule in rules], num_rounds):
         return
     rows = time_rounds(subject, rules, prompts, num_rounds, min(max_tokens, MOST_TOKENS), seed)
-    write_atomically(path, render_csv(map(asdict, rows), TIMING_COLUMNS))
+    bar = tqdm(rows, desc="timing", total=num_rounds * len(rules))
+    write_atomically(path, render_csv(map(asdict, bar), TIMING_COLUMNS))
 
 
 def time_rounds(

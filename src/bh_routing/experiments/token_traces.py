@@ -20,6 +20,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from bh_routing.engine.prompts import encode_prompt
 from bh_routing.errors import ResultsError
@@ -62,7 +63,7 @@ def write_token_traces(
         if line["key"] in wanted and line["record"]["status"] == "ok"
     }
     traces = []
-    for key, token_ids in generated.items():
+    for key, token_ids in tqdm(generated.items(), desc="token traces"):
         if key in known:
             traces.append(known[key])
         elif (trace := trace_tokens(subject, wanted[key], token_ids)) is not None:
