@@ -20,13 +20,13 @@ if (_SOURCE / "bh_routing").is_dir():
     # In a clone, use the clone's own package.
     sys.path.insert(0, str(_SOURCE))
 
-if __name__ == "__main__":
-    print("importing what bh-routing needs", file=sys.stderr, flush=True)
-
 try:
-    from bh_routing.analysis.comparisons import analyze_results
     from bh_routing.cli.main import main as _bh_routing
     from bh_routing.cli.main import process_arguments
+
+    if __name__ == "__main__":
+        print("importing matplotlib, pandas and scipy", file=sys.stderr, flush=True)
+    from bh_routing.analysis.comparisons import analyze_results
     from bh_routing.cli.surroundings import Surroundings
     from bh_routing.experiments.defaults import ROUTING_CONFIGS, TEST_PROMPTS
     from bh_routing.report.figures import create_visualizations
