@@ -54,13 +54,12 @@ def context_for(
     if rule.required_null in NEEDED.values():
         contributions = made_up_contributions(num_experts, model_top_k)
     elif rule.required_null is not None:
-        generator = torch.Generator().manual_seed(96)
         logits_TE = random_logits(2_000, num_experts, seed=99)
         seen = RouterPass(
             router_logits_TE=logits_TE,
             top_k_index_TK=logits_TE.topk(model_top_k).indices,
-            hidden_states_TH=torch.randn(2_000, 32, generator=generator),
-            gate_EH=torch.randn(num_experts, 32, generator=generator) / 32**0.5,
+            hidden_states_TH=logits_TE,
+            gate_EH=torch.eye(num_experts),
         )
         table = get_null(rule.required_null).table_of(seen)
     return LayerContext(

@@ -144,7 +144,9 @@ def _observe(
                 "the checkpoint is damaged or the dtype too narrow: try float32"
             )
         hidden_TH = proposal.hidden_TH.detach()
-        seen = RouterPass(scores_TE, proposal.top_k_index_TK, hidden_TH, site.linear_gate())
+        gate_EH = site.linear_gate()
+        bias_E = None if gate_EH is None else getattr(site.module, "bias", None)
+        seen = RouterPass(scores_TE, proposal.top_k_index_TK, hidden_TH, gate_EH, bias_E)
         logits.add(scores_TE)
         for null in nulls:
             reservoirs[null, site.layer].add(get_null(null).reference_of(seen))

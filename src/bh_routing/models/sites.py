@@ -238,7 +238,7 @@ class RouterSite(RouterPlace):
         return self.module.register_forward_hook(RoutingHook(hook)).remove
 
     def linear_gate(self) -> Tensor | None:
-        """Return the weight (E, H) that alone makes the scores of the input; None if none does."""
+        """Return the weight (E, H) that makes the logits, but for a bias; None if none does."""
         # Not by getattr: PEFT's wrappers answer with the weight that they add to.
         weight = self.module._parameters.get("weight")
         is_ranked_by_logits = self.facts.ranks_by == "logits" and self.facts.bias is None

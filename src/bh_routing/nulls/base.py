@@ -107,6 +107,8 @@ class RouterPass(NamedTuple):
     """The router's input; None where there is no router, as in noise."""
     gate_EH: Tensor | None = None
     """The router's weight, one row an expert."""
+    bias_E: Tensor | None = None
+    """What the router adds to its logits; None if it adds nothing."""
 
 
 class Null(ABC):
