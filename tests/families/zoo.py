@@ -127,17 +127,23 @@ def left_out() -> tuple[str, ...]:
     return tuple(name for name, model_class in _model_classes().items() if not model_class)
 
 
-def tiny_model(name: str, dtype: torch.dtype = torch.float32, top_k: int = TOP_K) -> Any:
+def tiny_model(
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    top_k: int = TOP_K,
+    fields: Mapping[str, Any] | None = None,
+) -> Any:
     """Build a random model of one family, the same on every call, in evaluation mode.
 
     Args:
         name: one of `family_names`.
         dtype: of the parameters that the family doesn't keep in float32.
         top_k: experts a token, as the family's own configuration says it.
+        fields: other values of the configuration, where it has such fields.
     """
     module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     model_class: Any = getattr(module, _model_classes()[name])
-    config = _tiny_config(model_class.config_class, top_k, special_fields(name, top_k))
+    config = _tiny_config(model_class.config_class, top_k, special_fields(name, top_k), fields)
     torch.manual_seed(_SEED)
     model = model_class(config)
     _decide(model, top_k)
@@ -161,9 +167,11 @@ def _model_classes() -> Mapping[str, str]:
     return found
 
 
-def _tiny_config(config_class: Any, top_k: int, special: Mapping[str, Any]) -> Any:
+def _tiny_config(
+    config_class: Any, top_k: int, special: Mapping[str, Any], fields: Mapping[str, Any] | None
+) -> Any:
     known = {*config_class().to_dict(), *config_class.attribute_map}
-    small = {**_SMALL, **dict.fromkeys(_TOP_K_FIELDS, top_k)}
+    small = {**_SMALL, **dict.fromkeys(_TOP_K_FIELDS, top_k), **(fields or {})}
     values = {field: value for field, value in small.items() if field in known}
     return config_class(**{field: _as_list(v) for field, v in {**values, **special}.items()})
 

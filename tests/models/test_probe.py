@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -192,3 +193,129 @@ def test_a_compiled_model_is_compiled_once_for_all_calls_in_a_block(olmoe: Any) 
     assert len(graphs) == 1
     assert trace.forward_tokens == [3] * 10
     assert trace.expert_counts.unique().tolist() == [2]
+
+
+def other_flag(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.mlp.gate.norm_topk_prob = not layer.mlp.gate.norm_topk_prob
+
+
+def other_weight(model: Any) -> None:
+    gate = first_router(model)
+    gate.weight = nn.Parameter(gate.weight.clone(), requires_grad=False)
+
+
+def written_weight(model: Any) -> None:
+    first_router(model).weight.mul_(2.0)
+
+
+def other_experts(model: Any) -> None:
+    model.model.layers[0].mlp.experts = copy.deepcopy(model.model.layers[0].mlp.experts)
+
+
+def other_dtype(model: Any) -> None:
+    model.to(torch.bfloat16)
+
+
+def one_layer_more(model: Any) -> None:
+    model.model.layers.append(copy.deepcopy(model.model.layers[0]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [other_flag, other_weight, written_weight, other_experts, other_dtype, one_layer_more],
+)
+def test_a_changed_model_is_probed_again(olmoe: Any, change: Callable[[Any], None]) -> None:
+    found = find_routers(olmoe)
+    olmoe.train()
+    with route(olmoe, TopK(6)):
+        assert find_routers(olmoe) is found
+    assert find_routers(olmoe.eval()) is found
+    change(olmoe)
+    again = find_routers(olmoe)
+    assert again is not found
+    assert find_routers(olmoe) is again
+    if change is other_flag:
+        assert again.sites[0].facts.normalises is not found.sites[0].facts.normalises
+
+
+def test_another_factor_of_the_weights_is_noticed() -> None:
+    model = tiny_model("deepseek_v3")
+    before = find_routers(model).sites[-1].facts.scale
+    for site in find_routers(model).sites:
+        owners: tuple[Any, ...] = (site.module, site.block)
+        for owner in owners:
+            if hasattr(owner, "routed_scaling_factor"):
+                owner.routed_scaling_factor = owner.routed_scaling_factor * 2
+    after = find_routers(model).sites[-1].facts.scale
+    assert before is not None
+    assert after == pytest.approx(2 * before, rel=1e-3)
+
+
+def logits_of(model: Any) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=torch.arange(3, 15)[None], use_cache=False)[0]
+    return logits
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("num_experts", [2, 4])
+def test_a_model_that_selects_every_expert_is_pruned_as_its_own_smaller_top_k(
+    family: str, num_experts: int
+) -> None:
+    def model_with(top_k: int) -> Any:
+        fields = {"num_experts": num_experts, "num_local_experts": num_experts}
+        fields |= {"n_routed_experts": num_experts, "n_group": 1, "topk_group": 1}
+        return tiny_model(family, top_k=top_k, fields=fields)
+
+    model = model_with(num_experts)
+    assert find_routers(model).model_top_k == num_experts
+    before = logits_of(model)
+    with route(model, TopK(num_experts)):
+        assert torch.equal(logits_of(model), before)
+    with route(model, TopK(1)):
+        pruned = logits_of(model)
+    torch.testing.assert_close(pruned, logits_of(model_with(1)), rtol=1e-4, atol=1e-4)
+
+
+def nan_router(model: Any) -> str:
+    model.model.layers[1].mlp.gate.weight[0] = float("nan")
+    return "model.layers.1.mlp.gate"
+
+
+def nan_embedding(model: Any) -> str:
+    model.get_input_embeddings().weight.fill_(float("nan"))
+    return "model.layers.0.mlp.gate"
+
+
+def nan_expert(model: Any) -> str:
+    model.model.layers[0].mlp.experts.down_proj.fill_(float("nan"))
+    return "model.layers.1.mlp.gate"
+
+
+def infinite_router(model: Any) -> str:
+    model.model.layers[0].mlp.gate.weight.fill_(float("inf"))
+    return "model.layers.0.mlp.gate"
+
+
+def nan_bias(model: Any) -> str:
+    model.model.layers[1].mlp.gate.e_score_correction_bias.fill_(float("nan"))
+    return "model.layers.1.mlp.gate"
+
+
+@pytest.mark.parametrize(
+    ("family", "damage"),
+    [
+        ("olmoe", nan_router),
+        ("olmoe", nan_embedding),
+        ("olmoe", nan_expert),
+        ("olmoe", infinite_router),
+        ("deepseek_v3", nan_bias),
+    ],
+)
+def test_damaged_weights_are_called_so(family: str, damage: Callable[[Any], str]) -> None:
+    model = tiny_model(family)
+    with torch.no_grad():
+        name = damage(model)
+    with pytest.raises(ModelError, match=rf"^router {name} .*NaN or infinite"):
+        find_routers(model)

@@ -13,8 +13,8 @@ from bh_routing.engine.contributions import SlotObserver, join_windows, summariz
 from bh_routing.engine.texts import passage_hashes, text_sha256
 from bh_routing.engine.windows import spread_tokens
 from bh_routing.errors import CalibrationError, InputError
-from bh_routing.models.discovery import Routers, find_routers, model_fingerprint
-from bh_routing.models.listen import text_config
+from bh_routing.models.discovery import Routers, find_routers, model_fingerprint, refuse_routed
+from bh_routing.models.listen import evaluating, text_config
 from bh_routing.models.sites import Callback, Proposal, RouterSite
 from bh_routing.nulls.base import ReferenceTable, RouterPass
 from bh_routing.nulls.calibration import Calibration
@@ -48,9 +48,11 @@ def calibrate(
         A new calibration that fits this model only.
     Raises:
         InputError: there is no text.
+        ModelError: the model has no routers, or they are inside `route`.
         CalibrationError: router logits aren't finite, with the layer's name.
     """
     routers = find_routers(model)
+    refuse_routed(site.module for site in routers.sites)
     documents = [ids for text in texts if (ids := tokenizer(text, verbose=False)["input_ids"])]
     if not documents:
         raise InputError("the calibration text is empty; give at least one document")
@@ -73,7 +75,8 @@ def calibrate(
         site.watch(_observe(site, tabled, reservoirs, logits[site.layer])) for site in routers.sites
     ]
     try:
-        contributions = _read(model, routers, windows, set(nulls), capacity, seed)
+        with evaluating(model):
+            contributions = _read(model, routers, windows, set(nulls), capacity, seed)
     finally:
         for take_out in undo:
             take_out()

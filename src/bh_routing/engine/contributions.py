@@ -50,6 +50,7 @@ class SlotObserver:
         self._by_loss = by_loss
         self._open: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._switches: dict[int, Tensor] = {}
+        self._gradients: dict[int, Tensor] = {}
         self._residuals: dict[int, Tensor] = {}
         self._undo = ExitStack()
         for site in routers.sites:
@@ -89,7 +90,11 @@ class SlotObserver:
                     "this model's layers give no gradients, which 'needed_by_loss' is made from; "
                     "calibrate 'needed' and use statistic: contribution"
                 )
-            loss.backward()
+            # Not backward(), which would add to the gradients of the model's own weights.
+            switches = [self._switches[layer] for layer in self._open]
+            self._gradients = dict(
+                zip(self._open, torch.autograd.grad(loss, switches), strict=True)
+            )
         return self._take()
 
     def _take(self) -> list[LayerSlots]:
@@ -98,9 +103,7 @@ class SlotObserver:
         for layer, (index_TK, weights_TK, norms_TK) in self._open.items():
             losses_TK = torch.empty(0)
             if self._by_loss:
-                gradient_TK = self._switches[layer].grad
-                assert gradient_TK is not None  # our own bug: backward passed the switch by
-                losses_TK = gradient_TK.float().abs()
+                losses_TK = self._gradients[layer].float().abs()
             columns = (
                 index_TK,
                 weights_TK.float(),
@@ -111,6 +114,7 @@ class SlotObserver:
             taken.append(LayerSlots(*(column.detach().cpu() for column in columns)))
         self._open.clear()
         self._switches.clear()
+        self._gradients.clear()
         self._residuals.clear()
         return taken
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from bh_routing.engine.decode import decode_greedily
 from bh_routing.engine.prompts import encode_prompt
 from bh_routing.kernels.decode_layout import UndecodableError
+from bh_routing.models.listen import evaluating
 from bh_routing.models.routing import route
 from bh_routing.models.trace import ExpertTrace
 from bh_routing.nulls.calibration import Calibration
@@ -87,14 +88,15 @@ def generate_routed(
     token_1P = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
     try:
         end_ids = _end_ids(model, token_1P, max_new_tokens)
-        decoded = decode_greedily(
-            model,
-            token_1P,
-            rule,
-            calibration,
-            max_new_tokens=max_new_tokens,
-            end_ids=end_ids,
-        )
+        with evaluating(model):
+            decoded = decode_greedily(
+                model,
+                token_1P,
+                rule,
+                calibration,
+                max_new_tokens=max_new_tokens,
+                end_ids=end_ids,
+            )
     except UndecodableError as error:
         if (reason := str(error)) not in (told := _told.setdefault(model, set())):
             log.warning("texts are written by plain generate: %s", reason)
@@ -146,7 +148,7 @@ def generate_greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int
     pad = tokenizer.pad_token_id
     clock = TokenClock()
     start = time.perf_counter()
-    with torch.inference_mode(), _watch_logits(model) as tops:
+    with torch.inference_mode(), evaluating(model), _watch_logits(model) as tops:
         output = model.generate(
             input_ids=token_1P,
             attention_mask=torch.ones_like(token_1P),

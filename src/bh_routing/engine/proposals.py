@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bh_routing.engine.windows import TokenizedDocument, cut_windows, prefix_token
 from bh_routing.models.discovery import Routers, find_routers
+from bh_routing.models.listen import evaluating
 from bh_routing.models.routing import route
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.contributions import NEEDED
@@ -99,7 +100,7 @@ def capture_proposals(
     routers = find_routers(model)
     seen: tuple[list[Candidates], ...] = tuple([] for _ in routers.sites)
     counted = []
-    with route(model, _Recorder(seen, num_candidates, with_norms)):
+    with evaluating(model), route(model, _Recorder(seen, num_candidates, with_norms)):
         for part in cut_windows(documents, prefix_token(tokenizer), window, stride=window):
             ids = torch.tensor([part.ids[:-1]], device=model.device)
             model(ids, use_cache=False, logits_to_keep=1)

@@ -21,7 +21,7 @@ from bh_routing.engine.quickest import bind_quickest
 from bh_routing.engine.tally import DocumentTally
 from bh_routing.engine.windows import TokenizedDocument, Window, cut_windows, prefix_token
 from bh_routing.models.discovery import find_routers
-from bh_routing.models.listen import text_config
+from bh_routing.models.listen import evaluating, text_config
 from bh_routing.models.routing import BoundRule, install
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.records import QualityRecord
@@ -215,7 +215,7 @@ def _collate(windows: list[Window], device: torch.device) -> _Batch:
 
 @torch.inference_mode()
 def _forward(model: Any, rule: BoundRule, batch: _Batch) -> _Forward:
-    with install(model, rule) as trace:
+    with evaluating(model), install(model, rule) as trace:
         output = model(
             input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False
         )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -25,7 +25,8 @@ _SAMPLED_VALUES = 256
 ROUTED: Final[WeakSet[nn.Module]] = WeakSet()
 """Router modules inside `route` now: a part or a wrapper of a model has the same ones."""
 
-_known: Final[WeakKeyDictionary[nn.Module, Routers]] = WeakKeyDictionary()
+_known: Final[WeakKeyDictionary[nn.Module, tuple[Routers, list[Any]]]] = WeakKeyDictionary()
+"""What was found, and the state of the model at that time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,15 +68,16 @@ class ModelFacts:
 def find_routers(model: nn.Module) -> Routers:
     """Find every router that text passes, and establish what it does.
 
-    The first call reads a short text and experiments with each router; later calls remember.
+    The first call reads a short text and experiments with each router; later calls remember, until
+    a router, its experts, one of its settings or tensors is changed or moved.
 
     Raises:
         ModelError: the model has no router, is spread, quantised or of a family that isn't
             supported, or something about a router can't be established.
     """
     model = unwrapped(model)
-    known = _known.get(model)
-    if known is not None and (known.is_routed or _is_as_found(model, known)):
+    known, state = _known.get(model, (None, None))
+    if known is not None and (known.is_routed or _state_of(model) == state):
         return known
     refuse_routed(model.modules())
     _known.pop(model, None)
@@ -95,13 +97,20 @@ def find_routers(model: nn.Module) -> Routers:
                 establish(call, family),
             )
             for layer, call in enumerate(heard)
+            if call.is_finite
         )
-        routers = _agree(sites)
+        damaged = [call.place.name for call in heard if not call.is_finite]
+        routers = None if damaged else _agree(sites)
     except ModelError as error:
         raise ModelError(
             f"model type {model_type!r} can't be routed: {error}; see: bh-routing models"
         ) from error
-    _known[model] = routers
+    if routers is None:
+        raise ModelError(
+            f"router {damaged[0]} has or gives NaN or infinite values on a short text; the "
+            "checkpoint is damaged or the dtype too narrow: get it again, or load it as float32"
+        )
+    _known[model] = routers, _state_of(model)
     return routers
 
 
@@ -160,17 +169,43 @@ def _agree(sites: tuple[RouterSite, ...]) -> Routers:
     )
 
 
-def _is_as_found(model: nn.Module, routers: Routers) -> bool:
-    """Whether nobody has exchanged a router, or set its top-k, since it was probed."""
-    for site in routers.sites:
-        try:
-            is_same = model.get_submodule(site.name) is site.module
-        except AttributeError:
-            return False
-        widener = site.facts.widener
-        if not is_same or (widener is not None and widener.get() != site.facts.top_k):
-            return False
-    return True
+def _state_of(model: nn.Module) -> list[Any]:
+    """Collect everything around a model's routers that what they do can depend on.
+
+    Values of tensors aren't read: they count as changed when they are written to, or are elsewhere.
+    """
+    state: list[Any] = []
+    for name, block in model.named_modules():
+        experts = getattr(block, "experts", None)
+        if not isinstance(experts, nn.Module):
+            continue
+        children = [child for child in block.children() if child is not experts]
+        state.append((name, experts))
+        for part in (block, *(module for child in children for module in child.modules())):
+            for owner in (part, getattr(part, "config", None)):
+                state.append((owner, _settings_of(owner)))
+            for tensor in (*part._parameters.values(), *part._buffers.values()):
+                state.append(None if tensor is None else _place_of(tensor))
+    return state
+
+
+def _settings_of(owner: Any) -> list[tuple[str, Any]]:
+    return [
+        (name, value)
+        for name, value in getattr(owner, "__dict__", {}).items()
+        if name == "forward"
+        or (
+            isinstance(value, bool | int | float | str | None)
+            and name != "training"
+            and not name.startswith("_")
+        )
+    ]
+
+
+def _place_of(tensor: Tensor) -> tuple[Any, ...]:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    version = 0 if local.is_inference() else local._version
+    return (local.data_ptr(), version, local.device, local.dtype, local.shape)
 
 
 def describe_model(model: nn.Module) -> ModelFacts:

@@ -28,6 +28,8 @@ class Heard:
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
     experts_see_input: bool
+    is_finite: bool
+    """Whether there is no NaN in the router, its logits and its weights, and no infinite weight."""
 
 
 class _Block:
@@ -96,6 +98,11 @@ class _Block:
                 arguments=arguments,
                 keywords=keywords,
                 experts_see_input=_equal(given[0].reshape(-1, given[0].shape[-1]), hidden),
+                is_finite=bool(routed.weights_TK.isfinite().all())
+                and not any(
+                    bool(tensor.isnan().any())
+                    for tensor in (routed.logits_TE, *child.parameters(), *child.buffers())
+                ),
             )
         raise ModelError(f"no module of {self.name} returns router logits, weights and indices")
 
@@ -134,12 +141,22 @@ def listen_to_text(model: nn.Module) -> list[Heard]:
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluate without gradients; leave the random state and every training flag as they were."""
-    training = [module for module in model.modules() if module.training]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with (
+        evaluating(model),
+        torch.random.fork_rng(devices=[d.index or 0 for d in devices]),
+        torch.no_grad(),
+    ):
+        yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, without dropout, and every module back at the end."""
+    training = [module for module in model.modules() if module.training]
     try:
         model.eval()
-        with torch.random.fork_rng(devices=[d.index or 0 for d in devices]), torch.no_grad():
-            yield
+        yield
     finally:
         for module in training:
             module.training = True
@@ -205,4 +222,6 @@ def real_tokens(arguments: Mapping[str, Any]) -> Tensor | None:
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
-    return first.shape == second.shape and torch.equal(first, second)
+    return first.shape == second.shape and bool(
+        ((first == second) | (first.isnan() & second.isnan())).all()
+    )

@@ -34,10 +34,8 @@ from bh_routing.models.sites import (
 _SPREAD: Final = 2.0
 """Standard deviation that the probe's logits are brought to: decisive, but not saturated."""
 _TOLERANCE: Final = {torch.float32: 2e-4, torch.float64: 2e-4, torch.float16: 1e-2}
-_COARSE: Final = 1.5e-2
-"""For bfloat16, whose steps are 0.4 percent."""
-_MARGIN: Final = 3.0
-"""How many times worse than the tolerance any other explanation must be."""
+_COARSE: Final = 1.5e-2  # for bfloat16, whose steps are 0.4 percent
+_MARGIN: Final = 3.0  # how many times worse than the tolerance any other explanation must be
 _ERRORS: Final = (
     RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError, AssertionError,
     StrictDataclassError,
@@ -61,8 +59,8 @@ class _Bench:
         ]
         self._dtype = hidden.dtype
         self._gain = 1.0
-        spread = float(self.call().logits_TE.float().std(-1).mean())
-        if not 0 < spread < float("inf"):
+        spread = float(self.call().logits_TE.float().std(-1, correction=0).mean())
+        if not spread > 0:
             raise ModelError(f"{self.place.name} gives every expert the same logit")
         self._gain = _SPREAD / spread
 
@@ -105,9 +103,24 @@ def _establish(bench: _Bench, family: Family) -> RouterFacts:
     routed = bench.call()
     num_experts, top_k = routed.logits_TE.shape[1], routed.index_TK.shape[1]
     widener = _find_widener(bench, top_k, num_experts)
+    if top_k < num_experts:
+        return _establish_at(bench, family, widener)
+    if widener is None:
+        raise ModelError(
+            f"{bench.place.name} selects all {num_experts} experts and can't be asked for fewer"
+        )
+    # A selection of all experts shows neither a bias nor whether weights are normalised.
+    with bench.with_top_k(widener, top_k - 1):
+        return replace(_establish_at(bench, family, widener), top_k=top_k)
+
+
+def _establish_at(bench: _Bench, family: Family, widener: Held | None) -> RouterFacts:
+    """Establish all facts of a router that selects fewer experts than it has."""
+    routed = bench.call()
+    num_experts, top_k = routed.logits_TE.shape[1], routed.index_TK.shape[1]
     roles = _roles(bench, num_experts)
     law = _weight_law(bench, family, widener, roles.gain)
-    by_token = top_k < num_experts and _is_by_token(bench, roles.bias)
+    by_token = _is_by_token(bench, roles.bias)
     facts = RouterFacts(
         num_experts=num_experts,
         top_k=top_k,
@@ -132,10 +145,7 @@ def _find_widener(bench: _Bench, top_k: int, num_experts: int) -> Held | None:
     """Find the number that is the router's top-k: one more there gives one slot more."""
     other = top_k + 1 if top_k < num_experts else top_k - 1
     place = bench.place
-    # A wrapper such as PEFT's holds the router as a part.
-    owners = [*place.module.modules(), place.block]
-    if place.order is None:
-        owners.insert(0, owners.pop())
+    owners = [*place.module.modules(), place.block]  # PEFT's wrapper holds the router as a part
     config = getattr(place.module, "config", None)
     for owner in (*owners, *([] if config is None else [config])):
         for name, value in list(vars(owner).items()):
@@ -199,15 +209,17 @@ def _weight_law(bench: _Bench, family: Family, widener: Held | None, gain: Held 
     if family.scoring is not None:
         return _Law(family.scoring, bool(family.normalises), None)
     narrow = bench.call()
-    law = _fit_law(bench, narrow, gain)
     if widener is None:
-        return law
+        return _fit_law(bench, narrow, gain)
     top_k, num_experts = narrow.index_TK.shape[1], narrow.logits_TE.shape[1]
-    with bench.with_top_k(widener, min(top_k + 1, num_experts - 1)):
+    with bench.with_top_k(widener, max(2, min(top_k + 1, num_experts - 1))):
         wide = _fit_law(bench, bench.call(), gain)
     if top_k == 1:
-        # The weight of a single slot doesn't show what it was made of: one more does.
-        law = wide
+        # One slot doesn't show what its weight is made of, and all slots of a softmax sum to 1.
+        if num_experts == 2:
+            wide = wide._replace(normalises=_is_constant(narrow.weights_TK, _tolerance(narrow)))
+        return wide
+    law = _fit_law(bench, narrow, gain)
     if (law.scoring, law.normalises) != (wide.scoring, wide.normalises):
         raise ModelError(f"{bench.place.name} weighs more slots by another law than its own")
     if law.scale is None or wide.scale is None:
