@@ -160,7 +160,13 @@ class QualityRecord:
     """
 
     config_name: str
+    """For display: one name may have stood for several rules."""
+    rule: dict[str, Any]
+    """The rule with all its fields; with the document's key, what identifies a record."""
     document: str
+    """For display: unique among the documents that were scored together."""
+    document_key: str
+    """Hash of the document's text and where in it the scored tokens start."""
     cluster: str
     """Documents of one cluster aren't independent draws: chapters of one book."""
     domain: str
@@ -225,6 +231,7 @@ TIMINGS: Final = "timings.csv"
 class RoundTiming:
     """One row of `timings.csv`: one configuration in one round, timed side by side."""
 
+    key: str = column("Key of the experiment in records.jsonl: what was timed, whatever its name.")
     round: int = column(
         "From 1: one prompt under every configuration, in an order of its own (that of the rows)."
     )

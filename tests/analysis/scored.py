@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 import numpy as np
 
 from bh_routing.records import KL_BIN_EDGES, QualityRecord
@@ -18,6 +22,7 @@ def scored_documents(
     spread: float = 0.02,
     seed: int = 0,
     kept: int = 2,
+    rule: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[QualityRecord]:
     """Documents whose loss per token is `delta` above top-k's, give or take `spread` by cluster.
 
@@ -38,7 +43,9 @@ def scored_documents(
         records.append(
             QualityRecord(
                 config_name=config_name,
+                rule=dict(rule),
                 document=f"document {i:03}",
+                document_key=f"hash of {i:03}",
                 cluster=f"book {cluster}",
                 domain=("prose", "code")[i % 2],
                 tokens=tokens,

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from bh_routing.engine.texts import packaged_documents, read_documents
+from bh_routing.engine.texts import Document, packaged_documents, read_documents
+from bh_routing.engine.windows import CHAPTER_TOKENS, tokenize_documents
 from bh_routing.errors import InputError
+from bh_routing.models import LoadedModel
 
 
 def test_a_line_of_its_own_separates_documents_packed_or_not(tmp_path: Path) -> None:
@@ -39,6 +41,43 @@ def test_packaged_documents_know_their_domain_and_never_overlap() -> None:
         assert {d.domain for d in split} == {"textbook", "fiction", "documentation"}
     assert not {d.text for d in calibration} & {d.text for d in evaluation}
     assert not {d.cluster for d in calibration} & {d.cluster for d in evaluation}
+
+
+def test_documents_that_share_a_name_are_documents_of_their_own(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "text.txt").write_text(f"Text of {folder}.")
+    rows = [{"text": f"Row {i}.", "name": "wiki"} for i in range(3)]
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    documents = read_documents(
+        [tmp_path / "a/text.txt", tmp_path / "b/text.txt", tmp_path / "x.jsonl"]
+    )
+    assert [document.name for document in documents] == ["text-0", "text-0", *["wiki"] * 3]
+    assert len({document.key for document in documents}) == 5
+    assert len({document.cluster for document in documents}) == 5
+
+
+def test_only_a_cluster_groups_documents_and_never_by_an_accident_of_names(tmp_path: Path) -> None:
+    rows = [
+        {"text": "One.", "cluster": "book"},
+        {"text": "Two.", "cluster": "book"},
+        {"text": "Three.", "name": "book"},
+    ]
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    clusters = [document.cluster for document in read_documents([tmp_path / "x.jsonl"])]
+    assert clusters[0] == clusters[1] != clusters[2]
+
+
+def test_a_text_that_is_given_twice_counts_once_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.txt").write_text("One.\n<|endoftext|>\nTwo.\n<|endoftext|>\nOne.")
+    (tmp_path / "b.txt").write_text("Three.\n<|endoftext|>\nTwo.")
+    documents = read_documents([tmp_path / "a.txt", tmp_path / "b.txt"])
+    assert [(d.name, d.text) for d in documents] == [
+        ("a-0", "One."), ("a-1", "Two."), ("b-0", "Three."),
+    ]  # fmt: skip
+    assert "2 of 5 documents repeat the text of another; each text counts once" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -87,3 +126,15 @@ def test_blanks_around_a_separator_and_unusual_line_ends_in_json_do_no_harm(
     row = json.dumps({"text": odd}, ensure_ascii=False)
     (tmp_path / "b.jsonl").write_text(row, encoding="utf-8")
     assert [d.text for d in read_documents([tmp_path / "b.jsonl"])] == [odd]
+
+
+def test_chapters_never_pass_for_a_document_that_has_their_name(demo: LoadedModel) -> None:
+    # Two chapters, x.0 and x.1, and documents of these names.
+    book = "The sea was calm. " * (CHAPTER_TOKENS // 4)
+    texts = {"x.1": "One.", "x": book, "x.0": "Two."}
+    documents = [Document(name, text, name, "") for name, text in texts.items()]
+    pieces = tokenize_documents(demo.tokenizer, documents, max_tokens=None)
+    assert [piece.name for piece in pieces] == ["x.1", "x.0", "x.1#2", "x.0#2"]
+    assert len({piece.key for piece in pieces}) == 4
+    again = tokenize_documents(demo.tokenizer, documents[::-1], max_tokens=None)
+    assert {p.key: p.ids for p in again} == {p.key: p.ids for p in pieces}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from bh_routing.analysis.quality import analyze_quality
 from bh_routing.analysis.quality_records import read_quality
 from bh_routing.engine.texts import Document
 from bh_routing.errors import ExperimentError, InputError, ResultsError
@@ -27,6 +28,7 @@ from bh_routing.records import QUALITY_JOURNAL, QualityRecord
 from bh_routing.rules.base import Rule
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 from bh_routing.rules.top_k import TopK
+from bh_routing.rules.top_p import TopP
 
 DOCUMENTS = [
     Document(f"d{i}", f"Chapter {i}. The sea was calm and the sky was grey. " * 3, f"c{i}", "x")
@@ -75,15 +77,63 @@ def test_a_torn_last_line_costs_only_its_document(
     assert resumed[-1].nll_sum == pytest.approx(whole[-1].nll_sum, rel=1e-6)
 
 
-def test_a_redefined_configuration_is_scored_again_and_the_last_line_is_the_current_one(
+def test_a_redefined_configuration_is_scored_anew_and_the_file_keeps_both_rules_apart(
     demo: LoadedModel, text: QualityText, tmp_path: Path
 ) -> None:
     rules: list[dict[str, Rule]] = [{"a": TopK(k=4)}, {"a": TopK(k=3)}, {"a": TopK(k=4)}]
     runs = [score_into(tmp_path, demo, text, rule) for rule in rules]
     assert runs[0] == runs[2] != runs[1]
-    lines = [json.loads(line) for line in (tmp_path / QUALITY_JOURNAL).read_text().splitlines()]
-    last = {line["record"]["document"]: line["record"] for line in lines if "record" in line}
-    assert [last[r.document]["nll_sum"] for r in runs[2]] == [r.nll_sum for r in runs[2]]
+    found = read_quality(tmp_path / QUALITY_JOURNAL)
+    assert [record.rule["k"] for record in found] == [4] * 3 + [3] * 3
+    assert list(found) == [*runs[0], *runs[1]]
+
+
+def test_a_renamed_configuration_is_not_scored_again_and_is_found_under_its_new_name(
+    demo: LoadedModel, text: QualityText, tmp_path: Path
+) -> None:
+    first = score_into(tmp_path, demo, text, {"a": TopK(k=4)})
+    calls: list[int] = []
+    router = find_routers(demo.model).sites[0].module
+    handle = router.register_forward_hook(lambda *_: calls.append(1))
+    renamed = score_into(tmp_path, demo, text, {"b": TopK(k=4)})
+    handle.remove()
+    assert not calls
+    assert renamed == [replace(record, config_name="b") for record in first]
+    found = read_quality(tmp_path / QUALITY_JOURNAL)
+    assert [r for r in found if r.config_name == "b"] == renamed
+
+
+def test_documents_that_share_a_name_are_all_scored_and_shown_apart(
+    demo: LoadedModel, tmp_path: Path
+) -> None:
+    documents = [document._replace(name="same") for document in DOCUMENTS]
+    text = prepare_text(demo.tokenizer, describe_model(demo.model), documents, max_tokens=90)
+    records = score_into(tmp_path, demo, text, RULES)
+    assert [r.document for r in records] == ["same", "same#2", "same#3"] * 2
+    assert sum(r.tokens for r in records) == 2 * 90
+    table = analyze_quality(records)["rules"]
+    assert [(row["documents"], row["tokens"]) for row in table] == [(3, 90)] * 2
+
+
+def test_other_labels_of_the_same_text_are_taken_over_without_scoring_it_again(
+    demo: LoadedModel, text: QualityText, tmp_path: Path
+) -> None:
+    score_into(tmp_path, demo, text, {"a": TopK(k=4)})
+    documents = [document._replace(cluster="one book", domain="y") for document in DOCUMENTS]
+    labelled = prepare_text(demo.tokenizer, describe_model(demo.model), documents, max_tokens=90)
+    records = score_into(tmp_path, demo, labelled, {"a": TopK(k=4)})
+    assert {(r.cluster, r.domain) for r in records} == {("one book", "y")}
+    assert list(read_quality(tmp_path / QUALITY_JOURNAL)) == records
+
+
+def test_a_reference_whose_usual_name_stands_for_another_rule_gets_another_one(
+    demo: LoadedModel, text: QualityText, tmp_path: Path
+) -> None:
+    rules: dict[str, Rule] = {"topk_4": TopK(k=3), "static_4": TopK(k=6), "four": TopP(p=0.6)}
+    records = score_into(tmp_path, demo, text, rules)
+    fake = [replace(r, experts_sum=int(4.5 * r.units)) for r in records]
+    names = {rule.k: name for name, rule in static_references(rules, fake).items()}
+    assert names == {4: "static_static_4", 5: "topk_5"}
 
 
 @pytest.mark.parametrize(

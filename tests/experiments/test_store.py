@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bh_routing.analysis.results import load_results
 from bh_routing.errors import ResultsError
 from bh_routing.experiments import store as store_module
 from bh_routing.experiments.identity import RunIdentity
@@ -124,18 +125,16 @@ def test_a_run_killed_between_run_json_and_csv_can_go_on(tmp_path: Path) -> None
     assert csv_prompts(tmp_path) == ["prompt 2"]
 
 
-def test_a_configuration_set_back_is_the_last_of_its_name_again(tmp_path: Path) -> None:
+def test_readers_take_the_experiments_of_the_last_plan_whatever_their_name(tmp_path: Path) -> None:
+    for key, experts in (("old", 1.0), ("new", 2.0)):
+        with open_store(tmp_path) as store:
+            store.begin(IDENTITY, {}, [key])
+            store.add(key, make_record(min_experts=experts), make_detail())
     with open_store(tmp_path) as store:
-        store.begin(IDENTITY, {}, ["old"])
-        store.add("old", make_record(min_experts=1.0), make_detail())
-    with open_store(tmp_path) as store:
-        store.begin(IDENTITY, {}, ["new"])
-        store.add("new", make_record(min_experts=2.0), make_detail())
-    with open_store(tmp_path) as store:
-        store.begin(IDENTITY, {}, ["old"])
-    lines = [json.loads(line) for line in (tmp_path / JOURNAL).read_bytes().splitlines()]
-    assert [line["key"] for line in lines] == ["old", "new", "old"]
-    assert lines[2]["record"]["min_experts"] == 1.0
+        store.begin(IDENTITY, {}, ["old"])  # a configuration that was redefined is set back
+    for _ in range(2):
+        assert load_results(tmp_path).experiments["min_experts"].tolist() == [1.0]
+        (tmp_path / RESULTS_CSV).unlink(missing_ok=True)
 
 
 def test_a_torn_last_line_is_dropped_with_a_word(

@@ -11,7 +11,7 @@ from bh_routing.analysis.results import load_results
 from bh_routing.cli.conclusion_hooks import make_hooks
 from bh_routing.cli.surroundings import Surroundings
 from bh_routing.experiments.run import run
-from bh_routing.records import REPORT_MD, SUMMARY_JSON, TIMINGS
+from bh_routing.records import REPORT_MD, RUN_JSON, SUMMARY_JSON, TIMINGS
 from tests.experiments.conftest import TINY_CONFIGS, TINY_PROMPTS, MakeTinySpec
 
 pytestmark = pytest.mark.usefixtures("loaded_demo")
@@ -53,6 +53,10 @@ def test_going_on_times_anew_only_what_cannot_be_compared(tiny_spec: MakeTinySpe
     changed = {**wider, "topk_4": {"method": "topk", "k": 2}}  # the same name, another rule
     run(tiny_spec(timing_rounds=1, configs=changed))
     assert path.read_bytes() != before
+    back = run(tiny_spec(timing_rounds=1, configs=wider))  # nothing runs anew, and yet …
+    assert back.num_run == 0
+    planned = json.loads((spec.output / RUN_JSON).read_text())["plans"][-1]
+    assert set(pd.read_csv(path)["key"]) <= set(planned)
     path.write_text("no table")
     run(spec)
     assert set(pd.read_csv(path)["config_name"]) == set(TINY_CONFIGS)

@@ -116,7 +116,9 @@ def _document(name: str, experts: float, loss: float, document: int, noise: floa
     counts = [kept // num_experts + (e < kept % num_experts) for e in range(num_experts)]
     return QualityRecord(
         config_name=name,
+        rule={"method": "top_k" if name.startswith("topk") else "bh"},
         document=f"document {document}",
+        document_key=f"hash of {document}",
         cluster=f"document {document}",
         domain="prose",
         tokens=tokens,

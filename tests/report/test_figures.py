@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from matplotlib.patches import Rectangle
 from bh_routing.errors import InputError
 from bh_routing.records import TIMING_COLUMNS, TIMINGS
 from bh_routing.report import create_visualizations, findings
-from bh_routing.report.quality import quality_rows
+from bh_routing.report.quality import quality_rows, reference_at
 from bh_routing.report.speed_plots import draw_experts_vs_speed, draw_relative_times
 from bh_routing.report.style import FIXED_COLOURS, OTHER_COLOURS, colours_of, save
 from bh_routing.report.table import experiments_of
@@ -175,7 +176,7 @@ def test_pictures_of_time_show_the_rounds_that_their_titles_speak_of(
     results["inference_time_sec"] *= np.where(results["config_name"] == "bh", 3.0, 1.0)
     shares = [0.8, 0.7, 0.75]
     rounds = [
-        (number, name, "text", 5, 1, share, 0.0)
+        (name, number, name, "text", 5, 1, share, 0.0)
         for number, factor in enumerate(shares, start=1)
         for name, share in (("topk_8", 1.0), ("bh", factor))
     ]
@@ -191,7 +192,7 @@ def test_pictures_of_time_show_the_rounds_that_their_titles_speak_of(
     assert heights == pytest.approx([100.0, mean])
     assert set(draw(results, tmp_path)) == REQUIRED
     lines = (tmp_path / TIMINGS).read_text().splitlines()
-    (tmp_path / TIMINGS).write_text(f"{lines[0]}\n1,topk_8,text,5,1,0.0,0.0\n")
+    (tmp_path / TIMINGS).write_text(f"{lines[0]}\na,1,topk_8,text,5,1,0.0,0.0\n")
     assert set(draw(results, tmp_path)) == REQUIRED
 
 
@@ -203,6 +204,19 @@ def test_no_title_compares_times_of_an_unsteady_machine(results: pd.DataFrame) -
     assert findings.is_unsteady(table)
     assert "unsteady speed" in findings.time(table)
     assert "varied too much" in findings.latency(table)
+
+
+def test_static_top_k_is_known_by_its_rule_whatever_it_is_called(quality: dict[str, Any]) -> None:
+    names = {"topk_5": "five", "bh_loose": "bh_vs_topk8", "bh_strict": "topk_3"}
+    rules = {"bh_moderate": "per_layer_top_k", "bh_adaptive": "random_k"}
+    block = copy.deepcopy(quality)
+    for row in block["rules"]:
+        row["rule"] = rules.get(row["config_name"], row["rule"])
+        row["config_name"] = names.get(row["config_name"], row["config_name"])
+    rows = quality_rows({"quality": block})
+    assert {row.name for row in rows if row.is_static} == {"topk_8", "five", "topk_4"}
+    static = {row.mean_experts: row.delta_nll for row in rows if row.is_static}
+    assert reference_at(rows, 4.5) == pytest.approx((static[4.0] + static[5.0]) / 2)
 
 
 def test_the_quality_title_says_so_if_static_top_k_is_better(quality: dict[str, Any]) -> None:

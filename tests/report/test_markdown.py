@@ -82,7 +82,7 @@ def test_tests_of_one_pass_point_to_the_rounds_where_there_are_some(
     folder = fill_folder(results)
     assert "of one pass" not in part(write(results, folder), "Statistical tests")
     names = results["config_name"].unique()
-    rounds = [(n, name, "text", 5, 1, 1.0, 0.1) for n in (1, 2) for name in names]
+    rounds = [(name, n, name, "text", 5, 1, 1.0, 0.1) for n in (1, 2) for name in names]
     pd.DataFrame(rounds, columns=list(TIMING_COLUMNS)).to_csv(folder / TIMINGS, index=False)
     assert "believe the rounds" in part(write(results, folder), "Statistical tests")
 

@@ -35,10 +35,11 @@ from bh_routing.analysis.estimates import (
 )
 from bh_routing.analysis.kl_histogram import RESOLUTION, histogram_quantile
 from bh_routing.analysis.load_balance import MEASURES, measure_load
+from bh_routing.analysis.quality_records import in_order
 from bh_routing.analysis.quality_row import (
+    STATIC,
     QualityRow,
     QualitySlice,
-    is_static,
     quality_definitions,
 )
 from bh_routing.analysis.sweep_equal_cost import compare_with_static
@@ -111,7 +112,7 @@ def analyze_quality(
 def _against_static(
     by_rule: Mapping[str, Sequence[QualityRecord]], options: QualityOptions
 ) -> dict[str, dict[str, Any]]:
-    static = [name for name in by_rule if is_static(name)]
+    static = [name for name, own in by_rule.items() if own[0].rule.get("method") == STATIC]
     compared = compare_with_static(
         [record for own in by_rule.values() for record in own],
         static,
@@ -136,7 +137,8 @@ def quality_table(
     Returns:
         One row a configuration, in the order of first appearance.
     Raises:
-        InputError: a configuration has no scored token, or the margin isn't above 0.
+        InputError: a configuration has no scored token or stands for two rules, or the margin
+            isn't above 0.
     """
     return _table(_by_rule(records), options)
 
@@ -162,10 +164,16 @@ def _table(
 def _by_rule(records: Iterable[QualityRecord]) -> dict[str, list[QualityRecord]]:
     """Records with scored tokens by configuration, in order of document: draws then agree."""
     by_rule: dict[str, dict[str, QualityRecord]] = defaultdict(dict)
+    rules: dict[str, Mapping[str, Any]] = {}
     for record in records:
-        by_rule[record.config_name][record.document] = record
+        if rules.setdefault(record.config_name, record.rule) != record.rule:
+            raise InputError(
+                f"configuration {record.config_name!r} stands for two rules "
+                f"({rules[record.config_name]} and {record.rule}); give each a name of its own"
+            )
+        by_rule[record.config_name][record.document_key] = record
     scored = {
-        name: [own[document] for document in sorted(own) if own[document].tokens > 0]
+        name: sorted((r for r in own.values() if r.tokens > 0), key=in_order)
         for name, own in by_rule.items()
     }
     empty = [name for name, own in scored.items() if not own]
@@ -197,6 +205,7 @@ def _row(name: str, records: Sequence[QualityRecord], options: QualityOptions) -
     low, high = (ends.tolist() for ends in estimate.interval(CONFIDENCE))
     row = QualityRow(
         config_name=name,
+        rule=str(records[0].rule.get("method", "")),
         is_reference=False,
         mean_experts=experts,
         tokens=sum(r.tokens for r in records),

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Final
 
 from bh_routing.records import column
 
-_STATIC = re.compile(r"(?:^|[^a-z])top_?k(?![a-z])", re.IGNORECASE)
-
-
-def is_static(name: str) -> bool:
-    """Whether a configuration of this name keeps a fixed number of experts."""
-    return _STATIC.search(name) is not None
+STATIC: Final = "top_k"
+"""Name of static top-k in the catalog of rules."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +32,7 @@ class QualityRow:
     """
 
     config_name: str = column("Name of the routing configuration.")
+    rule: str = column("Name of its rule in the catalog; top_k is static top-k.")
     is_reference: bool = column("Every token came out as under the model's own top-k.")
     mean_experts: float = column("Mean experts kept, over scored tokens and layers.")
     tokens: int = column("Scored tokens.")

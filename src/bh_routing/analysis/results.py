@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import webbrowser
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from bh_routing.analysis.quality_records import read_quality
+from bh_routing.analysis.quality_row import STATIC
 from bh_routing.analysis.speed import read_timings
 from bh_routing.errors import ResultsError
 from bh_routing.records import (
@@ -32,7 +33,7 @@ from bh_routing.records import (
     journal_seed,
 )
 from bh_routing.results.csv_table import read_csv
-from bh_routing.results.json_lines import read_json_lines
+from bh_routing.results.json_lines import planned_keys, read_json_lines
 from bh_routing.results.strict_json import find_json_object, half_read
 
 _log = logging.getLogger(__name__)
@@ -111,11 +112,13 @@ def load_results(folder: str | Path) -> Results:
     run = find_json_object(path / RUN_JSON) or {}
     identity = run.get("identity")
     seed = journal_seed(identity) if isinstance(identity, dict) else None
-    entries = list(_journal_entries(journal, seed)) if journal.is_file() else []
+    planned = planned_keys(path)
+    entries = list(_journal_entries(journal, seed, planned)) if journal.is_file() else []
     if table.is_file():
         experiments = read_experiments(table)
     else:
-        experiments = experiments_frame(record for record, _ in entries)
+        rows = {(record["config_name"], record["prompt_text"]): record for record, _ in entries}
+        experiments = experiments_frame(rows.values())
     wanted = set(zip(experiments["config_name"], experiments["prompt_text"], strict=True))
     details = {
         key: detail
@@ -137,9 +140,27 @@ def load_results(folder: str | Path) -> Results:
 def _current(
     records: tuple[QualityRecord, ...], run: Mapping[str, Any]
 ) -> tuple[QualityRecord, ...]:
-    """Leave out configurations that an earlier run of the folder scored and the last didn't."""
-    names = (run.get("quality") or {}).get("configs") or {r.config_name for r in records}
-    return tuple(record for record in records if record.config_name in names)
+    """Leave out what an earlier run of the folder scored and the last one didn't ask for.
+
+    A configuration stands for the rule that run.json resolved; any other is a static reference.
+    """
+    configs = (run.get("spec") or {}).get("configs")
+    if configs is None:
+        return records
+    scored = (run.get("quality") or {}).get("configs") or {r.config_name for r in records}
+    kept = []
+    for record in records:
+        config = configs.get(record.config_name)
+        # An older run didn't note which rule it had scored, only the names.
+        if config is None:
+            rule = record.rule or {"method": STATIC}
+            is_current = rule["method"] == STATIC and record.config_name in scored
+        else:
+            rule = {key: value for key, value in config.items() if key != "description"}
+            is_current = record.rule == rule if record.rule else record.config_name in scored
+        if is_current:
+            kept.append(replace(record, rule=rule))
+    return tuple(kept)
 
 
 def read_experiments(path: Path) -> pd.DataFrame:
@@ -181,9 +202,9 @@ def _numbers(column: pd.Series, source: Path | None) -> pd.Series:
 
 
 def _journal_entries(
-    path: Path, seed: str | None
+    path: Path, seed: str | None, planned: Container[str] | None
 ) -> Iterator[tuple[dict[str, Any], ExperimentDetail]]:
-    """The journal's experiments in order; of one that was run again the last counts."""
+    """The journal's experiments of the last run in order; of one that ran again the last counts."""
     known = {f.name for f in fields(ExperimentDetail)}
     lines = read_json_lines(path, seed)
     if lines.torn_bytes:
@@ -193,6 +214,8 @@ def _journal_entries(
             record, detail = dict(entry["record"]), dict(entry["detail"])
         except (ValueError, KeyError, TypeError) as error:
             raise half_read(path, f"line {number} isn't a record ({error})") from error
+        if planned is not None and entry.get("key") not in planned:
+            continue  # of a configuration that was taken out or redefined since
         missing = [name for name in CSV_COLUMNS if name not in record]
         if missing:
             raise half_read(path, f"line {number} lacks {', '.join(missing)}")

@@ -17,9 +17,12 @@ import pandas as pd
 from bh_routing.analysis.paired import MeanInterval, mean_interval
 from bh_routing.records import TIMING_COLUMNS
 from bh_routing.results.csv_table import read_csv
+from bh_routing.results.json_lines import planned_keys
 from bh_routing.results.strict_json import half_read
 
-NUMBERS = tuple(name for name in TIMING_COLUMNS if name not in ("config_name", "prompt_text"))
+NUMBERS = tuple(
+    name for name in TIMING_COLUMNS if name not in ("key", "config_name", "prompt_text")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +67,20 @@ class SpeedUp:
 def read_timings(path: Path) -> pd.DataFrame:
     """Read `timings.csv`; a table without rows if there is none.
 
+    Rows of experiments that the folder's last run didn't ask for are left out; a file of an older
+    version doesn't name them, and is taken as it is.
+
     Raises:
         ResultsError: it lacks a column, or a time in it is no positive number.
     """
     if not path.is_file():
         return pd.DataFrame(columns=list(TIMING_COLUMNS))
-    rows = read_csv(path, TIMING_COLUMNS)
+    planned = planned_keys(path.parent)
+    rows = [
+        {"key": "", **row}
+        for row in read_csv(path, [name for name in TIMING_COLUMNS if name != "key"])
+        if planned is None or row.get("key") is None or row["key"] in planned
+    ]
     try:
         table = pd.DataFrame(rows, columns=list(TIMING_COLUMNS))
         table = table.astype(dict.fromkeys(NUMBERS, np.float64))

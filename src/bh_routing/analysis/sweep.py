@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from bh_routing.analysis.quality import DEFAULT_OPTIONS, QualityOptions, quality_table
-from bh_routing.analysis.quality_row import QualityRow
+from bh_routing.analysis.quality_row import STATIC, QualityRow
 from bh_routing.analysis.sweep_equal_cost import Curve, EqualCost, compare_at_equal_cost
 from bh_routing.analysis.sweep_records import (
-    STATIC,
     ScoredText,
     Sweep,
     SweepPoint,

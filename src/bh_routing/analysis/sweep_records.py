@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bh_routing.analysis.bootstrap import Floats
-from bh_routing.analysis.quality_records import read_quality
+from bh_routing.analysis.quality_records import in_order, read_quality
+from bh_routing.analysis.quality_row import STATIC
 from bh_routing.errors import ResultsError
 from bh_routing.records import QUALITY_JOURNAL, RUN_JSON, SCHEMA_VERSION, QualityRecord
 from bh_routing.results.strict_json import half_read, read_json_object
 
-STATIC: Final = "top_k"
 SWEEP: Final = "sweep"
 
 
@@ -27,6 +27,8 @@ class SweepPoint:
     """One rule with its knob set for one budget of experts."""
 
     config_name: str
+    config: Mapping[str, Any]
+    """The rule with all its fields."""
     rule: str
     """Name in the catalog of rules."""
     variant: str
@@ -112,10 +114,13 @@ def read_sweep(folder: Path) -> Sweep:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise half_read(path, f"a point of the sweep isn't whole ({error!r})") from error
-    names = {point.config_name for point in points}
-    records = read_quality(folder / QUALITY_JOURNAL)
-    # An earlier sweep of the same folder may have scored other points.
-    records = tuple(record for record in records if record.config_name in names)
+    configs = {point.config_name: point.config for point in points}
+    # An earlier sweep of the same folder may have scored other points, or these at other knobs.
+    records = tuple(
+        record
+        for record in read_quality(folder / QUALITY_JOURNAL)
+        if record.config_name in configs and record.rule in ({}, configs[record.config_name])
+    )
     return Sweep(run=run, points=points, records=records)
 
 
@@ -130,15 +135,15 @@ def align(records: Sequence[QualityRecord]) -> ScoredText:
     by_name: dict[str, dict[str, QualityRecord]] = defaultdict(dict)
     for record in records:
         if record.tokens > 0:
-            by_name[record.config_name][record.document] = record
+            by_name[record.config_name][record.document_key] = record
     if not by_name:
         raise ResultsError("no token was scored in this sweep; run bh-routing sweep again")
     fullest = max(by_name.values(), key=len)
     # Sorted: the draws of the bootstrap are by position.
-    documents = sorted(fullest)
-    size = {name: record.tokens for name, record in fullest.items()}
+    documents = [r.document_key for r in sorted(fullest.values(), key=in_order)]
+    size = {key: record.tokens for key, record in fullest.items()}
     names = tuple(n for n, own in by_name.items() if {d: r.tokens for d, r in own.items()} == size)
-    columns = [[by_name[name][document] for name in names] for document in documents]
+    columns = [[by_name[name][key] for name in names] for key in documents]
     return ScoredText(
         names=names,
         losses_DC=np.array([[r.nll_sum - r.top_k_nll_sum for r in row] for row in columns]),
@@ -153,6 +158,7 @@ def _static_point(entry: Mapping[str, Any]) -> SweepPoint:
     k = _budget(entry["k"])
     return SweepPoint(
         config_name=str(entry["config_name"]),
+        config=dict(entry.get("config") or {"method": STATIC, "k": entry["k"]}),
         rule=STATIC,
         variant="",
         knob=k,
@@ -167,6 +173,7 @@ def _static_point(entry: Mapping[str, Any]) -> SweepPoint:
 def _point(entry: Mapping[str, Any]) -> SweepPoint:
     return SweepPoint(
         config_name=str(entry["config_name"]),
+        config=dict(entry["config"]),
         rule=str(entry["rule"]),
         variant=str(entry.get("variant") or ""),
         knob=_number(entry.get("knob")),

@@ -38,7 +38,8 @@ def calibrate(
     Args:
         model: a transformers model with routers, not inside `route`.
         tokenizer: its tokenizer.
-        texts: documents; the more different, the better the reference.
+        texts: documents; the more different, the better the reference. One that is there twice
+            counts once.
         nulls: names of the nulls to fit, of those that need a table; "needed" also observes what
             each slot contributes, which doubles the time, and "needed_by_loss" its gradient too.
         max_tokens: tokens used in all, spread over the documents as evenly as their lengths
@@ -53,6 +54,7 @@ def calibrate(
     """
     routers = find_routers(model)
     refuse_routed(site.module for site in routers.sites)
+    texts = list(dict.fromkeys(texts))
     documents = [ids for text in texts if (ids := tokenizer(text, verbose=False)["input_ids"])]
     if not documents:
         raise InputError("the calibration text is empty; give at least one document")

@@ -118,7 +118,7 @@ def score(
                 _add(tallies[name], batch, scores, baseline, ruled)
         for name, row in tallies.items():
             for document, tally in zip(group, row, strict=True):
-                yield tally.record(name, document.name, document.cluster, document.domain)
+                yield tally.record(name, rules[name], document)
 
 
 class Prediction(NamedTuple):

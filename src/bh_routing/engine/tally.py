@@ -12,8 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bh_routing.engine.windows import TokenizedDocument
 from bh_routing.models.trace import DROPPED, count_experts
 from bh_routing.records import EARLY_POSITIONS, KL_BIN_EDGES, QualityRecord
+from bh_routing.rules.base import Rule
+from bh_routing.rules.catalog import rule_to_config
 
 Floats = NDArray[np.floating[Any]]
 
@@ -79,14 +82,16 @@ class DocumentTally:
         top_k_TL = (top_k_index_TLK != DROPPED).sum(-1).numpy()
         self._jaccard += (both_TL / (counts_TL + top_k_TL - both_TL)).sum(0)
 
-    def record(self, config_name: str, document: str, cluster: str, domain: str) -> QualityRecord:
+    def record(self, config_name: str, rule: Rule, document: TokenizedDocument) -> QualityRecord:
         """Return the finished record."""
         widest = int(np.flatnonzero(self._count_histogram.any(axis=0)).max(initial=0))
         return QualityRecord(
             config_name=config_name,
-            document=document,
-            cluster=cluster,
-            domain=domain,
+            rule=rule_to_config(rule),
+            document=document.name,
+            document_key=document.key,
+            cluster=document.cluster,
+            domain=document.domain,
             tokens=self._tokens,
             **{f"{name}_sum": value for name, value in self._sums.items()},
             kl_max=self._kl_max,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import logging
 import lzma
 import re
 from collections.abc import Iterable, Sequence
@@ -35,15 +36,23 @@ _MARKS: Final = (
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
 
+log = logging.getLogger(__name__)
+
 
 class Document(NamedTuple):
     """One text with what statistics need to know of it."""
 
     name: str
+    """For display; several documents may share one."""
     text: str
     cluster: str
     """Documents of one cluster aren't independent draws: chapters of one book."""
     domain: str
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of the text: what identifies the document."""
+        return _key(self.text)
 
 
 def read_documents(sources: Iterable[str | Path]) -> list[Document]:
@@ -56,6 +65,9 @@ def read_documents(sources: Iterable[str | Path]) -> list[Document]:
     `documents.json` next to it may name them. Files are UTF-8, or say by a byte order mark that
     they are UTF-16 or UTF-32; line ends of Windows and old Macs count as line ends.
 
+    A document is its text: documents that share a name both count, and a text that is given twice
+    counts once. Without a `cluster`, a document is a cluster by itself.
+
     Raises:
         InputError: a file is missing, of another encoding, or holds no text.
     """
@@ -67,7 +79,16 @@ def read_documents(sources: Iterable[str | Path]) -> list[Document]:
             documents += _read_file(Path(source))
     if not documents:
         raise InputError("no text file was given; give at least one")
-    return documents
+    distinct: dict[str, Document] = {}
+    for document in documents:
+        distinct.setdefault(document.text, document)
+    if len(distinct) < len(documents):
+        log.warning(
+            "%d of %d documents repeat the text of another; each text counts once",
+            len(documents) - len(distinct),
+            len(documents),
+        )
+    return list(distinct.values())
 
 
 def packaged_documents(split: str) -> list[Document]:
@@ -80,7 +101,7 @@ def text_sha256(texts: Sequence[str]) -> str:
     """Hash texts in their order, so that two sets can be told apart or found equal."""
     digest = hashlib.sha256()
     for text in texts:
-        digest.update(hashlib.sha256(text.encode()).digest())
+        digest.update(bytes.fromhex(_key(text)))
     return digest.hexdigest()
 
 
@@ -135,6 +156,10 @@ def _hash_passages(words: Sequence[str]) -> NDArray[np.int64]:
         hashes_P = hashes_P * np.uint64(0x9E3779B97F4A7C15)
         hashes_P += words_W[offset : offset + hashes_P.size]
     return hashes_P.view(np.int64)
+
+
+def _key(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _read_file(path: Path) -> list[Document]:
@@ -193,7 +218,7 @@ def _read_dataset(source: str) -> list[Document]:
             "give one that has, or a JSONL file"
         )
     texts = [str(text) for text in rows["text"] if str(text).strip()]
-    return [Document(f"{name}-{i}", t, f"{name}-{i}", name) for i, t in enumerate(texts)]
+    return [Document(f"{name}-{i}", text, _key(text), name) for i, text in enumerate(texts)]
 
 
 def _plain(path: Path, content: str) -> list[Document]:
@@ -204,9 +229,8 @@ def _plain(path: Path, content: str) -> list[Document]:
     documents = []
     for i, text in enumerate(texts):
         label = labels.get(i, {})
-        name = f"{stem}-{i}"
-        cluster = str(label.get("cluster", name))
-        documents.append(Document(name, text, cluster, str(label.get("domain", stem))))
+        cluster = str(label.get("cluster", _key(text)))
+        documents.append(Document(f"{stem}-{i}", text, cluster, str(label.get("domain", stem))))
     return documents
 
 
@@ -237,7 +261,7 @@ def _json_lines(path: Path, content: str) -> list[Document]:
             raise InputError(
                 f"line {number} of {path} isn't a JSON object with a 'text'; got {line[:60]!r}"
             ) from error
-        name = str(entry.get("name", f"{path.stem}-{number}"))
-        cluster, domain = entry.get("cluster", name), entry.get("domain", path.stem)
-        documents.append(Document(name, str(text), str(cluster), str(domain)))
+        name, domain = entry.get("name", f"{path.stem}-{number}"), entry.get("domain", path.stem)
+        cluster = entry.get("cluster", _key(str(text)))
+        documents.append(Document(str(name), str(text), str(cluster), str(domain)))
     return documents

@@ -15,9 +15,12 @@ CHAPTER_TOKENS = 4096
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizedDocument:
-    """A document as ids, without any prefix token."""
+    """A document, or a chapter of one, as ids without any prefix token."""
 
+    key: str
+    """Hash of the document's text and where in it the ids start: what identifies it."""
     name: str
+    """For display; unique among the documents that were tokenized together."""
     cluster: str
     domain: str
     ids: list[int]
@@ -60,7 +63,8 @@ def tokenize_documents(
         max_tokens: scored tokens in all, shared out as evenly as the documents' lengths allow,
             each document from its start; None for all.
     Returns:
-        Documents of at most CHAPTER_TOKENS tokens; chapters keep their book's cluster.
+        Documents of at most CHAPTER_TOKENS tokens; chapters keep their book's cluster. Of a name
+        that several have, the later ones are numbered.
     Raises:
         InputError: nothing is left to score.
     """
@@ -70,20 +74,34 @@ def tokenize_documents(
     lengths = [len(ids) for ids in all_ids]
     if max_tokens is not None:
         lengths = spread_tokens(lengths, max_tokens)
-    pieces = []
+    pieces: list[TokenizedDocument] = []
+    names: set[str] = set()
     for document, ids, length in zip(documents, all_ids, lengths, strict=True):
         starts = range(0, length, CHAPTER_TOKENS)
         for chapter, start in enumerate(starts):
             name = document.name if len(starts) == 1 else f"{document.name}.{chapter}"
-            piece = ids[start : min(start + CHAPTER_TOKENS, length)]
             pieces.append(
                 TokenizedDocument(
-                    name=name, cluster=document.cluster, domain=document.domain, ids=piece
+                    key=f"{document.key}:{start}",
+                    name=_unlike(name, names),
+                    cluster=document.cluster,
+                    domain=document.domain,
+                    ids=ids[start : min(start + CHAPTER_TOKENS, length)],
                 )
             )
+            names.add(pieces[-1].name)
     if not pieces:
         raise InputError("the evaluation text has no token to score; give longer documents")
     return pieces
+
+
+def _unlike(name: str, names: set[str]) -> str:
+    """Return the name, numbered if it is among `names`."""
+    candidate, number = name, 1
+    while candidate in names:
+        number += 1
+        candidate = f"{name}#{number}"
+    return candidate
 
 
 def cut_windows(
@@ -97,7 +115,8 @@ def cut_windows(
     lm-evaluation-harness's does, so its first targets have all the context there is.
 
     Example:
-        >>> document = TokenizedDocument(name="a", cluster="a", domain="x", ids=[1, 2, 3, 4, 5])
+        >>> ids = [1, 2, 3, 4, 5]
+        >>> document = TokenizedDocument(key="a:0", name="a", cluster="a", domain="x", ids=ids)
         >>> [(w.ids, w.first_scored) for w in cut_windows([document], 0, window=4, stride=2)]
         [([0, 1, 2, 3, 4], 0), ([1, 2, 3, 4, 5], 3)]
     """

@@ -14,15 +14,18 @@ from bh_routing.experiments.identity import experiment_key
 from bh_routing.experiments.run_log import FILE_ONLY
 from bh_routing.experiments.spec import NamedRule, Prompt, shorten
 from bh_routing.experiments.store import ResultStore
+from bh_routing.nulls.calibration import Calibration
 from bh_routing.records import STATUS_OK, ExperimentRecord
 
 log = logging.getLogger(__name__)
 
 
-def make_grid(rules: Sequence[NamedRule], prompts: Sequence[Prompt]) -> list[Cell]:
+def make_grid(
+    rules: Sequence[NamedRule], prompts: Sequence[Prompt], calibration: Calibration | None = None
+) -> list[Cell]:
     """Return every pair, configurations outermost, in the order of the spec."""
     return [
-        Cell(experiment_key(named_rule, prompt), named_rule, prompt)
+        Cell(experiment_key(named_rule, prompt, calibration), named_rule, prompt)
         for named_rule in rules
         for prompt in prompts
     ]

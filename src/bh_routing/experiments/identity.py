@@ -7,7 +7,9 @@ from typing import Any, Final
 
 from bh_routing.experiments.chained_lines import digest
 from bh_routing.experiments.spec import NamedRule, Prompt
+from bh_routing.nulls.calibration import Calibration
 from bh_routing.records import SCHEMA_VERSION, journal_seed
+from bh_routing.rules.base import Rule
 from bh_routing.rules.catalog import rule_to_config
 
 _KEY_LENGTH: Final = 16
@@ -66,7 +68,16 @@ class RunIdentity:
         return found
 
 
-def experiment_key(named_rule: NamedRule, prompt: Prompt) -> str:
+def rule_key(rule: Rule, calibration: Calibration | None) -> str:
+    """Fingerprint of what a configuration does: its rule, and the tables that the rule reads."""
+    null = rule.required_null
+    tables = None if null is None or calibration is None else calibration.tables_fingerprint(null)
+    return digest([rule_to_config(rule), tables])[:_KEY_LENGTH]
+
+
+def experiment_key(
+    named_rule: NamedRule, prompt: Prompt, calibration: Calibration | None = None
+) -> str:
     """Fingerprint of one experiment within a run: everything its row depends on.
 
     The description of a configuration isn't in the row, so a new wording reuses it.
@@ -74,7 +85,7 @@ def experiment_key(named_rule: NamedRule, prompt: Prompt) -> str:
     return digest(
         {
             "config_name": named_rule.name,
-            "rule": rule_to_config(named_rule.rule),
+            "rule": rule_key(named_rule.rule, calibration),
             "prompt": prompt.model_dump(),
         }
     )[:_KEY_LENGTH]

@@ -110,7 +110,7 @@ class Preparation:
         store.check(self.identity)
         if self.quality is not None and store.stored is not None:
             self.quality.ledger(spec.output, self.identity)
-        self.grid = make_grid(self.rules, spec.prompts)
+        self.grid = make_grid(self.rules, spec.prompts, calibration)
 
 
 def check_prompts(spec: RunSpec, tokenizer: Any, facts: ModelFacts) -> None:

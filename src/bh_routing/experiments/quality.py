@@ -6,7 +6,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -27,12 +27,12 @@ from bh_routing.experiments.chained_lines import ChainedWriter, digest, read_cha
 from bh_routing.experiments.executors import Executor, ScoreSettings, SerialExecutor
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.failures import find_nan
+from bh_routing.experiments.identity import rule_key
 from bh_routing.models.discovery import ModelFacts
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.records import QUALITY_JOURNAL, QualityRecord
 from bh_routing.results.json_lines import JsonLines
 from bh_routing.rules.base import Rule
-from bh_routing.rules.catalog import rule_to_config
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ DEFAULT_WINDOW = 1024
 _REMEDY: Final = (
     f"choose another --output, or move {QUALITY_JOURNAL} away to have everything scored anew"
 )
+_KEY_LENGTH: Final = 16
 _RECORD: Final = TypeAdapter(QualityRecord)
 
 
@@ -122,7 +123,7 @@ class QualityLedger:
         self._content = read_chained(self._path, self._seed, _REMEDY)
         self._writer: ChainedWriter | None = None
         self._records: dict[str, QualityRecord] = {}
-        self._last_key: dict[tuple[str, str], str] = {}
+        self._lines: dict[tuple[str, str], QualityRecord] = {}
         self._read(self._content)
 
     def begin(self) -> None:
@@ -132,9 +133,9 @@ class QualityLedger:
         if not self._content.objects:
             self._writer.append({"header": self._header})
 
-    def find(self, key: str) -> QualityRecord | None:
-        """Return the record of a key, if it is there."""
-        return self._records.get(key)
+    def __contains__(self, key: str) -> bool:
+        """Say whether a rule and document were scored, under whatever name."""
+        return key in self._records
 
     def add(self, key: str, record: QualityRecord) -> None:
         """Keep one record; it is on disk when this returns."""
@@ -142,11 +143,18 @@ class QualityLedger:
         self._writer.append({"key": key, "record": asdict(record)})
         self._remember(key, record)
 
-    def make_last(self, key: str) -> None:
-        """Append a known record again if a later one of the same name would hide it."""
-        record = self._records[key]
-        if self._last_key[record.config_name, record.document] != key:
+    def labelled(self, key: str, config_name: str, document: TokenizedDocument) -> QualityRecord:
+        """Return a record under the names of today; the file has it under these, too."""
+        record = replace(
+            self._records[key],
+            config_name=config_name,
+            document=document.name,
+            cluster=document.cluster,
+            domain=document.domain,
+        )
+        if self._lines.get((key, config_name)) != record:
             self.add(key, record)
+        return record
 
     def __enter__(self) -> QualityLedger:
         self.begin()
@@ -162,8 +170,7 @@ class QualityLedger:
             self._writer.close()
 
     def _remember(self, key: str, record: QualityRecord) -> None:
-        self._records[key] = record
-        self._last_key[record.config_name, record.document] = key
+        self._records[key] = self._lines[key, record.config_name] = record
 
     def _read(self, content: JsonLines) -> None:
         for number, body in enumerate(content.objects):
@@ -204,6 +211,9 @@ def score_missing(
 ) -> list[QualityRecord]:
     """Score every rule on every document that the ledger doesn't have yet.
 
+    A record is known by its rule, the tables that the rule reads, and its document: a name that
+    stands for another rule now is scored anew, a rule that has another name isn't.
+
     Args:
         model, tokenizer: as `score` takes them.
         text: what is scored.
@@ -218,14 +228,18 @@ def score_missing(
             a token of the text no probability at all.
     """
     executor = executor or SerialExecutor(Subject(model, tokenizer, calibration))
+    rule_keys = {name: rule_key(rule, calibration) for name, rule in rules.items()}
+    once: dict[str, str] = {}  # of equal rules the first is scored
+    for name, key in rule_keys.items():
+        once.setdefault(key, name)
     keys = {
-        (name, document.name): _key(name, rule, document)
-        for name, rule in rules.items()
+        (name, document.key): digest([key, document.key])[:_KEY_LENGTH]
+        for name, key in rule_keys.items()
         for document in text.documents
     }
     missing: dict[tuple[str, ...], list[TokenizedDocument]] = defaultdict(list)
     for document in text.documents:
-        names = tuple(n for n in rules if ledger.find(keys[n, document.name]) is None)
+        names = tuple(n for n in once.values() if keys[n, document.key] not in ledger)
         if names:
             missing[names].append(document)
     total = sum(len(d.ids) * len(names) for names, group in missing.items() for d in group)
@@ -236,12 +250,13 @@ def score_missing(
             for record in executor.score(group, part, settings):
                 if not _is_finite(record):
                     raise ExperimentError(_why_not_finite(model, text, rules, calibration, record))
-                ledger.add(keys[record.config_name, record.document], record)
+                ledger.add(keys[record.config_name, record.document_key], record)
                 bar.update(record.tokens)
-    for key in keys.values():
-        ledger.make_last(key)
-    found = [ledger.find(key) for key in keys.values()]
-    return [record for record in found if record is not None]
+    return [
+        ledger.labelled(keys[name, document.key], name, document)
+        for name in rules
+        for document in text.documents
+    ]
 
 
 def _is_finite(record: QualityRecord) -> bool:
@@ -262,11 +277,7 @@ def _why_not_finite(
             f"{record.config_name} on {record.document}: a token of the text has probability 0, so "
             "the loss is infinite; leave that text out, or use a model that masks no token of it"
         )
-    (document,) = (d for d in text.documents if d.name == record.document)
+    document = next(d for d in text.documents if d.key == record.document_key)
     ids = document.ids[: text.window]
     where = find_nan(model, rules[record.config_name], calibration, ids)
     return f"{record.config_name} on {record.document}: {where}"
-
-
-def _key(name: str, rule: Rule, document: TokenizedDocument) -> str:
-    return digest([name, rule_to_config(rule), document.name])[:16]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +93,13 @@ def static_references(
     """Return the static top-k rules that the others must be compared with at equal cost.
 
     For each configuration with a fractional mean k, the whole numbers on both sides of it, but
-    those that are configured already.
+    rules that are configured already.
 
     Args:
         rules: configuration name -> rule.
         records: what was scored under them.
     Returns:
-        Name -> rule; `topk_4` for four experts.
+        Name -> rule; `topk_4` for four experts, or `static_4` if that name stands for another rule.
     """
     experts: dict[str, int] = defaultdict(int)
     units: dict[str, int] = defaultdict(int)
@@ -108,9 +108,12 @@ def static_references(
         units[record.config_name] += record.units
     means = [experts[name] / units[name] for name in experts]
     needed = {k for mean in means for k in (math.floor(mean), math.ceil(mean))}
-    references = {f"topk_{k}": TopK(k=k) for k in sorted(needed)}
-    return {
-        name: rule
-        for name, rule in references.items()
-        if name not in rules and rule not in rules.values()
-    }
+    missing = [TopK(k=k) for k in sorted(needed) if TopK(k=k) not in rules.values()]
+    return {_free_name(rule, rules): rule for rule in missing}
+
+
+def _free_name(rule: TopK, taken: Container[str]) -> str:
+    name = f"topk_{rule.k}"
+    while name in taken:
+        name = f"static_{name.removeprefix('topk_')}"
+    return name

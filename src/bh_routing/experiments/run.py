@@ -32,7 +32,7 @@ from bh_routing.experiments.store import ResultStore
 from bh_routing.experiments.threads import torch_threads
 from bh_routing.experiments.timing_rounds import write_timing_rounds
 from bh_routing.experiments.token_traces import write_token_traces
-from bh_routing.records import LOG, STATUS_OK, TIMINGS, ExperimentRecord
+from bh_routing.records import LOG, STATUS_OK, ExperimentRecord
 
 log = logging.getLogger(__name__)
 
@@ -164,14 +164,10 @@ def _run_begun(
 
 
 def _ready_folder(prepared: Preparation, store: ResultStore) -> int:
-    """Save the calibration, take stale timings away, and count the experiments that are reused."""
+    """Save the calibration, and count the experiments that are reused."""
     if prepared.subject.calibration is not None:
         save_calibration(prepared.subject.calibration, store.folder)
-    num_reused = sum(store.finished_record(cell.key) is not None for cell in prepared.grid)
-    if num_reused < len(prepared.grid):
-        # A name may stand for another rule now: what was timed under it says nothing.
-        (store.folder / TIMINGS).unlink(missing_ok=True)
-    return num_reused
+    return sum(store.finished_record(cell.key) is not None for cell in prepared.grid)
 
 
 def _score(
@@ -238,6 +234,7 @@ def _document(spec: RunSpec, prepared: Preparation, store: ResultStore) -> dict[
         ),
         "provenance": provenance,
         "sessions": [*stored.get("sessions", []), provenance],
+        "quality": stored.get("quality"),
         "timing": stored.get("timing"),
         "peak_memory_bytes": stored.get("peak_memory_bytes"),
     }

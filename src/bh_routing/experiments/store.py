@@ -42,6 +42,7 @@ from bh_routing.records import (
     RUN_JSON,
     SCHEMA_VERSION,
     STATUS_OK,
+    SUMMARY_JSON,
     ExperimentDetail,
     ExperimentRecord,
 )
@@ -267,10 +268,11 @@ class ResultStore:
     def _take_over(
         self, identity: RunIdentity, document: Mapping[str, Any], plan: Sequence[str]
     ) -> None:
-        content, plans, calibration = JournalContent(), [], None
+        content, plans, calibration, is_changed = JournalContent(), [], None, False
         if self.stored is not None:
             content = self.stored.content
             plans = [old for old in self.stored.document["plans"] if old != list(plan)]
+            is_changed = self.stored.document["plans"][-1:] != [list(plan)]
             calibration = self.stored.document["identity"]["calibration"]
         identity_document = asdict(identity)
         identity_document["calibration"] = identity.calibration or calibration
@@ -282,6 +284,9 @@ class ResultStore:
             "plans": [*plans, self._plan],
         }
         write_atomically(self.folder / RUN_JSON, render_json(self._document))
+        if is_changed:
+            # It speaks of other experiments under the names of these, should this run be killed.
+            (self.folder / SUMMARY_JSON).unlink(missing_ok=True)
         # After run.json: without it, anything else of a run is refused.
         (self.folder / CHECKPOINT).parent.mkdir(exist_ok=True)
         if content.chain.torn_bytes:
@@ -295,23 +300,8 @@ class ResultStore:
         self._latest = latest_entries(self._entries)
         self._rows = {key: render_row(entry.record) for key, entry in self._latest.items()}
         self._writer = JournalWriter(self.folder / JOURNAL, content, identity.journal_seed())
-        self._repeat_hidden_entries()
         self._forget_details()
         self._refresh()
-
-    def _repeat_hidden_entries(self) -> None:
-        """Append planned entries again that a later entry of the same name would hide.
-
-        A configuration that was redefined and then set back has two entries for a prompt, and
-        readers of the journal take the last.
-        """
-        last = {(e.record.config_name, e.record.prompt_text): e.key for e in self._entries}
-        for key in self._plan:
-            entry = self._latest.get(key)
-            if entry is None:
-                continue
-            if last[entry.record.config_name, entry.record.prompt_text] != key:
-                self._append(key, entry.record, entry.detail)
 
     def _append(self, key: str, record: ExperimentRecord, detail: ExperimentDetail) -> None:
         assert self._writer is not None, "begin comes first"

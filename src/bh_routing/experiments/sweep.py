@@ -149,7 +149,8 @@ def _sweep_begun(prepared: _Prepared, start: float) -> dict[str, Any]:
         references = _score(settings, curve_settings, score_all)
     clock.append(time.perf_counter())
     document[KIND]["references"] = [
-        {"config_name": name, "k": rule.k} for name, rule in references.items()
+        {"config_name": name, "k": rule.k, "config": rule_to_config(rule)}
+        for name, rule in references.items()
     ]
     names = ("calibrate_sec", "search_sec", "scoring_sec")
     document["timing"] = {

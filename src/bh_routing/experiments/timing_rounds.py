@@ -19,6 +19,7 @@ from bh_routing.engine.generate import generate_routed
 from bh_routing.errors import ResultsError
 from bh_routing.experiments.executors import Cell
 from bh_routing.experiments.experiment import Subject
+from bh_routing.experiments.identity import experiment_key
 from bh_routing.experiments.spec import NamedRule, Prompt
 from bh_routing.records import TIMING_COLUMNS, TIMINGS, RoundTiming
 from bh_routing.results.atomic import write_atomically
@@ -39,7 +40,7 @@ def write_timing_rounds(
 ) -> None:
     """Time the configurations of a run into `timings.csv`.
 
-    What an earlier run of the folder timed stays, if it was the same configurations in as many
+    What an earlier run of the folder timed stays, if it was the same experiments in the same
     rounds: only what was timed side by side can be compared.
 
     Args:
@@ -56,7 +57,13 @@ def write_timing_rounds(
         return
     rules = list({cell.named_rule.name: cell.named_rule for cell in grid}.values())
     prompts = list({cell.prompt.text: cell.prompt for cell in grid}.values())
-    if _has_timed(path, [rule.name for rule in rules], num_rounds):
+    turns = [prompts[i % len(prompts)] for i in range(num_rounds)]
+    keys = {
+        (round_, experiment_key(rule, prompt, subject.calibration))
+        for round_, prompt in enumerate(turns, start=1)
+        for rule in rules
+    }
+    if _timed(path) == keys:
         return
     rows = time_rounds(subject, rules, prompts, num_rounds, min(max_tokens, MOST_TOKENS), seed)
     bar = tqdm(rows, desc="timing", total=num_rounds * len(rules))
@@ -82,6 +89,7 @@ def time_rounds(
             )
             if round_:
                 yield RoundTiming(
+                    key=experiment_key(rule, prompt, calibration),
                     round=round_,
                     config_name=rule.name,
                     prompt_text=prompt.text,
@@ -92,12 +100,12 @@ def time_rounds(
                 )
 
 
-def _has_timed(path: Path, names: Sequence[str], num_rounds: int) -> bool:
+def _timed(path: Path) -> set[tuple[int, str]]:
+    """Return round and experiment of every row that is there."""
     if not path.is_file():
-        return False
+        return set()
     try:
         rows = read_csv(path, TIMING_COLUMNS)
-        last = max((int(row["round"]) for row in rows), default=0)
+        return {(int(row["round"]), row["key"]) for row in rows}
     except (ResultsError, ValueError):
-        return False  # made by something else, or edited: timed anew
-    return {row["config_name"] for row in rows} == set(names) and last == num_rounds
+        return set()  # made by something else or an older version, or edited: timed anew

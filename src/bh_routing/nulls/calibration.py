@@ -32,7 +32,7 @@ from bh_routing.nulls.calibration_file import (
     read_calibration,
 )
 from bh_routing.nulls.catalog import NULLS
-from bh_routing.nulls.contributions import NEEDED, Contributions, remedy
+from bh_routing.nulls.contributions import NEEDED, Contributions, is_by_loss, remedy
 from bh_routing.nulls.limits import DRAWS_ON_FIRST_LINE, MIN_DOCUMENTS, MIN_TOKENS
 from bh_routing.nulls.reservoir import row_capacity
 from bh_routing.results.atomic import unwritable, write_atomically
@@ -132,6 +132,24 @@ class Calibration:
             digest.update(name.encode())
             digest.update(tensor.numpy().astype("<f4").tobytes())
         digest.update(self.passages.numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def tables_fingerprint(self, null: str) -> str:
+        """sha256 over what rules with this null read, in hex; tables of other nulls are left out.
+
+        Raises:
+            CalibrationError: the calibration doesn't hold this null.
+        """
+        self.table_size(null)
+        digest = hashlib.sha256()
+        if null in NEEDED.values():
+            for name, tensor in sorted(self._contribution_tensors().items()):
+                if null == NEEDED["loss"] or not is_by_loss(name):
+                    digest.update(name.encode())
+                    digest.update(tensor.cpu().numpy().astype("<f4").tobytes())
+        else:
+            for table in self._tables_of(null):
+                digest.update(table.sorted_scores_N.cpu().numpy().astype("<f4").tobytes())
         return digest.hexdigest()
 
     def check(

@@ -100,6 +100,11 @@ class Contributions:
         )
 
 
+def is_by_loss(name: str) -> bool:
+    """Whether a tensor of `Contributions.tensors` needs gradients."""
+    return any(word in (*BY_LOSS, "loss") for word in name.split("."))
+
+
 def remedy(null: str) -> str:
     """Say what to do where a calibration lacks "needed" or "needed_by_loss"."""
     calibrate = f"run: bh-routing calibrate --nulls background,{null} --model NAME --output FILE"

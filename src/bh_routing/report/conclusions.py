@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from bh_routing.analysis.estimates import MeanInterval
-from bh_routing.analysis.quality_row import is_static
+from bh_routing.analysis.quality_row import STATIC
 from bh_routing.report import findings
 from bh_routing.report.blocks import table
 from bh_routing.report.facts import EXPERTS, Facts, known
@@ -372,7 +372,8 @@ def _spread_conclusion(facts: Facts) -> str:
     stuck = [
         name
         for name in facts.others
-        if not (is_static(name) or facts.config(name).get("method") in ("top_k", "topk"))
+        if facts.config(name).get("method") != STATIC
+        and name != facts.baseline
         and (facts.table.values(name, "std_experts_per_token") == 0).all()
         and len(facts.table.values(name, "std_experts_per_token"))
     ]

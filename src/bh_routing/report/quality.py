@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from bh_routing.analysis.estimates import NON_INFERIORITY_MARGIN
 from bh_routing.analysis.quality import analyze_quality
-from bh_routing.analysis.quality_row import is_static
+from bh_routing.analysis.quality_row import STATIC
 from bh_routing.analysis.results import load_results
 from bh_routing.records import QUALITY_JOURNAL
 from bh_routing.report.text import as_float
@@ -24,6 +24,8 @@ class QualityRow:
     """One configuration on the evaluation text, against the model's own top-k; NaN is unknown."""
 
     name: str
+    rule: str
+    """Name of its rule in the catalog; empty if an older run doesn't say."""
     mean_experts: float
     tokens: float
     documents: float
@@ -58,8 +60,8 @@ class QualityRow:
 
     @property
     def is_static(self) -> bool:
-        """Whether it keeps a fixed number of experts: a point of the reference curve."""
-        return is_static(self.name)
+        """Whether its rule is static top-k: a point of the reference curve."""
+        return self.rule == STATIC
 
 
 def quality_rows(summary: Mapping[str, Any] | None) -> list[QualityRow]:
@@ -91,9 +93,12 @@ def _against_static(row: QualityRow, rows: list[QualityRow], tested: Mapping[str
 def with_quality(summary: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     """Add the quality block to a summary that lacks it, from the scored documents in the folder.
 
-    A user's own analysis may return a summary without one; quality still comes first.
+    A user's own analysis may return a summary without one; quality still comes first. The block of
+    an older run doesn't say which rules are static top-k, and is made again.
     """
-    if summary.get("quality") is not None or not (folder / QUALITY_JOURNAL).is_file():
+    rows = _block(summary).get("rules")
+    is_whole = summary.get("quality") is not None and all("rule" in row for row in rows or [])
+    if is_whole or not (folder / QUALITY_JOURNAL).is_file():
         return summary
     records = load_results(folder).quality
     return {**summary, "quality": analyze_quality(records)} if records else summary
@@ -136,6 +141,7 @@ def _row(record: Mapping[str, Any]) -> QualityRow:
     delta = value("delta_nll")
     return QualityRow(
         name=str(record.get("config_name", "")),
+        rule=str(record.get("rule") or ""),
         mean_experts=value("mean_experts"),
         tokens=value("tokens"),
         documents=value("documents"),

@@ -11,12 +11,12 @@ from typing import Any, Final
 
 from bh_routing.analysis.bootstrap import RESAMPLES
 from bh_routing.analysis.quality import QualityOptions
+from bh_routing.analysis.quality_row import STATIC
 from bh_routing.analysis.sweep import (
     OFF_BUDGET,
     SweepTables,
     analyze_sweep,
 )
-from bh_routing.analysis.sweep_records import STATIC
 from bh_routing.analysis.sweep_row import DomainRow, SweepRow, winner_columns
 from bh_routing.records import PLOTS
 from bh_routing.report.blocks import bullets, picture, section, table, text_table

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
+from bh_routing.analysis.quality_row import STATIC
 from bh_routing.analysis.sweep import PER_LAYER, TOP_P, SweepTables
-from bh_routing.analysis.sweep_records import STATIC
 from bh_routing.analysis.sweep_row import SweepRow
 from bh_routing.report.blocks import table
 from bh_routing.report.sweep_verdict import series_label

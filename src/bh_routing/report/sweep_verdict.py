@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from bh_routing.analysis.quality_row import STATIC
 from bh_routing.analysis.sweep import (
     ALL_RULES,
     PER_LAYER,
@@ -12,7 +13,6 @@ from bh_routing.analysis.sweep import (
     SweepTables,
 )
 from bh_routing.analysis.sweep_equal_cost import SIGNIFICANCE_LEVEL
-from bh_routing.analysis.sweep_records import STATIC
 from bh_routing.analysis.sweep_row import DomainRow, SweepRow, Winner
 from bh_routing.report.text import code, listed, number, p_value, percent, plain
 

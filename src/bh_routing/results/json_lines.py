@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bh_routing.errors import ResultsError
-from bh_routing.records import SCHEMA_VERSION, line_checksum
+from bh_routing.records import RUN_JSON, SCHEMA_VERSION, line_checksum
 from bh_routing.results.strict_json import RESTORE, half_read
 
 
@@ -64,6 +64,17 @@ def read_json_lines(path: Path, seed: str | None = None, remedy: str = RESTORE) 
             found.checksums.append(previous)
         found.objects.append(entry)
     return found
+
+
+def planned_keys(folder: Path) -> frozenset[str] | None:
+    """Return the keys of the experiments that the folder's last run asked for; None if unknown.
+
+    Names can't tell these from experiments of an earlier run: a name may have been redefined.
+    """
+    try:
+        return frozenset(json.loads((folder / RUN_JSON).read_bytes())["plans"][-1])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 def _parse(line: bytes, number: int, path: Path, remedy: str) -> dict[str, Any]:

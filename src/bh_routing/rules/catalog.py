@@ -87,9 +87,12 @@ def make_rule(config: Mapping[str, Any]) -> Rule:
 def rule_to_config(rule: Rule) -> dict[str, Any]:
     """Return the configuration that `make_rule` turns into an equal rule, defaults included.
 
+    It is plain JSON data: rules are equal exactly if these are, also after they were read back.
+
     Example:
         >>> rule_to_config(TopK(8))["method"]
         'top_k'
     """
     own = {field.name: getattr(rule, field.name) for field in fields(rule)}  # type: ignore[arg-type]
-    return {"method": rule.method, **own}
+    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in own.items()}
+    return {"method": rule.method, **plain}

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from bh_routing.analysis.quality_row import is_static
 from bh_routing.records import ExperimentDetail
 from bh_routing.report.facts import Facts, child
 from bh_routing.report.page.charts import (
@@ -223,6 +222,7 @@ def _load(facts: Facts) -> Chart | None:
     noise = {name: as_float(found.get("noise")) for name, found in cv.items()}
     worst = max(values, key=values.__getitem__)
     labels, palette = [plain(name, 24) for name in cv], colours_of(list(cv))
+    static = {row.name for row in facts.quality if row.is_static}
     return Chart(
         key="load",
         finding=(
@@ -239,7 +239,7 @@ def _load(facts: Facts) -> Chart | None:
                     {"type": "scatter", "mode": "markers", "name": "measured", "x": labels,
                      "y": finite_list(list(values.values())),
                      "marker": {"size": 12, "color": [
-                         BASELINE_COLOUR if is_static(name) else palette[name] for name in cv]}},
+                         BASELINE_COLOUR if name in static else palette[name] for name in cv]}},
                     {"type": "scatter", "mode": "markers", "name": "sampling noise", "x": labels,
                      "y": finite_list(list(noise.values())),
                      "error_y": {"type": "data", "array": [

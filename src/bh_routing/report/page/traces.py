@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bh_routing.records import TOKEN_TRACES, TokenTrace
-from bh_routing.results.json_lines import read_json_lines
+from bh_routing.results.json_lines import planned_keys, read_json_lines
 from bh_routing.results.strict_json import half_read
 
 PAGE_BYTES: Final = 3_000_000
@@ -31,18 +31,19 @@ class Slots(NamedTuple):
 
 
 def read_traces(folder: Path) -> list[TokenTrace]:
-    """Read the traces of a results folder; none if the run recorded none.
+    """Read the traces of the folder's last run; none if it recorded none.
 
     Raises:
         ResultsError: a line isn't a trace, or holds other numbers than it says.
     """
-    path = folder / TOKEN_TRACES
+    path, planned = folder / TOKEN_TRACES, planned_keys(folder)
     found: dict[tuple[str, str], TokenTrace] = {}
     for number, entry in enumerate(read_json_lines(path).objects, start=1):
         try:
             trace = TokenTrace(**entry)
             unpack(trace)
-            found[trace.config_name, trace.prompt_text] = trace
+            if planned is None or trace.key in planned:
+                found[trace.config_name, trace.prompt_text] = trace
         except (TypeError, ValueError, OverflowError, zlib.error) as error:
             raise half_read(path, f"line {number} isn't a token trace ({error})") from error
     return list(found.values())
