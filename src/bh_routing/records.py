@@ -47,12 +47,14 @@ def line_checksum(previous: str, body: Mapping[str, Any]) -> str:
 
 
 def journal_seed(identity: Mapping[str, Any]) -> str:
-    """What the checksums of a run's journal build on: all of run.json's identity but two.
+    """What the checksums of a run's journal build on: most of run.json's identity.
 
-    The calibration is left out because a folder may get its first one later, with its first
-    configuration that needs one; the model's name because its fingerprint says more.
+    The calibration's tables are left out because a folder may get further ones later, with the
+    first configuration that needs them (an older version called them `calibration`); the model's
+    name because its fingerprint says more.
     """
-    return json_digest({k: v for k, v in identity.items() if k not in ("calibration", "model")})
+    left_out = ("tables", "calibration", "model")
+    return json_digest({k: v for k, v in identity.items() if k not in left_out})
 
 
 def column(text: str, **kwargs: Any) -> Any:

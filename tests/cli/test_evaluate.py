@@ -5,11 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 
 from bh_routing.cli import main
+from bh_routing.demo import demo_folder
+from bh_routing.nulls.calibration import Calibration
+from tests.experiments.conftest import read_folder
 
 FIELDS = (
     "config_name", "mean_experts", "tokens", "documents", "nll", "delta_nll", "delta_nll_low",
@@ -48,6 +52,45 @@ def test_a_rule_in_one_word_is_scored_alone_and_shown_as_a_table(
     assert "top_k_k-3" in out
     assert "25 documents" in out
     assert "bh_" not in out
+
+
+def test_files_that_share_a_name_are_all_scored(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command = ["evaluate", "--model", "demo", "--device", "cpu", "--rule", "top_k:k=4", "--json"]
+    for folder in "abc":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "text.txt").write_text(f"Day {folder} at sea. " * ord(folder))
+        command += ["--text", str(tmp_path / folder / "text.txt")]
+    command += ["--text", str(tmp_path / "a" / "text.txt")]  # once more, and counted once
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    (row,) = json.loads(captured.out)["rules"]
+    assert (row["documents"], row["clusters"]) == (3, 3)
+    assert "1 of 4 documents repeat the text of another; each text counts once" in captured.err
+
+
+def test_a_folder_takes_rules_of_any_calibration_and_names_what_it_must_not_mix(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, demo_calibration: Calibration
+) -> None:
+    folder = tmp_path / "out"
+    path = str(demo_calibration.save(tmp_path / "mine.safetensors"))
+    command = ["evaluate", "--model", "demo", "--device", "cpu", "--tokens", "50", "--json"]
+    command += ["--output", str(folder), "--rule", "top_k:k=4"]
+    assert main(command) == 0
+    (first,) = json.loads(capsys.readouterr().out)["rules"]
+    assert main([*command, "--rule", "bh:alpha=0.05", "--calibration", path]) == 0
+    both = json.loads(capsys.readouterr().out)["rules"]
+    assert both[0]["nll"] == first["nll"]
+    before = read_folder(folder)
+    assert main([*command, "--window", "64"]) == 2
+    assert "window: 1024 there, 64 now" in capsys.readouterr().err
+    other = shutil.copytree(demo_folder(), tmp_path / "other")
+    config = json.loads((other / "config.json").read_text()) | {"norm_topk_prob": True}
+    (other / "config.json").write_text(json.dumps(config))
+    assert main([*command, "--model", str(other)]) == 2
+    assert "norm_topk_prob: False there, True now" in capsys.readouterr().err
+    assert read_folder(folder) == before
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from bh_routing.engine.score import compare_predictions, predict, score
 from bh_routing.engine.tally import DocumentTally
 from bh_routing.engine.texts import Document
-from bh_routing.engine.windows import prefix_token, tokenize_documents
+from bh_routing.engine.windows import TokenizedDocument, prefix_token, tokenize_documents
 from bh_routing.models import LoadedModel, find_routers
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.records import QualityRecord
@@ -193,4 +193,5 @@ def test_nan_reaches_the_largest_divergence() -> None:
             zeros, zeros, np.array(kl, dtype=np.float32), zeros == 0, zeros,
             first_position=0, kept_index_TLK=kept, top_k_index_TLK=kept,
         )  # fmt: skip
-    assert np.isnan(tally.record("a", "d", "d", "x").kl_max)
+    document = TokenizedDocument(key="d:0", name="d", cluster="d", domain="x", ids=[1, 2, 3])
+    assert np.isnan(tally.record("a", TopK(k=1), document).kl_max)

@@ -23,6 +23,7 @@ from bh_routing.analysis.quality_records import read_quality
 from bh_routing.analysis.results import load_results
 from bh_routing.engine.texts import read_documents
 from bh_routing.errors import BHRoutingError
+from bh_routing.experiments import quality
 from bh_routing.experiments.config_file import add_config_file
 from bh_routing.experiments.preparation import check_prompts
 from bh_routing.experiments.quality import QualityLedger, QualityText
@@ -202,10 +203,10 @@ def quality_target(folder: Path, demo: LoadedModel) -> Target:
     results = folder / "quality"
     results.mkdir()
     text = QualityText(documents=(), sha256="0", max_tokens=None, window=8, stride=8)
-    with QualityLedger(results, text, "seed") as ledger:
+    with QualityLedger(results, text, IDENTITY) as ledger:
         for record in scored_documents("bh", documents=3):
             ledger.add(f"key {record.document}", record)
-        seed = ledger._seed
+        seed = quality._SEED
     path = results / QUALITY_JOURNAL
     good = path.read_bytes()
 
@@ -213,7 +214,7 @@ def quality_target(folder: Path, demo: LoadedModel) -> Target:
         path.write_bytes(mutate(good, mutation, seed))
         with suppress(BHRoutingError):
             read_quality(path)
-        QualityLedger(results, text, "seed")
+        QualityLedger(results, text, IDENTITY)
 
     return check, (NOTHING,), st.tuples(MUTATION)
 

@@ -15,6 +15,7 @@ from bh_routing.analysis.quality import analyze_quality
 from bh_routing.analysis.quality_records import read_quality
 from bh_routing.engine.texts import Document
 from bh_routing.errors import ExperimentError, InputError, ResultsError
+from bh_routing.experiments.identity import RunIdentity
 from bh_routing.experiments.quality import (
     QualityLedger,
     QualityText,
@@ -34,6 +35,9 @@ DOCUMENTS = [
     Document(f"d{i}", f"Chapter {i}. The sea was calm and the sky was grey. " * 3, f"c{i}", "x")
     for i in range(3)
 ]
+IDENTITY = RunIdentity(
+    model="demo", model_fingerprint="f" * 64, dtype="float32", device_type="cpu", max_tokens=4
+)
 RULES: dict[str, Rule] = {"topk_8": TopK(k=8), "topk_4": TopK(k=4)}
 
 
@@ -45,7 +49,7 @@ def text(demo: LoadedModel) -> QualityText:
 def score_into(
     folder: Path, demo: LoadedModel, text: QualityText, rules: dict[str, Rule]
 ) -> list[QualityRecord]:
-    with QualityLedger(folder, text, run_seed="run") as ledger:
+    with QualityLedger(folder, text, IDENTITY) as ledger:
         return score_missing(demo.model, demo.tokenizer, text, rules, None, ledger)
 
 
@@ -148,7 +152,7 @@ def test_scores_of_another_setting_are_refused_and_left_alone(
         demo.tokenizer, describe_model(demo.model), DOCUMENTS, **({"max_tokens": 90} | change)
     )
     with pytest.raises(ResultsError, match=f"{next(iter(change))}: .* there, .* now"):
-        QualityLedger(tmp_path, other, run_seed="run")
+        QualityLedger(tmp_path, other, IDENTITY)
     assert (tmp_path / QUALITY_JOURNAL).read_bytes() == before
 
 
@@ -157,7 +161,7 @@ def test_an_edited_score_is_refused(demo: LoadedModel, text: QualityText, tmp_pa
     journal = tmp_path / QUALITY_JOURNAL
     journal.write_text(journal.read_text().replace('"same_top1":', '"same_top1":1', 1))
     with pytest.raises(ResultsError, match="checksum"):
-        QualityLedger(tmp_path, text, run_seed="run")
+        QualityLedger(tmp_path, text, IDENTITY)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +184,7 @@ def test_static_references_stand_on_both_sides_of_every_mean(
     demo: LoadedModel, text: QualityText, demo_calibration: Calibration, tmp_path: Path
 ) -> None:
     rules: dict[str, Rule] = {"topk_8": TopK(k=8), "bh": BenjaminiHochberg(alpha=0.05)}
-    with QualityLedger(tmp_path, text, run_seed="run") as ledger:
+    with QualityLedger(tmp_path, text, IDENTITY) as ledger:
         records = score_missing(demo.model, demo.tokenizer, text, rules, demo_calibration, ledger)
     bh = [r for r in records if r.config_name == "bh"]
     mean = sum(r.experts_sum for r in bh) / sum(r.units for r in bh)
@@ -213,7 +217,7 @@ def test_a_masked_token_is_scored_and_read_back(
     for ours, theirs in zip(masked, plain, strict=True):
         assert ours.kl_sum == pytest.approx(theirs.kl_sum, rel=1e-3)
     assert read_quality(tmp_path / "masked" / QUALITY_JOURNAL) == tuple(masked)
-    QualityLedger(tmp_path / "masked", text, run_seed="run")
+    QualityLedger(tmp_path / "masked", text, IDENTITY)
 
 
 @pytest.mark.parametrize(("value", "match"), [(-math.inf, "probability 0"), (math.nan, "NaN")])

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from bh_routing.analysis.results import Results, load_results
 from bh_routing.engine.generate import generate_routed
 from bh_routing.errors import CalibrationError, InputError, ResultsError
 from bh_routing.experiments.executors import Cell, attempt
@@ -24,16 +23,12 @@ from bh_routing.records import (
     CSV_COLUMNS,
     JOURNAL,
     LOG,
-    QUALITY_JOURNAL,
     RESULTS_CSV,
     RUN_JSON,
     STATUS_FAILED,
     SUMMARY_JSON,
     TIME_COLUMNS,
-    TIMINGS,
-    TOKEN_TRACES,
 )
-from bh_routing.report.page.traces import read_traces
 from tests.experiments.conftest import TINY_CONFIGS, TINY_PROMPTS, MakeTinySpec, read_folder
 
 CUSTOM = {
@@ -326,42 +321,6 @@ def test_an_interrupted_run_keeps_what_finished_and_goes_on(
     assert (outcome.num_run, outcome.num_reused) == (2, 4)
     whole = run(tiny_spec(output=spec.output.with_name("whole")))
     assert without_times(read_rows(whole.folder)) == without_times(read_rows(spec.output))
-
-
-def test_what_was_measured_of_an_old_rule_never_shows_under_its_name(
-    tiny_spec: MakeTinySpec, tmp_path: Path
-) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("It was day 1 at sea.\n<|endoftext|>\nIt was day 2 at sea.")
-
-    def go_on(p: float, **changes: Any) -> Results:
-        configs = {"mine": {"method": "top_p", "p": p}, "topk_8": TINY_CONFIGS["topk_8"]}
-        measured = {"no_eval": False, "timing_rounds": 1, "token_traces": 1} | changes
-        run(tiny_spec(configs=configs, prompts=TINY_PROMPTS[:1], eval_text=text, **measured))
-        return load_results(tmp_path / "results")
-
-    def rule_of_mine(results: Results) -> set[float]:
-        return {r.rule["p"] for r in results.quality if r.config_name == "mine"}
-
-    first = go_on(0.8)
-    assert rule_of_mine(first) == {0.8}
-    assert {"topk_8", "mine"} < {r.config_name for r in first.quality}  # and static references
-    # Killed before anything but the experiments was made anew.
-    (tmp_path / "kept").mkdir()
-    for name in (TIMINGS, TOKEN_TRACES):
-        (tmp_path / "kept" / name).write_bytes((tmp_path / "results" / name).read_bytes())
-    go_on(0.3, no_eval=True, timing_rounds=0, token_traces=0)
-    for name in (TIMINGS, TOKEN_TRACES):
-        (tmp_path / "kept" / name).rename(tmp_path / "results" / name)
-    stale = load_results(tmp_path / "results")
-    assert rule_of_mine(stale) == set()
-    assert "topk_8" in {r.config_name for r in stale.quality}
-    assert set(stale.timings["config_name"]) == {"topk_8"}
-    assert {trace.config_name for trace in read_traces(stale.folder)} == {"topk_8"}
-    assert rule_of_mine(go_on(0.3)) == {0.3}
-    before = (tmp_path / "results" / QUALITY_JOURNAL).read_bytes()
-    assert rule_of_mine(go_on(0.8)) == {0.8}  # set back: what was scored of it is found again
-    assert (tmp_path / "results" / QUALITY_JOURNAL).read_bytes() == before
 
 
 def test_quality_is_scored_once_and_resumed(tiny_spec: MakeTinySpec, tmp_path: Path) -> None:

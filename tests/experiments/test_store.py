@@ -4,21 +4,34 @@ import csv
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bh_routing.analysis.results import load_results
 from bh_routing.errors import ResultsError
 from bh_routing.experiments import store as store_module
 from bh_routing.experiments.identity import RunIdentity
 from bh_routing.experiments.store import ResultStore
-from bh_routing.records import CHECKPOINT, JOURNAL, REPORT_MD, RESULTS_CSV, RUN_JSON, STATUS_FAILED
+from bh_routing.records import (
+    CHECKPOINT,
+    JOURNAL,
+    REPORT_MD,
+    RESULTS_CSV,
+    RUN_JSON,
+    STATUS_FAILED,
+)
 from tests.experiments.conftest import make_detail, make_record, read_folder
 
 IDENTITY = RunIdentity(
-    model="demo", model_fingerprint="f" * 64, dtype="float32", device_type="cpu", max_tokens=4
+    model="demo",
+    model_fingerprint="f" * 64,
+    settings={"config": {"norm_topk_prob": False}},
+    tokenizer="1" * 64,
+    dtype="float32",
+    device_type="cpu",
+    device_name="H100",
+    versions={"torch": "2.12.0"},
+    max_tokens=4,
 )
 PLAN = [f"key-{i}" for i in range(6)]
 
@@ -125,18 +138,6 @@ def test_a_run_killed_between_run_json_and_csv_can_go_on(tmp_path: Path) -> None
     assert csv_prompts(tmp_path) == ["prompt 2"]
 
 
-def test_readers_take_the_experiments_of_the_last_plan_whatever_their_name(tmp_path: Path) -> None:
-    for key, experts in (("old", 1.0), ("new", 2.0)):
-        with open_store(tmp_path) as store:
-            store.begin(IDENTITY, {}, [key])
-            store.add(key, make_record(min_experts=experts), make_detail())
-    with open_store(tmp_path) as store:
-        store.begin(IDENTITY, {}, ["old"])  # a configuration that was redefined is set back
-    for _ in range(2):
-        assert load_results(tmp_path).experiments["min_experts"].tolist() == [1.0]
-        (tmp_path / RESULTS_CSV).unlink(missing_ok=True)
-
-
 def test_a_torn_last_line_is_dropped_with_a_word(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -222,40 +223,6 @@ def test_a_damaged_folder_is_refused_and_stays_as_it_is(
     assert "--output" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert read_folder(folder) == before
-
-
-@pytest.mark.parametrize(
-    ("changes", "part"),
-    [
-        ({"model": "other", "model_fingerprint": "0" * 64}, "model (--model): demo"),
-        ({"dtype": "bfloat16", "model_fingerprint": "0" * 64}, "dtype (--no-fp16): float32 there"),
-        ({"device_type": "cuda"}, "device (--device): cpu there, cuda now"),
-        ({"max_tokens": 50}, "--max-tokens: 4 there, 50 now"),
-    ],
-)
-def test_results_of_another_run_are_not_mixed_in(
-    tmp_path: Path, changes: dict[str, object], part: str
-) -> None:
-    fill(tmp_path, range(2))
-    before = read_folder(tmp_path)
-    with open_store(tmp_path) as store, pytest.raises(ResultsError) as caught:
-        store.begin(replace(IDENTITY, **changes), {}, PLAN)  # type: ignore[arg-type]
-    text = str(caught.value)
-    assert part in text and "--no-resume" in text and "--output" in text
-    assert text.count(" there") == 1, "one cause, one difference"
-    assert read_folder(tmp_path) == before
-
-
-def test_a_first_calibration_may_come_later_but_never_change(tmp_path: Path) -> None:
-    fill(tmp_path, range(1))
-    for calibration in ("a" * 64, None, "a" * 64):
-        with open_store(tmp_path) as store:
-            store.begin(replace(IDENTITY, calibration=calibration), {}, PLAN)
-    with (
-        open_store(tmp_path) as store,
-        pytest.raises(ResultsError, match=r"calibration .*: aaaaaaaa… there, bbbbbbbb… now"),
-    ):
-        store.begin(replace(IDENTITY, calibration="b" * 64), {}, PLAN)
 
 
 def test_no_resume_moves_the_old_run_aside_and_touches_nothing_else(tmp_path: Path) -> None:

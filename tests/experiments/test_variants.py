@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bh_routing.errors import InputError
+from bh_routing.experiments.rule_text import parse_rule
 from bh_routing.experiments.variants import DEFAULT_VARIANTS, parse_variants
 from bh_routing.rules import BenjaminiHochbergDrop, PerLayerTopK, RandomK
 
@@ -28,6 +29,12 @@ def test_a_mean_is_turned_into_the_fields_that_have_it() -> None:
     assert per_layer.at(4.5, num_layers=4) == PerLayerTopK((5, 5, 4, 4))
 
 
+def test_long_rules_that_begin_alike_have_names_of_their_own() -> None:
+    names = {parse_rule(f"top_p:p=0.{'1' * 70}{end}")[0] for end in "12"}
+    assert len(names) == 2
+    assert all(len(name) <= 64 for name in names)
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [
@@ -36,6 +43,8 @@ def test_a_mean_is_turned_into_the_fields_that_have_it() -> None:
         ("bh_dropp", "did you mean 'bh_drop'"),
         ("bh:nul=gaussian", "did you mean 'null'"),
         ("top_p,min_p,top_p", "'top_p' is there twice"),
+        ("bh,bh:null=background", "'bh:null=background' is there twice"),
+        ("bh_drop:needed=loss,min_k=2,bh_drop:min_k=2,needed=loss", "is there twice"),
         ("top_k", "no rule is left"),
         ("bh:null", "field=value"),
     ],

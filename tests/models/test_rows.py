@@ -97,7 +97,9 @@ def test_scores_of_a_document_do_not_depend_on_the_batch(
 ) -> None:
     documents = tokenize_documents(demo.tokenizer, packaged_documents("evaluation")[:4], None)
     pieces = [
-        TokenizedDocument(name=d.name, cluster=d.cluster, domain=d.domain, ids=d.ids[: 30 + 50 * n])
+        TokenizedDocument(
+            key="d:0", name=d.name, cluster=d.cluster, domain=d.domain, ids=d.ids[: 30 + 50 * n]
+        )
         for n, d in enumerate(documents)
     ]
 
@@ -131,7 +133,9 @@ def test_proposals_of_several_windows_are_decided_window_by_window(
     demo: LoadedModel, calibration: Calibration, sequences: list[Tensor]
 ) -> None:
     documents = [
-        TokenizedDocument(name=str(n), cluster=str(n), domain="x", ids=ids_1S[0].tolist())
+        TokenizedDocument(
+            key="d:0", name=str(n), cluster=str(n), domain="x", ids=ids_1S[0].tolist()
+        )
         for n, ids_1S in enumerate(sequences)
     ]
     routers = find_routers(demo.model)

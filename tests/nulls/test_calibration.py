@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,8 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bh_routing.engine.calibrate import calibrate
+from bh_routing.engine.texts import packaged_documents
 from bh_routing.errors import CalibrationError
+from bh_routing.models import LoadedModel
 from bh_routing.nulls import Calibration, ReferenceTable
+from bh_routing.nulls.contributions import Statistic
 
 FINGERPRINT_OF_SCHEMA_2 = "5f5c33bd24215f052e4c903f65552caa91b8bb8034f8a2e1667a1512d0d9e054"
 
@@ -262,7 +266,7 @@ def test_a_fitting_model_and_alpha_pass() -> None:
         ({"num_layers": 16}, "covers 2 layers, the model has 16; run: bh-routing calibrate"),
         ({"num_experts": 64}, "covers 8 experts a layer, the model has 64"),
         ({"model_top_k": 8}, "covers 2 experts a token, the model has 8"),
-        ({"model_fingerprint": "d" * 64}, "same shape, other weights"),
+        ({"model_fingerprint": "d" * 64}, "same shape, but other weights or settings"),
         ({"null": "needed"}, "no table of null 'needed', only of: background, pooled"),
         ({"alpha": 0.05}, "hold 2000 scores and 3200 are needed; use alpha >= 0.08, or"),
     ],
@@ -315,3 +319,57 @@ def test_following_the_advised_alpha_works(size: int) -> None:
     advised = re.search(r"alpha >= ([\d.]+),", str(caught.value))
     assert advised is not None
     check(calibration, alpha=float(advised[1]))
+
+
+def test_the_fingerprint_of_a_nulls_tables_is_theirs_alone() -> None:
+    both = make()
+    alone = make(tables={"background": both.tables["background"]}, observed={}, seed=3)
+    assert alone.table_fingerprints == {"background": both.table_fingerprints["background"]}
+    assert both.table_fingerprints["background"] != both.table_fingerprints["pooled"]
+
+
+def test_a_calibration_is_extended_by_what_it_lacks_and_keeps_the_rest() -> None:
+    kept = make()
+    fresh = make(
+        tables={null: make(size=1_000).tables["pooled"] for null in ("pooled", "permutation")}
+    )
+    joined = kept.extended_by(fresh)
+    assert joined.nulls == ("background", "permutation", "pooled")
+    assert kept.table_fingerprints.items() < joined.table_fingerprints.items()
+    assert joined.table_size("permutation") == 1_000
+
+
+@pytest.mark.parametrize("change", [{"model_fingerprint": "c" * 64}, {"seed": 1}])
+def test_calibrations_that_were_made_otherwise_are_not_joined(change: dict[str, Any]) -> None:
+    with pytest.raises(CalibrationError, match=f"different {next(iter(change))}"):
+        make().extended_by(make(**change))
+
+
+def test_a_table_is_the_same_whichever_others_are_fitted_along(demo: LoadedModel) -> None:
+    texts = [document.text for document in packaged_documents("calibration")[:4]]
+    nulls = ("background", "background_studentized", "per_expert", "pooled", "needed")
+    together = calibrate(*demo, texts, nulls=nulls, max_tokens=400).table_fingerprints
+    for null in nulls:
+        alone = calibrate(*demo, texts, nulls=[null], max_tokens=400).table_fingerprints
+        assert alone == {null: together[null]}
+
+
+def test_what_gradients_add_leaves_the_tables_without_them_alone(demo: LoadedModel) -> None:
+    texts = [document.text for document in packaged_documents("calibration")[:2]]
+    kept = calibrate(*demo, texts, nulls=["needed"], max_tokens=100)
+    fresh = calibrate(*demo, texts, nulls=["needed_by_loss"], max_tokens=100)
+    joined = kept.extended_by(fresh)
+    assert joined.nulls == ("needed", "needed_by_loss")
+    assert joined.table_fingerprints["needed"] == kept.table_fingerprints["needed"]
+    assert joined.contributions is not None
+    assert set(joined.contributions.scales) == set(get_args(Statistic))
+
+
+def test_a_text_that_is_there_twice_counts_once(demo: LoadedModel) -> None:
+    texts = [document.text for document in packaged_documents("calibration")[:2]]
+    once, twice = (
+        calibrate(*demo, given, nulls=["background"], max_tokens=100)
+        for given in (texts, [*texts, texts[0]])
+    )
+    assert (once.num_documents, once.num_tokens) == (twice.num_documents, twice.num_tokens)
+    assert once.fingerprint == twice.fingerprint

@@ -130,6 +130,24 @@ def test_a_changed_configuration_is_not_comparable(
     )
 
 
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"method": "top_p", "p": 0.8}, "`bh_strict` has method top\\_p here, not bh"),
+        (
+            {"method": "bh", "alpha": 0.01, "null": "gaussian"},
+            "`bh_strict` has null gaussian here, not background",
+        ),
+    ],
+)
+def test_another_rule_under_a_standard_name_is_not_comparable(
+    results: pd.DataFrame, run_document: dict[str, Any], config: dict[str, Any], why: str
+) -> None:
+    run_document["spec"]["configs"]["bh_strict"] = config
+    line = lines_of(results, run_document)["Experts, `bh_strict`"]
+    assert (line.verdict, line.why) == ("not comparable", why)
+
+
 def test_a_missing_configuration_is_not_comparable(
     make_results: MakeResults, run_document: dict[str, Any]
 ) -> None:

@@ -137,8 +137,7 @@ def quality_table(
     Returns:
         One row a configuration, in the order of first appearance.
     Raises:
-        InputError: a configuration has no scored token or stands for two rules, or the margin
-            isn't above 0.
+        InputError: a configuration has no scored token or two rules, or the margin isn't above 0.
     """
     return _table(_by_rule(records), options)
 
@@ -167,10 +166,7 @@ def _by_rule(records: Iterable[QualityRecord]) -> dict[str, list[QualityRecord]]
     rules: dict[str, Mapping[str, Any]] = {}
     for record in records:
         if rules.setdefault(record.config_name, record.rule) != record.rule:
-            raise InputError(
-                f"configuration {record.config_name!r} stands for two rules "
-                f"({rules[record.config_name]} and {record.rule}); give each a name of its own"
-            )
+            raise InputError(f"{record.config_name!r} stands for two rules; give each its own name")
         by_rule[record.config_name][record.document_key] = record
     scored = {
         name: sorted((r for r in own.values() if r.tokens > 0), key=in_order)

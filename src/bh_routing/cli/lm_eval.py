@@ -127,7 +127,7 @@ def _run(spec: RunSpec, plan: TaskPlan, output: Path | None) -> dict[str, Any]:
     loaded = loaded._replace(tokenizer=choose_chat_template(loaded.tokenizer, spec.chat_template))
     facts = describe_model(loaded.model)
     reference = _reference(rules, facts.model_top_k)
-    calibration = obtain_calibration(spec, rules, loaded.model, loaded.tokenizer, None)
+    calibration = obtain_calibration(spec, rules, loaded.model, loaded.tokenizer)
     runs = []
     by_name = {named.name: named.rule for named in rules}
     for run in run_tasks(loaded, by_name, calibration.calibration, plan, known):

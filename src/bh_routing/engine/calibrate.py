@@ -60,17 +60,16 @@ def calibrate(
         raise InputError("the calibration text is empty; give at least one document")
     capacity = reservoir_capacity(routers.num_experts)
     tabled = [name for name in nulls if name not in NEEDED.values()]
+    # By layer, not by null: a table is the same whichever others are fitted along with it.
     reservoirs = {
-        (name, site.layer): _reservoir(name, routers.num_experts, (seed, number, site.layer))
-        for number, name in enumerate(tabled)
+        (name, site.layer): _reservoir(name, routers.num_experts, (seed, 0, site.layer))
+        for name in tabled
         for site in routers.sites
     }
     taken = spread_tokens([len(ids) for ids in documents], max_tokens)
     windows = _windows(model, documents, taken)
     logits = {
-        site.layer: Reservoir(
-            OBSERVED_TOKENS, (seed, len(tabled), site.layer), site.facts.num_experts
-        )
+        site.layer: Reservoir(OBSERVED_TOKENS, (seed, 1, site.layer), site.facts.num_experts)
         for site in routers.sites
     }
     undo = [

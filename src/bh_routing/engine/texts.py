@@ -126,18 +126,18 @@ def passage_hashes(texts: Iterable[str]) -> NDArray[np.int64]:
 
 def find_shared_passages(
     documents: Iterable[Document], known: NDArray[np.int64]
-) -> dict[str, list[str]]:
+) -> list[tuple[str, list[str]]]:
     """Return the documents that share a passage with `passage_hashes` of other texts.
 
     Returns:
-        Document's name -> the words of its first shared passage.
+        Each document's name and the words of its first shared passage.
     """
-    shared: dict[str, list[str]] = {}
+    shared = []
     for document in documents:
         words = _WORD.findall(document.text.casefold())
         (found,) = np.nonzero(np.isin(_hash_passages(words), known))
         if found.size:
-            shared.setdefault(document.name, words[found[0] : found[0] + PASSAGE_WORDS])
+            shared.append((document.name, words[found[0] : found[0] + PASSAGE_WORDS]))
     return shared
 
 

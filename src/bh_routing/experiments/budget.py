@@ -66,6 +66,9 @@ def bring_to_budget(
             log.warning("%s is left out: %s", named.name, setting.unreachable)
         else:
             kept.append(NamedRule(setting.goal.config_name, named.description, setting.rule))
+    names = [named.name for named in kept]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"two configurations are called {twice!r} at this budget; rename one")
     if settings and all(setting.unreachable for setting in settings):
         raise InputError(f"no rule can meet the budget: {settings[0].unreachable}")
     return Budgeted(kept, search.to_documents(settings))

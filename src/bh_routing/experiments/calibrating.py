@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from bh_routing.engine.calibrate import calibrate
@@ -20,7 +21,6 @@ from bh_routing.engine.texts import (
 from bh_routing.errors import CalibrationError, InputError
 from bh_routing.experiments.defaults import CALIBRATION_TOKENS
 from bh_routing.experiments.spec import NamedRule, RunSpec
-from bh_routing.experiments.stored_run import StoredRun
 from bh_routing.models.discovery import model_fingerprint
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.catalog import get_null
@@ -28,7 +28,7 @@ from bh_routing.nulls.noise import noise_control
 from bh_routing.records import CALIBRATION
 
 USUAL_NULLS: Final = ("background", "pooled")
-"""Fitted even if no rule asks for them, so that such a rule can be added to the folder later."""
+"""Fitted even if no rule asks for them: such a rule can be added to the folder at no cost."""
 
 QUOTED_WORDS: Final = 10
 """Words of a shared passage that an error quotes, so that it can be found."""
@@ -96,7 +96,7 @@ def check_calibration_overlap(documents: Sequence[Document], path: Path) -> None
     if len(calibration.passages):
         shared = find_shared_passages(documents, calibration.passages.numpy())
     elif calibration.text_sha256 == text_sha256([document.text for document in documents]):
-        shared = {document.name: document.text.split() for document in documents}
+        shared = [(document.name, document.text.split()) for document in documents]
     else:
         log.warning(
             "calibration %s was saved by an earlier version, which kept no trace of its text: "
@@ -108,9 +108,9 @@ def check_calibration_overlap(documents: Sequence[Document], path: Path) -> None
 
 
 def _refuse_shared(
-    documents: Sequence[Document], shared: Mapping[str, Sequence[str]], where: str
+    documents: Sequence[Document], shared: Sequence[tuple[str, Sequence[str]]], where: str
 ) -> None:
-    for name, words in shared.items():
+    for name, words in shared:
         raise InputError(
             f"{len(shared)} of the {len(documents)} documents to score share a passage with "
             f"{where}, so rules would be judged on what they were fitted on; the first is "
@@ -123,19 +123,19 @@ def obtain_calibration(
     rules: Sequence[NamedRule],
     model: Any,
     tokenizer: Any,
-    stored: StoredRun | None,
+    stored: Mapping[str, Any] = MappingProxyType({}),
     usual_nulls: Sequence[str] = USUAL_NULLS,
 ) -> CalibrationOutcome:
     """Load or make the calibration of a run.
 
     A resumed run takes the one in its folder if it was made from the same text, so that its
-    results are those of an uninterrupted run.
+    results are those of an uninterrupted run; nulls that it lacks are fitted and added.
 
     Args:
         spec: the model's name, the calibration or its text, the seed and the folder.
         rules: what needs a calibration.
         model, tokenizer: what is calibrated.
-        stored: an earlier run of the folder.
+        stored: run.json of an earlier run or sweep of the folder; empty if there is none.
         usual_nulls: fitted beside those that the rules need, if they need any.
     Raises:
         CalibrationError: a file can't be read, or isn't a calibration.
@@ -150,57 +150,55 @@ def obtain_calibration(
         return _outcome(loaded, f"file {spec.calibration}", time.perf_counter() - start)
     documents, source = calibration_documents(spec)
     texts = [document.text for document in documents]
-    reused = _reuse(spec, needed, stored, text_sha256(texts), model_fingerprint(model))
-    if reused is not None:
-        return reused
+    kept = _reuse(spec, stored, text_sha256(texts), model_fingerprint(model))
+    if kept is not None and set(needed) <= set(kept.nulls):
+        return CalibrationOutcome(kept, stored["calibration"])
+    nulls = {*usual_nulls, *needed} if kept is None else {*needed} - {*kept.nulls}
     start = time.perf_counter()
     fresh = calibrate(
         model,
         tokenizer,
         texts,
-        nulls=sorted({*usual_nulls, *needed}),
+        nulls=sorted(nulls),
         max_tokens=CALIBRATION_TOKENS,
         seed=spec.seed,
     )
     seconds = time.perf_counter() - start
     log.info(
-        "calibrated on the %s: %s tokens of %d documents in %.1f s",
+        "calibrated %s on the %s: %s tokens of %d documents in %.1f s",
+        ", ".join(sorted(nulls)),
         source,
         f"{fresh.num_tokens:,}",
         fresh.num_documents,
         seconds,
     )
-    return _outcome(fresh, source, seconds)
+    return _outcome(fresh if kept is None else kept.extended_by(fresh), source, seconds)
 
 
 def _reuse(
-    spec: RunSpec,
-    needed: Sequence[str],
-    stored: StoredRun | None,
-    text_hash: str,
-    fingerprint: str,
-) -> CalibrationOutcome | None:
-    """Take the folder's own calibration if the one asked for would be the same."""
-    document = stored.document.get("calibration") if stored is not None else None
+    spec: RunSpec, stored: Mapping[str, Any], text_hash: str, fingerprint: str
+) -> Calibration | None:
+    """Take the folder's own calibration if the one asked for would have the same tables."""
     path = spec.output / CALIBRATION
-    if not document or not path.exists():
+    if not stored.get("calibration") or not path.exists():
         return None
     try:
         found = Calibration.load(path)
     except CalibrationError as error:
         log.warning("calibrating again: %s", error)
         return None
+    # By table, since a run that was killed while it added some may have left either file.
+    known = stored["identity"].get("tables", {})
     same = (
-        found.fingerprint == document.get("fingerprint")
-        and found.model_fingerprint == fingerprint
+        found.model_fingerprint == fingerprint
         and found.text_sha256 == text_hash
         and found.seed == spec.seed
-        and all(name in found.nulls for name in needed)
+        and all(known.get(null, own) == own for null, own in found.table_fingerprints.items())
     )
     if not same:
         return None
     log.info("using the calibration in %s", path)
-    return CalibrationOutcome(found, document)
+    return found
 
 
 def _outcome(calibration: Calibration, source: str, seconds: float) -> CalibrationOutcome:

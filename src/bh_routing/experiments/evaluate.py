@@ -13,10 +13,10 @@ from tempfile import TemporaryDirectory
 from bh_routing.engine.texts import packaged_documents, read_documents
 from bh_routing.experiments.budget import bring_to_budget
 from bh_routing.experiments.calibrating import check_held_out, obtain_calibration
-from bh_routing.experiments.chained_lines import digest
 from bh_routing.experiments.executor_choice import make_executor
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.folder_lock import only_writer
+from bh_routing.experiments.identity import identify
 from bh_routing.experiments.quality import QualityLedger, QualityText, prepare_text, score_missing
 from bh_routing.experiments.spec import RunSpec, make_rules
 from bh_routing.experiments.threads import choose_threads, torch_threads
@@ -84,16 +84,15 @@ def evaluate(spec: RunSpec, options: EvaluateOptions) -> Evaluation:
     )
     with ExitStack() as stack:
         stack.enter_context(torch_threads(choose_threads(model).batch))
-        calibration = obtain_calibration(spec, rules, model, tokenizer, stored=None).calibration
+        calibration = obtain_calibration(spec, rules, model, tokenizer).calibration
         rules = bring_to_budget(spec, rules, model, tokenizer, calibration).rules
         for named in rules:
             bind_rule(model, named.rule, calibration)
-        fingerprint = calibration.fingerprint if calibration else None
-        seed = digest([facts.fingerprint, facts.dtype, facts.device, fingerprint])
+        identity = identify(spec.model, model, tokenizer)
         start = time.perf_counter()
         folder = options.output or Path(stack.enter_context(TemporaryDirectory()))
         stack.enter_context(only_writer(folder))
-        ledger = stack.enter_context(QualityLedger(folder, text, seed))
+        ledger = stack.enter_context(QualityLedger(folder, text, identity))
         subject = Subject(model, tokenizer, calibration)
         executor = stack.enter_context(make_executor(spec, subject))
         by_name = {named.name: named.rule for named in rules}

@@ -84,18 +84,14 @@ class KnobSearch:
         self.text: QualityText = prepare_text(
             tokenizer, facts, documents, max_tokens=most, batch_size=batch_size
         )
-        # What a setting that was found depends on beside its goal.
-        self.key = digest(
-            [
-                facts.fingerprint,
-                facts.dtype,
-                facts.device,
-                calibration.fingerprint if calibration else None,
-                self.text.sha256,
-                self.text.max_tokens,
-                self.text.window,
-            ]
-        )
+        self._searched = [
+            facts.fingerprint,
+            facts.dtype,
+            facts.device,
+            self.text.sha256,
+            self.text.max_tokens,
+            self.text.window,
+        ]
         self._proposals: dict[tuple[int, bool], Proposals] = {}
         self._means: dict[Rule, float] = {}
         self._starts: dict[str, float] = {}
@@ -118,8 +114,9 @@ class KnobSearch:
             CalibrationError: a variant can't run with this calibration, whatever its knob.
         """
         check_budgets([goal.budget for goal in goals], self._routers.model_top_k)
-        self._layer_losses = self._layer_losses or LayerLosses.recall(known, self.key)
-        found = recall_settings(goals, known, self.key, self._at)
+        # Losses by layer are measured without any table, as for a rule that reads none.
+        self._layer_losses = self._layer_losses or LayerLosses.recall(known, self._key(None))
+        found = recall_settings(goals, known, self._key_of, self._at)
         open_goals = {g.config_name: g for g in goals if g.config_name not in found}
         found |= self._search(open_goals)
         return [found[goal.config_name] for goal in goals]
@@ -129,9 +126,18 @@ class KnobSearch:
         losses = self._layer_losses
         kept = {} if losses is None else {"layer_losses": losses.to_document()}
         return [
-            setting.to_document(self.key) | (kept if _is_shared_out(setting.goal.variant) else {})
+            setting.to_document(self._key_of(setting.goal.variant))
+            | (kept if _is_shared_out(setting.goal.variant) else {})
             for setting in settings
         ]
+
+    def _key_of(self, variant: Variant) -> str:
+        """Identify what a setting that was found depends on besides its goal."""
+        return self._key(variant.anywhere().required_null)
+
+    def _key(self, null: str | None) -> str:
+        tables = self._calibration.table_fingerprints if self._calibration is not None else {}
+        return digest([*self._searched, tables.get(null or "")])
 
     def mean_experts(self, rule: Rule) -> float:
         """Mean number of experts that a rule keeps of the captured proposals."""

@@ -6,16 +6,16 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from bh_routing.engine.prompts import choose_chat_template, encode_prompt
 from bh_routing.errors import InputError
 from bh_routing.experiments.budget import bring_to_budget
 from bh_routing.experiments.calibrating import obtain_calibration
-from bh_routing.experiments.chained_lines import digest
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.grid import make_grid
-from bh_routing.experiments.identity import RunIdentity
+from bh_routing.experiments.identity import identify
 from bh_routing.experiments.quality_phase import QualityPhase
 from bh_routing.experiments.spec import RunSpec, make_rules, shorten
 from bh_routing.experiments.store import ResultStore
@@ -89,14 +89,16 @@ class Preparation:
                 named.rule.check(
                     num_experts=loaded.facts.num_experts, model_top_k=loaded.facts.model_top_k
                 )
-        store.check(_identity(spec, loaded, None))
+        identity = identify(spec.model, loaded.model, loaded.tokenizer, max_tokens=spec.max_tokens)
+        store.check(identity)
         self.quality = None if spec.no_eval else QualityPhase(spec, loaded.tokenizer, loaded.facts)
         start = time.perf_counter()
         with torch_threads(loaded.threads.batch):
+            stored = store.stored.document if store.stored is not None else {}
             calibration, self.calibration_document = obtain_calibration(
-                spec, self.rules, loaded.model, loaded.tokenizer, store.stored
+                spec, self.rules, loaded.model, loaded.tokenizer, stored
             )
-            known = store.stored.document.get("budget", []) if store.stored is not None else []
+            known = stored.get("budget", [])
             self.rules, self.budget = bring_to_budget(
                 spec, self.rules, loaded.model, loaded.tokenizer, calibration, known
             )
@@ -105,8 +107,8 @@ class Preparation:
         for named in self.rules:
             with _naming(named.name):
                 bind_rule(loaded.model, named.rule, calibration)
-        fingerprint = calibration.fingerprint if calibration else None
-        self.identity = _identity(spec, loaded, fingerprint)
+        tables = calibration.table_fingerprints if calibration else {}
+        self.identity = replace(identity, tables=tables)
         store.check(self.identity)
         if self.quality is not None and store.stored is not None:
             self.quality.ledger(spec.output, self.identity)
@@ -133,19 +135,6 @@ def check_prompts(spec: RunSpec, tokenizer: Any, facts: ModelFacts) -> None:
                 f"leaves {max(room, 0)} beside {spec.max_tokens} new ones; shorten it or lower "
                 "--max-tokens"
             )
-
-
-def _identity(spec: RunSpec, loaded: Loaded, calibration: str | None) -> RunIdentity:
-    facts, template = loaded.facts, loaded.tokenizer.chat_template
-    return RunIdentity(
-        model=spec.model,
-        model_fingerprint=facts.fingerprint,
-        dtype=facts.dtype,
-        device_type=facts.device,
-        max_tokens=spec.max_tokens,
-        chat_template=digest(template) if template else None,
-        calibration=calibration,
-    )
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import platform
 import resource
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -22,9 +23,9 @@ _GIT_TIMEOUT_SEC = 5.0
 def collect_provenance(seed: int) -> dict[str, Any]:
     """Return versions, machine, seed, revision and start, as in run.json."""
     return {
-        "bh_routing": bh_routing.__version__,
+        **library_versions(),
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", "transformers", "numpy")},
+        "numpy": metadata.version("numpy"),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "git_revision": git_revision(Path(bh_routing.__file__).parent),
@@ -32,6 +33,12 @@ def collect_provenance(seed: int) -> dict[str, Any]:
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions that a greedy text may depend on."""
+    versions = {name: metadata.version(name) for name in ("torch", "transformers")}
+    return {"bh_routing": bh_routing.__version__, **versions}
 
 
 def git_revision(folder: Path) -> str | None:
@@ -57,9 +64,13 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the accelerator's product name, or the machine's architecture for a CPU."""
+    """Return the product's name; of a CPU whose name isn't known the architecture's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    with suppress(OSError):  # Linux alone has this file, and not on every architecture the name
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 

@@ -27,7 +27,7 @@ from bh_routing.experiments.chained_lines import ChainedWriter, digest, read_cha
 from bh_routing.experiments.executors import Executor, ScoreSettings, SerialExecutor
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.failures import find_nan
-from bh_routing.experiments.identity import rule_key
+from bh_routing.experiments.identity import RunIdentity, rule_key
 from bh_routing.models.discovery import ModelFacts
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.records import QUALITY_JOURNAL, QualityRecord
@@ -41,6 +41,7 @@ _REMEDY: Final = (
     f"choose another --output, or move {QUALITY_JOURNAL} away to have everything scored anew"
 )
 _KEY_LENGTH: Final = 16
+_SEED: Final = digest("quality")
 _RECORD: Final = TypeAdapter(QualityRecord)
 
 
@@ -102,15 +103,15 @@ class QualityLedger:
     Opening reads and checks; nothing is written before `begin`.
     """
 
-    def __init__(self, folder: Path, text: QualityText, run_seed: str) -> None:
+    def __init__(self, folder: Path, text: QualityText, identity: RunIdentity) -> None:
         """Read what an earlier run scored.
 
         Args:
             folder: the results folder.
             text: what is to be scored.
-            run_seed: hash of what all results of the folder share: the model and so on.
+            identity: what all results of the folder share: the model and so on.
         Raises:
-            ResultsError: the file holds scores of another text or setting, or was edited.
+            ResultsError: the file holds scores of another text, setting or model, or was edited.
         """
         self._path = folder / QUALITY_JOURNAL
         self._header = {
@@ -119,8 +120,8 @@ class QualityLedger:
             "window": text.window,
             "stride": text.stride,
         }
-        self._seed = digest([run_seed, "quality"])
-        self._content = read_chained(self._path, self._seed, _REMEDY)
+        self._identity = identity
+        self._content = read_chained(self._path, _SEED, _REMEDY)
         self._writer: ChainedWriter | None = None
         self._records: dict[str, QualityRecord] = {}
         self._lines: dict[tuple[str, str], QualityRecord] = {}
@@ -129,9 +130,10 @@ class QualityLedger:
     def begin(self) -> None:
         """Open the file for writing."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._writer = ChainedWriter(self._path, self._content, self._seed)
+        self._writer = ChainedWriter(self._path, self._content, _SEED)
         if not self._content.objects:
-            self._writer.append({"header": self._header})
+            header = {**self._header, "identity": self._identity.of_scores()}
+            self._writer.append({"header": header})
 
     def __contains__(self, key: str) -> bool:
         """Say whether a rule and document were scored, under whatever name."""
@@ -186,18 +188,19 @@ class QualityLedger:
                 ) from error
 
     def _check_header(self, found: Any) -> None:
-        if found == self._header:
-            return
         found = found if isinstance(found, Mapping) else {}
         differences = [
             f"{name}: {found.get(name)} there, {value} now"
             for name, value in self._header.items()
             if found.get(name) != value
         ]
-        raise ResultsError(
-            f"{self._path} holds scores of another text or setting ({'; '.join(differences)}); "
-            f"{_REMEDY}"
-        )
+        own = replace(self._identity, max_tokens=None, chat_template=None)
+        differences += own.differences(found.get("identity", {}))
+        if differences:
+            raise ResultsError(
+                f"{self._path} holds scores of another text or setting "
+                f"({'; '.join(differences)}); {_REMEDY}"
+            )
 
 
 def score_missing(

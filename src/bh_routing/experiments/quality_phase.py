@@ -53,7 +53,7 @@ class QualityPhase:
         Raises:
             ResultsError: it scored another text or setting, or was edited.
         """
-        return QualityLedger(folder, self._text, identity.journal_seed())
+        return QualityLedger(folder, self._text, identity)
 
     def score(
         self,

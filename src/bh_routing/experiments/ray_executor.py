@@ -12,14 +12,13 @@ import platform
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
 import torch
 
-from bh_routing import __version__
 from bh_routing.engine.prompts import choose_chat_template
 from bh_routing.engine.score import document_groups
 from bh_routing.engine.windows import TokenizedDocument
@@ -32,9 +31,10 @@ from bh_routing.experiments.executors import (
 )
 from bh_routing.experiments.experiment import Experiment, Subject
 from bh_routing.experiments.failures import release_memory
+from bh_routing.experiments.identity import RunIdentity, identify
 from bh_routing.experiments.ray_pool import MAX_DEATHS, Answer, Job, WorkerPool, connected
 from bh_routing.experiments.run_log import SOURCES
-from bh_routing.models.discovery import ModelFacts, describe_model
+from bh_routing.models.discovery import describe_model
 from bh_routing.models.load import DEMO, load_model
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.records import QualityRecord
@@ -69,12 +69,11 @@ class Recipe(NamedTuple):
 
     model: str
     dtype: str
-    facts: ModelFacts
-    """Of the driver's model."""
+    identity: RunIdentity
+    """Of the driver's model and machine."""
     threads: int
     has_chat_template: bool
     """Whether the driver writes prompts into the tokenizer's chat template."""
-    version: str = __version__
 
 
 class Worker:
@@ -87,26 +86,21 @@ class Worker:
         """Load the model, and see that it is the driver's.
 
         Raises:
-            InputError: it is another one, can't be loaded, or this is another version.
+            InputError: it is another one, can't be loaded, or results of this machine and the
+                driver's can't be mixed.
         """
         torch.set_num_threads(recipe.threads)
         with _collected() as lines:
-            if recipe.version != __version__:
-                raise InputError(
-                    f"a worker runs bh-routing {__version__}, the driver {recipe.version}; "
-                    "install the same version on every machine"
-                )
-            device: Any = recipe.facts.device
+            device: Any = recipe.identity.device_type
             dtype: Any = recipe.dtype
             model, tokenizer = load_model(recipe.model, device=device, dtype=dtype)
             if not recipe.has_chat_template:
                 tokenizer = choose_chat_template(tokenizer, "off")
-            facts = describe_model(model)
-            if facts != recipe.facts:
+            own = identify(recipe.identity.model, model, tokenizer)
+            if different := recipe.identity.differences(asdict(own)):
                 raise InputError(
-                    f"model {recipe.model!r} of a worker is another one than the driver's "
-                    f"({facts.fingerprint[:8]} there, {recipe.facts.fingerprint[:8]} here); give "
-                    "every machine the same files and versions"
+                    f"results of a worker can't be mixed with the driver's ({'; '.join(different)}"
+                    "); give every machine the same files, versions and device"
                 )
             self._serial = SerialExecutor(Subject(model, tokenizer, calibration))
             log.info("process %d on %s has the model", os.getpid(), platform.node())
@@ -155,8 +149,9 @@ class RayExecutor:
         path = Path(model).expanduser()
         # A worker has another working directory.
         name = str(path.resolve()) if model != DEMO and path.is_dir() else model
+        identity = identify(model, subject.model, subject.tokenizer)
         self._recipe = Recipe(
-            name, dtype, self._facts, settings.threads, bool(subject.tokenizer.chat_template)
+            name, dtype, identity, settings.threads, bool(subject.tokenizer.chat_template)
         )
         self._exits = ExitStack()
         self._ray: Any = None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Final
 
 from bh_routing.errors import InputError
 from bh_routing.experiments.config_file import YAML_ERRORS, RefusedYaml, load_yaml
+from bh_routing.records import json_digest
+
+_NAME_LENGTH: Final = 64
 
 
 def parse_rule(text: str) -> tuple[str, dict[str, Any]]:
@@ -38,4 +41,6 @@ def parse_rule(text: str) -> tuple[str, dict[str, Any]]:
                 "a number or a word"
             ) from error
     name = re.sub(r"[^A-Za-z0-9_.+-]+", "-", text.strip().replace(":", "_").replace(",", "_"))
-    return name[:64], config
+    if len(name) > _NAME_LENGTH:  # two long rules may begin alike
+        name = f"{name[: _NAME_LENGTH - 9]}-{json_digest(text)[:8]}"
+    return name, config

@@ -233,7 +233,7 @@ def _document(spec: RunSpec, prepared: Preparation, store: ResultStore) -> dict[
             seed=spec.seed,
         ),
         "provenance": provenance,
-        "sessions": [*stored.get("sessions", []), provenance],
+        "sessions": [*stored.get("sessions", []), {**provenance, "batch_size": spec.batch_size}],
         "quality": stored.get("quality"),
         "timing": stored.get("timing"),
         "peak_memory_bytes": stored.get("peak_memory_bytes"),

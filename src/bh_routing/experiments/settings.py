@@ -63,7 +63,7 @@ class Setting:
 def recall_settings(
     goals: Iterable[Goal],
     documents: Iterable[Mapping[str, Any]],
-    search: str,
+    search_of: Callable[[Variant], str],
     rule_at: Callable[[Variant, float], Rule],
 ) -> dict[str, Setting]:
     """Find goals among what an earlier search of the same kind wrote; name -> setting.
@@ -71,14 +71,14 @@ def recall_settings(
     Args:
         goals: what is looked for.
         documents: settings as `Setting.to_document` gives them.
-        search: identifies the search; settings of another one aren't taken.
+        search_of: identifies the search for a variant; settings of another one aren't taken.
         rule_at: the rule that a variant is at a value of its knob.
     """
     stored = {entry.get("config_name"): entry for entry in documents}
     found = {}
     for goal in goals:
         entry = stored.get(goal.config_name)
-        setting = None if entry is None else _recall(goal, entry, search, rule_at)
+        setting = None if entry is None else _recall(goal, entry, search_of(goal.variant), rule_at)
         if setting is not None:
             found[goal.config_name] = setting
     return found

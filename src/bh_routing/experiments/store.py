@@ -268,14 +268,14 @@ class ResultStore:
     def _take_over(
         self, identity: RunIdentity, document: Mapping[str, Any], plan: Sequence[str]
     ) -> None:
-        content, plans, calibration, is_changed = JournalContent(), [], None, False
+        content, plans, is_changed = JournalContent(), [], False
+        tables = identity.tables
         if self.stored is not None:
             content = self.stored.content
             plans = [old for old in self.stored.document["plans"] if old != list(plan)]
             is_changed = self.stored.document["plans"][-1:] != [list(plan)]
-            calibration = self.stored.document["identity"]["calibration"]
-        identity_document = asdict(identity)
-        identity_document["calibration"] = identity.calibration or calibration
+            tables = {**self.stored.document["identity"]["tables"], **identity.tables}
+        identity_document = asdict(replace(identity, tables=tables))
         self._plan = list(plan)
         # The CSV on disk may still follow an earlier plan when this run is killed.
         self._document = {

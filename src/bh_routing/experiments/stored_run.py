@@ -12,7 +12,6 @@ from typing import Any, Final, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from bh_routing.errors import ResultsError
-from bh_routing.experiments.identity import RunIdentity
 from bh_routing.experiments.journal import WAYS_OUT, Entry, JournalContent, read_journal
 from bh_routing.records import (
     CALIBRATION,
@@ -30,6 +29,7 @@ from bh_routing.records import (
     TIMINGS,
     TOKEN_TRACES,
     ExperimentRecord,
+    journal_seed,
 )
 from bh_routing.results.csv_table import render_csv_row
 from bh_routing.results.strict_json import read_json_object
@@ -85,11 +85,7 @@ def read_stored_run(folder: Path) -> StoredRun | None:
             f"{folder} has schema {identity.get('schema_version')}, this version of bh-routing "
             f"writes schema {SCHEMA_VERSION}; {WAYS_OUT}"
         )
-    try:
-        seed = RunIdentity(**identity).journal_seed()
-    except TypeError as error:
-        raise ResultsError(f"{folder / RUN_JSON} was edited; {WAYS_OUT}") from error
-    content = read_journal(folder / JOURNAL, seed)
+    content = read_journal(folder / JOURNAL, journal_seed(identity))
     _check_checkpoint(folder / CHECKPOINT, content.entries)
     _check_csv(folder / RESULTS_CSV, content.entries, plans)
     return StoredRun(document, content)

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,12 +21,11 @@ from bh_routing.experiments.calibrating import (
     obtain_calibration,
     save_calibration,
 )
-from bh_routing.experiments.chained_lines import digest
 from bh_routing.experiments.executor_choice import make_executor
 from bh_routing.experiments.executors import Executor
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.folder_lock import only_writer
-from bh_routing.experiments.journal import JournalContent
+from bh_routing.experiments.identity import RunIdentity, identify
 from bh_routing.experiments.knob_search import KnobSearch, check_budgets
 from bh_routing.experiments.preparation import Loaded, load
 from bh_routing.experiments.provenance import collect_provenance, device_name
@@ -34,7 +33,6 @@ from bh_routing.experiments.quality import QualityLedger, QualityText, prepare_t
 from bh_routing.experiments.quality_phase import static_references
 from bh_routing.experiments.settings import Goal, Setting
 from bh_routing.experiments.spec import NamedRule, RunSpec
-from bh_routing.experiments.stored_run import StoredRun
 from bh_routing.experiments.threads import torch_threads
 from bh_routing.experiments.variants import Variant
 from bh_routing.nulls.calibration import Calibration
@@ -118,11 +116,14 @@ def _sweep_begun(prepared: _Prepared, start: float) -> dict[str, Any]:
     """Do the work of a sweep whose folder nobody else writes to."""
     spec, options, loaded, text = prepared
     stored = read_stored_sweep(spec.output)
-    _check_identity(spec.output, stored, _identity(loaded, None))
-    ledger = QualityLedger(spec.output, text, digest([KIND, _identity(loaded, None)]))
+    identity = identify(spec.model, loaded.model, loaded.tokenizer)
+    _check_identity(spec.output, stored, identity)
+    ledger = QualityLedger(spec.output, text, identity)
     clock = [time.perf_counter()]
     calibration, about = _calibrate(prepared, stored)
-    _check_identity(spec.output, stored, _identity(loaded, calibration))
+    if calibration is not None:
+        identity = replace(identity, tables=calibration.table_fingerprints)
+    _check_identity(spec.output, stored, identity)
     search = KnobSearch(
         loaded.model,
         loaded.tokenizer,
@@ -130,7 +131,9 @@ def _sweep_begun(prepared: _Prepared, start: float) -> dict[str, Any]:
         calibration,
         batch_size=spec.batch_size,
     )
-    document = _document(prepared, calibration, about, search)
+    document = _document(prepared, about, search)
+    tables = {**stored.get("identity", {}).get("tables", {}), **identity.tables}
+    document["identity"] = asdict(replace(identity, tables=tables))
     earlier = {part: stored.get(KIND, {}).get(part, []) for part in ("points", "curve_points")}
     document[KIND] |= earlier
     _write(spec.output, document)
@@ -211,24 +214,8 @@ def read_stored_sweep(folder: Path) -> dict[str, Any]:
     return document
 
 
-def _identity(loaded: Loaded, calibration: Calibration | None) -> dict[str, Any]:
-    """What all scores of a folder share."""
-    facts = loaded.facts
-    return {
-        "model": facts.fingerprint,
-        "dtype": facts.dtype,
-        "device": facts.device,
-        "calibration": calibration.fingerprint if calibration else None,
-    }
-
-
-def _check_identity(folder: Path, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    there = stored.get("identity", {})
-    different = [
-        f"{name}: {str(there[name])[:12]} there, {str(value)[:12]} now"
-        for name, value in now.items()
-        if value is not None and there.get(name) not in (None, value)
-    ]
+def _check_identity(folder: Path, stored: Mapping[str, Any], identity: RunIdentity) -> None:
+    different = identity.differences(stored["identity"]) if stored else []
     if different:
         raise ResultsError(
             f"{folder} holds a sweep of something else ({'; '.join(different)}); choose another "
@@ -246,7 +233,7 @@ def _calibrate(
         rules,
         loaded.model,
         loaded.tokenizer,
-        StoredRun(stored, JournalContent()) if stored else None,
+        stored,
         usual_nulls=(),
     )
     if calibration is not None:
@@ -256,7 +243,6 @@ def _calibrate(
 
 def _document(
     prepared: _Prepared,
-    calibration: Calibration | None,
     about: Mapping[str, Any],
     search: KnobSearch,
 ) -> dict[str, Any]:
@@ -265,7 +251,6 @@ def _document(
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": KIND,
-        "identity": _identity(loaded, calibration),
         "model": {
             "name": spec.model,
             **asdict(loaded.facts),

@@ -102,8 +102,8 @@ def parse_variants(texts: Sequence[str]) -> list[Variant]:
                 raise InputError(
                     f"rule {text!r} sets {field!r}, which is what the sweep turns; leave it out"
                 )
-        variant.anywhere()
-        if variant.name in {other.name for other in variants}:
+        rule = variant.anywhere()
+        if any(rule == other.anywhere() for other in variants):
             raise InputError(f"rule {text!r} is there twice; give it once")
         variants.append(variant)
     if not variants:

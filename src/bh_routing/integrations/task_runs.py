@@ -212,7 +212,8 @@ def _outcomes(config_name: str, results: Mapping[str, Any]) -> Iterator[TaskOutc
                 filter=sample["filter"],
                 item=int(sample["doc_id"]),
                 item_hash=sample["doc_hash"],
-                cluster=str(sample["doc"].get("cluster", sample["doc_id"])),
+                # Not the number alone: some item's cluster may be called so.
+                cluster=str(sample["doc"].get("cluster", f"item {sample['doc_id']}")),
                 metrics={name: value for name, value in values.items() if value is not None},
             )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 from weakref import WeakKeyDictionary, WeakSet
@@ -21,6 +22,20 @@ from bh_routing.models.refusals import refuse_spread_and_quantised
 from bh_routing.models.sites import RouterSite
 
 _SAMPLED_VALUES = 256
+_VOLATILE: Final = frozenset(
+    {
+        "architectures",
+        "dtype",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+"""Settings that no result depends on."""
 
 ROUTED: Final[WeakSet[nn.Module]] = WeakSet()
 """Router modules inside `route` now: a part or a wrapper of a model has the same ones."""
@@ -229,13 +244,18 @@ def describe_model(model: nn.Module) -> ModelFacts:
 
 @torch.no_grad()
 def model_fingerprint(model: nn.Module) -> str:
-    """Hash names, shapes and evenly spaced values of all parameters.
+    """Hash the configuration, and names, shapes and evenly spaced values of all weights.
 
-    256 values of each parameter in float32: a change of any one weight may go unseen, another
-    checkpoint or a fine-tuned one never does. The same on every device; not on every dtype.
+    256 values of each parameter and saved buffer in float32: a change of any one weight may go
+    unseen, another checkpoint or a fine-tuned one never does. Buffers count since a router's
+    correction bias is one; those that aren't saved follow from the configuration. The same on every
+    device; not on every dtype.
     """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(unwrapped(model).named_parameters()):
+    model = unwrapped(model)
+    digest = hashlib.sha256(_plain_json(model_settings(model)["config"]).encode())
+    saved = model.state_dict().keys()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
+    for name, parameter in sorted([*model.named_parameters(), *buffers], key=lambda item: item[0]):
         # A parameter that is cut across processes is put together on each of them.
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         flat = whole.detach().reshape(-1)
@@ -244,3 +264,40 @@ def model_fingerprint(model: nn.Module) -> str:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()
+
+
+def model_settings(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the model's config and generation_config, as plain JSON, without what names no result.
+
+    That is where the files came from and were written with, what else a forward pass returns, and
+    the dtype, which the weights have. All else counts: which of a family's settings decide what it
+    computes, only the family knows.
+    """
+    model = unwrapped(model)
+    found = {name: getattr(model, name, None) for name in ("config", "generation_config")}
+    return {name: {} if own is None else _lasting(own.to_dict()) for name, own in found.items()}
+
+
+def _lasting(value: Any) -> Any:
+    """Drop unset, private and volatile entries at every depth."""
+    if not isinstance(value, Mapping):
+        return json.loads(_plain_json(value))
+    return {
+        str(key): _lasting(entry)
+        for key, entry in value.items()
+        if entry is not None and not str(key).startswith("_") and key not in _VOLATILE
+    }
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash what a tokenizer does to a text and back."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    whole = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    # Set by the last call that padded or cut its texts.
+    does = {key: value for key, value in whole.items() if key not in ("padding", "truncation")}
+    text = _plain_json([type(tokenizer).__name__, tokenizer.special_tokens_map, does])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)

@@ -134,22 +134,20 @@ class Calibration:
         digest.update(self.passages.numpy().astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def tables_fingerprint(self, null: str) -> str:
-        """sha256 over what rules with this null read, in hex; tables of other nulls are left out.
+    @cached_property
+    def table_fingerprints(self) -> Mapping[str, str]:
+        """Null -> sha256 in hex over what its rules read, whatever other tables there are."""
+        return {null: self._table_fingerprint(null) for null in self.nulls}
 
-        Raises:
-            CalibrationError: the calibration doesn't hold this null.
-        """
-        self.table_size(null)
+    def _table_fingerprint(self, null: str) -> str:
         digest = hashlib.sha256()
         if null in NEEDED.values():
             for name, tensor in sorted(self._contribution_tensors().items()):
                 if null == NEEDED["loss"] or not is_by_loss(name):
                     digest.update(name.encode())
                     digest.update(tensor.cpu().numpy().astype("<f4").tobytes())
-        else:
-            for table in self._tables_of(null):
-                digest.update(table.sorted_scores_N.cpu().numpy().astype("<f4").tobytes())
+        for table in self.tables.get(null, ()):
+            digest.update(table.sorted_scores_N.cpu().numpy().astype("<f4").tobytes())
         return digest.hexdigest()
 
     def check(
@@ -187,7 +185,8 @@ class Calibration:
         if model_fingerprint is not None and model_fingerprint != self.model_fingerprint:
             raise CalibrationError(
                 f"calibration was made for model {self.model_fingerprint[:12]}, this one is "
-                f"{model_fingerprint[:12]}: same shape, other weights; {_REMEDY}"
+                f"{model_fingerprint[:12]}: same shape, but other weights or settings, or a "
+                f"calibration of an older version; {_REMEDY}"
             )
         self._check_reach(null, alpha)
 
@@ -255,6 +254,29 @@ class Calibration:
             self,
             tables=tables,
             contributions=self.contributions and self.contributions.to(device),
+        )
+
+    def extended_by(self, other: Calibration) -> Calibration:
+        """Return this calibration with those tables of another one that it lacks.
+
+        Raises:
+            CalibrationError: the other is of another model or text, or was drawn with another seed.
+        """
+        for name in ("model_fingerprint", "text_sha256", "num_tokens", "seed", "table_capacity"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                raise CalibrationError(
+                    f"calibrations of different {name} can't be joined: {ours} and {theirs}; "
+                    "calibrate all nulls together"
+                )
+        contributions = self.contributions or other.contributions
+        if self.contributions is not None and other.contributions is not None:
+            contributions = self.contributions.extended_by(other.contributions)
+        return replace(
+            self,
+            tables={**other.tables, **self.tables},
+            observed={**other.observed, **self.observed},
+            contributions=contributions,
         )
 
     def _contribution_tensors(self) -> dict[str, Tensor]:

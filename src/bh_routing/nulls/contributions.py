@@ -89,6 +89,16 @@ class Contributions:
         named |= {f"cut.{definition}": torch.tensor(cut) for definition, cut in self.cuts.items()}
         return named
 
+    def extended_by(self, other: Contributions) -> Contributions:
+        """Return the same with what only `other` knows; of what both know, this one's."""
+        return Contributions(
+            residual_norms_L=self.residual_norms_L,
+            scales={**other.scales, **self.scales},
+            all_scores={**other.all_scores, **self.all_scores},
+            needed_scores={**other.needed_scores, **self.needed_scores},
+            cuts={**other.cuts, **self.cuts},
+        )
+
     def to(self, device: torch.device) -> Contributions:
         """Return the same on `device`."""
         return Contributions(

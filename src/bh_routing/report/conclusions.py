@@ -373,7 +373,6 @@ def _spread_conclusion(facts: Facts) -> str:
         name
         for name in facts.others
         if facts.config(name).get("method") != STATIC
-        and name != facts.baseline
         and (facts.table.values(name, "std_experts_per_token") == 0).all()
         and len(facts.table.values(name, "std_experts_per_token"))
     ]

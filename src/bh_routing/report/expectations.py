@@ -58,12 +58,13 @@ MEMORY_GB: Final = (8.0, 20.0)
 EXPECTED_EXPERIMENTS: Final = 60
 EXPECTED_MODEL: Final = "OLMoE-1B-7B"
 # What the expectations take a standard configuration to be.
-STANDARD_FIELDS: Final[Mapping[str, Mapping[str, float]]] = {
-    "topk_8": {"k": 8},
-    "bh_strict": {"alpha": 0.01, "temperature": 1.0, "max_k": 8},
-    "bh_moderate": {"alpha": 0.05, "temperature": 1.0, "max_k": 8},
-    "bh_loose": {"alpha": 0.10, "temperature": 1.0, "max_k": 8},
-    "bh_adaptive": {"alpha": 0.05, "temperature": 2.0, "max_k": 8},
+_BH: Final[Mapping[str, str | float]] = {"method": "bh", "null": "background", "max_k": 8}
+STANDARD_FIELDS: Final[Mapping[str, Mapping[str, str | float]]] = {
+    "topk_8": {"method": "top_k", "k": 8},
+    "bh_strict": {**_BH, "alpha": 0.01, "temperature": 1.0},
+    "bh_moderate": {**_BH, "alpha": 0.05, "temperature": 1.0},
+    "bh_loose": {**_BH, "alpha": 0.10, "temperature": 1.0},
+    "bh_adaptive": {**_BH, "alpha": 0.05, "temperature": 2.0},
 }
 BASELINE: Final = "topk_8"
 EXPECTED_SHAPE: Final = (64.0, 8.0)
@@ -110,9 +111,8 @@ def _deviation(facts: Facts, name: str) -> str:
         return f"the model has {shape[0]:g} experts, top-{shape[1]:g}, not 64, top-8"
     config = facts.config(name)
     for field, expected in STANDARD_FIELDS[name].items():
-        actual = as_float(config.get(field, expected))
-        if actual != expected:
-            return f"{code(name)} has {field} {actual:g} here, not {expected:g}"
+        if (actual := config.get(field, expected)) != expected:
+            return f"{code(name)} has {field} {markdown(str(actual), 30)} here, not {expected}"
     return ""
 
 
