@@ -56,7 +56,7 @@ def test_calibration_is_without_dropout(
 
 def test_scores_are_without_dropout(demo: LoadedModel, dropping: LoadedModel) -> None:
     ids = demo.tokenizer(TEXTS[0])["input_ids"]
-    documents = [TokenizedDocument(name="a", cluster="a", domain="", ids=ids)]
+    documents = [TokenizedDocument(key="d:0", name="a", cluster="a", domain="", ids=ids)]
     expected, found = in_both_modes(
         demo,
         dropping,
@@ -69,7 +69,7 @@ def test_scores_are_without_dropout(demo: LoadedModel, dropping: LoadedModel) ->
 
 def test_proposals_are_without_dropout(demo: LoadedModel, dropping: LoadedModel) -> None:
     ids = demo.tokenizer(TEXTS[0])["input_ids"]
-    documents = [TokenizedDocument(name="a", cluster="a", domain="", ids=ids)]
+    documents = [TokenizedDocument(key="d:0", name="a", cluster="a", domain="", ids=ids)]
     expected, found = in_both_modes(
         demo,
         dropping,
