@@ -18,7 +18,7 @@ if (_SOURCE / "bh_routing").is_dir() and str(_SOURCE) not in sys.path:
     sys.path.insert(0, str(_SOURCE))
 
 try:
-    from bh_routing.report.routing_plots import (
+    from bh_routing.report.charts.routing import (
         plot_alpha_sensitivity,
         plot_expert_count_distribution,
         plot_expert_utilization,

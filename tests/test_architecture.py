@@ -178,7 +178,7 @@ def test_what_only_reads_never_loads_torch(home: str, tmp_path: Path) -> None:
 def test_importing_every_module_changes_nothing_outside(tmp_path: Path) -> None:
     code = """
 import importlib, logging, os, random, sys, warnings
-import matplotlib, matplotlib.pyplot, numpy, pandas, scipy.stats, seaborn, torch, transformers
+import matplotlib, matplotlib.pyplot, numpy, pandas, scipy.stats, torch, transformers
 import transformers.integrations.moe
 import datasets, lm_eval.models.huggingface, pydantic, statsmodels.api, tqdm, typer, yaml
 

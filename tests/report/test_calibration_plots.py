@@ -9,8 +9,8 @@ import pytest
 
 from bh_routing.analysis.calibration_file import NullSample
 from bh_routing.errors import CalibrationError
-from bh_routing.report.calibration_plots import draw_null, finding, plot_calibration
-from bh_routing.report.style import look
+from bh_routing.report.charts.calibration import draw_null, finding, plot_calibration
+from bh_routing.report.charts.style import look
 from tests.nulls.test_calibration import make
 
 

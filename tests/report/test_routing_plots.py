@@ -12,7 +12,7 @@ from matplotlib.image import imread
 
 from bh_routing.errors import InputError
 from bh_routing.report.arrays import numbers
-from bh_routing.report.routing_plots import (
+from bh_routing.report.charts.routing import (
     plot_alpha_sensitivity,
     plot_expert_count_distribution,
     plot_expert_utilization,

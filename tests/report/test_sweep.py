@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 
 from bh_routing.analysis.quality import QualityOptions
 from bh_routing.analysis.sweep import SweepTables, analyze_sweep
-from bh_routing.report.pareto import Mark, Panel, Series, draw_domains, draw_pareto
-from bh_routing.report.quality_plot import percent_change
-from bh_routing.report.style import rendered
+from bh_routing.report.charts.marks import percent_change
+from bh_routing.report.charts.style import rendered
+from bh_routing.report.charts.sweep import domains, pareto
 from bh_routing.report.sweep import conclude_sweep, render_sweep
 from bh_routing.report.sweep_verdict import domains_title, pareto_title, series_label, verdict
 from tests.analysis.scored import scored_documents
@@ -204,28 +204,17 @@ def test_a_variant_named_after_its_rule_is_named_once(tables: SweepTables) -> No
     assert series_label(row) == "bh_drop block"
 
 
-def series(label: str, losses: dict[float, float], *, is_static: bool = False) -> Series:
-    marks = tuple(
-        Mark(mean_experts=k, delta_nll=loss, low=loss * 0.9, high=loss * 1.1, budget=k, saved=0.1)
-        for k, loss in losses.items()
+def test_pictures_of_nothing_are_still_pictures(tables: SweepTables) -> None:
+    unknown = [replace(row, delta_nll=math.nan, top_k_saved=math.nan) for row in tables.rows]
+    for chart in (pareto([], "Nothing"), pareto(unknown, "Nothing"), domains([], "Nothing")):
+        assert rendered(chart.picture(), "png").startswith(b"\x89PNG")
+
+
+def test_a_rule_that_loses_far_more_stands_at_the_edge(tables: SweepTables) -> None:
+    rows = [replace(row, top_k_saved=-3.0) if row.rule == "bh" else row for row in tables.rows]
+    below = pareto(rows, "Edge").picture().axes[1]
+    assert below.get_ylim()[0] > -60
+    triangles = [line for line in below.get_lines() if line.get_marker() == "v"]
+    assert len([line for line in triangles if line.get_transform() != below.transData]) == len(
+        [row for row in rows if row.rule == "bh" and not row.is_curve_only]
     )
-    return Series(label=label, marks=marks, is_static=is_static)
-
-
-def test_a_bad_rule_makes_the_axis_logarithmic_and_a_gain_keeps_it_linear() -> None:
-    static = series("static top-k", STATIC_LOSSES, is_static=True)  # type: ignore[arg-type]
-    bad = Panel(title="", series=(static, series("bad", {5: 2.0, 4: 3.0})))
-    gain = Panel(title="", series=(static, series("good", {5: -0.001, 4: 0.2})))
-    near = Panel(title="", series=(static, series("near", {5: 0.1, 4: 0.2})))
-    scales = [draw_pareto(panel, "x").axes[0].get_yscale() for panel in (bad, gain, near)]
-    assert scales == ["log", "linear", "linear"]
-
-
-def test_pictures_of_nothing_are_still_pictures() -> None:
-    unknown = Panel(title="", series=(series("lost", {5: math.nan}),))
-    for figure in (
-        draw_pareto(Panel(title="", series=()), "Nothing"),
-        draw_pareto(unknown, "Nothing"),
-        draw_domains([], "Nothing"),
-    ):
-        assert rendered(figure, "png").startswith(b"\x89PNG")

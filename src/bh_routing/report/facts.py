@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from bh_routing.records import ExperimentDetail
 from bh_routing.report.quality import QualityRow, margin_of, quality_rows
 from bh_routing.report.table import Experiments
 from bh_routing.report.text import as_float
@@ -20,6 +21,9 @@ EXPERTS: Final = "avg_experts_per_token"
 SECONDS: Final = "inference_time_sec"
 SPEED: Final = "tokens_per_sec"
 BALANCE: Final = "expert_utilization_cv"
+
+Details = Mapping[tuple[str, str], ExperimentDetail]
+"""(config_name, prompt_text) -> the journal's entry of an experiment."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +35,8 @@ class Facts:
     run: Mapping[str, Any]
     """run.json; empty if there is none."""
     folder: Path
+    details: Details = field(default_factory=dict)
+    """Empty where only the rows are known."""
 
     @property
     def names(self) -> list[str]:

@@ -1,38 +1,32 @@
-"""The pictures of a run: `create_visualizations` draws them all into `plots/`.
-
-Every title states what the numbers show. Points are prompts, bars are means over prompts; of time
-they are rounds, where all configurations were timed side by side.
-"""
+"""The pictures of a run: `create_visualizations` draws them all into `plots/`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from bh_routing.records import PLOTS, SUMMARY_JSON
-from bh_routing.report import findings
-from bh_routing.report.bars import BarPlot, draw_bars
-from bh_routing.report.quality import margin_of, quality_rows, with_quality
-from bh_routing.report.quality_plot import QUALITY_PLOT, draw_quality
-from bh_routing.report.scatter import draw_categories, draw_experts_vs_latency
-from bh_routing.report.speed_plots import (
-    draw_experts_vs_speed,
-    draw_relative_times,
-    timed_with_baseline,
-)
-from bh_routing.report.style import look, new_figure, save, set_title
-from bh_routing.report.table import Experiments, experiments_of
+from bh_routing.analysis.results import load_results
+from bh_routing.errors import ResultsError
+from bh_routing.records import JOURNAL, PLOTS, SUMMARY_JSON
+from bh_routing.report.charts import draw_charts
+from bh_routing.report.charts.style import look, new_figure, save, set_title
+from bh_routing.report.facts import Details, Facts
+from bh_routing.report.files import read_run
+from bh_routing.report.quality import with_quality
+from bh_routing.report.table import experiments_of
 from bh_routing.results.strict_json import find_json_object
 
+QUALITY_PLOT: Final = "quality_vs_experts.png"
 EXPERTS_PLOT: Final = "avg_experts_comparison.png"
 TIME_PLOT: Final = "inference_time_comparison.png"
 BALANCE_PLOT: Final = "expert_utilization_cv.png"
 CATEGORY_PLOT: Final = "experts_by_category.png"
 LATENCY_PLOT: Final = "experts_vs_latency.png"
+STANDARD: Final = (EXPERTS_PLOT, TIME_PLOT, BALANCE_PLOT, CATEGORY_PLOT, LATENCY_PLOT)
+"""Written by every run, also by one without a finished experiment."""
 
 
 def create_visualizations(
@@ -46,8 +40,8 @@ def create_visualizations(
     Args:
         results: rows as in `bh_routing_results.csv`; failed rows are left out.
         output_dir: the results folder.
-        summary: what `analyze_results` returned, for the quality plot; by default the summary
-            that lies in the folder.
+        summary: the return value of `analyze_results`, for the quality plot; by default the
+            summary in the folder.
         kind: png, pdf or svg.
     Returns:
         Paths of the plots, in the order of the report.
@@ -56,67 +50,34 @@ def create_visualizations(
     """
     folder = Path(output_dir)
     given = find_json_object(folder / SUMMARY_JSON) or {} if summary is None else summary
-    known = with_quality(given, folder)
-    table = experiments_of(results, folder)
-    is_timed = bool(timed_with_baseline(table))
-    plots: dict[str, Callable[[], Figure]] = {
-        EXPERTS_PLOT: lambda: _experts(table),
-        TIME_PLOT: lambda: draw_relative_times(table) if is_timed else _time(table),
-        BALANCE_PLOT: lambda: _balance(table),
-        CATEGORY_PLOT: lambda: draw_categories(table),
-        LATENCY_PLOT: lambda: (
-            draw_experts_vs_speed(table) if is_timed else draw_experts_vs_latency(table)
-        ),
-    }
-    quality = quality_rows(known)
-    if quality:
-        plots = {QUALITY_PLOT: lambda: draw_quality(quality, margin_of(known))} | plots
-    paths = []
-    for name, draw in plots.items():
-        with look():
-            figure = draw() if table.names else _nothing(table)
-        paths.append(save(figure, (folder / PLOTS / name).with_suffix(f".{kind}")))
-    return paths
-
-
-def _experts(table: Experiments) -> Figure:
-    return draw_bars(
-        table,
-        BarPlot(
-            column="avg_experts_per_token",
-            label="Experts kept per token and layer",
-            title=findings.experts(table),
-        ),
+    facts = Facts(
+        table=experiments_of(results, folder),
+        summary=with_quality(given, folder),
+        run=read_run(folder),
+        folder=folder,
+        details=_details(folder),
     )
+    pictures: dict[str, Figure] = {}
+    if facts.names:
+        for charts in draw_charts(facts).values():
+            pictures |= {name: chart.picture() for name, chart in charts.items()}
+    else:
+        pictures = {Path(name).stem: _nothing(facts) for name in STANDARD}
+    return [save(figure, folder / PLOTS / f"{name}.{kind}") for name, figure in pictures.items()]
 
 
-def _time(table: Experiments) -> Figure:
-    return draw_bars(
-        table,
-        BarPlot(
-            column="inference_time_sec",
-            label="Generation time per prompt (seconds)",
-            title=findings.time(table),
-        ),
-    )
+def _details(folder: Path) -> Details:
+    """What the journal keeps of each experiment, where it is there and can be read."""
+    try:
+        return load_results(folder).details if (folder / JOURNAL).is_file() else {}
+    except ResultsError:
+        return {}  # the rows in hand are whole; only the charts by layer need the journal
 
 
-def _balance(table: Experiments) -> Figure:
-    return draw_bars(
-        table,
-        BarPlot(
-            column="expert_utilization_cv",
-            label="Coefficient of variation of expert load (no unit)",
-            title=findings.balance(table),
-            reference="expert_utilization_cv_noise",
-            reference_label="sampling noise alone",
-        ),
-    )
-
-
-def _nothing(table: Experiments) -> Figure:
-    figure, axes = new_figure(2.4)
-    set_title(figure, "Nothing to draw")
-    axes.set_axis_off()
-    axes.text(0.0, 0.6, f"No finished experiment ({table.num_failed} failed).")
+def _nothing(facts: Facts) -> Figure:
+    with look():
+        figure, axes = new_figure(2.4)
+        set_title(figure, "Nothing to draw")
+        axes.set_axis_off()
+        axes.text(0.0, 0.6, f"No finished experiment ({facts.table.num_failed} failed).")
     return figure

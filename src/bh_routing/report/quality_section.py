@@ -9,9 +9,9 @@ from bh_routing.report import findings
 from bh_routing.report.blocks import picture, section, table
 from bh_routing.report.conclusions import partial_sentence
 from bh_routing.report.facts import Facts
+from bh_routing.report.figures import QUALITY_PLOT
 from bh_routing.report.findings import Scored
 from bh_routing.report.quality import QualityRow, reference_at
-from bh_routing.report.quality_plot import QUALITY_PLOT
 from bh_routing.report.text import (
     MISSING,
     code,

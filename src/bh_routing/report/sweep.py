@@ -20,19 +20,10 @@ from bh_routing.analysis.sweep import (
 from bh_routing.analysis.sweep_row import DomainRow, SweepRow, winner_columns
 from bh_routing.records import PLOTS
 from bh_routing.report.blocks import bullets, picture, section, table, text_table
+from bh_routing.report.charts.style import save
+from bh_routing.report.charts.sweep import DOMAINS_PLOT, PARETO_PLOT, domains, pareto
 from bh_routing.report.facts import child
 from bh_routing.report.files import write_bytes, write_text
-from bh_routing.report.pareto import (
-    DOMAINS_PLOT,
-    PARETO_PLOT,
-    STATIC_LABEL,
-    Mark,
-    Panel,
-    Series,
-    draw_domains,
-    draw_pareto,
-)
-from bh_routing.report.style import look, save
 from bh_routing.report.sweep_against import (
     HOW,
     NAMES,
@@ -81,19 +72,15 @@ def conclude_sweep(folder: Path, options: QualityOptions | None = None) -> list[
         ResultsError: the folder isn't a sweep's, or a file can't be read whole.
     """
     tables = analyze_sweep(folder, options or QualityOptions())
-    with look():
-        panel = Panel(title="", series=_series(tables.rows))
-        pareto = draw_pareto(panel, pareto_title(tables.winners))
-        domains = draw_domains(
-            _domain_panels(tables.domains), domains_title(tables.winners, tables.domains)
-        )
+    whole = pareto(tables.rows, pareto_title(tables.winners))
+    by_domain = domains(tables.domains, domains_title(tables.winners, tables.domains))
     return [
         _write_csv(folder / SWEEP_CSV, map(asdict, tables.rows)),
         _write_csv(folder / DOMAINS_CSV, map(asdict, tables.domains)),
         _write_csv(folder / WINNERS_CSV, map(winner_columns, tables.winners)),
         write_text(folder / SWEEP_MD, render_sweep(tables)),
-        save(pareto, folder / PLOTS / PARETO_PLOT),
-        save(domains, folder / PLOTS / DOMAINS_PLOT),
+        save(whole.picture(), folder / PLOTS / PARETO_PLOT),
+        save(by_domain.picture(), folder / PLOTS / DOMAINS_PLOT),
     ]
 
 
@@ -134,45 +121,6 @@ def render_sweep(tables: SweepTables) -> str:
 
 def _write_csv(path: Path, rows: Iterable[Mapping[str, object]]) -> Path:
     return write_bytes(path, render_csv(rows))
-
-
-def _series(rows: Sequence[SweepRow | DomainRow]) -> tuple[Series, ...]:
-    """One line a rule and variant, static top-k first."""
-    marks: dict[str, list[Mark]] = {}
-    for row in rows:
-        if isinstance(row, SweepRow) and row.is_curve_only:
-            continue
-        label = STATIC_LABEL if row.rule == STATIC else series_label(row)
-        marks.setdefault(label, []).append(
-            Mark(
-                mean_experts=row.mean_experts,
-                delta_nll=row.delta_nll,
-                low=row.delta_nll_low,
-                high=row.delta_nll_high,
-                budget=row.budget,
-                saved=row.top_k_saved,
-                **_saved_ends(row),
-            )
-        )
-    return tuple(
-        Series(label=label, marks=tuple(own), is_static=label == STATIC_LABEL)
-        for label, own in marks.items()
-        if any(math.isfinite(mark.delta_nll) for mark in own)
-    )
-
-
-def _saved_ends(row: SweepRow | DomainRow) -> dict[str, float]:
-    if isinstance(row, DomainRow):
-        return {}
-    return {"saved_low": row.top_k_saved_low, "saved_high": row.top_k_saved_high}
-
-
-def _domain_panels(rows: Sequence[DomainRow]) -> list[Panel]:
-    names = dict.fromkeys(row.domain for row in rows)
-    return [
-        Panel(title=name, series=_series([row for row in rows if row.domain == name]))
-        for name in names
-    ]
 
 
 def _harder_bar(tables: SweepTables) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -124,20 +125,48 @@ def test_tokens_are_shaded_by_experts_and_say_what_they_kept(
     assert faults == []
 
 
-def test_layers_are_chosen_and_pairs_are_drawn(
+def test_views_are_chosen_and_pairs_are_drawn(
     page_folder: Path, open_page: OpenPage, faults: list[str]
 ) -> None:
     page = open_page(write_page(page_folder))
-    before = page.evaluate("document.getElementById('count-histograms').data[0].y")
-    page.select_option("select[data-chart='count-histograms']", label="layer 1")
-    assert page.evaluate("document.getElementById('count-histograms').data[1].y") != before
-    page.wait_for_selector("#coactivation .hm, #coactivation .plot")
-    z = page.evaluate("document.getElementById('coactivation').data[0].z")
-    assert len(z) == 64
-    assert z[0][0] is None
+    views = page.locator("#expert_counts .view")
+    assert [view.is_visible() for view in views.all()] == [True] + [False] * 5
+    page.select_option("select[data-chart='expert_counts']", label="bh_strict")
+    assert [view.is_visible() for view in views.all()] == [False, False, True] + [False] * 3
+    page.wait_for_function("document.getElementById('coactivation').width === 64")
+    pixel = "document.getElementById('coactivation').getContext('2d').getImageData(%d, %d, 1, 1)"
+    assert page.evaluate(f"{pixel % (0, 0)}.data[3]") == 0  # an expert with itself
+    assert page.evaluate(f"{pixel % (1, 0)}.data[3]") == 255
     page.click("#theme")
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
     assert faults == []
+
+
+def test_a_chart_says_what_is_at_the_pointer(page_folder: Path, open_page: OpenPage) -> None:
+    page = open_page(write_page(page_folder))
+    svg = page.locator("#quality_vs_experts svg")
+    svg.scroll_into_view_if_needed()
+    box = svg.bounding_box()
+    tips = json.loads(svg.get_attribute("data-tips"))
+    x, y, text = next(tip for tip in tips if tip[2].startswith("bh_strict"))
+    page.mouse.move(box["x"] + x * box["width"] / 1000, box["y"] + y * box["height"] / 1000)
+    assert page.locator("#tip").inner_text() == text
+    boxes = [marker.bounding_box() for marker in svg.locator("g > use").all()]
+    at = box["x"] + x * box["width"] / 1000, box["y"] + y * box["height"] / 1000
+    middles = [(b["x"] + b["width"] / 2, b["y"] + b["height"] / 2) for b in boxes if b]
+    assert min(abs(at[0] - u) + abs(at[1] - v) for u, v in middles) < 3  # on the marker itself
+    page.mouse.move(2, 2)
+    assert page.locator("#tip").is_hidden()
+
+
+def test_texts_of_charts_stand_out_in_both_themes(page_folder: Path, open_page: OpenPage) -> None:
+    path = write_page(page_folder)
+    colours = []
+    for scheme in ("light", "dark"):
+        page = open_page(path, scheme=scheme)
+        label = page.locator("#quality_vs_experts svg text").first
+        colours.append(label.evaluate("text => getComputedStyle(text).fill"))
+    assert colours == ["rgb(28, 31, 36)", "rgb(232, 234, 238)"]
 
 
 def test_hostile_texts_are_shown_as_text(

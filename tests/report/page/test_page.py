@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -9,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from bh_routing.errors import InputError, ResultsError
 from bh_routing.experiments.token_traces import pack
 from bh_routing.records import TokenTrace
+from bh_routing.report import create_visualizations
+from bh_routing.report.charts.style import DARK
 from bh_routing.report.page.compare import write_comparison
 from bh_routing.report.page.page import write_page
 from bh_routing.report.page.traces import read_traces, unpack
@@ -31,6 +35,13 @@ def data_of(page: Path) -> dict[str, Any]:
     assert found
     data: dict[str, Any] = json.loads(found[1])
     return data
+
+
+def tips_of(page: Path, chart: str) -> list[str]:
+    """What a chart's first view says where the reader points, in the order of drawing."""
+    found = re.search(rf'id="{chart}".*?<svg data-tips="([^"]*)"', page.read_text(), re.DOTALL)
+    assert found
+    return [text for _, _, text in json.loads(html.unescape(found[1]))]
 
 
 class Tags(HTMLParser):
@@ -61,35 +72,62 @@ def test_the_page_is_one_small_file_that_asks_for_nothing(page_folder: Path) -> 
     page = write_page(page_folder)
     text = page.read_text()
     assert page.name == "report.html"
-    assert page.stat().st_size < 6_000_000
+    assert page.stat().st_size < 1_500_000
     assert all(address.startswith("#") for address in parsed(page).addresses)
     assert "default-src 'none'" in text
 
 
-def test_three_figures_are_what_the_files_say(page_folder: Path, make_results: MakeResults) -> None:
-    charts = data_of(write_page(page_folder))["charts"]
+def test_three_charts_say_what_the_files_say(page_folder: Path, make_results: MakeResults) -> None:
+    page = write_page(page_folder)
     results = make_results()
 
     summary = json.loads((page_folder / "analysis_summary.json").read_text())
-    drawn = {
-        trace["name"]: (trace["x"][0], trace["y"][0])
-        for trace in charts["quality-experts"]["variants"]["all of them"]["data"]
-    }
+    quality = tips_of(page, "quality_vs_experts")
     for row in summary["quality"]["rules"]:
-        if row["config_name"].startswith("bh"):
-            expected = (row["mean_experts"], 100 * (np.exp(row["delta_nll"]) - 1))
-            assert drawn[row["config_name"]] == pytest.approx(expected, rel=1e-4)
+        change = 100 * (np.exp(row["delta_nll"]) - 1)
+        shown = next(text for text in quality if text.startswith(f"{row['config_name']}: "))
+        assert f"{row['mean_experts']:.2f} experts, perplexity " in shown
+        assert f"+{change:.1f} %" in shown or not change
 
-    split = charts["time-split"]["variants"][""]["data"]
+    split = tips_of(page, "prefill_and_decode")
     mine = results[results["config_name"] == "bh_loose"]
-    at = split[0]["x"].index("bh_loose")
-    assert split[0]["y"][at] == pytest.approx(1000 * mine["prefill_time_sec"].mean(), rel=1e-3)
-    assert split[1]["y"][at] == pytest.approx(1000 * mine["decode_time_sec"].mean(), rel=1e-3)
+    total = 1000 * (mine["prefill_time_sec"] + mine["decode_time_sec"]).mean()
+    assert f"bh_loose: {total:.2f}" in split
 
-    heat = charts["layer-means"]["variants"][""]["data"][0]
     own = [t for t in read_traces(page_folder) if t.config_name == "bh_strict"]
     means_L = np.concatenate([unpack(t).kept.sum(axis=2) for t in own]).mean(axis=0)
-    assert heat["z"][heat["y"].index("bh_strict")] == pytest.approx(means_L, rel=1e-3)
+    heat = tips_of(page, "experts_by_layer")
+    assert [text for text in heat if text.startswith("bh_strict")] == [
+        f"bh_strict, layer {layer}: {mean:.2f}" for layer, mean in enumerate(means_L)
+    ]
+
+
+def test_every_chart_of_the_plots_is_on_the_page(page_folder: Path, results: pd.DataFrame) -> None:
+    summary = json.loads((page_folder / "analysis_summary.json").read_text())
+    plots = create_visualizations(results, page_folder, summary)
+    text = write_page(page_folder).read_text()
+    assert len(plots) >= 11
+    for path in plots:
+        assert f'<div class="chart" id="{path.stem}" role="img" aria-label="' in text
+
+
+def test_colours_of_charts_follow_the_theme(page_folder: Path) -> None:
+    text = write_page(page_folder).read_text()
+    used = set(re.findall(r"var\((--c[0-9a-f]{6})\)", text))
+    assert used
+    for theme in (":root{", ":root[data-theme=dark]{"):
+        declared = text.split(theme)[1].split("}")[0]
+        assert used <= set(re.findall(r"--c[0-9a-f]{6}", declared))
+    svgs = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    assert not [colour for colour in DARK if f": {colour}" in svgs]
+
+
+def test_a_damaged_calibration_is_reported_and_leaves_the_rest(
+    page_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (page_folder / "calibration.safetensors").write_bytes(b"half a file")
+    assert 'id="quality_vs_experts"' in write_page(page_folder).read_text()
+    assert "lacks the charts of the calibration" in caplog.text
 
 
 def test_a_trace_survives_packing() -> None:
@@ -159,6 +197,8 @@ def test_a_comparison_names_what_differs(page_folder: Path, tmp_path: Path) -> N
     assert "spec.max_tokens" in text
     assert "provenance.seed" in text
     assert "spec.configs.topk_8.k" not in text
+    assert 'id="compared_quality"' in text
+    assert "bh_strict: 3.40 experts, perplexity +47.6 %" in text
 
 
 def test_a_comparison_of_one_folder_is_refused(page_folder: Path, tmp_path: Path) -> None:

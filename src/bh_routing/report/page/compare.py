@@ -12,12 +12,10 @@ from bh_routing.analysis.results import load_results
 from bh_routing.errors import InputError
 from bh_routing.report import findings
 from bh_routing.report.blocks import text_table
+from bh_routing.report.charts.quality import compared_quality
 from bh_routing.report.facts import EXPERTS, SPEED, Facts
 from bh_routing.report.files import write_text
-from bh_routing.report.page.charts import Chart, axis, finite, markers
 from bh_routing.report.page.page import Section, facts_of, render, to_html
-from bh_routing.report.quality_plot import percent_change
-from bh_routing.report.style import OTHER_COLOURS
 from bh_routing.report.text import (
     MISSING,
     code,
@@ -25,7 +23,6 @@ from bh_routing.report.text import (
     loss_percent,
     markdown,
     number,
-    plain,
     signed_percent,
 )
 
@@ -49,19 +46,19 @@ def write_comparison(folders: Sequence[Path], output: Path) -> Path:
         raise InputError(f"a comparison needs two results folders or more, got {len(folders)}")
     runs = dict(zip(_names(folders), (facts_of(load_results(f)) for f in folders), strict=True))
     differences = _differences(runs)
-    charts = _quality_chart(runs)
+    chart = compared_quality(runs)
+    charts = {"compared_quality": chart} if chart else {}
     parts = [
-        Section(key="differences", title="What differs", charts=(), text=to_html(differences)),
+        Section(key="differences", title="What differs", charts={}, text=to_html(differences)),
         Section(key="results", title="What came out", charts=charts, text=to_html(_results(runs))),
     ]
-    data = {"charts": {c.key: {"variants": c.variants, "height": c.height} for c in charts}}
     same = f"{len(runs)} runs; their settings, model and versions are compared first."
     page = render(
         "report.html.j2",
         title=f"Comparison of {len(runs)} runs",
         verdict=[to_html(same)],
         sections=parts,
-        data=data | {"experiments": {}, "traces": []},
+        data={"experiments": {}, "traces": []},
     )
     return write_text(output, page)
 
@@ -130,49 +127,3 @@ def _results(runs: Mapping[str, Facts]) -> str:
     header = ["configuration", "run", "experts, prompts", "experts, text", "perplexity, text",
               "95 % interval, %", "tokens per second", "time against its baseline"]  # fmt: skip
     return text_table(header, rows)
-
-
-def _quality_chart(runs: Mapping[str, Facts]) -> list[Chart]:
-    shapes = markers(list(runs))
-    traces = []
-    for index, (run, facts) in enumerate(runs.items()):
-        rows = sorted(facts.quality, key=lambda row: row.mean_experts)
-        above = [percent_change(r.high) - percent_change(r.delta_nll) for r in rows]
-        below = [percent_change(r.delta_nll) - percent_change(r.low) for r in rows]
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": plain(run, 40),
-                "x": [finite(row.mean_experts) for row in rows],
-                "y": [finite(percent_change(row.delta_nll)) for row in rows],
-                "error_y": {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [finite(value) for value in above],
-                    "arrayminus": [finite(value) for value in below],
-                },
-                "text": [plain(row.name, 40).replace("<", "&lt;") for row in rows],
-                "marker": {
-                    "size": 10,
-                    "symbol": shapes[run],
-                    "color": OTHER_COLOURS[index % len(OTHER_COLOURS)],
-                },
-                "hovertemplate": "%{text}: %{y:+.1f} % at %{x:.2f} experts",
-            }
-        )
-    if not any(trace["x"] for trace in traces):
-        return []
-    layout = {
-        "xaxis": axis("experts kept per token and layer", rangemode="tozero"),
-        "yaxis": axis("change in perplexity (%)"),
-    }
-    return [
-        Chart(
-            key="compared-quality",
-            finding="Quality against experts, run by run",
-            description="Change in perplexity against mean experts, with 95 % intervals.",
-            variants={"": {"data": traces, "layout": layout}},
-            height=460,
-        )
-    ]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
-import pandas as pd
-
 from bh_routing.report.facts import Facts
-from bh_routing.report.page.charts import finite
+from bh_routing.report.text import as_float
 
 NUMBERS: Final = {
     "avg_experts_per_token": "experts",
@@ -50,4 +49,4 @@ def experiment_table(facts: Facts, configs: list[str], prompts: list[str]) -> di
 
 
 def _number(value: Any) -> float | None:
-    return None if pd.isna(value) else finite(float(value), 5)
+    return float(f"{value:.5g}") if math.isfinite(as_float(value)) else None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -18,19 +19,18 @@ from markupsafe import Markup
 import bh_routing
 from bh_routing.analysis.comparisons import analyze_results
 from bh_routing.analysis.results import Results, load_results
-from bh_routing.records import REPORT_HTML
+from bh_routing.errors import CalibrationError
+from bh_routing.records import CALIBRATION, REPORT_HTML
 from bh_routing.report import provenance, sections
 from bh_routing.report.blocks import bullets, section, text_table
+from bh_routing.report.charts import Chart, draw_charts
+from bh_routing.report.charts.calibration import null_charts
+from bh_routing.report.charts.style import Picture, inline_svg, look, theme
 from bh_routing.report.conclusions import conclude
 from bh_routing.report.expectations import compare_expectations, count_verdicts
 from bh_routing.report.facts import Facts
 from bh_routing.report.files import write_text
-from bh_routing.report.page.charts import Chart
 from bh_routing.report.page.experiments import experiment_table
-from bh_routing.report.page.layer_charts import layer_charts
-from bh_routing.report.page.null_charts import null_charts
-from bh_routing.report.page.quality_chart import quality_charts
-from bh_routing.report.page.time_charts import time_charts
 from bh_routing.report.page.traces import for_page, read_traces
 from bh_routing.report.quality import with_quality
 from bh_routing.report.quality_section import quality
@@ -38,7 +38,8 @@ from bh_routing.report.table import experiments_of
 from bh_routing.report.text import MISSING, plain
 from bh_routing.report.verdict import verdict
 
-SCRIPTS: Final = ("plotly-cartesian.min.js", "page.js", "experiments.js", "tokens.js")
+SCRIPTS: Final = ("page.js", "experiments.js", "tokens.js")
+_log = logging.getLogger(__name__)
 _HEADING = re.compile(r"\A## .*\n*")
 _PICTURE = re.compile(r"^!\[[^\n]*$", re.MULTILINE)
 
@@ -49,7 +50,8 @@ class Section:
 
     key: str
     title: str
-    charts: Sequence[Chart]
+    charts: Mapping[str, Chart]
+    """Id on the page -> chart."""
     text: Markup
     """Tables and sentences below the charts."""
     widget: str = ""
@@ -69,15 +71,10 @@ def write_page(folder: str | Path, output: Path | None = None) -> Path:
     """
     results = load_results(folder)
     facts = facts_of(results)
-    parts = _sections(facts, results)
+    parts = _sections(facts)
     configs = facts.names
     prompts = list(dict.fromkeys(facts.table.frame["prompt_text"]))
     data = {
-        "charts": {
-            chart.key: {"variants": chart.variants, "height": chart.height}
-            for part in parts
-            for chart in part.charts
-        },
         "experiments": experiment_table(facts, configs, prompts),
         "numExperts": facts.model.get("num_experts", 0),
         "traces": for_page(read_traces(results.folder), configs, prompts),
@@ -101,33 +98,25 @@ def facts_of(results: Results) -> Facts:
         summary=with_quality(summary, results.folder),
         run=results.run,
         folder=results.folder,
+        details=results.details,
     )
 
 
-def _sections(facts: Facts, results: Results) -> list[Section]:
-    def part(
-        key: str, title: str, *texts: str, charts: Sequence[Chart] = (), widget: str = ""
-    ) -> Section:
+def _sections(facts: Facts) -> list[Section]:
+    shown = _charts(facts)
+
+    def part(key: str, title: str, *texts: str, widget: str = "") -> Section:
         body = "\n\n".join(_HEADING.sub("", text, count=1) for text in texts if text)
+        charts = shown.get(key, {})
         return Section(key=key, title=title, charts=charts, text=to_html(body), widget=widget)
 
-    nulls = null_charts(results.folder)
-    layers = layer_charts(facts, results.details)
     parts = [
-        part(
-            "quality", "Quality against experts", quality(facts, {}), charts=quality_charts(facts)
-        ),
+        part("quality", "Quality against experts", quality(facts, {})),
         part("experiments", "Configurations and prompts", widget="experiments"),
         part("tokens", "Token by token", widget="tokens"),
-        part(
-            "layers",
-            "Layers and load",
-            sections.experts(facts),
-            charts=layers,
-            widget="coactivation",
-        ),
-        part("time", "Time", sections.time(facts), charts=time_charts(facts)),
-        part("nulls", "What alpha means", provenance.nulls(facts), charts=nulls),
+        part("layers", "Layers and load", sections.experts(facts), widget="coactivation"),
+        part("time", "Time", sections.time(facts)),
+        part("nulls", "What alpha means", provenance.nulls(facts)),
         part("expected", "Expected and measured", _expectations(facts)),
         part("tests", "Statistical tests", sections.tests(facts)),
         part("conclusions", "Conclusions", bullets(conclude(facts))),
@@ -135,6 +124,18 @@ def _sections(facts: Facts, results: Results) -> list[Section]:
         part("limits", "Limitations", provenance.limitations(facts)),
     ]
     return [p for p in parts if p.text or p.charts or p.widget]
+
+
+def _charts(facts: Facts) -> dict[str, dict[str, Chart]]:
+    """Section -> name -> chart."""
+    shown = draw_charts(facts) if facts.names else {}
+    if (facts.folder / CALIBRATION).is_file():
+        try:
+            nulls = null_charts(facts.folder / CALIBRATION)
+            shown["nulls"] = {f"calibration_{null}": chart for null, chart in nulls.items()}
+        except CalibrationError as error:
+            _log.warning("report.html lacks the charts of the calibration: %s", error)
+    return shown
 
 
 def _expectations(facts: Facts) -> str:
@@ -161,9 +162,17 @@ def render(template: str, **values: Any) -> str:
                               lstrip_blocks=True)  # fmt: skip
     environment.filters["json"] = _json
     environment.globals["version"] = bh_routing.__version__
-    environment.globals["style"] = Markup(_asset("page.css"))
+    environment.globals["draw"] = _draw
+    colours = f":root{{{theme(dark=False)}}}:root[data-theme=dark]{{{theme(dark=True)}}}"
+    environment.globals["style"] = Markup(_asset("page.css") + colours)
     environment.globals["scripts"] = [Markup(_asset(name)) for name in SCRIPTS]
     return environment.from_string(_asset(template)).render(values)
+
+
+def _draw(view: Callable[[], Picture], salt: str) -> Markup:
+    with look():
+        figure = view()
+    return Markup(inline_svg(figure, salt))
 
 
 def _json(value: Any) -> Markup:

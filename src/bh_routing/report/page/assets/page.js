@@ -1,5 +1,5 @@
 "use strict";
-// Charts and theme. `page` is what the other scripts share.
+// Theme, views of charts and the text at the pointer. `page` is what the other scripts share.
 const page = {
   data: JSON.parse(document.getElementById("data").textContent),
 
@@ -15,81 +15,63 @@ const page = {
       select.append(page.element("option", { value: values[i], textContent: label })));
   },
 
-  printWidth: undefined,  // pixels; a chart doesn't follow the paper's width by itself
-
   color(name) {
     return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   },
 
-  draw(id, figure, height) {
-    const ink = page.color("--ink"), line = page.color("--line");
-    const axis = { gridcolor: line, zerolinecolor: line, linecolor: line };
-    const narrow = window.innerWidth < 700;
-    const layout = {
-      ...figure.layout,
-      height,
-      width: page.printWidth,
-      paper_bgcolor: "rgba(0,0,0,0)",
-      plot_bgcolor: "rgba(0,0,0,0)",
-      font: { color: ink, size: narrow ? 11 : 13, family: "inherit" },
-      margin: { l: 50, r: 12, t: 12, b: 46 },
-      legend: { orientation: "h", y: -0.22 },
-      xaxis: { ...axis, ...figure.layout.xaxis },
-      yaxis: { ...axis, ...figure.layout.yaxis },
-    };
-    const element = document.getElementById(id);
-    // The baseline's grey is dark, made for paper.
-    const data = JSON.parse(JSON.stringify(figure.data).replaceAll("#4d4d4d", page.color("--baseline")));
-    Plotly.react(element, data, layout, { responsive: true, displayModeBar: false });
-    element.dataset.drawn = "yes";
+  // Show a text near the pointer; none hides it.
+  tip(event, text) {
+    const box = document.getElementById("tip");
+    box.hidden = !text;
+    if (!text) return;
+    box.textContent = text;
+    const room = document.documentElement.clientWidth - box.offsetWidth - 8;
+    box.style.left = `${Math.max(8, Math.min(event.clientX + 14, room))}px`;
+    box.style.top = `${Math.max(8, event.clientY - box.offsetHeight - 12)}px`;
   },
 };
 
 (() => {
-  const charts = page.data.charts;
-  const chosen = {};
-
-  function redraw(key) {
-    const { variants, height } = charts[key];
-    page.draw(key, variants[chosen[key] ?? Object.keys(variants)[0]], height);
-  }
-
   document.querySelectorAll("select[data-chart]").forEach((select) =>
-    select.addEventListener("change", () => {
-      chosen[select.dataset.chart] = select.value;
-      redraw(select.dataset.chart);
-    }));
+    select.addEventListener("change", () =>
+      document.getElementById(select.dataset.chart).querySelectorAll(".view").forEach((view, i) => {
+        view.hidden = i !== select.selectedIndex;
+      })));
 
-  // One chart a turn, so that the page answers while it draws, and is whole when printed.
-  const waiting = Object.keys(charts);
-  function next() {
-    const key = waiting.shift();
-    if (key === undefined) return document.body.dataset.ready = "yes";
-    redraw(key);
-    setTimeout(next);
-  }
-  setTimeout(next);
+  // The nearest tip of a chart within this many pixels; a tap does as well as a pointer.
+  const REACH = 26;
+  document.querySelectorAll(".chart svg").forEach((svg) => {
+    const tips = JSON.parse(svg.dataset.tips);
+    const show = (event) => {
+      const box = svg.getBoundingClientRect();
+      let best = REACH, text = "";
+      for (const [x, y, shown] of tips) {
+        const far = Math.hypot(box.left + x * box.width / 1000 - event.clientX,
+          box.top + y * box.height / 1000 - event.clientY);
+        if (far < best) [best, text] = [far, shown];
+      }
+      page.tip(event, text);
+    };
+    svg.addEventListener("pointermove", show);
+    svg.addEventListener("pointerdown", show);
+    svg.addEventListener("pointerleave", (event) => page.tip(event, ""));
+  });
+  addEventListener("scroll", (event) => page.tip(event, ""), { passive: true });
 
   const button = document.getElementById("theme");
   function apply(theme) {
     document.documentElement.dataset.theme = theme;
     button.setAttribute("aria-pressed", String(theme === "dark"));
-    Object.keys(charts).filter((key) => !waiting.includes(key)).forEach(redraw);
     document.dispatchEvent(new Event("theme"));
   }
-  document.documentElement.dataset.theme =
-    window.matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
-  button.setAttribute("aria-pressed", String(document.documentElement.dataset.theme === "dark"));
+  apply(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
   button.addEventListener("click", () =>
     apply(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
   let before;
-  window.addEventListener("beforeprint", () => {
+  addEventListener("beforeprint", () => {
     before = document.documentElement.dataset.theme;
-    page.printWidth = 680;
     apply("light");
   });
-  window.addEventListener("afterprint", () => {
-    page.printWidth = undefined;
-    apply(before);
-  });
+  addEventListener("afterprint", () => apply(before));
+  document.body.dataset.ready = "yes";
 })();

@@ -171,27 +171,42 @@
     document.getElementById("coactivation-finding").textContent = best.lift === 0 ? ""
       : `Of pairs expected in five tokens or more, ${best.a} and ${best.b} go together most: ` +
         `${best.lift.toFixed(1)} times as often.`;
-    page.draw("coactivation", {
-      data: [{
-        type: "heatmap",
-        z: lifts.map((row) => row.map((lift) => lift === null ? null : Math.log2(lift || 1e-9))),
-        text: lifts,
-        colorscale: [[0, "#b2182b"], [0.5, "#f7f7f7"], [1, "#2166ac"]], zmin: -2, zmax: 2,
-        colorbar: {
-          title: { text: "× chance" },
-          tickvals: [-2, -1, 0, 1, 2], ticktext: ["¼ or less", "½", "1", "2", "4 or more"],
-        },
-        hovertemplate: "experts %{y} and %{x}: %{text} × chance<extra></extra>",
-      }],
-      layout: {
-        xaxis: { title: { text: "expert" } },
-        yaxis: { title: { text: "expert" }, autorange: "reversed" },
-      },
-    }, 520);
+    paint(lifts);
   }
+
+  // Red below chance, blue above, on a log scale from a quarter to four times.
+  const canvas = document.getElementById("coactivation");
+  function shadeOf(lift) {
+    const share = Math.max(-1, Math.min(1, Math.log2(lift || 1e-9) / 2));
+    const [from, to] = [[247, 247, 247], share < 0 ? [178, 24, 43] : [33, 102, 172]];
+    return from.map((c, i) => Math.round(c + Math.abs(share) * (to[i] - c)));
+  }
+  function paint(lifts) {
+    canvas.width = canvas.height = numExperts;
+    const image = new ImageData(numExperts, numExperts);
+    lifts.flat().forEach((lift, i) => {
+      if (lift !== null) image.data.set([...shadeOf(lift), 255], 4 * i);
+    });
+    canvas.getContext("2d").putImageData(image, 0, 0);
+    const show = (event) => {
+      const box = canvas.getBoundingClientRect();
+      const at = (from, size) => Math.max(0, Math.min(numExperts - 1, Math.floor(from / size * numExperts)));
+      const a = at(event.clientY - box.top, box.height), b = at(event.clientX - box.left, box.width);
+      page.tip(event, lifts[a][b] === null ? "" : `experts ${a} and ${b}: ${lifts[a][b]} × chance`);
+    };
+    canvas.onpointermove = canvas.onpointerdown = show;
+    canvas.onpointerleave = (event) => page.tip(event, "");
+  }
+  document.getElementById("coactivation-scale").replaceChildren(
+    ...[["¼ or less", 0.25], ["½", 0.5], ["chance", 1], ["2 ×", 2], ["4 × or more", 4]].map(([label, lift]) => {
+      const box = page.element("span", { textContent: label });
+      const dark = Math.abs(Math.log2(lift)) > 1.5;
+      box.style.cssText = `background: rgb(${shadeOf(lift)}); color: ${dark ? "#fff" : "#000"}`;
+      return box;
+    }));
   document.getElementById("coactivation-choice").addEventListener("change", showPairs);
 
-  document.addEventListener("theme", () => { showTokens(); showPairs(); });
+  document.addEventListener("theme", showTokens);
   showTokens();
   showPairs();
 })();

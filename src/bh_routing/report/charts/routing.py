@@ -1,4 +1,4 @@
-"""Pictures of routing itself: how many experts tokens keep, where, and which ones.
+"""Charts of any routing: how many experts tokens keep, where, and which ones.
 
 Every function takes arrays, Series or tensors, returns the figure, and saves it if asked to.
 Axes: T tokens, L layers, E experts, A alphas.
@@ -14,30 +14,31 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from numpy.typing import NDArray
 
 from bh_routing.errors import InputError
 from bh_routing.report.arrays import numbers
-from bh_routing.report.style import (
-    BASELINE_COLOUR,
-    EDGE_COLOUR,
-    FIXED_COLOURS,
-    GUIDE_COLOUR,
-    colours_of,
-    configuration_legend,
+from bh_routing.report.charts.marks import (
+    Floats,
+    add_legend,
+    draw_heat_map,
     from_zero,
+    looks_of,
+    spread,
+)
+from bh_routing.report.charts.style import (
+    BASELINE,
+    BLUE,
+    INK,
+    OTHER_COLOURS,
+    SOFT,
     look,
-    markers_of,
     new_figure,
     save,
     set_title,
-    spread,
 )
 from bh_routing.report.text import number, percent, plain
 
-FloatArray = NDArray[np.float64]
 PathLike = str | Path
-MAIN_COLOUR = FIXED_COLOURS["bh_strict"]
 
 
 def plot_expert_count_distribution(
@@ -71,7 +72,7 @@ def plot_expert_count_distribution(
         draw = _whole_counts if are_whole else _mean_counts
         draw(axes, counts_n)
         mean = float(counts_n.mean())
-        axes.axvline(mean, color=EDGE_COLOUR, linewidth=1.6, linestyle=(0, (4, 2)))
+        axes.axvline(mean, color=INK, linewidth=1.6, linestyle=(0, (4, 2)))
         axes.grid(axis="y")
         what = f"{counts_n.size:,} counts" if are_whole else f"{counts_n.size:,} means"
         low, high = (number(v, 0 if are_whole else 1) for v in (counts_n.min(), counts_n.max()))
@@ -95,7 +96,7 @@ def plot_alpha_sensitivity(
         mean_experts: means of experts kept, shape (A,), or (A, prompts) to show each prompt.
         method_name: shown in the title.
         top_k: the model's own number of experts, drawn as a line.
-        noise: mean experts on pure noise at the same alphas, shape (A,), drawn beside.
+        noise: mean experts on pure noise at the same alphas, shape (A,), drawn as a second line.
         save_path: where to write the figure.
     Raises:
         InputError: lengths differ, or an alpha is outside (0, 1).
@@ -112,14 +113,16 @@ def plot_alpha_sensitivity(
         figure, axes = new_figure(3.6)
         if experts_AP.shape[1] > 1:
             x = np.repeat(alphas_A, experts_AP.shape[1])
-            axes.scatter(x, experts_AP.ravel(), s=12, color=MAIN_COLOUR, alpha=0.4, linewidths=0)
-        axes.plot(alphas_A, means_A, color=MAIN_COLOUR, marker="o", label="mean experts")
+            axes.scatter(x, experts_AP.ravel(), s=12, color=BLUE, alpha=0.4, linewidths=0)
+        axes.plot(alphas_A, means_A, color=BLUE, marker="o", label="mean experts")
         if noise is not None:
             noise_A = _one_a_row(numbers(noise, "noise"), len(alphas_A), "noise")[order, 0]
             label = "on pure noise"
-            axes.plot(alphas_A, noise_A, color="#d55e00", marker="s", linestyle="--", label=label)
+            axes.plot(
+                alphas_A, noise_A, color=OTHER_COLOURS[0], marker="s", linestyle="--", label=label
+            )
         if top_k is not None:
-            axes.axhline(top_k, color=BASELINE_COLOUR, linestyle=":", label=f"top-{top_k:g}")
+            axes.axhline(top_k, color=BASELINE, linestyle=":", label=f"top-{top_k:g}")
         axes.set_xscale("log")
         axes.set_xticks(alphas_A, [f"{a:g}" for a in alphas_A], rotation=45 * (len(alphas_A) > 8))
         axes.minorticks_off()
@@ -158,18 +161,11 @@ def plot_routing_heatmap(
             f"tokens must be {num_tokens} texts, one a row of expert_counts, got {len(tokens)}"
         )
     with look():
-        figure, axes = new_figure(2.2 + 0.13 * min(num_layers, 48))
-        image = axes.imshow(counts_TL.T, cmap="cividis", aspect="auto", origin="lower",
-                            interpolation="nearest")  # fmt: skip
-        figure.colorbar(image, ax=axes).set_label("Experts kept")
-        axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.set_ylabel("Layer")
-        if tokens is not None and num_tokens <= 32:
-            shown = [plain(token, 12) or "␣" for token in tokens]
-            axes.set_xticks(range(num_tokens), shown, rotation=90, fontsize=9)
-        else:
-            axes.set_xlabel("Token")
-            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        shown = [plain(token, 12) or "␣" for token in tokens or ()]
+        columns = shown if shown and num_tokens <= 32 else range(num_tokens)
+        labels = "Token", "Layer", "Experts kept"
+        figure = draw_heat_map(counts_TL.T, range(num_layers), columns, labels)
+        figure.axes[0].invert_yaxis()
         layers_L = _row_means(counts_TL.T)
         low, high = int(np.nanargmin(layers_L)), int(np.nanargmax(layers_L))
         finding = f"fewest experts in layer {low} ({number(layers_L[low])}), "
@@ -205,10 +201,10 @@ def plot_expert_utilization(
         figure, axes = new_figure(3.6)
         ranks_E = np.arange(1, load_LE.shape[1] + 1)
         for row_E in relative_LE:
-            axes.plot(ranks_E, row_E, color=MAIN_COLOUR, alpha=0.35, linewidth=1.1)
-        axes.plot(ranks_E, relative_LE.mean(axis=0), color=MAIN_COLOUR, linewidth=2.6,
+            axes.plot(ranks_E, row_E, color=BLUE, alpha=0.35, linewidth=1.1)
+        axes.plot(ranks_E, relative_LE.mean(axis=0), color=BLUE, linewidth=2.6,
                   label="mean over layers" if len(relative_LE) > 1 else "load")  # fmt: skip
-        axes.axhline(1.0, color=GUIDE_COLOUR, linestyle="--", label="even load")
+        axes.axhline(1.0, color=SOFT, linestyle="--", label="even load")
         from_zero(axes, y=float(relative_LE.max()))
         axes.grid()
         axes.set_xlabel("Experts of a layer, most used first")
@@ -244,27 +240,28 @@ def plot_layerwise_counts(
         for name, value in named.items()
     }
     names = list(arrays)
-    colours, markers = colours_of(names), markers_of(names)
+    looks = looks_of(names)
     with look():
-        figure, axes = new_figure(3.5 + 0.08 * len(names))
+        figure, axes = new_figure(3.4 + 0.08 * len(names))
         for name, counts_TL in arrays.items():
             layers_L = np.arange(counts_TL.shape[1])
             if len(counts_TL) > 1 and len(names) == 1:
                 low_L, high_L = np.nanquantile(counts_TL, [0.1, 0.9], axis=0)
-                axes.fill_between(layers_L, low_L, high_L, color=colours[name], alpha=0.18, lw=0)
-            axes.plot(layers_L, _row_means(counts_TL.T), color=colours[name],
-                      marker=markers[name], markeredgecolor=EDGE_COLOUR)  # fmt: skip
+                axes.fill_between(layers_L, low_L, high_L, color=looks[name][0], alpha=0.18, lw=0)
+            colour, shape = looks[name]
+            axes.plot(layers_L, _row_means(counts_TL.T), color=colour, marker=shape,
+                      markeredgecolor=INK, markeredgewidth=0.7)  # fmt: skip
         axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
         axes.set_ylim(bottom=0.0)
         axes.grid()
         axes.set_xlabel("Layer")
         axes.set_ylabel("Experts kept")
-        configuration_legend(figure, names)
+        add_legend(figure, looks)
         set_title(figure, _layer_finding(arrays))
     return _finished(figure, save_path)
 
 
-def _layer_finding(arrays: Mapping[str, FloatArray]) -> str:
+def _layer_finding(arrays: Mapping[str, Floats]) -> str:
     means = {name: _row_means(counts_TL.T) for name, counts_TL in arrays.items()}
     name = max(means, key=lambda n: float(np.nanmax(means[n]) - np.nanmin(means[n])))
     low, high = int(np.nanargmin(means[name])), int(np.nanargmax(means[name]))
@@ -276,10 +273,10 @@ def _layer_finding(arrays: Mapping[str, FloatArray]) -> str:
     )
 
 
-def _whole_counts(axes: Axes, counts_n: FloatArray) -> None:
+def _whole_counts(axes: Axes, counts_n: Floats) -> None:
     values, how_many = np.unique(counts_n, return_counts=True)
-    axes.bar(values, how_many / counts_n.size, width=0.8, color=MAIN_COLOUR,
-             edgecolor=EDGE_COLOUR, linewidth=0.6)  # fmt: skip
+    axes.bar(values, how_many / counts_n.size, width=0.8, color=BLUE,
+             edgecolor=INK, linewidth=0.6)  # fmt: skip
     axes.set_xlim(min(values[0], 1.0) - 0.6, values[-1] + 0.6)
     axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
@@ -287,16 +284,16 @@ def _whole_counts(axes: Axes, counts_n: FloatArray) -> None:
     axes.set_ylabel("Share")
 
 
-def _mean_counts(axes: Axes, means_n: FloatArray) -> None:
+def _mean_counts(axes: Axes, means_n: Floats) -> None:
     bins = int(np.clip(np.sqrt(means_n.size), 5, 30))
-    how_many, _, _ = axes.hist(means_n, bins=bins, color=MAIN_COLOUR, edgecolor=EDGE_COLOUR,
+    how_many, _, _ = axes.hist(means_n, bins=bins, color=BLUE, edgecolor=INK,
                                linewidth=0.6, alpha=0.85)  # fmt: skip
     tallest = float(np.max(how_many))
     if means_n.size <= 500:
         height_n = -0.09 * tallest + spread(means_n.size, 0.05 * tallest)
-        axes.scatter(means_n, height_n, s=12, color=MAIN_COLOUR, edgecolors=EDGE_COLOUR,
+        axes.scatter(means_n, height_n, s=12, color=BLUE, edgecolors=INK,
                      linewidths=0.3)  # fmt: skip
-        axes.axhline(0.0, color=EDGE_COLOUR, linewidth=0.8)
+        axes.axhline(0.0, color=INK, linewidth=0.8)
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel("Mean experts kept")
     axes.set_ylabel("How many")
@@ -315,13 +312,13 @@ def _finished(figure: Figure, save_path: PathLike | None) -> Figure:
     return figure
 
 
-def _two_axes(array: FloatArray, what: str) -> FloatArray:
+def _two_axes(array: Floats, what: str) -> Floats:
     if array.ndim != 2:
         raise InputError(f"{what} must have two axes, got shape {array.shape}")
     return array
 
 
-def _one_a_row(array: FloatArray, rows: int, what: str) -> FloatArray:
+def _one_a_row(array: Floats, rows: int, what: str) -> Floats:
     if array.ndim not in (1, 2) or len(array) != rows:
         raise InputError(
             f"{what} must have one row for each of the {rows} alphas, got shape {array.shape}"
@@ -329,11 +326,11 @@ def _one_a_row(array: FloatArray, rows: int, what: str) -> FloatArray:
     return array.reshape(rows, -1)
 
 
-def _row_means(array: FloatArray) -> FloatArray:
+def _row_means(array: Floats) -> Floats:
     """Mean over finite values of each row; NaN for a row without any."""
     finite = np.isfinite(array)
     known = finite.sum(axis=1)
     sums = np.where(finite, array, 0.0).sum(axis=1)
-    means: FloatArray = np.full(len(array), np.nan)
+    means: Floats = np.full(len(array), np.nan)
     np.divide(sums, known, out=means, where=known > 0)
     return means

@@ -1,0 +1,6 @@
+"""Every chart of the package, each defined once: as PNG, PDF and SVG, and inside report.html."""
+
+from bh_routing.report.charts import experiments, layers, quality
+from bh_routing.report.charts.chart import Chart, draw_charts
+
+__all__ = ["Chart", "draw_charts", "experiments", "layers", "quality"]

@@ -1,0 +1,228 @@
+"""The look of every chart: fonts, colours, sizes, and how a figure becomes a file.
+
+Figures are made without pyplot, so nobody's backend, open windows or settings change.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import math
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from bh_routing.errors import InputError
+from bh_routing.report.files import write_bytes
+from bh_routing.report.text import for_plot
+
+# A figure of this width keeps its text at about 7 points when printed half a page wide.
+WIDTH_INCHES: Final = 5.4
+DPI: Final = 150
+MAX_HEIGHT_INCHES: Final = 14.0
+FIGURE_KINDS: Final = ("png", "pdf", "svg", "jpg")
+
+INK: Final = "#1c1f24"
+SOFT: Final = "#555b66"
+GRID: Final = "#d4d8de"
+PAPER: Final = "#ffffff"
+BASELINE: Final = "#4d4d4d"
+BLUE: Final = "#0072b2"
+ORANGE: Final = "#e69f00"
+# Okabe & Ito (2008), told apart with every common form of colour blindness. The five
+# configurations of the standard run keep theirs in every chart and every run.
+FIXED_COLOURS: Final = {
+    "topk_8": BASELINE,
+    "bh_strict": BLUE,
+    "bh_moderate": "#009e73",
+    "bh_loose": ORANGE,
+    "bh_adaptive": "#cc79a7",
+}
+OTHER_COLOURS: Final = ("#d55e00", "#56b4e9", "#8c6d1f", "#332288", "#882255", "#44aa99")
+FIXED_MARKERS: Final = {
+    "topk_8": "o",
+    "bh_strict": "s",
+    "bh_moderate": "^",
+    "bh_loose": "D",
+    "bh_adaptive": "v",
+}
+OTHER_MARKERS: Final = ("P", "X", "*", "<", ">", "p", "h", "d", "8")
+DARK: Final = {
+    INK: "#e8eaee",
+    SOFT: "#aab1bd",
+    GRID: "#3a414c",
+    PAPER: "#15181d",
+    BASELINE: "#b4b4b4",
+    BLUE: "#3f9fdb",
+    "#8c6d1f": "#c39a35",
+    "#332288": "#9485ee",
+    "#882255": "#d56c9d",
+}
+"""Colours that would be too dark on the HTML report's dark theme, and what replaces them."""
+
+SETTINGS: Final[Any] = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": 10.0,
+    "axes.titlesize": 10.0,
+    "axes.labelsize": 10.0,
+    "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5,
+    "legend.fontsize": 9.5,
+    "legend.frameon": False,
+    "figure.titlesize": 11.5,
+    "figure.titleweight": "bold",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": SOFT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "image.cmap": "cividis",
+    "savefig.dpi": DPI,
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a prompt may hold dollar signs
+}
+
+
+_UNUSED: Final = re.compile(
+    r"<metadata>.*?</metadata>|<!--.*?-->|(?<=<g) id=\"[^\"]*\"|font-family: 'DejaVu Sans'; "
+    r"| transform=\"rotate\(-0 [^\"]*\"",
+    re.DOTALL,
+)
+
+
+@contextmanager
+def look() -> Iterator[None]:
+    """Apply the settings above inside the block and restore the caller's after it."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(SETTINGS)
+        yield
+
+
+class Picture(Figure):
+    """A figure that notebooks show by themselves, with texts for readers who point at it."""
+
+    tips: list[tuple[Axes, float, float, str]]
+
+    def tip(self, axes: Axes, x: float, y: float, text: str) -> None:
+        """Show a text where a reader of report.html points near (x, y), in data coordinates."""
+        self.tips.append((axes, x, y, text))
+
+    def _repr_png_(self) -> bytes:
+        return rendered(self, "png")
+
+
+def new_figure(
+    height_inches: float, *, width_inches: float = WIDTH_INCHES, **grid: Any
+) -> tuple[Picture, Any]:
+    """Make a figure and its axes, laid out so that nothing is cut off.
+
+    Args:
+        height_inches: at most `MAX_HEIGHT_INCHES` are used.
+        grid: arguments of `Figure.subplots`, which also decide if one or an array is returned.
+    """
+    height = min(height_inches, MAX_HEIGHT_INCHES)
+    figure = Picture(figsize=(width_inches, height), dpi=DPI, layout="constrained")
+    figure.tips = []
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(**grid)
+
+
+def set_title(figure: Figure, finding: str) -> None:
+    """Put the finding on top, wrapped to the figure's width and flush left."""
+    # A number and its percent sign stay on one line.
+    text = for_plot(finding).replace(" %", "\u00a0%")
+    width = int(10.2 * figure.get_figwidth())
+    figure.suptitle(textwrap.fill(text, width), x=0.012, ha="left")
+
+
+def rendered(figure: Figure, kind: str, **options: Any) -> bytes:
+    """Draw the figure into the bytes of a file of this kind."""
+    buffer = io.BytesIO()
+    with look():  # ticks are made while drawing, and take their looks from the settings then
+        figure.savefig(buffer, format=kind, dpi=DPI, **options)
+    return buffer.getvalue()
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write the figure so that a reader sees the old file or the new one, never half of one.
+
+    Raises:
+        InputError: the file's ending isn't one that figures can be written as.
+    """
+    kind = path.suffix.lstrip(".").lower()
+    if kind not in FIGURE_KINDS:
+        raise InputError(f"a figure's file must end in {', '.join(FIGURE_KINDS)}; got {path.name}")
+    return write_bytes(path, rendered(figure, kind))
+
+
+def inline_svg(figure: Picture, salt: str) -> str:
+    """Draw the figure as an SVG element for an HTML page, which scales and follows its theme.
+
+    `data-tips` of the element holds [x, y, text] of each tip, x and y in thousandths of the
+    figure's width and height from the upper left corner.
+
+    Args:
+        salt: keeps the ids of several figures on one page apart.
+    """
+    with look():
+        mpl.rcParams["svg.hashsalt"] = salt
+        figure.savefig(buffer := io.StringIO(), format="svg", transparent=True)
+    text = buffer.getvalue()
+    text = _UNUSED.sub("", text[text.index("<svg ") :])
+    text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
+    text = re.sub(r'="[^"]*"', lambda found: _short(found[0]), text)
+    text = re.sub(r">\s+<", "><", text).strip()
+    width, height = figure.bbox.size
+    tips = []
+    for axes, x, y, shown in figure.tips:
+        left, bottom = axes.transData.transform((x, y))
+        if math.isfinite(left + bottom):
+            tips.append([round(1000 * left / width), round(1000 * (1 - bottom / height)), shown])
+    data = html.escape(json.dumps(tips, ensure_ascii=False, separators=(",", ":")))
+    return text.replace("<svg ", f'<svg data-tips="{data}" ', 1)
+
+
+def _short(attribute: str) -> str:
+    """Name the colours that the theme changes, and drop decimals that nobody sees."""
+    text = re.sub(r"(\.\d\d)\d+", r"\1", " ".join(attribute.split()))
+    return re.sub(r"#([0-9a-f]{6})\b", lambda c: f"var(--c{c[1]})" if c[0] in DARK else c[0], text)
+
+
+def theme(*, dark: bool) -> str:
+    """The CSS declarations of the charts' colours in a theme."""
+    return "".join(f"--c{c[1:]}:{DARK[c] if dark else c};" for c in DARK)
+
+
+def colours_of(names: Sequence[str]) -> dict[str, str]:
+    """Give each configuration its colour: fixed for the standard five, then in order."""
+    return _assign(names, FIXED_COLOURS, OTHER_COLOURS)
+
+
+def markers_of(names: Sequence[str]) -> dict[str, str]:
+    """Give each configuration a marker, so that colour is never the only difference."""
+    return _assign(names, FIXED_MARKERS, OTHER_MARKERS)
+
+
+def _assign(
+    names: Sequence[str], fixed: Mapping[str, str], others: Sequence[str]
+) -> dict[str, str]:
+    rest = [name for name in names if name not in fixed]
+    given = {name: others[i % len(others)] for i, name in enumerate(rest)}
+    return {name: fixed.get(name) or given[name] for name in names}
