@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,15 +21,19 @@ def scored_documents(
     spread: float = 0.02,
     seed: int = 0,
     kept: int = 2,
-    rule: Mapping[str, Any] = MappingProxyType({}),
+    rule: Mapping[str, Any] | None = None,
 ) -> list[QualityRecord]:
     """Documents whose loss per token is `delta` above top-k's, give or take `spread` by cluster.
 
-    `spread` and `delta` both 0 give the reference itself. Lengths are the same for every rule.
+    `spread` and `delta` both 0 give the reference itself. Lengths are the same for every rule. By
+    default the rule is static top-k under names such as `topk_4`, and unknown under others.
     """
     lengths = np.random.default_rng(123).integers(150, 400, documents)
     rng = np.random.default_rng(seed)
     own = rng.normal(0, spread, documents) if spread else np.zeros(documents)
+    if rule is None:
+        k = config_name.removeprefix("topk_")
+        rule = {"method": "top_k", "k": int(k)} if k.isdigit() else {}
     records = []
     for i, tokens in enumerate(lengths.tolist()):
         cluster = i if clusters is None else i % clusters

@@ -124,7 +124,7 @@ def test_texts_that_share_a_document_are_refused(
     loaded_demo: LoadedModel, texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "out"
-    with pytest.raises(InputError, match="3 of the 3 documents to score are in the calibration"):
+    with pytest.raises(InputError, match="3 of the 3 documents to score share a passage"):
         sweep_into(folder, (texts[1], texts[1]))
     assert not folder.exists()
 

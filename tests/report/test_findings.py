@@ -135,7 +135,7 @@ def test_a_summary_without_that_test_is_judged_by_its_intervals(loss: float, ans
     def row(name: str, mean: float, delta: float) -> dict[str, Any]:
         ends = {"delta_nll_low": delta - 0.01, "delta_nll_high": delta + 0.01}
         found = {"config_name": name, "mean_experts": mean, "delta_nll": delta, "tokens": 9}
-        return {**found, **ends, "documents": 3}
+        return {**found, **ends, "documents": 3, "rule": "top_k" if name in STATIC else "bh"}
 
     rows = [row(name, *numbers) for name, numbers in STATIC.items()] + [row("bh", 4.5, loss)]
     found = quality_rows({"quality": {"rules": rows}})
