@@ -49,7 +49,7 @@ def calibrate(
         from bh_routing.nulls.catalog import get_null
         from bh_routing.nulls.contributions import NEEDED
         from bh_routing.nulls.limits import MIN_TOKENS
-        from bh_routing.report.calibration_plots import plot_calibration
+        from bh_routing.report.charts.calibration import plot_calibration
 
         if max_tokens < MIN_TOKENS:
             raise InputError(
