@@ -30,8 +30,9 @@ from bh_routing.engine import calibrate
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.models import find_routers, load_model
 from bh_routing.multitest import benjamini_hochberg
-from bh_routing.nulls import NULLS, Calibration, noise_control
+from bh_routing.nulls import NULLS, Calibration
 from bh_routing.nulls.drop_noise import drop_noise_control
+from bh_routing.rules import BenjaminiHochberg, noise_control
 
 ALPHAS = (0.01, 0.05, 0.10)
 DROP_ALPHAS = (0.01, 0.05, 0.10, 0.30)
@@ -53,8 +54,7 @@ def measure_noise(tokens: int) -> list[dict[str, Any]]:
     for name, null in NULLS.items():
         runs = [
             noise_control(
-                name,
-                alphas=ALPHAS,
+                [BenjaminiHochberg(alpha, null=name) for alpha in ALPHAS],
                 num_experts=NUM_EXPERTS,
                 model_top_k=MODEL_TOP_K,
                 tokens=tokens,

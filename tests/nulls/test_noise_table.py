@@ -21,8 +21,9 @@ from benchmarks.noise_table import (
     render,
     render_drop,
 )
-from bh_routing.nulls import NULLS, noise_control
+from bh_routing.nulls import NULLS
 from bh_routing.nulls.drop_noise import Mattered
+from bh_routing.rules import BenjaminiHochberg, noise_control
 
 RESULTS = json.loads((HERE / "noise_table.json").read_text(encoding="utf-8"))
 
@@ -45,8 +46,7 @@ def test_the_table_covers_every_null_at_every_alpha() -> None:
 def test_measuring_again_gives_the_published_shares(null: str) -> None:
     made = RESULTS["made"]
     again = noise_control(
-        null,
-        alphas=ALPHAS,
+        [BenjaminiHochberg(alpha, null=null) for alpha in ALPHAS],
         num_experts=NUM_EXPERTS,
         model_top_k=made["model_top_k"],
         tokens=made["tokens"],

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from bh_routing.errors import CalibrationError
 from bh_routing.multitest import benjamini_hochberg
-from bh_routing.nulls import RouterPass, get_null, noise_control
+from bh_routing.nulls import RouterPass, get_null
 from bh_routing.nulls.permutation import NUM_PERMUTATIONS
+from bh_routing.rules import BenjaminiHochberg, noise_control
 
 ALPHAS = (0.01, 0.05, 0.10)
 
@@ -81,13 +82,15 @@ def test_a_router_that_does_more_than_a_weight_and_a_bias_is_rejected(
 
 def test_on_noise_the_permutation_null_keeps_its_alpha() -> None:
     # 10,000 tokens: the table's own draw moves the share by a few tenths of alpha.
-    for result in noise_control("permutation", alphas=ALPHAS, num_experts=64, model_top_k=8):
+    rules = [BenjaminiHochberg(alpha, null="permutation") for alpha in ALPHAS]
+    for result in noise_control(rules, num_experts=64, model_top_k=8):
         assert result.share_any_low <= 1.3 * result.alpha
 
 
 def test_on_noise_the_studentized_background_rejects_too_so_its_alpha_is_a_knob() -> None:
-    results = noise_control("background_studentized", alphas=(0.05,), num_experts=64, model_top_k=8)
-    assert results[0].share_any_low > 0.5
+    rule = BenjaminiHochberg(0.05, null="background_studentized")
+    (result,) = noise_control([rule], num_experts=64, model_top_k=8)
+    assert result.share_any_low > 0.5
     assert get_null("background_studentized").alpha_is == "knob"
 
 

@@ -167,13 +167,23 @@ RUN: dict[str, Any] = {
             "meaning": "a knob, not an error rate: noise is rejected too",
             "noise": [
                 {
+                    "config_name": "bh_strict",
+                    "alpha": 0.01,
+                    "mean_experts": 4.10,
+                    "share_any": 0.97,
+                    "share_any_low": 0.967,
+                    "share_any_high": 0.973,
+                    "tokens": 10_000,
+                },
+                {
+                    "config_name": "bh_moderate",
                     "alpha": 0.05,
                     "mean_experts": 5.47,
                     "share_any": 0.9912,
                     "share_any_low": 0.989,
                     "share_any_high": 0.993,
                     "tokens": 10_000,
-                }
+                },
             ],
         }
     ],

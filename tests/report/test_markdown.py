@@ -16,7 +16,7 @@ from bh_routing.records import TIMING_COLUMNS, TIMINGS
 from bh_routing.report import create_visualizations, generate_markdown_report
 from bh_routing.report.conclusions import NO_QUALITY
 from bh_routing.report.figures import QUALITY_PLOT, STANDARD
-from bh_routing.report.text import signed_percent
+from bh_routing.report.text import MISSING, signed_percent
 
 MakeResults = Callable[..., pd.DataFrame]
 FillFolder = Callable[..., Path]
@@ -186,7 +186,20 @@ def test_the_null_is_described_with_its_noise(
     report = write(results, fill_folder(results))
     null = part(report, "What alpha means here")
     assert "a knob, not an error rate: noise is rejected too" in null
-    assert "| 0.05 | 5.47 | 99.1 % | [98.9, 99.3] | 10,000 |" in null
+    assert "| `bh_strict` | 0.01 | 4.10 | 97.0 % | [96.7, 97.3] | 10,000 |" in null
+    assert "| `bh_moderate` | 0.05 | 5.47 | 99.1 % | [98.9, 99.3] | 10,000 |" in null
+    said = "on pure noise, `bh_moderate`, at alpha 0.05, still keeps 5.47 experts"
+    assert said in part(report, "Summary")
+
+
+def test_noise_of_a_folder_that_names_no_configuration_stays_readable(
+    results: pd.DataFrame, fill_folder: FillFolder, run_document: dict[str, Any]
+) -> None:
+    for entry in run_document["nulls"][0]["noise"]:
+        del entry["config_name"]
+    report = write(results, fill_folder(results, run_document))
+    null = part(report, "What alpha means here")
+    assert f"| {MISSING} | 0.05 | 5.47 | 99.1 % | [98.9, 99.3] | 10,000 |" in null
     assert "on pure noise, at alpha 0.05, it still keeps 5.47 experts" in part(report, "Summary")
 
 

@@ -44,7 +44,7 @@ def by_p_values(rule: BenjaminiHochberg, candidates: Candidates, context: LayerC
             p = [0.0] * len(p)
         if count == 0 and rule.on_empty == "model_k":
             count = context.model_top_k
-        count = min(max(count, rule.min_k), rule.max_k)
+        count = min(max(count, rule.min_k), rule.max_k or context.model_top_k)
         logits = candidates.router_logits_TE[token, candidates.top_k_index_TK[token]].tolist()
         best_first = sorted(range(len(logits)), key=lambda slot: (p[slot], -logits[slot], slot))
         for slot in best_first[:count]:
@@ -203,7 +203,7 @@ def test_only_tabled_nulls_require_a_calibration() -> None:
     [
         ({"alpha": 1.5}, r"alpha must be in \(0, 1\), got 1.5"),
         ({"alpha": "0.05"}, r"alpha must be a number in \(0, 1\), got '0.05'"),
-        ({"min_k": 9}, "min_k must be at most max_k, got min_k=9 and max_k=8"),
+        ({"min_k": 9, "max_k": 8}, "min_k must be at most max_k, got min_k=9 and max_k=8"),
         ({"min_k": 0}, "min_k must be a whole number of at least 1, got 0"),
         ({"max_k": 2.5}, "max_k must be a whole number of at least 1, got 2.5"),
         ({"null": "gausian"}, "unknown null 'gausian'; .* did you mean 'gaussian'"),

@@ -35,7 +35,7 @@ def test_a_configuration_says_every_default() -> None:
         "alpha": 0.05,
         "temperature": 1.0,
         "min_k": 1,
-        "max_k": 8,
+        "max_k": None,
         "null": "background",
         "procedure": "bh",
         "on_empty": "min_k",

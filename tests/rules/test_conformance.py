@@ -6,6 +6,7 @@ A new rule adds its examples here and is tested by all of this. Axes: T tokens, 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -257,6 +258,64 @@ def test_no_tokens_are_no_trouble(rule: Rule) -> None:
 def test_at_least_the_models_own_slots_are_asked_for(rule: Rule) -> None:
     assert rule.num_candidates(MODEL_TOP_K) >= MODEL_TOP_K
     assert rule.num_candidates(2) >= 2
+
+
+@EVERY_RULE
+def test_a_token_keeps_no_more_than_the_rule_says(rule: Rule) -> None:
+    candidates = propose(LOGITS_TE, rule.num_candidates(MODEL_TOP_K))
+    counts_T = rule.bind(context_for(rule))(candidates).sum(dim=-1)
+    assert int(counts_T.max()) <= rule.most_kept(MODEL_TOP_K) <= candidates.top_k_index_TK.shape[-1]
+
+
+GENEROUS: list[dict[str, Any]] = [
+    *({"method": "bh", "alpha": 0.9, "null": null} for null in ("gaussian", "pooled", "softmax")),
+    {"method": "bh", "alpha": 0.9, "null": "gaussian", "procedure": "storey"},
+    {"method": "bh", "alpha": 0.01, "null": "gaussian", "procedure": "by", "on_empty": "model_k"},
+    {"method": "bh", "alpha": 0.9, "null": "gaussian", "max_k": None},
+    {"method": "higher_criticism", "threshold": -9.0, "null": "gaussian"},
+    {"method": "higher_criticism", "threshold": -9.0, "null": "gaussian", "max_k": None},
+    {"method": "bh_drop", "alpha": 1e-6},
+    {"method": "contribution_threshold", "threshold": 0.0},
+    {"method": "oracle_contribution", "threshold": 0.0},
+    {"method": "top_p", "p": 1.0},
+    {"method": "min_p", "share": 1e-6},
+    {"method": "threshold", "threshold": 1e-9},
+    {"method": "entropy", "scale": 100.0},
+]
+
+
+@pytest.mark.parametrize(("num_experts", "model_top_k"), [(64, 8), (8, 2), (4, 4)])
+@pytest.mark.parametrize("config", GENEROUS, ids=str)
+def test_unless_told_otherwise_a_rule_keeps_at_most_the_models_own_k(
+    config: dict[str, Any], num_experts: int, model_top_k: int
+) -> None:
+    rule = make_rule(config)
+    rule.check(num_experts=num_experts, model_top_k=model_top_k)
+    assert rule.num_candidates(model_top_k) == model_top_k
+    candidates = propose(random_logits(100, num_experts), rule.num_candidates(model_top_k))
+    counts_T = rule.bind(context_for(rule, num_experts, model_top_k))(candidates).sum(dim=-1)
+    assert int(counts_T.max()) <= rule.most_kept(model_top_k) == model_top_k
+
+
+@pytest.mark.parametrize(("num_experts", "model_top_k"), [(64, 8), (8, 2), (4, 4)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"method": "bh", "alpha": 0.05},
+        {"method": "bh_drop", "alpha": 0.05},
+        {"method": "contribution_threshold", "threshold": 0.05},
+        {"method": "oracle_contribution", "threshold": 0.05},
+    ],
+    ids=str,
+)
+def test_a_min_k_above_what_a_rule_can_keep_is_rejected_before_any_token(
+    config: dict[str, Any], num_experts: int, model_top_k: int
+) -> None:
+    at_most = make_rule(config | {"min_k": model_top_k})
+    at_most.check(num_experts=num_experts, model_top_k=model_top_k)
+    above = make_rule(config | {"min_k": model_top_k + 1})
+    with pytest.raises(InputError, match=f"min_k must be at most {model_top_k}, .* got"):
+        above.check(num_experts=num_experts, model_top_k=model_top_k)
 
 
 @EVERY_RULE

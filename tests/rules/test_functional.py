@@ -24,6 +24,30 @@ def test_shapes_are_padded_to_max_k_and_counts_have_the_leading_shape() -> None:
     assert torch.equal(weights > 0, experts >= 0)
 
 
+@pytest.mark.parametrize(("num_experts", "model_top_k"), [(64, 8), (8, 2), (4, 4)])
+def test_without_max_k_a_token_gets_at_most_the_models_own_k(
+    num_experts: int, model_top_k: int
+) -> None:
+    logits = random_logits(60, num_experts)
+    weights, experts, counts = benjamini_hochberg_routing(
+        logits, alpha=0.99, null="softmax", temperature=1e-3, model_top_k=model_top_k
+    )
+    assert weights.shape == experts.shape == (60, model_top_k)
+    assert int(counts.max()) <= model_top_k
+    wide = benjamini_hochberg_routing(logits, max_k=num_experts, model_top_k=model_top_k)
+    assert wide.experts.shape == (60, num_experts)
+
+
+def test_preserve_mass_is_that_of_the_models_own_k_whatever_max_k_is() -> None:
+    own = LOGITS.softmax(dim=-1).topk(4).values.sum(-1)
+    for max_k in (2, 4, 10):
+        routed = benjamini_hochberg_routing(
+            LOGITS, max_k=max_k, model_top_k=4, weights="preserve_mass"
+        )
+        assert int(routed.counts.max()) <= max_k
+        assert torch.allclose(routed.weights.sum(dim=-1), own)
+
+
 def test_padding_is_minus_1_and_0_and_comes_last() -> None:
     weights, experts, counts = benjamini_hochberg_routing(LOGITS)
     is_padding = torch.arange(8) >= counts.unsqueeze(-1)
@@ -112,6 +136,9 @@ def test_a_tabled_null_takes_its_table() -> None:
         ({"temperature": -1.0}, "temperature must be a finite number above 0"),
         ({"min_k": 3, "max_k": 2}, "min_k must be at most max_k"),
         ({"max_k": 65}, "max_k must be at most the 64 experts of a layer, got 65"),
+        ({"model_top_k": 65}, "model_top_k must be at most the 64 experts of a layer, got 65"),
+        ({"model_top_k": 0}, "model_top_k must be a whole number of at least 1, got 0"),
+        ({"model_top_k": 2, "min_k": 3}, "min_k must be at most 2, .* got 3; set min_k=2"),
         ({"null": "uniform"}, "unknown null"),
         ({"weights": "softmax"}, "unknown weights 'softmax'; known: raw, model"),
         ({"router_logits": torch.tensor([float("nan")] * 8)}, "got 8 NaN or infinite of 8"),

@@ -56,7 +56,7 @@ class _Recorder(MixingRule):
     def needs_output_norms(self) -> bool:
         return self.with_norms
 
-    def num_candidates(self, model_top_k: int) -> int:
+    def most_kept(self, model_top_k: int) -> int:
         return self.num_slots
 
     def bind(self, context: LayerContext) -> Selector:

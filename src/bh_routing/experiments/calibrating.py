@@ -24,8 +24,9 @@ from bh_routing.experiments.spec import NamedRule, RunSpec
 from bh_routing.models.discovery import model_fingerprint
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.catalog import get_null
-from bh_routing.nulls.noise import noise_control
 from bh_routing.records import CALIBRATION
+from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
+from bh_routing.rules.noise import noise_control
 
 USUAL_NULLS: Final = ("background", "pooled")
 """Fitted even if no rule asks for them: such a rule can be added to the folder at no cost."""
@@ -231,19 +232,19 @@ def save_calibration(calibration: Calibration, folder: Path) -> None:
 def describe_nulls(
     rules: Sequence[NamedRule], *, num_experts: int, model_top_k: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Say for each null in use what its alpha is, and what it selects on pure noise."""
-    alphas: dict[str, set[float]] = {}
+    """Say for each null in use what its alpha is, and what each of its rules keeps of noise."""
+    by_null: dict[str, dict[str, BenjaminiHochberg]] = {}
     for named in rules:
-        null, alpha = getattr(named.rule, "null", None), getattr(named.rule, "alpha", None)
-        if null is not None and alpha is not None:
-            alphas.setdefault(null, set()).add(alpha)
+        if isinstance(named.rule, BenjaminiHochberg):
+            by_null.setdefault(named.rule.null, {})[named.name] = named.rule
     return [
         {
-            "name": name,
-            "alpha_is": get_null(name).alpha_is,
-            "meaning": get_null(name).meaning,
+            "name": null,
+            "alpha_is": get_null(null).alpha_is,
+            "meaning": get_null(null).meaning,
             "noise": [
                 {
+                    "config_name": name,
                     "alpha": result.alpha,
                     "mean_experts": result.mean_experts,
                     "share_any": result.share_any,
@@ -251,14 +252,17 @@ def describe_nulls(
                     "share_any_high": result.share_any_high,
                     "tokens": result.tokens,
                 }
-                for result in noise_control(
-                    name,
-                    alphas=sorted(levels),
-                    num_experts=num_experts,
-                    model_top_k=model_top_k,
-                    seed=seed,
+                for name, result in zip(
+                    own,
+                    noise_control(
+                        list(own.values()),
+                        num_experts=num_experts,
+                        model_top_k=model_top_k,
+                        seed=seed,
+                    ),
+                    strict=True,
                 )
             ],
         }
-        for name, levels in sorted(alphas.items())
+        for null, own in sorted(by_null.items())
     ]

@@ -96,7 +96,7 @@ def _benjamini_hochberg(rule: BenjaminiHochberg, context: LayerContext) -> Route
         decision="step_up",
         num_slots=rule.num_candidates(context.model_top_k),
         min_k=rule.min_k,
-        max_k=rule.max_k,
+        max_k=rule.most_kept(context.model_top_k),
         empty_k=rule.count_kept(0, context.model_top_k),
         is_studentized=_STUDENTIZED[rule.null],
         lines=lines_E.to(context.device),

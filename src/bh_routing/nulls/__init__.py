@@ -4,14 +4,12 @@ from bh_routing.nulls.base import AlphaMeaning, Null, ReferenceTable, RouterPass
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.catalog import NULLS, get_null, p_values
 from bh_routing.nulls.cut_offs import count_at_cut_offs, cut_offs
-from bh_routing.nulls.noise import NoiseResult, noise_control
 from bh_routing.nulls.reservoir import Reservoir, reservoir_capacity
 
 __all__ = [
     "NULLS",
     "AlphaMeaning",
     "Calibration",
-    "NoiseResult",
     "Null",
     "ReferenceTable",
     "Reservoir",
@@ -19,7 +17,6 @@ __all__ = [
     "count_at_cut_offs",
     "cut_offs",
     "get_null",
-    "noise_control",
     "p_values",
     "reservoir_capacity",
 ]

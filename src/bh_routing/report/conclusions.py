@@ -228,11 +228,11 @@ def _noise_phrase(null: dict[str, object]) -> str:
     noise = [entry for entry in _entries(null) if math.isfinite(as_float(entry["mean_experts"]))]
     if not noise:
         return "it sets how many experts are kept, and bounds nothing."
-    last = noise[-1]
-    return (
-        f"on pure noise, at alpha {as_float(last['alpha']):g}, it still keeps "
-        f"{number(last['mean_experts'])} experts."
-    )
+    most = max(noise, key=lambda entry: as_float(entry["mean_experts"]))
+    at = f"at alpha {as_float(most['alpha']):g}"
+    name = most.get("config_name")
+    who = f"{code(name)}, {at}," if name else f"{at}, it"
+    return f"on pure noise, {who} still keeps {number(most['mean_experts'])} experts."
 
 
 def _entries(null: dict[str, object]) -> list[dict[str, object]]:

@@ -150,6 +150,7 @@ def nulls(facts: Facts) -> str:
         noise = null.get("noise")
         rows = [_noise_row(entry) for entry in noise] if isinstance(noise, list) else []
         header = [
+            "configuration",
             "alpha",
             "experts on noise",
             "tokens with any",
@@ -160,7 +161,8 @@ def nulls(facts: Facts) -> str:
     how = (
         "The p-values rest on a null: what router scores look like when nothing stands out. "
         "The test of it is logits of pure noise, where an error rate of alpha would let about "
-        "that share of tokens keep any expert at all (before `min_k` steps in)."
+        "that share of tokens have any rejection at all. The experts on noise are those that the "
+        "configuration itself keeps, with its procedure, `min_k`, `max_k` and `on_empty`."
     )
     return section("What alpha means here", how if parts else "", *parts)
 
@@ -169,6 +171,7 @@ def _noise_row(entry: Mapping[str, Any]) -> list[str]:
     low, high = as_float(entry.get("share_any_low")), as_float(entry.get("share_any_high"))
     tokens = as_float(entry.get("tokens"))
     return [
+        code(entry.get("config_name")),  # missing in a folder of an earlier version
         f"{as_float(entry.get('alpha')):g}",
         number(entry.get("mean_experts")),
         percent(entry.get("share_any"), 1),

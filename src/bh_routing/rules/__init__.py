@@ -18,6 +18,7 @@ from bh_routing.rules.entropy import Entropy
 from bh_routing.rules.functional import RoutedExperts, benjamini_hochberg_routing
 from bh_routing.rules.higher_criticism import HigherCriticism
 from bh_routing.rules.min_p import MinP
+from bh_routing.rules.noise import NoiseResult, noise_control
 from bh_routing.rules.oracle_contribution import OracleContribution
 from bh_routing.rules.per_layer_top_k import PerLayerTopK
 from bh_routing.rules.random_k import RandomK
@@ -37,6 +38,7 @@ __all__ = [
     "HigherCriticism",
     "LayerContext",
     "MinP",
+    "NoiseResult",
     "OracleContribution",
     "PerLayerTopK",
     "RandomK",
@@ -54,5 +56,6 @@ __all__ = [
     "benjamini_hochberg_routing",
     "kept_weights",
     "make_rule",
+    "noise_control",
     "rule_to_config",
 ]

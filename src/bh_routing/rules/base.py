@@ -143,9 +143,13 @@ class Rule(ABC):
         """The level that the table of `required_null` must be able to decide, for one expert."""
         return None
 
-    def num_candidates(self, model_top_k: int) -> int:
-        """How many slots the router must propose; more than the model's own k widens it."""
+    def most_kept(self, model_top_k: int) -> int:
+        """Return the most experts per token; more than the model's own k widens its router."""
         return model_top_k
+
+    def num_candidates(self, model_top_k: int) -> int:
+        """Return the slots per token that the router must propose, at least the model's own k."""
+        return max(model_top_k, self.most_kept(model_top_k))
 
     @abstractmethod
     def check(self, *, num_experts: int, model_top_k: int) -> None:

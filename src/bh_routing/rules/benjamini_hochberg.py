@@ -40,6 +40,7 @@ from bh_routing.rules.fields import (
     check_at_most_experts,
     check_choice,
     check_count,
+    check_min_k,
     check_mixture,
 )
 from bh_routing.rules.knobs import LOG_ODDS, Knob
@@ -60,6 +61,8 @@ class BenjaminiHochberg(Rule):
     Example:
         >>> BenjaminiHochberg(alpha=0.05, max_k=10).num_candidates(model_top_k=8)
         10
+        >>> BenjaminiHochberg(alpha=0.05).most_kept(model_top_k=2)
+        2
     """
 
     method: ClassVar[str] = "bh"
@@ -71,8 +74,8 @@ class BenjaminiHochberg(Rule):
     """Divides the router logits; changes the selection only under the null "softmax"."""
     min_k: int = 1
     """Fewest experts a token keeps."""
-    max_k: int = 8
-    """Most experts a token keeps; more than the model's own k widens its router."""
+    max_k: int | None = None
+    """Most experts a token keeps; None: the model's own k. A larger one widens its router."""
     null: str = "background"
     """What the p-values rest on."""
     procedure: Procedure = "bh"
@@ -89,12 +92,13 @@ class BenjaminiHochberg(Rule):
         """Refuse values out of range."""
         check_alpha(self.alpha)
         check_count("min_k", self.min_k)
-        check_count("max_k", self.max_k)
-        if self.min_k > self.max_k:
-            raise InputError(
-                f"min_k must be at most max_k, got min_k={self.min_k} and max_k={self.max_k}; "
-                "lower min_k or raise max_k"
-            )
+        if self.max_k is not None:
+            check_count("max_k", self.max_k)
+            if self.min_k > self.max_k:
+                raise InputError(
+                    f"min_k must be at most max_k, got min_k={self.min_k} and max_k={self.max_k}; "
+                    "lower min_k or raise max_k"
+                )
         get_null(self.null)
         check_choice("procedure", self.procedure, get_args(Procedure))
         check_choice("on_empty", self.on_empty, get_args(OnEmpty))
@@ -116,13 +120,15 @@ class BenjaminiHochberg(Rule):
             return self.alpha * num_experts * (1 - STOREY_LAMBDA) / (num_experts + 1)
         return self.alpha
 
-    def num_candidates(self, model_top_k: int) -> int:
-        """The model's own slots, or more if max_k asks for more."""
-        return max(model_top_k, self.max_k)
+    def most_kept(self, model_top_k: int) -> int:
+        """Return max_k, or the model's own k where it is None."""
+        return model_top_k if self.max_k is None else self.max_k
 
     def check(self, *, num_experts: int, model_top_k: int) -> None:
-        """Refuse more experts than there are."""
-        check_at_most_experts("max_k", self.max_k, num_experts)
+        """Raise InputError for a max_k above the experts, or a min_k above the most kept."""
+        most_kept = self.most_kept(model_top_k)
+        check_at_most_experts("max_k", most_kept, num_experts)
+        check_min_k(self.min_k, most_kept)
 
     @property
     def keeps_best_by_logit(self) -> bool:
@@ -133,13 +139,13 @@ class BenjaminiHochberg(Rule):
         """How many experts a token with this many rejections (among its slots) keeps."""
         is_empty = num_rejected == 0 and self.on_empty == "model_k"
         wanted = model_top_k if is_empty else num_rejected
-        return min(max(wanted, self.min_k), self.max_k)
+        return min(max(wanted, self.min_k), self.most_kept(model_top_k))
 
     def bind(self, context: LayerContext) -> Selector:
         """Compute the layer's cut-offs and return a selector that only compares.
 
         Raises:
-            InputError: max_k exceeds the experts of the layer.
+            InputError: max_k exceeds the experts of the layer, or min_k the most kept.
             CalibrationError: the null needs a table and the context has none.
         """
         self.check(num_experts=context.num_experts, model_top_k=context.model_top_k)

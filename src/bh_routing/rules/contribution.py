@@ -21,7 +21,7 @@ from bh_routing.nulls.contributions import (
     remedy,
 )
 from bh_routing.rules.base import Candidates, LayerContext
-from bh_routing.rules.fields import check_at_most_experts, check_choice, check_count
+from bh_routing.rules.fields import check_choice, check_count, check_min_k
 from bh_routing.rules.mixing import MixingRule
 
 
@@ -46,8 +46,8 @@ class DroppingRule(MixingRule):
         return False
 
     def check(self, *, num_experts: int, model_top_k: int) -> None:
-        """Refuse to keep more experts than there are."""
-        check_at_most_experts("min_k", self.min_k, num_experts)
+        """Raise InputError for a min_k above the model's own k: no other slot is proposed."""
+        check_min_k(self.min_k, model_top_k)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,3 +43,12 @@ def check_at_most_experts(name: str, value: int, num_experts: int) -> None:
             f"{name} must be at most the {num_experts} experts of a layer, got {value}; set "
             f"{name}={num_experts} or less"
         )
+
+
+def check_min_k(min_k: int, most_kept: int) -> None:
+    """Raise InputError if a token is to keep more experts than a rule may keep in this model."""
+    if min_k > most_kept:
+        raise InputError(
+            f"min_k must be at most {most_kept}, the most experts per token that the rule keeps in "
+            f"this model, got {min_k}; set min_k={most_kept} or less"
+        )

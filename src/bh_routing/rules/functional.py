@@ -1,11 +1,11 @@
 """BH routing as one function of router logits, for those who have no model at hand.
 
-Axes: E experts, K = max_k slots; leading axes are free.
+Axes: E experts, K slots; leading axes are free.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Final, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -14,8 +14,11 @@ from bh_routing.nulls.base import ReferenceTable
 from bh_routing.nulls.catalog import check_router_logits
 from bh_routing.rules.base import Candidates, LayerContext
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
-from bh_routing.rules.fields import check_choice
+from bh_routing.rules.fields import check_at_most_experts, check_choice, check_count
 from bh_routing.rules.weights import kept_weights
+
+OLMOE_TOP_K: Final = 8
+"""Taken for the model's own k where neither it nor max_k is given."""
 
 FunctionalWeights = Literal["raw", "model", "renormalize", "preserve_mass"]
 
@@ -24,9 +27,9 @@ class RoutedExperts(NamedTuple):
     """What `benjamini_hochberg_routing` returns."""
 
     weights: Tensor
-    """(..., max_k), the logits' dtype, 0 where nothing was selected."""
+    """(..., K), the logits' dtype, 0 where nothing was selected."""
     experts: Tensor
-    """(..., max_k), int64, by logit, largest first; -1 where nothing was selected."""
+    """(..., K), int64, by logit, largest first; -1 where nothing was selected."""
     counts: Tensor
     """(...), int64: experts selected, from min_k to max_k."""
 
@@ -36,9 +39,10 @@ def benjamini_hochberg_routing(
     alpha: float = 0.05,
     temperature: float = 1.0,
     min_k: int = 1,
-    max_k: int = 8,
+    max_k: int | None = None,
     null: str = "gaussian",
     *,
+    model_top_k: int | None = None,
     table: ReferenceTable | None = None,
     weights: FunctionalWeights = "raw",
 ) -> RoutedExperts:
@@ -49,14 +53,15 @@ def benjamini_hochberg_routing(
         alpha: target false discovery rate under the null, in (0, 1).
         temperature: divides the logits, above 0.
         min_k: fewest experts a token gets.
-        max_k: most experts a token gets, at most E.
-        null: what the p-values rest on.
+        max_k: most experts a token gets, at most E; None: the model's own k.
+        null: the null distribution that p-values are computed from.
+        model_top_k: the model's own k, at most E; None: max_k, or 8 if that is None too.
         table: the layer's reference, for a null that needs one.
         weights: "raw" gives softmax(logits / T) of the selected experts as it is; "model" shares
             the mass they have at T = 1; "renormalize" makes them sum to 1; "preserve_mass" to
-            what the best max_k experts sum to at T = 1.
+            what the model's own k best experts sum to at T = 1.
     Returns:
-        Weights and experts, padded to max_k, and counts.
+        Weights and experts, padded to K = the larger of max_k and the model's own k, and counts.
     Raises:
         InputError: a value out of range, or logits that are NaN or infinite.
         CalibrationError: the null needs a table and none was given.
@@ -71,23 +76,28 @@ def benjamini_hochberg_routing(
     check_choice("weights", weights, get_args(FunctionalWeights))
     check_router_logits(router_logits)
     num_experts = router_logits.shape[-1]
+    if model_top_k is None:
+        model_top_k = OLMOE_TOP_K if max_k is None else max_k
+    else:
+        check_count("model_top_k", model_top_k)
+        check_at_most_experts("model_top_k", model_top_k, num_experts)
     context = LayerContext(
         layer=0,
         num_experts=num_experts,
-        model_top_k=max_k,
+        model_top_k=model_top_k,
         device=router_logits.device,
         table=table,
     )
     select = rule.bind(context)
-    flat_TE = router_logits.reshape(-1, num_experts)
-    candidates = _propose(flat_TE, max_k)
+    num_slots = rule.num_candidates(model_top_k)
+    candidates = _propose(router_logits.reshape(-1, num_experts), num_slots)
     keep_TK = select(candidates)
     experts_TK = candidates.top_k_index_TK.masked_fill(~keep_TK, -1)
-    weights_TK = _weigh(candidates, keep_TK, temperature, weights)
+    weights_TK = _weigh(candidates, keep_TK, temperature, weights, model_top_k)
     leading = router_logits.shape[:-1]
     return RoutedExperts(
-        weights_TK.to(router_logits.dtype).reshape(*leading, max_k),
-        experts_TK.reshape(*leading, max_k),
+        weights_TK.to(router_logits.dtype).reshape(*leading, num_slots),
+        experts_TK.reshape(*leading, num_slots),
         keep_TK.sum(dim=-1).reshape(leading),
     )
 
@@ -106,7 +116,11 @@ def _propose(router_logits_TE: Tensor, num_slots: int) -> Candidates:
 
 
 def _weigh(
-    candidates: Candidates, keep_TK: Tensor, temperature: float, weights: FunctionalWeights
+    candidates: Candidates,
+    keep_TK: Tensor,
+    temperature: float,
+    weights: FunctionalWeights,
+    model_top_k: int,
 ) -> Tensor:
     if weights == "raw":
         tempered_TE = (candidates.router_logits_TE / temperature).softmax(dim=-1)
@@ -120,5 +134,5 @@ def _weigh(
         temperature=temperature,
         router_logits_TE=candidates.router_logits_TE,
         top_k_index_TK=candidates.top_k_index_TK,
-        model_top_k=keep_TK.shape[-1],
+        model_top_k=model_top_k,
     )

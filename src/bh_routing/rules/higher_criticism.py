@@ -43,8 +43,8 @@ class HigherCriticism(MixingRule):
 
     threshold: float
     """Smallest criticism, any number; a larger one keeps fewer experts."""
-    max_k: int = 8
-    """Most experts a token keeps; more than the model's own k widens its router."""
+    max_k: int | None = None
+    """Most experts a token keeps; None: the model's own k. A larger one widens its router."""
     null: str = "background"
     """What the p-values rest on."""
 
@@ -55,7 +55,8 @@ class HigherCriticism(MixingRule):
         )
         if not is_number or not isfinite(self.threshold):
             raise InputError(f"threshold must be a finite number, got {self.threshold!r}")
-        check_count("max_k", self.max_k)
+        if self.max_k is not None:
+            check_count("max_k", self.max_k)
         if get_null(self.null).by_expert:
             raise InputError(
                 f"higher_criticism compares with one table a layer, null {self.null!r} has one an "
@@ -68,13 +69,13 @@ class HigherCriticism(MixingRule):
         """The null, if it needs a table."""
         return self.null if get_null(self.null).needs_table else None
 
-    def num_candidates(self, model_top_k: int) -> int:
-        """The model's own slots, or more if max_k asks for more."""
-        return max(model_top_k, self.max_k)
+    def most_kept(self, model_top_k: int) -> int:
+        """Return max_k, or the model's own k where it is None."""
+        return model_top_k if self.max_k is None else self.max_k
 
     def check(self, *, num_experts: int, model_top_k: int) -> None:
         """Refuse more experts than there are."""
-        check_at_most_experts("max_k", self.max_k, num_experts)
+        check_at_most_experts("max_k", self.most_kept(model_top_k), num_experts)
 
     def bind(self, context: LayerContext) -> Selector:
         """Turn the threshold into one cut-off a rank.
@@ -88,7 +89,7 @@ class HigherCriticism(MixingRule):
         cut_offs_E = cut_offs_where(
             null, context.num_experts, lambda p_E: criticism_reaches(p_E, threshold), context.table
         )
-        cut_offs_E[self.max_k :] = torch.inf
+        cut_offs_E[self.most_kept(context.model_top_k) :] = torch.inf
         cut_offs_E = cut_offs_E.to(context.device)
         rank_E = ranks(context.num_experts, context.device)
 

@@ -90,9 +90,9 @@ class PerLayerTopK(MixingRule):
             k[layer] -= 1
         return cls(tuple(k))
 
-    def num_candidates(self, model_top_k: int) -> int:
-        """The model's own slots, or more if a layer asks for more."""
-        return max(model_top_k, *self.k)
+    def most_kept(self, model_top_k: int) -> int:
+        """Return the largest k of a layer."""
+        return max(self.k)
 
     def check(self, *, num_experts: int, model_top_k: int) -> None:
         """Refuse more experts than there are."""

@@ -75,18 +75,21 @@ class RandomK(MixingRule):
         lower = (0.0,) * (base - 1) + (1.0 - share,)
         return cls((*lower, share) if share else lower, seed=seed)
 
-    def num_candidates(self, model_top_k: int) -> int:
-        """The model's own slots, or more if the histogram goes further."""
-        return max(model_top_k, self._largest())
+    def most_kept(self, model_top_k: int) -> int:
+        """Return the largest count of the histogram."""
+        return max(count for count, share in enumerate(self.shares, start=1) if share > 0)
 
     def check(self, *, num_experts: int, model_top_k: int) -> None:
         """Refuse more experts than there are."""
-        check_at_most_experts("the largest count of shares", self._largest(), num_experts)
+        most_kept = self.most_kept(model_top_k)
+        check_at_most_experts("the largest count of shares", most_kept, num_experts)
 
     def bind(self, context: LayerContext) -> Selector:
         """Prepare the layer's hash and the histogram's cumulative shares."""
         self.check(num_experts=context.num_experts, model_top_k=context.model_top_k)
-        shares_C = torch.tensor(self.shares[: self._largest()], dtype=torch.float64)
+        shares_C = torch.tensor(
+            self.shares[: self.most_kept(context.model_top_k)], dtype=torch.float64
+        )
         # The last edge is left out: no draw may fall beyond it by rounding.
         edges_C = (shares_C.cumsum(0) / shares_C.sum())[:-1].to(context.device)
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + context.layer) % 2**63)
@@ -101,9 +104,6 @@ class RandomK(MixingRule):
             return keep_best(candidates, counts_T1)
 
         return select
-
-    def _largest(self) -> int:
-        return max(count for count, share in enumerate(self.shares, start=1) if share > 0)
 
 
 def _uniform(keys: Tensor) -> Tensor:

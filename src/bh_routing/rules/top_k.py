@@ -47,9 +47,9 @@ class TopK(Rule):
         check_count("k", self.k)
         check_mixture(self.weights, self.temperature, self.temperature_weights)
 
-    def num_candidates(self, model_top_k: int) -> int:
-        """The model's own slots, or more if k asks for more."""
-        return max(model_top_k, self.k)
+    def most_kept(self, model_top_k: int) -> int:
+        """Return k."""
+        return self.k
 
     def check(self, *, num_experts: int, model_top_k: int) -> None:
         """Refuse more experts than there are."""

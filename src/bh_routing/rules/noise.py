@@ -1,0 +1,95 @@
+"""How many experts a rule keeps of pure noise, where there is nothing to select.
+
+Axes: T tokens, E experts, K candidate slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bh_routing.multitest import count_rejected
+from bh_routing.nulls.catalog import get_null
+from bh_routing.nulls.noise import fit_on_noise, share_with_interval
+from bh_routing.rules.base import Candidates, LayerContext
+from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoiseResult:
+    """The experts that one rule selects on noise."""
+
+    alpha: float
+    mean_experts: float
+    """Mean number of experts per token that the rule keeps."""
+    share_any: float
+    """Share of tokens with any rejection by the rule's procedure."""
+    share_any_low: float
+    """Wilson 95 % interval of share_any, lower end."""
+    share_any_high: float
+    """Upper end."""
+    tokens: int
+    mean_rejected: float
+    """Mean number of experts rejected per token, before the rule's limits."""
+
+
+def noise_control(
+    rules: Sequence[BenjaminiHochberg],
+    *,
+    num_experts: int,
+    model_top_k: int,
+    tokens: int = 10_000,
+    seed: int = 0,
+) -> list[NoiseResult]:
+    """Run rules on router logits that are independent N(0, 1): nothing stands out by construction.
+
+    A null that needs a table gets one from other noise, with the top-k of that noise in place of
+    the model's selection. Each rejection is false, so the share of tokens with any rejection is
+    the false discovery rate there: alpha is an error rate only if that share is at most alpha.
+
+    Args:
+        rules: each runs as it is, with its procedure and its limits.
+        num_experts: E.
+        model_top_k: the model's own experts per token, which decides what is background.
+        tokens: tokens of fresh noise.
+        seed: of both noises; rules of one null see the same noise.
+    Returns:
+        One result per rule, in their order.
+    Raises:
+        InputError: a rule doesn't fit that many experts.
+    """
+    contexts: dict[str, LayerContext] = {}
+    logits: dict[str, Tensor] = {}
+    for name in {rule.null for rule in rules}:
+        generator = torch.Generator().manual_seed(seed)
+        contexts[name] = LayerContext(
+            layer=0,
+            num_experts=num_experts,
+            model_top_k=model_top_k,
+            device=torch.device("cpu"),
+            table=fit_on_noise(get_null(name), num_experts, model_top_k, generator),
+        )
+        logits[name] = torch.randn(tokens, num_experts, generator=generator)
+    return [_run_on_noise(rule, contexts[rule.null], logits[rule.null]) for rule in rules]
+
+
+def _run_on_noise(rule: BenjaminiHochberg, context: LayerContext, logits_TE: Tensor) -> NoiseResult:
+    select, null = rule.bind(context), get_null(rule.null)
+    top = logits_TE.topk(rule.num_candidates(context.model_top_k))
+    weights_TK = logits_TE.softmax(dim=-1).gather(-1, top.indices)
+    keep_TK = select(Candidates(logits_TE, top.indices, weights_TK))
+    p_TE = null.p_from_score(null.score(logits_TE, rule.temperature), context.table)
+    num_rejected_T = count_rejected(p_TE, rule.alpha, rule.procedure)
+    share = share_with_interval(num_rejected_T > 0)
+    return NoiseResult(
+        alpha=rule.alpha,
+        mean_experts=float(keep_TK.sum(dim=-1).double().mean()),
+        share_any=share.share,
+        share_any_low=share.low,
+        share_any_high=share.high,
+        tokens=len(logits_TE),
+        mean_rejected=float(num_rejected_T.double().mean()),
+    )
