@@ -1,4 +1,4 @@
-"""README's first table is what the kept run of the demo model gives."""
+"""The table of docs/results.md is what the kept run of the demo model gives."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_the_table_on_readmes_first_screen_comes_from_the_kept_run() -> None:
+def test_the_table_of_the_demo_run_comes_from_the_kept_run() -> None:
     command = [sys.executable, "tools/write_demo_table.py", "--check"]
     assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == 0

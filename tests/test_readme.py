@@ -1,4 +1,4 @@
-"""README says what is so: its examples run, its flags exist, its links lead somewhere."""
+"""README and docs are true: their examples run, their flags exist, their links lead somewhere."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from bh_routing.rules import RULES
 from tools import write_columns
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/reading-order.md", "docs/decisions.md")
-
-ROUTE_UNDER_THE_NEW_RULE = """
-model, tokenizer = bhr.load_model("demo", device="cpu")
-inputs = tokenizer("The old man walked down to the river", return_tensors="pt")
-with bhr.route(model, AboveMean(factor=0.9)) as trace:
-    model(**inputs)
-assert 1 <= trace.expert_counts.min() < trace.expert_counts.max() <= 8, trace.expert_counts
-"""
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in DOCUMENTS}
+TESTED = ("README.md", "docs/guide.md", "docs/configurations.md", "docs/python.md")
+"""The pages with examples, in the order in which a reader types them."""
+OTHERS_FLAGS = {
+    *("--version", "--strict"),  # ours, and mypy's
+    *("--head", "--address", "--block", "--port", "--overlap"),  # ray and srun
+    *("--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"),  # sbatch
+    *("--model_args", "--include_path"),  # lm-eval
+}
 
 
 class Block(NamedTuple):
@@ -43,10 +43,11 @@ class Block(NamedTuple):
     """Where the block's text belongs, "" for something to run."""
 
 
-def readme_blocks() -> list[Block]:
-    """The blocks that README says are tested, in order."""
+def marked_blocks() -> list[Block]:
+    """The blocks that pages mark as tested, in order."""
     pattern = r"<!-- tested(?:: (\S+))? -->\n```(\w+)\n(.*?)^```"
-    found = re.findall(pattern, README, flags=re.DOTALL | re.MULTILINE)
+    text = "\n".join(PAGES[name] for name in TESTED)
+    found = re.findall(pattern, text, flags=re.DOTALL | re.MULTILINE)
     return [Block(language, text, file) for file, language, text in found]
 
 
@@ -72,9 +73,9 @@ def run_block(language: str, text: str, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def reader_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of somebody who has typed every tested block of README, in order."""
+    """The folder of somebody who has typed every tested block, in order."""
     folder = tmp_path_factory.mktemp("reader")
-    blocks = readme_blocks()
+    blocks = marked_blocks()
     for block in blocks:
         if block.file:
             (folder / block.file).write_text(block.text, encoding="utf-8")
@@ -83,9 +84,8 @@ def reader_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (language, "\n".join(block.text for block in group))
         for language, group in groupby(to_run, key=lambda block: block.language)
     ]
-    for number, (language, text) in enumerate(groups, start=1):
-        last = ROUTE_UNDER_THE_NEW_RULE if number == len(groups) else ""
-        run_block(language, text + last, folder)
+    for language, text in groups:
+        run_block(language, text, folder)
     return folder
 
 
@@ -114,56 +114,82 @@ def test_the_exports_and_the_plot_are_there(reader_folder: Path) -> None:
 @pytest.mark.timeout(600)
 def test_the_yaml_example_says_the_same_as_the_python_example(reader_folder: Path) -> None:
     content = read_config_file(reader_folder / "my.yaml")
-    python = next(block.text for block in readme_blocks() if "bh.ROUTING_CONFIGS" in block.text)
+    python = next(block.text for block in marked_blocks() if "bh.ROUTING_CONFIGS" in block.text)
     literal = re.search(r"= (\{.*?^\})", python, flags=re.DOTALL | re.MULTILINE)
     assert literal is not None
     assert content.configs["my_custom_config"] == yaml.safe_load(literal[1])
     assert [prompt.category for prompt in content.prompts] == ["mine"]
 
 
-def test_every_flag_that_readme_names_exists() -> None:
+def test_no_page_with_examples_is_left_out() -> None:
+    assert {name for name, text in PAGES.items() if "<!-- tested" in text} == set(TESTED)
+
+
+def scripts_flags() -> set[str]:
+    """Flags of what pages name besides `bh-routing`: benchmarks and tools."""
+    scripts = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tools").glob("*.py")]
+    sources = "".join(path.read_text(encoding="utf-8") for path in scripts)
+    return set(re.findall(r"add_argument\(\s*\"(--[a-z-]+)\"", sources))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_flag_that_a_page_names_exists(name: str) -> None:
     group = typer.main.get_command(app)
-    flags = {"--help"}
+    flags = {"--help"} | scripts_flags() | OTHERS_FLAGS
     for command in getattr(group, "commands").values():  # noqa: B009  # click's type isn't ours
         flags |= {flag for parameter in command.params for flag in parameter.opts}
-    # Flags of other programs.
-    flags |= {"--strict", "--version"}
-    named = set(re.findall(r"(?<![\w<!-])--[a-z][a-z0-9-]*", README))
+    named = set(re.findall(r"(?<![\w<!-])--[a-z][a-z0-9_-]*", PAGES[name]))
     assert named - flags == set()
 
 
 def test_the_table_of_methods_and_the_nulls_are_the_catalogs() -> None:
-    table = README.partition("| method | keeps |")[2].partition("\n\n")[0]
+    page = PAGES["docs/configurations.md"]
+    table = page.partition("| method | kept slots |")[2].partition("\n\n")[0]
     first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     named = {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)}
     assert named - {"topk"} == set(RULES)
-    nulls = re.search(r"`null` \((.*?)\)", README, flags=re.DOTALL)
+    nulls = re.search(r"\| `null` \|(.*?)\|", page)
     assert nulls is not None
     assert set(re.findall(r"`(\w+)`", nulls[1])) == set(NULLS)
 
 
-def test_every_command_that_readme_names_exists() -> None:
+@pytest.mark.parametrize("name", PAGES)
+def test_every_command_that_a_page_names_exists(name: str) -> None:
     commands = set(getattr(typer.main.get_command(app), "commands"))  # noqa: B009
-    assert set(re.findall(r"bh-routing (run|[a-z-]+) (?:--|results)", README)) <= commands
-    targets = set(re.findall(r"^make ([a-z-]+)", README, flags=re.MULTILINE))
+    named = re.findall(r"bh-routing ([a-z-]+) (?:--|results)", PAGES[name])
+    assert set(named) <= commands
+    targets = set(re.findall(r"(?:^|`)make ([a-z-]+)(?:`|$| +#)", PAGES[name], flags=re.MULTILINE))
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert targets <= set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_every_link_and_path_leads_somewhere(name: str) -> None:
-    text = (ROOT / name).read_text(encoding="utf-8")
-    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", text)
-    missing = [link for link in links if not (ROOT / name).parent.joinpath(link).exists()]
+@pytest.mark.parametrize("name", PAGES)
+def test_every_link_leads_somewhere(name: str) -> None:
+    links = re.findall(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)", PAGES[name])
+    for path, anchor in links:
+        target = (ROOT / name).parent.joinpath(path).resolve() if path else ROOT / name
+        assert target.exists(), path
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), f"{path}#{anchor}"
+
+
+def anchors(text: str) -> set[str]:
+    """Names of a page's headings in links, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_file_that_a_page_names_exists(name: str) -> None:
     named = re.findall(
-        r"`((?:src|tests|tools|docs|cli|experiments|models|rules|nulls|multitest"
-        r"|analysis|report|engine)/[\w./-]+\.\w+)`",
-        text,
+        r"`((?:src|tests|tools|docs|benchmarks|cli|experiments|models|rules|nulls|multitest"
+        r"|analysis|report|engine|kernels|results)/[\w./-]+\.\w+)`",
+        PAGES[name],
     )
     places = (ROOT, ROOT / "src" / "bh_routing")
-    missing += [path for path in named if not any((place / path).exists() for place in places)]
-    # README's example of a rule to add is the one file that isn't there.
-    assert set(missing) <= {"src/bh_routing/rules/above_mean.py"}
+    missing = {path for path in named if not any((place / path).exists() for place in places)}
+    # The files that the pages for contributors add, and those of a run.
+    assert missing <= {"src/bh_routing/rules/gap.py", "results/REPORT.md", "results/report.html"}
 
 
 def test_the_table_of_columns_is_what_the_records_say() -> None:

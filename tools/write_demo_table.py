@@ -1,8 +1,8 @@
-"""Write the table on README's first screen from a finished run of the demo model.
+"""Write the table of docs/results.md from a finished run of the demo model, and keep its chart.
 
 make demo
 python tools/write_demo_table.py results   # keeps its numbers in benchmarks/demo_run.json
-python tools/write_demo_table.py --check   # fails if README isn't what those numbers give
+python tools/write_demo_table.py --check   # fails if the table isn't what those numbers give
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from bh_routing.records import RUN_JSON, SUMMARY_JSON
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "benchmarks" / "demo_run.json"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- demo-table -->\n", "<!-- /demo-table -->"
 
 
 def keep(results: Path) -> None:
-    """Keep of a run what the table is made from, and on what it was measured."""
+    """Keep the numbers behind the table, where they were measured, and the chart."""
     summary, run = (json.loads((results / name).read_text()) for name in (SUMMARY_JSON, RUN_JSON))
     rules = [
         {name: value for name, value in row.items() if not isinstance(value, dict | list)}
@@ -34,11 +34,11 @@ def keep(results: Path) -> None:
 
 
 def render(kept: dict[str, Any]) -> str:
-    """Return the block: experts used and quality lost, each BH rule beside static top-k."""
+    """Return the block: experts used and quality lost, by BH and by static top-k."""
     rows = [row for row in kept["rules"] if not row["is_reference"]]
     static = [row for row in rows if row["config_name"] not in kept["configs"]]
     ours = [row for row in rows if row not in static]
-    lines = ["| rule | experts a token | perplexity | 95 % interval |", "|:--|--:|--:|--:|"]
+    lines = ["| rule | experts per token | perplexity | 95 % interval |", "|:--|--:|--:|--:|"]
     for row in sorted(rows, key=lambda row: -row["mean_experts"]):
         name = f"`{row['config_name']}`" + (" (static)" if row in static else "")
         low, high = row["perplexity_ratio_low"], row["perplexity_ratio_high"]
@@ -61,7 +61,7 @@ def _percent(ratio: float) -> str:
 
 
 def _verdict(ours: list[dict[str, Any]], static: list[dict[str, Any]]) -> str:
-    """Say where each rule stands beside the static rule with as few or fewer experts."""
+    """Compare each rule with the static rules that use no more experts."""
     beaten = [
         row["config_name"]
         for row in ours
@@ -74,17 +74,20 @@ def _verdict(ours: list[dict[str, Any]], static: list[dict[str, Any]]) -> str:
     names = ", ".join(f"`{name}`" for name in beaten)
     if len(beaten) == len(ours):
         return (
-            "**With the default null, BH loses to a smaller fixed k**: for every BH configuration "
-            "a static top-k with fewer experts has the lower perplexity, intervals apart."
+            "**Every BH configuration has a higher perplexity than a static top-k with fewer "
+            "experts**; their intervals don't overlap."
         )
     if beaten:
-        return f"**BH loses to a smaller fixed k** in {names}, intervals apart."
-    return "No BH configuration loses clearly to a static top-k with as few experts."
+        return (
+            f"**A static top-k with fewer experts has a lower perplexity than** {names}; their "
+            "intervals don't overlap."
+        )
+    return "No BH configuration has clearly a higher perplexity than a static top-k with as few."
 
 
-def replace_block(readme: str, block: str) -> str:
-    """Return README with another table."""
-    head, rest = readme.split(BEGIN)
+def replace_block(page: str, block: str) -> str:
+    """Return the page with another table."""
+    head, rest = page.split(BEGIN)
     return head + BEGIN + block + END + rest.split(END, 1)[1]
 
 
@@ -95,10 +98,10 @@ def main() -> int:
     args = parser.parse_args()
     if args.results is not None:
         keep(args.results)
-    wanted = replace_block(README.read_text(), render(json.loads(KEPT.read_text())))
+    wanted = replace_block(PAGE.read_text(), render(json.loads(KEPT.read_text())))
     if args.check:
-        return int(wanted != README.read_text())
-    README.write_text(wanted)
+        return int(wanted != PAGE.read_text())
+    PAGE.write_text(wanted)
     return 0
 
 

@@ -160,7 +160,7 @@ def _checked(path: Path, values: Any) -> ConfigFile:
     if not isinstance(values, dict):
         raise InputError(
             f"configuration file {path} must be a mapping with configs: and prompts:, got a "
-            f"{type(values).__name__}; see the README for an example"
+            f"{type(values).__name__}; see docs/configurations.md for an example"
         )
     try:
         return ConfigFile(**{str(key): value for key, value in values.items()})
