@@ -25,6 +25,11 @@ CHECKPOINT: Final = "checkpoints/latest_checkpoint.json"
 CALIBRATION: Final = "calibration.safetensors"
 PLOTS: Final = "plots"
 
+BASELINE: Final = "baseline"
+"""In run.json: the configuration that the others are compared with."""
+LEFT_OUT: Final = "left_out"
+"""In run.json: standard configurations that the model can't run -> the reason."""
+
 STATUS_OK: Final = "ok"
 STATUS_FAILED: Final = "failed"
 

@@ -143,13 +143,15 @@ def test_the_summary_of_a_run_with_nothing_but_failures_is_strict_json() -> None
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (["bh_x", "topk_4", "topk_8"], "topk_8"),
+        (["bh_x", "topk_4", "topk_8"], "topk_4"),
         (["bh_x", "topk_4", "top_k_2"], "topk_4"),
         (["bh_x", "top_k"], "top_k"),
         (["bh_x", "topknot"], None),
     ],
 )
-def test_the_baseline_is_topk_8_or_the_first_top_k(names: list[str], expected: str) -> None:
+def test_results_that_name_no_baseline_have_the_first_top_k(
+    names: list[str], expected: str
+) -> None:
     table = pd.concat(
         [
             suite(prompts=3).query("config_name == 'topk_8'").assign(config_name=name)
@@ -159,6 +161,20 @@ def test_the_baseline_is_topk_8_or_the_first_top_k(names: list[str], expected: s
     summary = analyze_results(table)
     assert summary["baseline"] == expected
     assert len(summary["comparisons"]) == (len(names) - 1 if expected else 0)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "expected"),
+    [("bh_strict", "bh_strict"), ("bh_loose", "bh_loose"), (None, None), ("topk_2", None)],
+)
+def test_the_baseline_is_the_one_that_the_run_recorded(
+    recorded: str | None, expected: str | None
+) -> None:
+    table = suite(prompts=3)
+    table.attrs["baseline"] = recorded
+    summary = analyze_results(table)
+    assert summary["baseline"] == expected
+    assert analyze_results(table, baseline="topk_8")["baseline"] == "topk_8"
 
 
 def test_an_unknown_baseline_is_refused_with_the_nearest_name() -> None:

@@ -30,7 +30,7 @@ def test_help_and_version_succeed(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "--max-tokens", "0"], "max_tokens: must be greater than or equal to 1, got 0"),
         (["run", "--device", "tpu"], "'tpu'"),
         (["run", "--executor", "cloud"], "'cloud'"),
-        (["run", "--configs", "topk_9"], "did you mean 'topk_8'"),
+        (["run", "--model", "demo", "--configs", "topk_9"], "did you mean 'topk_8'"),
         (["run", "--configs", ","], "no configuration is left"),
         (["run", "--prompts", "13"], "run from 1 to 12"),
         (["run", "--config", "nowhere.yaml"], "nowhere.yaml"),

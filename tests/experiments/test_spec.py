@@ -14,7 +14,7 @@ from bh_routing.experiments.config_file import (
 )
 from bh_routing.experiments.defaults import ROUTING_CONFIGS, TEST_PROMPTS
 from bh_routing.experiments.rule_text import parse_rule
-from bh_routing.experiments.spec import make_rules, make_spec, select_configs, select_prompts
+from bh_routing.experiments.spec import make_rules, make_spec, select_prompts
 from bh_routing.results.strict_json import render_json
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 
@@ -95,12 +95,6 @@ def test_a_mistake_is_named_in_one_sentence(values: dict[str, Any], parts: list[
     assert "pydantic" not in text and "validation error" not in text
 
 
-def test_a_subset_keeps_the_order_of_the_configurations() -> None:
-    chosen = select_configs(ROUTING_CONFIGS, ["bh_loose", "topk_8"])
-    assert list(chosen) == ["topk_8", "bh_loose"]
-    assert select_configs(ROUTING_CONFIGS, None) == ROUTING_CONFIGS
-
-
 def test_prompts_are_chosen_by_number_range_and_category() -> None:
     chosen = select_prompts(TEST_PROMPTS, ["12", "2-3", "medium"])
     assert chosen == [*TEST_PROMPTS[1:6], TEST_PROMPTS[11]]
@@ -119,11 +113,6 @@ def test_prompts_are_chosen_by_number_range_and_category() -> None:
 def test_a_prompt_that_is_not_there_is_refused(item: str, part: str) -> None:
     with pytest.raises(InputError, match=part):
         select_prompts(TEST_PROMPTS, [item])
-
-
-def test_an_unknown_configuration_gets_the_nearest_name() -> None:
-    with pytest.raises(InputError, match="did you mean 'bh_strict'"):
-        select_configs(ROUTING_CONFIGS, ["bh_strickt"])
 
 
 def write(tmp_path: Path, text: str) -> Path:

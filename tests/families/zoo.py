@@ -23,8 +23,6 @@ _SEED: Final = 0
 _ROUTER_STD: Final = 0.35
 
 _SMALL: Final[dict[str, Any]] = {
-    "vocab_size": VOCABULARY,
-    "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size": 32,
     "d_model": 32,
     "hidden_size_per_layer_input": 0,
@@ -132,6 +130,7 @@ def tiny_model(
     dtype: torch.dtype = torch.float32,
     top_k: int = TOP_K,
     fields: Mapping[str, Any] | None = None,
+    vocabulary: int = VOCABULARY,
 ) -> Any:
     """Build a random model of one family, the same on every call, in evaluation mode.
 
@@ -140,10 +139,14 @@ def tiny_model(
         dtype: of the parameters that the family doesn't keep in float32.
         top_k: experts a token, as the family's own configuration says it.
         fields: other values of the configuration, where it has such fields.
+        vocabulary: tokens that it knows.
     """
     module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     model_class: Any = getattr(module, _model_classes()[name])
-    config = _tiny_config(model_class.config_class, top_k, special_fields(name, top_k), fields)
+    sizes = dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), vocabulary)
+    config = _tiny_config(
+        model_class.config_class, top_k, special_fields(name, top_k), {**sizes, **(fields or {})}
+    )
     torch.manual_seed(_SEED)
     model = model_class(config)
     _decide(model, top_k)
@@ -168,10 +171,10 @@ def _model_classes() -> Mapping[str, str]:
 
 
 def _tiny_config(
-    config_class: Any, top_k: int, special: Mapping[str, Any], fields: Mapping[str, Any] | None
+    config_class: Any, top_k: int, special: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> Any:
     known = {*config_class().to_dict(), *config_class.attribute_map}
-    small = {**_SMALL, **dict.fromkeys(_TOP_K_FIELDS, top_k), **(fields or {})}
+    small = {**_SMALL, **dict.fromkeys(_TOP_K_FIELDS, top_k), **fields}
     values = {field: value for field, value in small.items() if field in known}
     return config_class(**{field: _as_list(v) for field, v in {**values, **special}.items()})
 

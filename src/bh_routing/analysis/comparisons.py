@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from bh_routing.analysis.multiplicity import holm
 from bh_routing.analysis.paired import MeanInterval, mean_interval, paired_difference
 from bh_routing.errors import InputError, unknown_name
-from bh_routing.records import SCHEMA_VERSION, STATUS_OK
+from bh_routing.records import BASELINE, SCHEMA_VERSION, STATUS_OK
 from bh_routing.results.strict_json import to_strict
 
 METRICS: Final = (
@@ -41,7 +41,6 @@ METRICS: Final = (
 )
 SIGNIFICANCE_LEVEL: Final = 0.05
 CONFIDENCE: Final = 0.95
-PREFERRED_BASELINE: Final = "topk_8"
 
 DEFINITIONS: Final = {
     "mean_difference": "Mean over prompts of (configuration - baseline).",
@@ -71,8 +70,8 @@ def analyze_results(results: pd.DataFrame, baseline: str | None = None) -> dict[
     Args:
         results: rows as in `bh_routing_results.csv`; needs config_name, prompt_text and at least
             one of METRICS; prompt_category and status are used where they are.
-        baseline: name of the reference; by default topk_8 if it is there, else the first
-            configuration called top_k or topk.
+        baseline: name of the reference; by default the one that `load_results` found in run.json
+            (`results.attrs["baseline"]`), else the first configuration called top_k or topk.
     Returns:
         The dict at the top of this file, ready for strict JSON (null, never NaN).
     Raises:
@@ -81,7 +80,7 @@ def analyze_results(results: pd.DataFrame, baseline: str | None = None) -> dict[
     """
     rows, metrics = _checked(results)
     names = [str(name) for name in rows["config_name"].drop_duplicates()]
-    reference = choose_baseline(names, baseline)
+    reference = choose_baseline(rows, baseline)
     ok = rows[rows["status"] == STATUS_OK]
     notes = [] if reference else ["No Top-K configuration in the results: nothing to compare with."]
     by_prompt = _by_prompt(ok, metrics)
@@ -109,19 +108,29 @@ def analyze_results(results: pd.DataFrame, baseline: str | None = None) -> dict[
     )
 
 
-def choose_baseline(names: list[str], wanted: str | None = None) -> str | None:
-    """Return the wanted configuration, or topk_8, or the first Top-K one, or None.
+def choose_baseline(results: pd.DataFrame, wanted: str | None = None) -> str | None:
+    """Return the configuration that the others are compared with; None if there is none.
 
+    Results of a run say which one it is (`load_results` keeps that in `results.attrs`). Others,
+    such as a CSV by itself, are judged by name: the first Top-K configuration is taken.
+
+    Args:
+        results: rows with a config_name.
+        wanted: the caller's choice, which comes first.
+    Raises:
+        InputError: `wanted` isn't among the configurations.
     Example:
-        >>> choose_baseline(["bh_strict", "topk_4"])
+        >>> choose_baseline(pd.DataFrame({"config_name": ["bh_strict", "topk_4"]}))
         'topk_4'
     """
+    names = [str(name) for name in results["config_name"].drop_duplicates()]
     if wanted is not None:
         if wanted not in names:
             raise unknown_name("baseline", wanted, names)
         return wanted
-    if PREFERRED_BASELINE in names:
-        return PREFERRED_BASELINE
+    if BASELINE in results.attrs:
+        recorded = results.attrs[BASELINE]
+        return recorded if recorded in names else None
     return next((name for name in names if re.match(r"top_?k(?![a-z])", name, re.I)), None)
 
 

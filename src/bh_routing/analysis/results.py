@@ -17,6 +17,7 @@ from bh_routing.analysis.quality_row import STATIC
 from bh_routing.analysis.speed import read_timings
 from bh_routing.errors import ResultsError
 from bh_routing.records import (
+    BASELINE,
     CSV_COLUMNS,
     JOURNAL,
     QUALITY_JOURNAL,
@@ -51,7 +52,7 @@ class Results:
 
     folder: Path
     experiments: pd.DataFrame
-    """One row an experiment, with the CSV's columns."""
+    """One row an experiment, with the CSV's columns; `attrs` name the run's baseline."""
     details: dict[tuple[str, str], ExperimentDetail]
     """(config_name, prompt_text) -> what the journal keeps beside the row; may lack rows."""
     run: dict[str, Any]
@@ -119,6 +120,8 @@ def load_results(folder: str | Path) -> Results:
     else:
         rows = {(record["config_name"], record["prompt_text"]): record for record, _ in entries}
         experiments = experiments_frame(rows.values())
+    if BASELINE in run:
+        experiments.attrs[BASELINE] = run[BASELINE]
     wanted = set(zip(experiments["config_name"], experiments["prompt_text"], strict=True))
     details = {
         key: detail

@@ -64,7 +64,7 @@ def _more_blocks(results: Results, summary: dict[str, Any]) -> dict[str, Any]:
     if results.quality and "quality" not in summary:
         blocks["quality"] = analyze_quality(results.quality)
     names = list(dict.fromkeys(results.experiments["config_name"]))
-    baseline = choose_baseline(names)
+    baseline = choose_baseline(results.experiments)
     if timed := speed_ups(results.timings, names, baseline):
         blocks["speed"] = to_strict({name: asdict(found) for name, found in timed.items()})
     if baseline is not None:

@@ -93,7 +93,7 @@ def evaluate(
             model=model,
             device=device,
             dtype="float32" if no_fp16 else defaults.DTYPE,
-            configs=_configs(context.obj, config, configs, rule),
+            **_configs(context.obj, config, configs, rule),
             budget=budget,
             calibration=calibration,
             calibration_text=calibration_text,
@@ -125,13 +125,18 @@ def _way_on(output: Path | None) -> str:
 
 def _configs(
     surroundings: Surroundings, config: Path | None, names: str | None, rules: list[str] | None
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Any]:
+    """Return the spec's fields: configurations, and the names of those to run."""
     from bh_routing.experiments.rule_text import parse_rule
 
     written = dict(parse_rule(text) for text in rules or [])
     if written and config is None and names is None:
-        return written
-    return choose(surroundings, config, split_items(names), None).configs | written
+        return {"configs": written}
+    only = split_items(names)
+    return {
+        "configs": choose(surroundings, config, None).configs | written,
+        "only": None if only is None else [*only, *written],
+    }
 
 
 def _facts(model: str, found: Evaluation) -> dict[str, Any]:
@@ -140,6 +145,7 @@ def _facts(model: str, found: Evaluation) -> dict[str, Any]:
         "model_fingerprint": found.facts.fingerprint,
         "dtype": found.facts.dtype,
         "device": found.facts.device,
+        "left_out": found.left_out,
         "text_sha256": found.text.sha256,
         "window": found.text.window,
         "stride": found.text.stride,

@@ -78,7 +78,8 @@ def lm_eval(
             model=model,
             device=device,
             dtype="float32" if no_fp16 else defaults.DTYPE,
-            configs=choose(context.obj, config, split_items(configs), None).configs,
+            configs=choose(context.obj, config, None).configs,
+            only=split_items(configs),
             calibration=calibration,
             calibration_text=calibration_text,
             seed=seed,
@@ -110,6 +111,7 @@ def _run(spec: RunSpec, plan: TaskPlan, output: Path | None) -> dict[str, Any]:
     from bh_routing.analysis.task_outcomes import compare_tasks
     from bh_routing.engine.prompts import choose_chat_template
     from bh_routing.experiments.calibrating import obtain_calibration
+    from bh_routing.experiments.fitting import fit_to_config, fit_to_loaded
     from bh_routing.experiments.provenance import collect_provenance
     from bh_routing.experiments.spec import make_rules, resolved
     from bh_routing.integrations.lm_eval import check_end_token
@@ -120,12 +122,14 @@ def _run(spec: RunSpec, plan: TaskPlan, output: Path | None) -> dict[str, Any]:
     from bh_routing.results.strict_json import render_json, to_strict
 
     _check_output(output)
-    rules = make_rules(spec.configs)
+    fitted = fit_to_config(spec)
     known = find_tasks(plan)
     loaded = load_model(spec.model, device=spec.device, dtype=spec.dtype)
     check_end_token(loaded.tokenizer)
     loaded = loaded._replace(tokenizer=choose_chat_template(loaded.tokenizer, spec.chat_template))
     facts = describe_model(loaded.model)
+    spec, left_out = fit_to_loaded(fitted, loaded.model)
+    rules = make_rules(spec.configs)
     reference = _reference(rules, facts.model_top_k)
     calibration = obtain_calibration(spec, rules, loaded.model, loaded.tokenizer)
     runs = []
@@ -138,6 +142,7 @@ def _run(spec: RunSpec, plan: TaskPlan, output: Path | None) -> dict[str, Any]:
         {
             "model": {"name": spec.model, **asdict(facts)},
             "configs": resolved(spec, rules)["configs"],
+            "left_out": left_out,
             "reference": reference,
             "calibration": calibration.document,
             "tasks": list(plan.tasks),

@@ -125,8 +125,10 @@ def run(
             from bh_routing.analysis.trackers import find_tracker
 
             find_tracker(track)
-        chosen = choose(surroundings, config, split_items(configs), split_items(prompts))
-        spec = make_spec(**values, configs=chosen.configs, prompts=chosen.prompts)
+        chosen = choose(surroundings, config, split_items(prompts))
+        spec = make_spec(
+            **values, configs=chosen.configs, only=split_items(configs), prompts=chosen.prompts
+        )
         outcome = run_experiments(spec, make_hooks(surroundings))
         if track is not None:
             from bh_routing.analysis.trackers import track_run
@@ -147,12 +149,14 @@ def split_items(text: str | None) -> list[str] | None:
 def choose(
     surroundings: Surroundings,
     config: Path | None,
-    config_names: Sequence[str] | None,
     prompt_items: Sequence[str] | None,
 ) -> Selection:
-    """Take the library's or the caller's configurations and prompts, add a file's, select."""
+    """Take the library's or the caller's configurations and prompts, add a file's.
+
+    Prompts are selected here, configurations once the model is known.
+    """
     from bh_routing.experiments.config_file import Selection, add_config_file
-    from bh_routing.experiments.spec import select_configs, select_prompts
+    from bh_routing.experiments.spec import select_prompts
 
     configs = surroundings.configs
     prompts = surroundings.prompts
@@ -162,10 +166,7 @@ def choose(
     )
     if config is not None:
         chosen = add_config_file(config, chosen.configs, chosen.prompts)
-    return Selection(
-        select_configs(chosen.configs, config_names),
-        select_prompts(chosen.prompts, prompt_items),
-    )
+    return Selection(chosen.configs, select_prompts(chosen.prompts, prompt_items))
 
 
 def _print_outcome(outcome: RunOutcome) -> None:

@@ -21,42 +21,37 @@ EVAL_TOKENS: Final = 3_000
 TOKEN_TRACES: Final = 12
 TIMING_ROUNDS: Final = 8
 
-ROUTING_CONFIGS: dict[str, dict[str, Any]] = {
-    "topk_8": {
-        "method": "topk",
-        "k": 8,
-        "description": "Baseline: eight experts for every token",
-    },
-    "bh_strict": {
-        "method": "bh",
-        "alpha": 0.01,
-        "max_k": 8,
-        "null": "background",
-        "description": "BH at alpha 0.01: few experts",
-    },
-    "bh_moderate": {
-        "method": "bh",
-        "alpha": 0.05,
-        "max_k": 8,
-        "null": "background",
-        "description": "BH at alpha 0.05: a balanced choice",
-    },
-    "bh_loose": {
-        "method": "bh",
-        "alpha": 0.10,
-        "max_k": 8,
-        "null": "background",
-        "description": "BH at alpha 0.10: more experts",
-    },
-    "bh_adaptive": {
-        "method": "bh",
-        "alpha": 0.05,
-        "temperature": 2.0,
-        "max_k": 8,
-        "null": "background",
-        "description": "BH at alpha 0.05 with router logits divided by 2",
-    },
-}
+STANDARD_TOP_K: Final = 8
+
+
+def standard_configs(top_k: int) -> dict[str, dict[str, Any]]:
+    """Return the five standard configurations for a model that uses `top_k` experts per token.
+
+    Example:
+        >>> list(standard_configs(2))
+        ['topk_2', 'bh_strict', 'bh_moderate', 'bh_loose', 'bh_adaptive']
+    """
+    bh = {"method": "bh", "max_k": top_k, "null": "background"}
+    return {
+        f"topk_{top_k}": {
+            "method": "topk",
+            "k": top_k,
+            "description": f"Baseline: the model's own top-{top_k}",
+        },
+        "bh_strict": bh | {"alpha": 0.01, "description": "BH at alpha 0.01: few experts"},
+        "bh_moderate": bh | {"alpha": 0.05, "description": "BH at alpha 0.05: a balanced choice"},
+        "bh_loose": bh | {"alpha": 0.10, "description": "BH at alpha 0.10: more experts"},
+        "bh_adaptive": bh
+        | {
+            "alpha": 0.05,
+            "temperature": 2.0,
+            "description": "BH at alpha 0.05 with router logits divided by 2",
+        },
+    }
+
+
+ROUTING_CONFIGS: dict[str, dict[str, Any]] = standard_configs(STANDARD_TOP_K)
+"""The standard ones as OLMoE has them; on a model with another k they follow it."""
 
 TEST_PROMPTS: list[dict[str, str]] = [
     {

@@ -15,6 +15,7 @@ from bh_routing.experiments.budget import bring_to_budget
 from bh_routing.experiments.calibrating import check_held_out, obtain_calibration
 from bh_routing.experiments.executor_choice import make_executor
 from bh_routing.experiments.experiment import Subject
+from bh_routing.experiments.fitting import fit_to_config, fit_to_loaded
 from bh_routing.experiments.folder_lock import only_writer
 from bh_routing.experiments.identity import identify
 from bh_routing.experiments.quality import QualityLedger, QualityText, prepare_text, score_missing
@@ -51,6 +52,8 @@ class Evaluation:
     records: list[QualityRecord]
     facts: ModelFacts
     text: QualityText
+    left_out: dict[str, str]
+    """Standard configurations that the model can't run, each with the reason."""
     calibration_tokens: int
     """0 if no rule needed a calibration."""
     seconds: float
@@ -67,12 +70,14 @@ def evaluate(spec: RunSpec, options: EvaluateOptions) -> Evaluation:
         InputError: model, text, calibration or a configuration can't be used.
     """
     documents = read_documents(options.texts) if options.texts else packaged_documents("evaluation")
-    rules = make_rules(spec.configs, spec.budget)
-    check_held_out(spec, rules, documents)
+    fitted = fit_to_config(spec)
+    check_held_out(spec, make_rules(fitted.spec.configs, spec.budget), documents)
     model, tokenizer = load_model(
         spec.model, device=spec.device, dtype=spec.dtype, device_map=spec.device_map
     )
     facts = describe_model(model)
+    spec, left_out = fit_to_loaded(fitted, model)
+    rules = make_rules(spec.configs, spec.budget)
     text = prepare_text(
         tokenizer,
         facts,
@@ -101,6 +106,7 @@ def evaluate(spec: RunSpec, options: EvaluateOptions) -> Evaluation:
         records=records,
         facts=facts,
         text=text,
+        left_out=left_out,
         calibration_tokens=calibration.num_tokens if calibration else 0,
         seconds=time.perf_counter() - start,
     )

@@ -73,22 +73,17 @@ class Preparation:
     """A run that was found to be sound; making one writes nothing.
 
     Args:
-        spec: what to run.
+        spec: what to run; `fit_to_loaded` has fitted it to the model.
         store: the folder, open for reading.
         loaded: the model.
     Raises:
-        InputError: a prompt, rule, calibration, text or the folder doesn't fit.
+        InputError: a prompt, calibration, text or the folder doesn't fit.
     """
 
     def __init__(self, spec: RunSpec, store: ResultStore, loaded: Loaded) -> None:
         self.loaded = loaded
         self.rules = make_rules(spec.configs, spec.budget)
         check_prompts(spec, loaded.tokenizer, loaded.facts)
-        for named in self.rules:
-            with _naming(named.name):
-                named.rule.check(
-                    num_experts=loaded.facts.num_experts, model_top_k=loaded.facts.model_top_k
-                )
         identity = identify(spec.model, loaded.model, loaded.tokenizer, max_tokens=spec.max_tokens)
         store.check(identity)
         self.quality = None if spec.no_eval else QualityPhase(spec, loaded.tokenizer, loaded.facts)

@@ -18,6 +18,7 @@ from bh_routing.experiments.calibrating import (
 from bh_routing.experiments.conclusion import Hooks, conclude, guard
 from bh_routing.experiments.executor_choice import make_executor
 from bh_routing.experiments.executors import Executor
+from bh_routing.experiments.fitting import fit_to_config, fit_to_loaded
 from bh_routing.experiments.grid import run_grid
 from bh_routing.experiments.preparation import Preparation, load
 from bh_routing.experiments.provenance import (
@@ -27,12 +28,18 @@ from bh_routing.experiments.provenance import (
 )
 from bh_routing.experiments.quality_phase import scored_documents
 from bh_routing.experiments.run_log import FILE_ONLY, RunLog
-from bh_routing.experiments.spec import RunSpec, make_rules, resolved, shorten
+from bh_routing.experiments.spec import (
+    RunSpec,
+    find_baseline,
+    make_rules,
+    resolved,
+    shorten,
+)
 from bh_routing.experiments.store import ResultStore
 from bh_routing.experiments.threads import torch_threads
 from bh_routing.experiments.timing_rounds import write_timing_rounds
 from bh_routing.experiments.token_traces import write_token_traces
-from bh_routing.records import LOG, STATUS_OK, ExperimentRecord
+from bh_routing.records import BASELINE, LEFT_OUT, LOG, STATUS_OK, ExperimentRecord
 
 log = logging.getLogger(__name__)
 
@@ -81,15 +88,20 @@ def run(spec: RunSpec, hooks: Hooks | None = None) -> RunOutcome:
             spec.output, resume=spec.resume, checkpoint_interval=spec.checkpoint_interval
         ) as store,
     ):
+        fitted = fit_to_config(spec)
         if not spec.no_eval:
-            rules = make_rules(spec.configs, spec.budget)
+            rules = make_rules(fitted.spec.configs, spec.budget)
             check_held_out(spec, rules, scored_documents(spec))
-        loaded = load(spec)
+        loaded = load(fitted.spec)
+        spec, left_out = fit_to_loaded(fitted, loaded.model)
         with torch_threads(loaded.threads.decode):
             prepared = Preparation(spec, store, loaded)
             keys = [cell.key for cell in prepared.grid]
             with make_executor(spec, prepared.subject) as executor:
-                document = _document(spec, prepared, store) | {"executor": executor.describe()}
+                document = _document(spec, prepared, store) | {
+                    "executor": executor.describe(),
+                    LEFT_OUT: left_out,
+                }
                 store.begin(prepared.identity, document, keys)
                 run_log.write_to(spec.output / LOG)
                 try:
@@ -224,6 +236,7 @@ def _document(spec: RunSpec, prepared: Preparation, store: ResultStore) -> dict[
             **asdict(facts),
             "device_name": device_name(prepared.subject.model.device),
         },
+        BASELINE: find_baseline(prepared.rules, facts.model_top_k),
         "budget": prepared.budget,
         "calibration": prepared.calibration_document or stored.get("calibration"),
         "nulls": describe_nulls(

@@ -84,7 +84,9 @@ class RunSpec(BaseModel):
     configs: dict[str, dict[str, Any]] = Field(
         default_factory=lambda: dict(defaults.ROUTING_CONFIGS)
     )
-    """Name -> configuration."""
+    """Name -> configuration; standard ones follow the model's own k once that is known."""
+    only: list[str] | None = None
+    """Names of the configurations to run; None: all that the model can run."""
     prompts: list[Prompt] = Field(
         default_factory=lambda: [Prompt(**prompt) for prompt in defaults.TEST_PROMPTS]
     )
@@ -122,7 +124,7 @@ class RunSpec(BaseModel):
 
     @model_validator(mode="after")
     def _whole(self) -> RunSpec:
-        if not self.configs:
+        if not self.configs or self.only == []:
             raise ValueError("no configuration is left to run; name at least one")
         if not self.prompts:
             raise ValueError("no prompt is left to run; give at least one")
@@ -203,6 +205,16 @@ def _placeholder(fields: Mapping[str, Any], may_lack_knob: bool) -> dict[str, An
     return knob.fields(knob.scale.value_at(sum(knob.scale.ends(model_top_k=1)) / 2), num_layers=1)
 
 
+def find_baseline(rules: Sequence[NamedRule], model_top_k: int) -> str | None:
+    """Return the name of the configuration that the others are compared with.
+
+    That is the model's own top-k, or else the first static top-k; None without either.
+    """
+    static = [named for named in rules if isinstance(named.rule, TopK)]
+    own = [named for named in static if named.rule == TopK(model_top_k)]
+    return next((named.name for named in [*own, *static]), None)
+
+
 def resolved(spec: RunSpec, rules: Sequence[NamedRule]) -> dict[str, Any]:
     """Return the spec as plain JSON data, each rule with all its fields written out."""
     content = spec.model_dump(mode="json")
@@ -211,23 +223,6 @@ def resolved(spec: RunSpec, rules: Sequence[NamedRule]) -> dict[str, Any]:
         for named in rules
     }
     return content
-
-
-def select_configs(
-    configs: Mapping[str, dict[str, Any]], names: Iterable[str] | None
-) -> dict[str, dict[str, Any]]:
-    """Keep the configurations of these names, in the order of `configs`; None keeps all.
-
-    Raises:
-        InputError: a name isn't among them; the nearest one is suggested.
-    """
-    if names is None:
-        return dict(configs)
-    wanted = list(names)
-    for name in wanted:
-        if name not in configs:
-            raise unknown_name("configuration", name, configs)
-    return {name: config for name, config in configs.items() if name in wanted}
 
 
 def select_prompts(

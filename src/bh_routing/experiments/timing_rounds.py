@@ -46,13 +46,13 @@ def write_timing_rounds(
     Args:
         folder: the run's.
         subject: model, tokenizer and calibration.
-        grid: the experiments of the run.
+        grid: the finished experiments of the run; none takes the file away.
         num_rounds: rounds that count; 0 takes the file away.
         max_tokens: most tokens that the run writes after a prompt.
         seed: of the orders.
     """
     path = folder / TIMINGS
-    if num_rounds == 0:
+    if num_rounds == 0 or not grid:
         path.unlink(missing_ok=True)
         return
     rules = list({cell.named_rule.name: cell.named_rule for cell in grid}.values())

@@ -102,6 +102,10 @@ def read_decoder(model: Any, blocks: Sequence[nn.Module], num_positions: int) ->
         raise UndecodableError("its attention slides")
     if getattr(config, "clip_qkv", None) is not None:
         raise UndecodableError("it clips queries, keys and values")
+    # First: what follows takes names for granted that another attention doesn't have.
+    read_layers = tuple(
+        _read_layer(layer, block) for layer, block in zip(layers, blocks, strict=True)
+    )
     attention = layers[0].self_attn
     cos_PD, sin_PD = _rotary_table(inner, num_positions)
     dim = cos_PD.shape[1]
@@ -109,9 +113,7 @@ def read_decoder(model: Any, blocks: Sequence[nn.Module], num_positions: int) ->
         raise UndecodableError("only part of each head is rotated")
     decoder = Decoder(
         embedding_VH=model.get_input_embeddings().weight,
-        layers=tuple(
-            _read_layer(layer, block) for layer, block in zip(layers, blocks, strict=True)
-        ),
+        layers=read_layers,
         norm=_read_norm(inner.norm),
         head_VH=head.weight,
         cos_PD=cos_PD,

@@ -17,13 +17,15 @@ class Family:
     """The law of its weights, where it is none that the probe knows."""
     normalises: bool | None = None
     """With `scoring`: whether its weights sum to a constant."""
+    top_k: int | None = None
+    """Experts per token, where the code fixes them whatever config.json says."""
     skips: bool = False
     """Whether the last class of the logits is no expert: the token goes round all of them."""
 
 
 FAMILIES: Final[dict[str, Family]] = {
     # Two softmaxes, each over what is close to its own winner; their weights aren't normalised.
-    "phimoe": Family(scoring="sparsemixer", normalises=False),
+    "phimoe": Family(scoring="sparsemixer", normalises=False, top_k=2),
     "zaya": Family(skips=True),
 }
 

@@ -9,6 +9,8 @@ from typing import Final, TypedDict
 from bh_routing.models.sites import RouterFacts
 
 FILE: Final = "families.json"
+_GROUPS_FIRST: Final = "best groups first"
+_TEMPERATURE_1: Final = "temperature 1 only"
 
 
 class FamilyRow(TypedDict):
@@ -32,6 +34,19 @@ def family_rows() -> list[FamilyRow]:
     return rows
 
 
+def takes_temperature(row: FamilyRow, *, picks_groups: bool) -> bool:
+    """Whether a temperature other than 1 is defined for routers of this family.
+
+    Args:
+        row: the family's.
+        picks_groups: whether the checkpoint's router selects groups of experts first, which a
+            family's default configuration may do and a checkpoint may not.
+    """
+    if _TEMPERATURE_1 not in row["limits"]:
+        return True
+    return row["how"].startswith(f"softmax; {_GROUPS_FIRST}") and not picks_groups
+
+
 def describe_facts(facts: RouterFacts) -> str:
     """Say in a few words how a router scores, selects and weighs.
 
@@ -45,7 +60,7 @@ def describe_facts(facts: RouterFacts) -> str:
         score = "logit" if facts.ranks_by == "logits" else "score"
         parts[0] += f", selects by {score} + bias"
     if facts.groups is not None:
-        parts.append("best groups first")
+        parts.append(_GROUPS_FIRST)
     parts.append("normalised weights" if facts.normalises else "raw weights")
     if facts.shares_with:
         parts[-1] += ", together with shared experts'"
@@ -66,7 +81,7 @@ def describe_limits(facts: RouterFacts) -> list[str]:
     elif facts.groups is not None:
         limits.append("no more experts than the chosen groups hold")
     if not facts.takes_temperature:
-        limits.append("temperature 1 only")
+        limits.append(_TEMPERATURE_1)
     if not facts.experts_see_input:
         limits.append("no oracle rule: experts aren't given the router's input")
     return limits

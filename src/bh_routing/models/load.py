@@ -18,8 +18,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from bh_routing.demo import demo_folder
@@ -84,10 +86,7 @@ def load_model(
     target = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, target)
     _check_device_map(device_map, device)
-    source = str(demo_folder()) if name == DEMO else name
-    options: dict[str, Any] = {"trust_remote_code": False}
-    if not _is_folder(source):
-        options["local_files_only"] = not hub_answers()
+    source, options = _source_of(name)
     try:
         tokenizer, model, report = _read(source, torch_dtype, device_map, options)
     except (ModelError, MemoryError, torch.OutOfMemoryError):
@@ -112,6 +111,43 @@ def load_model(
     return LoadedModel(model, tokenizer)
 
 
+def read_config(name: str) -> PretrainedConfig:
+    """Read the config.json of a model, named as for `load_model`, without its weights.
+
+    Raises:
+        ModelError: the model can't be found or reached, or its family isn't supported.
+    """
+    source, options = _source_of(name)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(source, **options)
+    except Exception as error:  # what a foreign checkpoint makes transformers raise is unknown
+        raise ModelError(_explain(name, options, error)) from error
+    family_of(config.model_type)
+    _auto_class(config)
+    return config
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    """Return the class of transformers that loads a model of this configuration for generation."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return AutoModelForMultimodalLM
+    raise ModelError(
+        f"model type {config.model_type!r} generates no text; give a causal language model, such "
+        "as demo"
+    )
+
+
+def _source_of(name: str) -> tuple[str, dict[str, Any]]:
+    """Return the folder or the hub's id, and the options that transformers reads it with."""
+    source = str(demo_folder()) if name == DEMO else name
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if not _is_folder(source):
+        options["local_files_only"] = not hub_answers()
+    return source, options
+
+
 class _Read(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     model: Any
@@ -134,9 +170,7 @@ def _read(
         if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
             raise ModelError(_NO_TOKENIZER.format(source))
         widening = widening_of(source, config)
-        is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-        auto: Any = AutoModelForCausalLM if is_causal else AutoModelForMultimodalLM
-        model, report = auto.from_pretrained(
+        model, report = _auto_class(config).from_pretrained(
             source,
             config=config,
             dtype=dtype,

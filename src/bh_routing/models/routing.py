@@ -89,13 +89,18 @@ def bind_rule(model: nn.Module, rule: Rule, calibration: Calibration | None = No
         CalibrationError, ModelError, InputError: as `route` does.
     """
     routers = find_routers(model)
-    rule.check(num_experts=routers.num_experts, model_top_k=routers.model_top_k)
-    for site in routers.sites:
-        _check_site(site, rule)
+    check_rule(routers, rule)
     check_calibration(model, routers, rule, calibration)
     contexts = tuple(_layer_context(site, routers, rule, calibration) for site in routers.sites)
     selectors = tuple(rule.bind(context) for context in contexts)
     return BoundRule(rule=rule, routers=routers, selectors=selectors, contexts=contexts)
+
+
+def check_rule(routers: Routers, rule: Rule) -> None:
+    """Raise InputError if `rule` can't run on routers like these, whatever the calibration."""
+    rule.check(num_experts=routers.num_experts, model_top_k=routers.model_top_k)
+    for site in routers.sites:
+        _check_site(site, rule)
 
 
 def _check_site(site: RouterSite, rule: Rule) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 
 from bh_routing.analysis.estimates import MeanInterval
 from bh_routing.analysis.quality_row import STATIC
+from bh_routing.records import LEFT_OUT
 from bh_routing.report import findings
 from bh_routing.report.blocks import table
-from bh_routing.report.facts import EXPERTS, Facts, known
+from bh_routing.report.facts import EXPERTS, Facts, child, known
 from bh_routing.report.quality import QualityRow
 from bh_routing.report.text import (
     MISSING,
@@ -36,10 +37,17 @@ def summarise(facts: Facts) -> list[str]:
     if not facts.names:
         return ["No experiment finished, so there is nothing to report."]
     sentences = [quality_sentence(facts), experts_sentence(facts), time_sentence(facts)]
-    sentences += [_alpha_sentence(facts)]
+    sentences += [_alpha_sentence(facts), left_out_sentence(facts)]
     if failed := facts.table.num_failed:
         sentences.append(f"{failed} of {facts.num_experiments()} experiments failed; see below.")
     return [sentence for sentence in sentences if sentence]
+
+
+def left_out_sentence(facts: Facts) -> str:
+    """Which standard configurations the model can't run, and why."""
+    reasons = child(facts.run, LEFT_OUT)
+    left_out = "; ".join(f"{code(name)}, since {markdown(why)}" for name, why in reasons.items())
+    return f"**Left out**: {left_out}." if left_out else ""
 
 
 def overview(facts: Facts) -> str:
@@ -169,7 +177,7 @@ def experts_sentence(facts: Facts) -> str:
     if base is None:
         text = f"{findings.experts(facts.table)}. No Top-K configuration was run to compare with."
         return f"**Experts.** {markdown(text, 400)}"
-    kept = f"{code(base)} keeps {number(facts.table.mean(base, EXPERTS))} experts"
+    kept = f"{code(base)}{_whose(facts)} keeps {number(facts.table.mean(base, EXPERTS))} experts"
     shares = known({name: facts.compared(name, EXPERTS, "reduction") for name in facts.others})
     if not shares:
         return f"**Experts.** {kept} per token and layer."
@@ -179,6 +187,16 @@ def experts_sentence(facts: Facts) -> str:
         for name in dict.fromkeys((low, high))
     ]
     return f"**Experts.** {kept} per token and layer, {' and '.join(parts)}."
+
+
+def _whose(facts: Facts) -> str:
+    """Whether the baseline's k is the model's own; empty if that isn't known."""
+    own = as_float(facts.model.get("model_top_k"))
+    if not math.isfinite(own):
+        return ""
+    if as_float(facts.config(facts.baseline or "").get("k")) == own:
+        return f", the model's own top-{own:g},"
+    return f" (the model's own k is {own:g})"
 
 
 def _less(share: float) -> str:

@@ -108,7 +108,7 @@ def experiments_of(results: pd.DataFrame, folder: Path | None = None) -> Experim
     rows["load_over_noise"] = rows["expert_utilization_cv"] / noise.where(noise > 0)
     frame = rows[is_ok].reset_index(drop=True)
     names = [str(name) for name in frame["config_name"].drop_duplicates()]
-    baseline = choose_baseline(names)
+    baseline = choose_baseline(frame)
     timed = {} if folder is None else speed_ups(read_timings(folder / TIMINGS), names, baseline)
     return Experiments(
         frame=frame,

@@ -1,0 +1,137 @@
+"""Fit the configurations of a run to the model: its own k, and what its routers allow."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from bh_routing.errors import InputError, unknown_name
+from bh_routing.experiments.defaults import STANDARD_TOP_K, standard_configs
+from bh_routing.experiments.spec import RunSpec, make_rules
+from bh_routing.models.discovery import find_routers, model_type_of
+from bh_routing.models.outlook import Outlook, outlook_from_routers, read_outlook
+from bh_routing.models.routing import check_rule
+from bh_routing.rules.base import Rule
+from bh_routing.rules.catalog import make_rule
+
+log = logging.getLogger(__name__)
+
+
+class Fitted(NamedTuple):
+    """A spec whose configurations are those that the model runs."""
+
+    spec: RunSpec
+    left_out: dict[str, str]
+    """Standard configurations that the model can't run, each with the reason."""
+
+
+def fit_to_model(fitted: Fitted, outlook: Outlook) -> Fitted:
+    """Let standard configurations follow the model's own k, and leave out what it can't run.
+
+    A configuration is standard as long as nobody has changed it. One that the user wrote or
+    named is never left out. Calling it again, when more is known, keeps what was fitted.
+
+    Args:
+        fitted: what an earlier call returned, or `Fitted(spec, {})`.
+        outlook: what is known of the model; without its k nothing is fitted yet.
+    Raises:
+        InputError: a name isn't among the configurations, or a configuration of the user's can't
+            run on this model.
+    """
+    spec, left_out = fitted
+    if outlook.top_k is None:
+        return fitted
+    configs = select_configs(_follow(spec.configs, outlook.top_k), spec.only)
+    standard = standard_configs(outlook.top_k)
+    reasons = {}
+    for name, _, rule in make_rules(configs, spec.budget):
+        if not (reason := _why_not(rule, outlook)):
+            continue
+        if name in (spec.only or ()) or configs[name] != standard.get(name):
+            raise InputError(f"configuration {name!r}: {reason}; use temperature 1.0")
+        log.info("configuration %s is left out: %s", name, reason)
+        reasons[name] = reason
+    kept = {name: config for name, config in configs.items() if name not in reasons}
+    return Fitted(spec.model_copy(update={"configs": kept}), left_out | reasons)
+
+
+def fit_to_config(spec: RunSpec) -> Fitted:
+    """Fit a spec to the model's config.json, before anything else of the model is read.
+
+    Raises:
+        ModelError: the model can't be found or reached, or its family isn't supported.
+        InputError: as `fit_to_model` does.
+    """
+    return fit_to_model(Fitted(spec, {}), read_outlook(spec.model))
+
+
+def fit_to_loaded(fitted: Fitted, model: nn.Module) -> Fitted:
+    """Fit a spec to what the probe finds, and check every rule; no calibration is needed for it.
+
+    Raises:
+        InputError: a configuration can't run on this model.
+    """
+    routers = find_routers(model)
+    fitted = fit_to_model(fitted, outlook_from_routers(model_type_of(model), routers))
+    for named in make_rules(fitted.spec.configs, fitted.spec.budget):
+        try:
+            check_rule(routers, named.rule)
+        except InputError as error:
+            raise type(error)(f"configuration {named.name!r}: {error}") from error
+    return fitted
+
+
+def select_configs(
+    configs: Mapping[str, dict[str, Any]], names: Iterable[str] | None
+) -> dict[str, dict[str, Any]]:
+    """Keep the configurations of these names, in the order of `configs`; None keeps all.
+
+    Raises:
+        InputError: a name isn't among them; the nearest one is suggested.
+    """
+    if names is None:
+        return dict(configs)
+    wanted = list(names)
+    for name in wanted:
+        if name not in configs:
+            raise unknown_name("configuration", name, configs)
+    return {name: config for name, config in configs.items() if name in wanted}
+
+
+def _follow(configs: Mapping[str, dict[str, Any]], top_k: int) -> dict[str, dict[str, Any]]:
+    """Give standard configurations the model's own k; the baseline's name says it."""
+    written = standard_configs(STANDARD_TOP_K)
+    fitting = dict(zip(written, standard_configs(top_k).items(), strict=True))
+    followed: dict[str, dict[str, Any]] = {}
+    for name, config in configs.items():
+        if config != written.get(name):
+            followed[name] = config
+            continue
+        own_name, own_config = fitting[name]
+        if own_name not in configs or own_name == name:
+            followed[own_name] = own_config
+        elif make_rule(configs[own_name]) != make_rule(own_config):
+            raise InputError(
+                f"configuration {own_name!r} isn't the model's own top-{top_k}, which is the "
+                "baseline and has this name; rename it"
+            )
+    if followed.keys() != configs.keys():
+        log.info(
+            "the model uses %d experts per token: the baseline is topk_%d, and the standard BH "
+            "configurations keep at most %d",
+            *(top_k,) * 3,
+        )
+    return followed
+
+
+def _why_not(rule: Rule, outlook: Outlook) -> str:
+    """Return why the model can't run this rule; empty if nothing is known against it."""
+    if rule.temperature == 1.0 or outlook.takes_temperature is not False:
+        return ""
+    return (
+        f"temperature {rule.temperature:g} needs a router that weighs and selects by the softmax "
+        f"of its logits alone, and {outlook.model_type}'s doesn't"
+    )

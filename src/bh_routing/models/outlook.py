@@ -1,0 +1,81 @@
+"""The facts about a model's routers that decide which default configurations it can run."""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple
+
+from transformers import PretrainedConfig
+
+from bh_routing.models.discovery import Routers
+from bh_routing.models.families import family_of
+from bh_routing.models.family_rows import family_rows, takes_temperature
+from bh_routing.models.load import read_config
+
+_TOP_K_FIELDS: Final = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "top_k_experts",
+    "moe_k",
+    "moe_topk",
+    "moe_top_k",
+)
+
+
+class Outlook(NamedTuple):
+    """What is known of a model's routers; None is unknown."""
+
+    model_type: str
+    top_k: int | None
+    """The model's own number of experts per token."""
+    takes_temperature: bool | None
+    """Whether a temperature other than 1 is defined for its routers."""
+
+
+def read_outlook(name: str) -> Outlook:
+    """Read config.json and the table of families; no weights are read.
+
+    Raises:
+        ModelError: the model can't be found or reached, or its family isn't supported.
+    """
+    return outlook_from_config(read_config(name))
+
+
+def outlook_from_config(config: PretrainedConfig) -> Outlook:
+    """Return what a configuration and its family say; None where only the weights can tell.
+
+    Example:
+        >>> from transformers import MixtralConfig
+        >>> outlook_from_config(MixtralConfig())
+        Outlook(model_type='mixtral', top_k=2, takes_temperature=True)
+    """
+    text: Any = config.get_text_config()
+    # The folder of transformers that the class is from: a model type may have other endings.
+    family = type(text).__module__.split(".")[-2]
+    row = next((row for row in family_rows() if row["family"] == family), None)
+    picks_groups = (getattr(text, "n_group", None) or 1) > 1
+    picks_groups &= getattr(text, "topk_method", None) != "greedy"
+    return Outlook(
+        model_type=config.model_type,
+        top_k=family_of(family).top_k or _top_k(text),
+        takes_temperature=row and takes_temperature(row, picks_groups=picks_groups),
+    )
+
+
+def outlook_from_routers(model_type: str, routers: Routers) -> Outlook:
+    """Return what the probe of a loaded model found."""
+    return Outlook(
+        model_type=model_type,
+        top_k=routers.model_top_k,
+        takes_temperature=all(site.facts.takes_temperature for site in routers.sites),
+    )
+
+
+def _top_k(text: Any) -> int | None:
+    """Return the number of experts per token; None if it isn't given or differs by layer."""
+    for holder in (text, getattr(text, "ffn_config", None)):
+        for field in _TOP_K_FIELDS:
+            value = getattr(holder, field, None)
+            values = set(value) if isinstance(value, list | tuple) else {value}
+            if len(values) == 1 and isinstance(k := values.pop(), int) and k > 0:
+                return k
+    return None
