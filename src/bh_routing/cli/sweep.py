@@ -36,8 +36,12 @@ def sweep(
     output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on.")],
     model: ModelOption = defaults.MODEL,
     budgets: Annotated[
-        str, typer.Option(help="Mean experts a token to compare at, separated by commas.")
-    ] = "6,5,4,3",
+        str | None,
+        typer.Option(
+            help="Mean experts per token to compare at, separated by commas. Default: 6,5,4,3 of a "
+            "model that uses 8, and the same fractions of another k."
+        ),
+    ] = None,
     rules: Annotated[
         list[str] | None,
         typer.Option(
@@ -70,7 +74,7 @@ def sweep(
 
         options = SweepOptions(
             variants=parse_variants(rules or DEFAULT_VARIANTS),
-            budgets=_budgets(budgets),
+            budgets=() if budgets is None else _budgets(budgets),
             texts=text or (),
             max_tokens=tokens,
             command=context.obj.command,

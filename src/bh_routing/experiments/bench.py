@@ -22,11 +22,10 @@ from bh_routing.engine.quickest import bind_quickest
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.engine.timing import Timing, copied_bytes_per_second, stopwatch, time_interleaved
 from bh_routing.errors import InputError
-from bh_routing.experiments.defaults import MAX_TOKENS, TEST_PROMPTS
 from bh_routing.experiments.experiment import Subject, run_experiment, warm_up
 from bh_routing.experiments.fitting import Fitted, fit_to_loaded
 from bh_routing.experiments.provenance import device_name
-from bh_routing.experiments.spec import Prompt, make_rules, make_spec
+from bh_routing.experiments.spec import make_rules, make_spec
 from bh_routing.experiments.threads import choose_threads, torch_threads
 from bh_routing.kernels.decode_layout import Decoder
 from bh_routing.kernels.experts import NAME, sparse_experts_forward
@@ -373,17 +372,17 @@ def _bench_suite(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
     texts = [document.text for document in packaged_documents("calibration")]
     subject = Subject(model, tokenizer, calibrate(model, tokenizer, texts, nulls=("background",)))
     calibrate_sec = time.perf_counter() - start
-    rules = make_rules(fit_to_loaded(Fitted(make_spec(), {}), model).spec.configs)
-    prompts = [Prompt(**prompt) for prompt in TEST_PROMPTS]
+    spec = fit_to_loaded(Fitted(make_spec(), {}), model).spec
+    rules = make_rules(spec.configs)
     start = time.perf_counter()
     for named_rule in rules:
-        warm_up(subject, named_rule, prompts[0])
+        warm_up(subject, named_rule, spec.prompts[0])
     warm_up_sec = time.perf_counter() - start
     start = time.perf_counter()
     records = [
-        run_experiment(subject, named_rule, prompt, MAX_TOKENS).record
+        run_experiment(subject, named_rule, prompt, spec.max_tokens).record
         for named_rule in rules
-        for prompt in prompts
+        for prompt in spec.prompts
     ]
     wall_sec = time.perf_counter() - start
     return [

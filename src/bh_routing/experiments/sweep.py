@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from bh_routing.engine.texts import packaged_documents, read_documents
-from bh_routing.errors import ResultsError
+from bh_routing.errors import InputError, ResultsError
 from bh_routing.experiments.calibrating import (
     calibration_documents,
     check_calibration_overlap,
@@ -59,7 +59,7 @@ class SweepOptions:
 
     variants: Sequence[Variant]
     budgets: Sequence[float]
-    """Mean experts a token."""
+    """Mean experts per token; empty: 3/4, 5/8, 1/2 and 3/8 of the model's own k."""
     texts: Sequence[str | Path] = ()
     """Files or datasets to score on; empty: the packaged evaluation text."""
     max_tokens: int | None = None
@@ -90,6 +90,8 @@ def sweep(spec: RunSpec, options: SweepOptions) -> dict[str, Any]:
         check_calibration_overlap(documents, spec.calibration)
     read_stored_sweep(spec.output)
     loaded = load(spec)
+    if not options.budgets:
+        options = replace(options, budgets=default_budgets(loaded.facts.model_top_k))
     check_budgets(options.budgets, loaded.facts.model_top_k)
     text = prepare_text(
         loaded.tokenizer,
@@ -170,6 +172,23 @@ def _sweep_begun(prepared: _Prepared, start: float) -> dict[str, Any]:
         spec.output,
     )
     return document
+
+
+def default_budgets(model_top_k: int) -> list[float]:
+    """Return the budgets of a sweep that names none.
+
+    Raises:
+        InputError: the model uses one expert per token, so none can be left out.
+    Example:
+        >>> default_budgets(8), default_budgets(2)
+        ([6.0, 5.0, 4.0, 3.0], [1.5, 1.25, 1.0])
+    """
+    if model_top_k == 1:
+        raise InputError(
+            "the model uses 1 expert per token, so no rule can leave one out; choose another model"
+        )
+    budgets = (model_top_k * fraction for fraction in (0.75, 0.625, 0.5, 0.375))
+    return [budget for budget in budgets if budget >= 1]
 
 
 def curve_budgets(budgets: Sequence[float], model_top_k: int) -> list[float]:

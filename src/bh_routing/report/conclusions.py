@@ -10,7 +10,8 @@ from bh_routing.analysis.quality_row import STATIC
 from bh_routing.records import LEFT_OUT
 from bh_routing.report import findings
 from bh_routing.report.blocks import table
-from bh_routing.report.facts import EXPERTS, Facts, child, known
+from bh_routing.report.facts import EXPERTS, Facts, known
+from bh_routing.report.provenance import left_out_sentence
 from bh_routing.report.quality import QualityRow
 from bh_routing.report.text import (
     MISSING,
@@ -41,13 +42,6 @@ def summarise(facts: Facts) -> list[str]:
     if failed := facts.table.num_failed:
         sentences.append(f"{failed} of {facts.num_experiments()} experiments failed; see below.")
     return [sentence for sentence in sentences if sentence]
-
-
-def left_out_sentence(facts: Facts) -> str:
-    """Which standard configurations the model can't run, and why."""
-    reasons = child(facts.run, LEFT_OUT)
-    left_out = "; ".join(f"{code(name)}, since {markdown(why)}" for name, why in reasons.items())
-    return f"**Left out**: {left_out}." if left_out else ""
 
 
 def overview(facts: Facts) -> str:

@@ -104,11 +104,11 @@ def _bh(facts: Facts) -> list[str]:
 
 def _deviation(facts: Facts, name: str) -> str:
     """Why a configuration of this name isn't the one that was expected; empty if it is."""
-    if name not in facts.names:
-        return f"{code(name)} has no finished experiment in this run"
     shape = [as_float(facts.model.get(key)) for key in ("num_experts", "model_top_k")]
     if all(map(math.isfinite, shape)) and shape != list(EXPECTED_SHAPE):
         return f"the model has {shape[0]:g} experts, top-{shape[1]:g}, not 64, top-8"
+    if name not in facts.names:
+        return f"{code(name)} has no finished experiment in this run"
     config = facts.config(name)
     for field, expected in STANDARD_FIELDS[name].items():
         if (actual := config.get(field, expected)) != expected:

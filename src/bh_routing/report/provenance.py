@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from bh_routing.records import LEFT_OUT
 from bh_routing.report import findings
 from bh_routing.report.blocks import bullets, section, table, text_table
 from bh_routing.report.facts import Facts, child
@@ -22,6 +23,13 @@ from bh_routing.report.text import (
 
 RULE_FIELDS = ("alpha", "null", "temperature", "min_k", "max_k", "k", "procedure", "on_empty",
                "weights")  # fmt: skip
+
+
+def left_out_sentence(facts: Facts) -> str:
+    """Which standard configurations the model can't run, and why."""
+    reasons = child(facts.run, LEFT_OUT)
+    left_out = "; ".join(f"{code(name)}, since {markdown(why)}" for name, why in reasons.items())
+    return f"**Left out**: {left_out}." if left_out else ""
 
 
 def settings(facts: Facts) -> str:
