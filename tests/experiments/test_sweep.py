@@ -14,11 +14,11 @@ from bh_routing.cli import main
 from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.errors import InputError, ResultsError
-from bh_routing.experiments.knob_search import KnobSearch
+from bh_routing.experiments.knob_search import KnobSearch, check_budgets
 from bh_routing.experiments.run import run
 from bh_routing.experiments.settings import Goal
 from bh_routing.experiments.spec import RunSpec, make_spec
-from bh_routing.experiments.sweep import SweepOptions, sweep
+from bh_routing.experiments.sweep import SweepOptions, default_budgets, sweep
 from bh_routing.experiments.variants import parse_variants
 from bh_routing.models import LoadedModel, find_routers
 from bh_routing.nulls.calibration import Calibration
@@ -239,3 +239,19 @@ def test_a_run_at_a_budget_keeps_its_knobs_when_it_goes_on(
     assert (again.num_run, again.num_reused) == (0, 6)
     other = run(budgeted(tiny_spec, texts, budget=4.0))
     assert (other.num_run, other.num_reused) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "budgets"),
+    [(8, [6, 5, 4, 3]), (2, [1.5, 1.25, 1]), (4, [3, 2.5, 2, 1.5]), (6, [4.5, 3.75, 3, 2.25])],
+)
+def test_default_budgets_are_fractions_of_the_models_own_k(
+    top_k: int, budgets: list[float]
+) -> None:
+    assert default_budgets(top_k) == budgets
+    check_budgets(default_budgets(top_k), top_k)
+
+
+def test_a_model_of_one_expert_per_token_has_no_budget() -> None:
+    with pytest.raises(InputError, match="uses 1 expert per token"):
+        default_budgets(1)
