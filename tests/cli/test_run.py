@@ -147,7 +147,7 @@ def test_a_changed_script_changes_the_run(script: ModuleType, tmp_path: Path) ->
     flags = [*TINY, "--output", str(tmp_path / "r"), "--configs", "my_custom_config"]
     assert script.main([*flags, "--prompts", "mine"]) == 0
     summary = json.loads((tmp_path / "r" / SUMMARY_JSON).read_bytes())
-    assert summary == {"mine": ["Hello"]}
+    assert summary["mine"] == ["Hello"]
 
 
 def test_the_script_has_the_users_defaults(script: ModuleType) -> None:
