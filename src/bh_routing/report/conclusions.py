@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 from bh_routing.analysis.estimates import MeanInterval
 from bh_routing.analysis.quality_row import STATIC
-from bh_routing.records import LEFT_OUT
 from bh_routing.report import findings
 from bh_routing.report.blocks import table
 from bh_routing.report.facts import EXPERTS, Facts, known
