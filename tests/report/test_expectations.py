@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from bh_routing.analysis.comparisons import analyze_results
-from bh_routing.report.expectations import Line, compare_expectations, count_verdicts
 from bh_routing.report.facts import Facts
+from bh_routing.report.judge import Line, compare_expectations, count_verdicts
 from bh_routing.report.table import experiments_of
 
 MakeResults = Callable[..., pd.DataFrame]
@@ -33,7 +33,7 @@ def lines_of(results: pd.DataFrame, run: dict[str, Any]) -> dict[str, Line]:
         run=run,
         folder=Path("nowhere"),
     )
-    return {line.subject: line for line in compare_expectations(facts)}
+    return {str(line.subject): line for line in compare_expectations(facts)}
 
 
 def test_every_expectation_has_its_line(
@@ -133,7 +133,7 @@ def test_a_changed_configuration_is_not_comparable(
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        ({"method": "top_p", "p": 0.8}, "`bh_strict` has method top\\_p here, not bh"),
+        ({"method": "top_p", "p": 0.8}, "`bh_strict` has method top_p here, not bh"),
         (
             {"method": "bh", "alpha": 0.01, "null": "gaussian"},
             "`bh_strict` has null gaussian here, not background",

@@ -15,13 +15,14 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 
+from bh_routing.analysis.speed import read_timings
 from bh_routing.errors import InputError
 from bh_routing.records import TIMING_COLUMNS, TIMINGS
 from bh_routing.report import create_visualizations, findings
 from bh_routing.report.charts import draw_charts
 from bh_routing.report.charts.style import FIXED_COLOURS, OTHER_COLOURS, colours_of, save
 from bh_routing.report.facts import Facts
-from bh_routing.report.quality import quality_rows, reference_at
+from bh_routing.report.quality import QualityFindings, quality_findings, reference_at
 from bh_routing.report.table import experiments_of
 
 MakeResults = Callable[..., pd.DataFrame]
@@ -184,7 +185,7 @@ def test_pictures_of_time_show_the_rounds_that_their_titles_speak_of(
         for name, share in (("topk_8", 1.0), ("bh", factor))
     ]
     pd.DataFrame(rounds, columns=list(TIMING_COLUMNS)).to_csv(tmp_path / TIMINGS, index=False)
-    table = experiments_of(results, tmp_path)
+    table = experiments_of(results, read_timings(tmp_path / TIMINGS))
     assert "faster" in findings.time(table)
     charts = draw_charts(Facts(table=table, summary={}, run={}, folder=tmp_path))["time"]
     bars = charts["inference_time_comparison"].picture().axes[0].patches
@@ -218,14 +219,15 @@ def test_static_top_k_is_known_by_its_rule_whatever_it_is_called(quality: dict[s
     for row in block["rules"]:
         row["rule"] = rules.get(row["config_name"], row["rule"])
         row["config_name"] = names.get(row["config_name"], row["config_name"])
-    rows = quality_rows({"quality": block})
-    assert {row.name for row in rows if row.is_static} == {"topk_8", "five", "topk_4"}
+    rows = quality_findings({"quality": block}).rows
+    assert {row.config_name for row in rows if row.is_static} == {"topk_8", "five", "topk_4"}
     static = {row.mean_experts: row.delta_nll for row in rows if row.is_static}
     assert reference_at(rows, 4.5) == pytest.approx((static[4.0] + static[5.0]) / 2)
 
 
 def test_the_quality_title_says_so_if_static_top_k_is_better(quality: dict[str, Any]) -> None:
-    rows = quality_rows({"quality": quality})
-    assert "static top-k loses less at the same mean" in findings.quality(rows)
-    better = [row for row in rows if row.is_static or row.name == "bh_loose"]
+    found = quality_findings({"quality": quality})
+    assert "static top-k loses less at the same mean" in findings.quality(found)
+    rows = [row for row in found.rows if row.is_static or row.config_name == "bh_loose"]
+    better = QualityFindings(rows=rows, answers=found.answers)
     assert "static" not in findings.quality(better)  # nothing was scored at that mean

@@ -13,11 +13,10 @@ import pytest
 from bh_routing.analysis.comparisons import analyze_results
 from bh_routing.analysis.quality import QualityOptions, analyze_quality
 from bh_routing.report import findings, generate_markdown_report
-from bh_routing.report.conclusions import conclude, summarise
 from bh_routing.report.facts import Facts
-from bh_routing.report.quality import quality_rows
+from bh_routing.report.markdown import context, render
+from bh_routing.report.quality import quality_findings
 from bh_routing.report.table import experiments_of
-from bh_routing.report.verdict import verdict
 from tests.analysis.scored import scored_documents
 from tests.analysis.swept import with_experts
 
@@ -31,6 +30,25 @@ def facts(results: pd.DataFrame, run: Mapping[str, Any] | None = None, **summary
         run=run or {},
         folder=Path("nowhere"),
     )
+
+
+def section(found: Facts, title: str) -> list[str]:
+    """The items of a section of the report."""
+    report = render("REPORT.md.j2", **context(found))
+    body = report.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    return [line.removeprefix("- ") for line in body.splitlines() if line.startswith("- ")]
+
+
+def summarise(found: Facts) -> list[str]:
+    return section(found, "Summary")
+
+
+def conclude(found: Facts) -> list[str]:
+    return section(found, "Conclusions")
+
+
+def verdict(found: Facts) -> list[str]:
+    return render("verdict.md.j2", **context(found)).strip().split("\n\n")
 
 
 def timed(make: MakeResults, seconds: Mapping[str, float], **means: float) -> pd.DataFrame:
@@ -52,7 +70,7 @@ def test_only_fewer_experts_can_fail_to_buy_speed(make_results: MakeResults) -> 
     assert "more experts than `topk_8` in `wide`" in " ".join(conclude(facts(wide)))
     slow = timed(make_results, {"topk_8": 1.0, "bh": 1.3}, bh=4.0)
     (sentence,) = (s for s in conclude(facts(slow)) if "longer" in s)
-    assert sentence.startswith("Fewer experts bought no speed here: `bh` took longer with fewer")
+    assert sentence.startswith("Fewer experts brought no speed-up here: `bh` took longer")
 
 
 def test_a_slow_wide_rule_does_not_hide_that_a_narrow_one_is_faster(
@@ -92,7 +110,8 @@ def scored(losses: Mapping[str, tuple[float, float]], spread: float, **tokens: i
     rng = np.random.default_rng(3)
     records = []
     for name, (experts, loss) in losses.items():
-        own = scored_documents(name, delta=loss, documents=24)[: tokens.get(name, 24)]
+        rule = {"method": "top_k" if name in STATIC else "bh"}
+        own = scored_documents(name, delta=loss, documents=24, rule=rule)[: tokens.get(name, 24)]
         noise = rng.normal(0, spread, len(own)) if experts % 1 else np.zeros(len(own))
         own = [
             r.__class__(**{**_fields(r), "nll_sum": r.nll_sum + n * r.tokens})
@@ -123,8 +142,7 @@ def test_static_top_k_is_beaten_by_an_interval_and_not_by_a_sign(
     results: pd.DataFrame, loss: float, spread: float, answer: str, words: str
 ) -> None:
     quality = scored(STATIC | {"bh": (4.5, loss)}, spread)
-    (row,) = (row for row in quality_rows({"quality": quality}) if row.name == "bh")
-    assert row.against_static == answer
+    assert quality_findings({"quality": quality}).answers["bh"] == answer
     assert words in " ".join(summarise(facts(results, quality=quality)))
     assert words in " ".join(conclude(facts(results, quality=quality)))
     assert words in " ".join(verdict(facts(results, quality=quality)))
@@ -138,10 +156,9 @@ def test_a_summary_without_that_test_is_judged_by_its_intervals(loss: float, ans
         return {**found, **ends, "documents": 3, "rule": "top_k" if name in STATIC else "bh"}
 
     rows = [row(name, *numbers) for name, numbers in STATIC.items()] + [row("bh", 4.5, loss)]
-    found = quality_rows({"quality": {"rules": rows}})
-    assert found[-1].against_static == answer
+    assert quality_findings({"quality": {"rules": rows}}).answers == {"bh": answer}
     rows[-1]["tokens"] = 8
-    assert quality_rows({"quality": {"rules": rows}})[-1].against_static == "unknown"
+    assert quality_findings({"quality": {"rules": rows}}).answers == {"bh": "unknown"}
 
 
 def test_what_was_scored_on_less_text_is_named_and_not_compared(
@@ -149,8 +166,7 @@ def test_what_was_scored_on_less_text_is_named_and_not_compared(
 ) -> None:
     quality = scored(STATIC | {"bh": (4.5, 0.18), "other": (4.6, 0.2)}, 0.05, bh=3)
     found = facts(results, quality=quality)
-    whole = max(row.tokens for row in found.quality)
-    part = next(row.tokens for row in found.quality if row.name == "bh")
+    whole, part = found.quality.tokens, found.quality.by_name["bh"].tokens
     words = f"not compared: `bh` ({part:,.0f} of {whole:,.0f} tokens)"
     for sentences in (summarise(found), conclude(found), verdict(found)):
         text = " ".join(sentences)

@@ -8,16 +8,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from jinja2 import UndefinedError
 from scipy import stats
 
 from bh_routing.analysis.comparisons import analyze_results
+from bh_routing.cli.conclusion_hooks import make_hooks
+from bh_routing.cli.surroundings import Surroundings
 from bh_routing.errors import InputError
 from bh_routing.records import TIMING_COLUMNS, TIMINGS
 from bh_routing.report import create_visualizations, generate_markdown_report
-from bh_routing.report.conclusions import NO_QUALITY
+from bh_routing.report import markdown as markdown_report
 from bh_routing.report.figures import QUALITY_PLOT, STANDARD
-from bh_routing.report.text import MISSING, signed_percent
+from bh_routing.report.text import MISSING, markdown, signed_percent
 
+NO_QUALITY = "**Quality was not measured in this run.**"
 MakeResults = Callable[..., pd.DataFrame]
 FillFolder = Callable[..., Path]
 
@@ -81,11 +85,11 @@ def test_tests_of_one_pass_point_to_the_rounds_where_there_are_some(
     results: pd.DataFrame, fill_folder: FillFolder
 ) -> None:
     folder = fill_folder(results)
-    assert "of one pass" not in part(write(results, folder), "Statistical tests")
+    assert "come from one pass" not in part(write(results, folder), "Statistical tests")
     names = results["config_name"].unique()
     rounds = [(name, n, name, "text", 5, 1, 1.0, 0.1) for n in (1, 2) for name in names]
     pd.DataFrame(rounds, columns=list(TIMING_COLUMNS)).to_csv(folder / TIMINGS, index=False)
-    assert "believe the rounds" in part(write(results, folder), "Statistical tests")
+    assert "trust the rounds" in part(write(results, folder), "Statistical tests")
 
 
 def test_the_tests_are_those_of_scipy(results: pd.DataFrame, fill_folder: FillFolder) -> None:
@@ -214,7 +218,7 @@ def test_without_run_json_the_report_says_what_is_unknown(
     results: pd.DataFrame, tmp_path: Path
 ) -> None:
     report = write(results, tmp_path)
-    assert "There is no run.json" in report
+    assert "no readable run.json" in report
     assert "## What alpha means here" not in report
 
 
@@ -303,9 +307,41 @@ def test_times_of_an_unsteady_machine_are_doubted(results: pd.DataFrame, tmp_pat
     results.loc[of_baseline, "decode_time_sec"] *= np.linspace(1.0, 1.6, 12)
     report = write(results, tmp_path)
     assert "The machine was not steady" in part(report, "Time")
-    assert "Whether fewer experts save time is open" in part(report, "Conclusions")
+    assert "Whether fewer experts save time can't be decided" in part(report, "Conclusions")
 
 
 def test_results_without_the_needed_columns_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="lack the column prompt_text"):
         generate_markdown_report(pd.DataFrame({"config_name": ["a"]}), {}, tmp_path)
+
+
+def test_whatever_a_template_prints_is_escaped_unless_a_filter_made_it() -> None:
+    fill = markdown_report._environment().from_string
+    assert fill("{{ text }}").render(text=HOSTILE[:25]) == markdown(HOSTILE[:25])
+    assert fill("{{ name|code }} {{ missing|number }}").render(name="a") == "`a` –"
+    assert fill("{% filter listed %}{{ text }}¦b¦¦{% endfilter %}").render(text="<i>") == (
+        "&lt;i&gt; and b"
+    )
+    with pytest.raises(UndefinedError, match="'misspelt' is undefined"):
+        fill("{{ misspelt }}").render()
+
+
+def test_the_end_of_a_run_reads_its_folder_once(
+    results: pd.DataFrame, fill_folder: FillFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, hooks = fill_folder(results), make_hooks(Surroundings())
+    assert hooks.load and hooks.analyze and hooks.visualize and hooks.report and hooks.page
+    loaded = hooks.load(folder)
+
+    def read_again(*_: Any) -> None:
+        raise AssertionError("the folder was read again")
+
+    for module in ("facts", "page.page"):
+        monkeypatch.setattr(f"bh_routing.report.{module}.load_results", read_again)
+    monkeypatch.setattr("bh_routing.analysis.results.load_results", read_again)
+    summary = hooks.analyze(loaded)
+    assert "text_agreement" not in summary
+    hooks.visualize(loaded, summary, folder)
+    hooks.report(loaded, summary, folder)
+    hooks.page(loaded, summary)
+    assert {"REPORT.md", "report.html", "plots"} <= {path.name for path in folder.iterdir()}

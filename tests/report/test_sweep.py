@@ -19,7 +19,7 @@ from bh_routing.report.charts.marks import percent_change
 from bh_routing.report.charts.style import rendered
 from bh_routing.report.charts.sweep import domains, pareto
 from bh_routing.report.sweep import conclude_sweep, render_sweep
-from bh_routing.report.sweep_verdict import domains_title, pareto_title, series_label, verdict
+from bh_routing.report.sweep_findings import domains_title, pareto_title, series_label
 from tests.analysis.scored import scored_documents
 from tests.analysis.swept import (
     STATIC_LOSSES,
@@ -47,6 +47,12 @@ def written(folder: Path) -> list[Path]:
 @pytest.fixture(scope="module")
 def tables(folder: Path) -> SweepTables:
     return analyze_sweep(folder, FEW)
+
+
+def verdict(tables: SweepTables) -> list[str]:
+    """The paragraphs of the report's first section."""
+    text = render_sweep(tables).split("## Verdict\n\n")[1].split("\n\n## ")[0]
+    return text.split("\n\n")
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

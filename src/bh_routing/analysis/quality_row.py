@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Final
+from typing import Any, Final
 
 from bh_routing.records import column
 
@@ -89,6 +90,62 @@ class QualityRow:
     by_domain: Mapping[str, QualitySlice] = column("Loss by domain of the text.")
     method: str = column("Where intervals and p come from.")
     note: str = column("What is missing and why; empty if nothing is.")
+
+    @property
+    def is_static(self) -> bool:
+        """Whether its rule is static top-k: a point of the reference curve."""
+        return self.rule == STATIC
+
+    def loss_at(self, position: str) -> float:
+        """delta_nll at early or late positions of a window; NaN if unknown."""
+        return self.by_position[position].delta_nll if position in self.by_position else math.nan
+
+
+def read_rows(records: Iterable[object]) -> list[QualityRow]:
+    """Build rows from their JSON; a column that is missing or null is unknown."""
+    return [_read(record) for record in records if isinstance(record, Mapping)]
+
+
+def _read(record: Mapping[str, Any]) -> QualityRow:
+    delta = _float(record.get("delta_nll"))
+    ratios = {
+        f"perplexity_ratio{end}": math.exp(min(_float(record.get(f"delta_nll{end}")), 50.0))
+        for end in ("", "_low", "_high")
+    }
+    unknown = {"delta_nll": delta, "verdict": "unknown", **ratios}
+    values: dict[str, Any] = {}
+    for f in fields(QualityRow):
+        given = record.get(f.name)
+        if f.name in ("by_position", "by_domain"):
+            parts = given if isinstance(given, Mapping) else {}
+            slices = {n: part for n, part in parts.items() if isinstance(part, Mapping)}
+            values[f.name] = {name: _read_slice(part) for name, part in slices.items()}
+        elif f.type == "float":
+            known = _float(given)
+            values[f.name] = known if math.isfinite(known) else unknown.get(f.name, math.nan)
+        elif f.type == "int":
+            values[f.name] = int(given or 0)
+        elif f.type == "bool":
+            values[f.name] = bool(given)
+        elif f.type == "str":
+            values[f.name] = str(given or unknown.get(f.name, ""))
+        else:
+            values[f.name] = tuple(given or ())
+    return QualityRow(**values)
+
+
+def _read_slice(part: Mapping[str, Any]) -> QualitySlice:
+    delta, low, high = (_float(part.get(name)) for name in ("delta_nll", "low", "high"))
+    counts = {name: int(part.get(name) or 0) for name in ("tokens", "documents")}
+    note = str(part.get("note") or "")
+    return QualitySlice(delta_nll=delta, low=low, high=high, note=note, **counts)
+
+
+def _float(value: object) -> float:
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def quality_definitions() -> dict[str, str]:

@@ -16,39 +16,43 @@ if TYPE_CHECKING:
 def make_hooks(surroundings: Surroundings) -> Hooks:
     """Return the library's last steps, or the caller's in their place.
 
-    Quality, speed-ups and agreement of texts join whatever summary `analyze` returns, so that a
-    caller's own analysis does not lose them.
+    Quality and speed-ups join whatever summary `analyze` returns, so that a caller's own analysis
+    does not lose them.
     """
     from bh_routing.experiments.run import Hooks
 
-    loaded: list[Results] = []
-
-    def load(folder: Path) -> Any:
+    def load(folder: Path) -> Results:
         from bh_routing.analysis.results import load_results
 
-        loaded[:] = [load_results(folder)]
-        return loaded[0].experiments
+        return load_results(folder)
 
-    def analyze(experiments: Any) -> dict[str, Any]:
+    def analyze(results: Results) -> dict[str, Any]:
         from bh_routing.analysis.comparisons import analyze_results
 
-        summary = (surroundings.analyze or analyze_results)(experiments)
-        return _more_blocks(loaded[0], summary) | summary
+        summary = (surroundings.analyze or analyze_results)(results.experiments)
+        return _more_blocks(results, summary) | summary
 
-    def visualize(experiments: Any, folder: Path) -> Any:
-        from bh_routing.report.figures import create_visualizations
+    def visualize(results: Results, summary: dict[str, Any], folder: Path) -> Any:
+        from bh_routing.report.facts import facts_of
+        from bh_routing.report.figures import draw_plots
 
-        return (surroundings.visualize or create_visualizations)(experiments, folder)
+        if surroundings.visualize is not None:
+            return surroundings.visualize(results.experiments, folder)
+        return draw_plots(facts_of(results, summary))
 
-    def report(experiments: Any, summary: dict[str, Any], folder: Path) -> Any:
-        from bh_routing.report.markdown import generate_markdown_report
+    def report(results: Results, summary: dict[str, Any], folder: Path) -> Any:
+        from bh_routing.report.facts import facts_of
+        from bh_routing.report.markdown import write_report
 
-        return (surroundings.report or generate_markdown_report)(experiments, summary, folder)
+        if surroundings.report is not None:
+            return surroundings.report(results.experiments, summary, folder)
+        return write_report(facts_of(results, summary))
 
-    def page(folder: Path) -> Any:
-        from bh_routing.report.page.page import write_page
+    def page(results: Results, summary: dict[str, Any]) -> Any:
+        from bh_routing.report.facts import facts_of
+        from bh_routing.report.page.page import write_page_of
 
-        return write_page(folder)
+        return write_page_of(facts_of(results, summary))
 
     return Hooks(load=load, analyze=analyze, visualize=visualize, report=report, page=page)
 
@@ -57,19 +61,14 @@ def _more_blocks(results: Results, summary: dict[str, Any]) -> dict[str, Any]:
     from bh_routing.analysis.comparisons import choose_baseline
     from bh_routing.analysis.quality import analyze_quality
     from bh_routing.analysis.speed import speed_ups
-    from bh_routing.analysis.text_agreement import text_agreement
     from bh_routing.results.strict_json import to_strict
 
     blocks: dict[str, Any] = {}
     if results.quality and "quality" not in summary:
         blocks["quality"] = analyze_quality(results.quality)
     names = list(dict.fromkeys(results.experiments["config_name"]))
-    baseline = choose_baseline(results.experiments)
-    if timed := speed_ups(results.timings, names, baseline):
+    if timed := speed_ups(results.timings, names, choose_baseline(results.experiments)):
         blocks["speed"] = to_strict({name: asdict(found) for name, found in timed.items()})
-    if baseline is not None:
-        agreement = text_agreement(results.details, baseline)
-        blocks["text_agreement"] = to_strict({name: asdict(a) for name, a in agreement.items()})
     return blocks
 
 

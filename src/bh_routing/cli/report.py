@@ -43,18 +43,16 @@ def report(
             )
         typer.echo(f"wrote {write_comparison(folders, output)}", err=True)
         return 0
-    from bh_routing.analysis.comparisons import analyze_results
     from bh_routing.analysis.results import load_results
-    from bh_routing.report.figures import create_visualizations
-    from bh_routing.report.markdown import generate_markdown_report
-    from bh_routing.report.page.page import write_page
+    from bh_routing.report.facts import facts_of
+    from bh_routing.report.figures import draw_plots
+    from bh_routing.report.markdown import write_report
+    from bh_routing.report.page.page import write_page_of
 
     results = load_results(folders[0])
-    summary = results.summary or analyze_results(results.experiments)
-    folder = results.folder
-    written = create_visualizations(results.experiments, folder, summary, format.value)
-    written.append(generate_markdown_report(results.experiments, summary, folder))
-    written.append(write_page(folder, output))
+    folder, facts = results.folder, facts_of(results)
+    written = [*draw_plots(facts, format.value), write_report(facts)]
+    written.append(write_page_of(facts, output))
     for path in written:
         typer.echo(f"wrote {path}", err=True)
     if track is not None:

@@ -23,19 +23,19 @@ ResultT = TypeVar("ResultT")
 class Hooks:
     """The reading tower's functions, passed in; None leaves that step out.
 
-    Each gets what `load` returns for the folder.
+    The folder is read once: each step gets the results that `load` returned.
     """
 
     load: Callable[[Path], Any] | None = None
-    """Folder -> table of experiments."""
+    """Folder -> results."""
     analyze: Callable[[Any], dict[str, Any]] | None = None
-    """Table -> content of analysis_summary.json."""
-    visualize: Callable[[Any, Path], Any] | None = None
-    """Table and folder -> plots in the folder."""
+    """Results -> content of analysis_summary.json."""
+    visualize: Callable[[Any, dict[str, Any], Path], Any] | None = None
+    """Results, summary and folder -> plots in the folder."""
     report: Callable[[Any, dict[str, Any], Path], Any] | None = None
-    """Table, summary and folder -> REPORT.md in the folder."""
-    page: Callable[[Path], Any] | None = None
-    """Folder -> report.html in it; takes no table, since it reads what the others wrote."""
+    """Results, summary and folder -> REPORT.md in the folder."""
+    page: Callable[[Any, dict[str, Any]], Any] | None = None
+    """Results and summary -> report.html in the folder."""
 
 
 def conclude(folder: Path, hooks: Hooks) -> list[str]:
@@ -51,12 +51,12 @@ def conclude(folder: Path, hooks: Hooks) -> list[str]:
     summary = None
     if analyze is not None:
         summary = guard("the analysis", problems, lambda: _keep(folder, analyze(results)))
-    if visualize is not None:
-        guard("drawing the plots", problems, lambda: visualize(results, folder))
+    if visualize is not None and summary is not None:
+        guard("drawing the plots", problems, lambda: visualize(results, summary, folder))
     if report is not None and summary is not None:
         guard("writing the report", problems, lambda: report(results, summary, folder))
-    if (page := hooks.page) is not None:
-        guard("writing the page", problems, lambda: page(folder))
+    if (page := hooks.page) is not None and summary is not None:
+        guard("writing the page", problems, lambda: page(results, summary))
     return problems
 
 

@@ -46,7 +46,7 @@ def export_results(folder: str | Path, to: str, output: str | Path | None = None
     _check_output(path, results.folder, ENDINGS[to])
     summary = results.summary or analyze_results(results.experiments)
     facts = Facts(
-        table=experiments_of(results.experiments, results.folder),
+        table=experiments_of(results.experiments, results.timings),
         summary=summary,
         run=results.run,
         folder=results.folder,
@@ -163,7 +163,7 @@ def _comparisons(facts: Facts) -> tuple[list[str], list[list[Any]]]:
 
 
 def _latex(results: Results, facts: Facts) -> bytes:
-    losses = {row.name: row for row in facts.quality}
+    losses = facts.quality.by_name
     columns = ["Configuration", "Experts", r"Saved (\%)", "Time (s)", "Tokens/s", "CV"]
     columns += [r"$\Delta$PPL (\%)"] if losses else []
     lines = []
@@ -182,7 +182,7 @@ def _latex(results: Results, facts: Facts) -> bytes:
         lines.append(" & ".join(cells) + r" \\")
     model = latex(results.run.get("model", {}).get("name", ""), 80)
     caption = f"BH routing against Top-K{' on ' + model if model else ''}: mean $\\pm$ standard "
-    caption += f"deviation over {facts.num_prompts()} prompts."
+    caption += f"deviation over {facts.num_prompts} prompts."
     text = [
         "% needs \\usepackage{booktabs}",
         "\\begin{table}",

@@ -1,7 +1,7 @@
-"""Everything the report is written from, read once and looked up by name.
+"""Everything that a run's reports are made from, read once and looked up by name.
 
 The summary may come from a user's own `analyze_results`, so nothing in it is taken for granted:
-what is missing is NaN, and prints as a dash.
+missing numbers are NaN and print as a dash.
 """
 
 from __future__ import annotations
@@ -9,24 +9,45 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from bh_routing.records import ExperimentDetail
-from bh_routing.report.quality import QualityRow, margin_of, quality_rows
-from bh_routing.report.table import Experiments
-from bh_routing.report.text import as_float
+import pandas as pd
+
+from bh_routing.analysis.comparisons import analyze_results
+from bh_routing.analysis.estimates import EXACT_PAIRS, MeanInterval
+from bh_routing.analysis.quality import analyze_quality
+from bh_routing.analysis.quality_row import STATIC
+from bh_routing.analysis.results import Results, load_results
+from bh_routing.analysis.speed import read_timings
+from bh_routing.analysis.text_agreement import TextAgreement, text_agreement
+from bh_routing.errors import ResultsError
+from bh_routing.records import TIMINGS, ExperimentDetail, QualityRecord
+from bh_routing.report import findings
+from bh_routing.report.files import read_run
+from bh_routing.report.quality import QualityFindings, margin_of, quality_findings
+from bh_routing.report.table import Experiments, experiments_of
+from bh_routing.report.text import as_float, number
 
 EXPERTS: Final = "avg_experts_per_token"
 SECONDS: Final = "inference_time_sec"
 SPEED: Final = "tokens_per_sec"
 BALANCE: Final = "expert_utilization_cv"
+METRICS: Final = {
+    EXPERTS: ("Experts kept per token and layer", 2),
+    SECONDS: ("Generation time per prompt, seconds", 3),
+    SPEED: ("Speed, generated tokens per second", 2),
+    BALANCE: ("Coefficient of variation of expert load", 2),
+}
+"""Metric -> title and decimals of its table of tests."""
+CATEGORY_LIMIT: Final = 8
+EXAMPLES: Final = 4
 
 Details = Mapping[tuple[str, str], ExperimentDetail]
-"""(config_name, prompt_text) -> the journal's entry of an experiment."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Facts:
     """One run: its experiments, its statistics, and where they come from."""
 
@@ -36,7 +57,6 @@ class Facts:
     """run.json; empty if there is none."""
     folder: Path
     details: Details = field(default_factory=dict)
-    """Empty where only the rows are known."""
 
     @property
     def names(self) -> list[str]:
@@ -54,21 +74,15 @@ class Facts:
         """All configurations but the baseline."""
         return [name for name in self.names if name != self.baseline]
 
-    @property
-    def quality(self) -> list[QualityRow]:
-        """What the quality phase measured; empty if it wasn't."""
-        return quality_rows(self.summary)
+    @cached_property
+    def quality(self) -> QualityFindings:
+        """The quality phase, compared; without rows if it was left out."""
+        return quality_findings(self.summary)
 
     @property
     def margin(self) -> float:
         """ΔNLL that counts as no loss."""
         return margin_of(self.summary)
-
-    @property
-    def quality_notes(self) -> list[str]:
-        """What the analysis says of the scored text."""
-        notes = child(self.summary, "quality").get("notes")
-        return list(map(str, notes)) if isinstance(notes, list) else []
 
     @property
     def model(self) -> Mapping[str, Any]:
@@ -79,6 +93,123 @@ class Facts:
     def spec(self) -> Mapping[str, Any]:
         """The resolved spec in run.json."""
         return child(self.run, "spec")
+
+    @property
+    def num_prompts(self) -> int:
+        """Distinct prompts among the finished experiments."""
+        return int(self.table.frame["prompt_text"].nunique())
+
+    @property
+    def num_experiments(self) -> int:
+        """Finished and failed experiments."""
+        return len(self.table.frame) + len(self.table.failures)
+
+    @cached_property
+    def agreement(self) -> dict[str, TextAgreement]:
+        """Agreement of the generated tokens with the baseline's, by configuration."""
+        if self.baseline is None:
+            return {}
+        frame = self.table.frame
+        here = set(zip(frame["config_name"], frame["prompt_text"], strict=True))
+        kept = {key: detail for key, detail in self.details.items() if key in here}
+        return {n: f for n, f in text_agreement(kept, self.baseline).items() if f.prompts}
+
+    @cached_property
+    def time_changes(self) -> dict[str, MeanInterval]:
+        """Relative changes of time against the baseline."""
+        return findings.time_changes(self.table)
+
+    @property
+    def rounds(self) -> str:
+        """How many rounds were timed side by side."""
+        return findings.span_of(found.whole.n for found in self.table.speed_ups.values())
+
+    @property
+    def extreme_times(self) -> list[tuple[str, MeanInterval]]:
+        """The fastest and the slowest configuration."""
+        return _extremes(self.time_changes, lambda change: change.mean)
+
+    @property
+    def extreme_savings(self) -> list[tuple[str, float]]:
+        """The configurations that save the smallest and the largest fraction of experts."""
+        saved = {name: self.saved(name) for name in self.others}
+        known = {name: value for name, value in saved.items() if math.isfinite(value)}
+        return _extremes(known, lambda value: value)
+
+    @property
+    def expert_sides(self) -> dict[str, list[list[str]]]:
+        """Side -> the configurations there, by experts kept."""
+        return findings.grouped(findings.expert_sides(self.table))
+
+    @property
+    def balance_sides(self) -> dict[str, list[list[str]]]:
+        """Side -> the configurations there, by load over noise; those without a test left out."""
+        sides = findings.balance_sides(self.table)
+        return findings.grouped({name: s for name, s in sides.items() if s != "unknown"})
+
+    @property
+    def time_sides(self) -> dict[str, list[list[str]]]:
+        """Faster, slower with fewer experts, slower, undecided and unknown configurations."""
+        return findings.time_sides(self.table)
+
+    @property
+    def constant(self) -> list[str]:
+        """Rules other than static top-k that kept one number of experts throughout a prompt."""
+        spreads = {n: self.table.values(n, "std_experts_per_token") for n in self.others}
+        static = {n for n in self.others if self.config(n).get("method") == STATIC}
+        return [n for n, s_n in spreads.items() if n not in static and len(s_n) and not s_n.any()]
+
+    @property
+    def categories(self) -> dict[str, tuple[int, dict[str, float]]]:
+        """Category -> its prompts and each configuration's mean experts; empty if it has no name.
+
+        The first eight; the others are in the CSV.
+        """
+        groups, frame = self.table.categories, self.table.frame
+        found: dict[str, tuple[int, dict[str, float]]] = {}
+        for group in groups[:CATEGORY_LIMIT] if groups != [""] else []:
+            part = frame[frame["prompt_category"] == group]
+            means = part.groupby("config_name")[EXPERTS].mean()
+            found[group] = (
+                int(part["prompt_text"].nunique()),
+                {str(n): float(mean) for n, mean in means.items()},
+            )
+        return found
+
+    @property
+    def exact_pairs(self) -> int:
+        """Pairs of the exact signed-rank tests; 0 if they are too many for exact ones."""
+        pairs = [as_float(self.compare(name, EXPERTS).get("n")) for name in self.others]
+        most = max((n for n in pairs if math.isfinite(n)), default=0.0)
+        return int(most) if most <= EXACT_PAIRS else 0
+
+    @property
+    def examples(self) -> list[tuple[str, list[tuple[str, str]]]]:
+        """A prompt of each of some categories, and its continuations."""
+        frame = self.table.frame
+        if "generated_text" not in frame.columns:
+            return []
+        found = []
+        for prompt in frame.drop_duplicates("prompt_category").head(EXAMPLES)["prompt_text"]:
+            same = frame[frame["prompt_text"] == prompt].drop_duplicates("config_name")
+            texts = zip(same["config_name"], same["generated_text"], strict=True)
+            found.append((str(prompt), list(texts)[:CATEGORY_LIMIT]))
+        return found
+
+    def mean(self, name: str, metric: str = EXPERTS) -> float:
+        """Mean of a column over the finished experiments of a configuration."""
+        return self.table.mean(name, metric)
+
+    def saved(self, name: str) -> float:
+        """Fraction of the baseline's experts that a configuration saves."""
+        return self.compared(name, EXPERTS, "reduction")
+
+    def range_of_a_unit(self, name: str) -> str:
+        """Fewest and most experts that a token kept in a layer."""
+        low_n, high_n = (self.table.values(name, f"{end}_experts") for end in ("min", "max"))
+        if not (len(low_n) and len(high_n)):
+            return number(None)
+        return f"{number(low_n.min(), 0)} to {number(high_n.max(), 0)}"
 
     def describe(self, name: str, metric: str) -> Mapping[str, Any]:
         """{n, mean, sd, low, high, min, max} of a configuration; empty if the summary lacks it."""
@@ -96,13 +227,13 @@ class Facts:
         """The configuration's fields in run.json."""
         return child(self.spec, "configs", name)
 
-    def num_prompts(self) -> int:
-        """Distinct prompts among the finished experiments."""
-        return int(self.table.frame["prompt_text"].nunique())
 
-    def num_experiments(self) -> int:
-        """Finished and failed experiments."""
-        return len(self.table.frame) + self.table.num_failed
+def _extremes(values: Mapping[str, Any], key: Any) -> list[tuple[str, Any]]:
+    """The entries with the lowest and the highest value; one if they are the same."""
+    if not values:
+        return []
+    ends = (pick(values, key=lambda name: key(values[name])) for pick in (min, max))
+    return [(name, values[name]) for name in dict.fromkeys(ends)]
 
 
 def child(value: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
@@ -113,6 +244,51 @@ def child(value: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
     return value
 
 
-def known(values: Mapping[str, float]) -> dict[str, float]:
-    """Keep the numbers that are there."""
-    return {name: value for name, value in values.items() if math.isfinite(value)}
+def facts_of(results: Results, summary: Mapping[str, Any] | None = None) -> Facts:
+    """Gather what a report is made from.
+
+    Args:
+        results: a folder, read.
+        summary: the return value of `analyze_results`; None: that of the folder, or a new one.
+    """
+    known = summary if summary is not None else results.summary
+    return Facts(
+        table=experiments_of(results.experiments, results.timings),
+        summary=_with_quality(known or analyze_results(results.experiments), results.quality),
+        run=results.run,
+        folder=results.folder,
+        details=results.details,
+    )
+
+
+def read_facts(experiments: pd.DataFrame, summary: Mapping[str, Any], folder: Path) -> Facts:
+    """Gather the same from a caller's own table, with as much of the folder as can be read.
+
+    Raises:
+        InputError: a needed column is missing.
+        ResultsError: the file of timed rounds is damaged.
+    """
+    try:
+        stored = load_results(folder)
+    except ResultsError:  # the table in hand is whole: only some sections need the folder
+        table = experiments_of(experiments, read_timings(folder / TIMINGS))
+        return Facts(table=table, summary=summary, run=read_run(folder), folder=folder)
+    return Facts(
+        table=experiments_of(experiments, stored.timings),
+        summary=_with_quality(summary, stored.quality),
+        run=stored.run,
+        folder=folder,
+        details=stored.details,
+    )
+
+
+def _with_quality(
+    summary: Mapping[str, Any], records: tuple[QualityRecord, ...]
+) -> Mapping[str, Any]:
+    """Add the quality block to a summary that lacks it, as a user's own may.
+
+    That of an older run doesn't say which rules are static top-k, and is made again.
+    """
+    rows = child(summary, "quality").get("rules") or []
+    is_whole = summary.get("quality") is not None and all("rule" in row for row in rows)
+    return summary if is_whole or not records else {**summary, "quality": analyze_quality(records)}

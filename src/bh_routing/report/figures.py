@@ -8,15 +8,10 @@ from typing import Any, Final
 import pandas as pd
 from matplotlib.figure import Figure
 
-from bh_routing.analysis.results import load_results
-from bh_routing.errors import ResultsError
-from bh_routing.records import JOURNAL, PLOTS, SUMMARY_JSON
+from bh_routing.records import PLOTS, SUMMARY_JSON
 from bh_routing.report.charts import draw_charts
 from bh_routing.report.charts.style import look, new_figure, save, set_title
-from bh_routing.report.facts import Details, Facts
-from bh_routing.report.files import read_run
-from bh_routing.report.quality import with_quality
-from bh_routing.report.table import experiments_of
+from bh_routing.report.facts import Facts, read_facts
 from bh_routing.results.strict_json import find_json_object
 
 QUALITY_PLOT: Final = "quality_vs_experts.png"
@@ -50,28 +45,20 @@ def create_visualizations(
     """
     folder = Path(output_dir)
     given = find_json_object(folder / SUMMARY_JSON) or {} if summary is None else summary
-    facts = Facts(
-        table=experiments_of(results, folder),
-        summary=with_quality(given, folder),
-        run=read_run(folder),
-        folder=folder,
-        details=_details(folder),
-    )
+    return draw_plots(read_facts(results, given, folder), kind)
+
+
+def draw_plots(facts: Facts, kind: str = "png") -> list[Path]:
+    """Draw the plots of a run into its folder."""
     pictures: dict[str, Figure] = {}
     if facts.names:
         for charts in draw_charts(facts).values():
             pictures |= {name: chart.picture() for name, chart in charts.items()}
     else:
         pictures = {Path(name).stem: _nothing(facts) for name in STANDARD}
-    return [save(figure, folder / PLOTS / f"{name}.{kind}") for name, figure in pictures.items()]
-
-
-def _details(folder: Path) -> Details:
-    """What the journal keeps of each experiment, where it is there and can be read."""
-    try:
-        return load_results(folder).details if (folder / JOURNAL).is_file() else {}
-    except ResultsError:
-        return {}  # the rows in hand are whole; only the charts by layer need the journal
+    return [
+        save(figure, facts.folder / PLOTS / f"{name}.{kind}") for name, figure in pictures.items()
+    ]
 
 
 def _nothing(facts: Facts) -> Figure:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from bh_routing.analysis.comparisons import SIGNIFICANCE_LEVEL
 from bh_routing.analysis.estimates import MeanInterval, holm, mean_interval, paired_difference
-from bh_routing.report.quality import QualityRow
+from bh_routing.report.quality import QualityFindings
 from bh_routing.report.table import Experiments
 from bh_routing.report.text import cut_middle, listed, loss_percent, number, plain, signed_percent
 
@@ -23,29 +23,12 @@ Side = Literal["below", "above", "same", "undecided", "unknown"]
 Steadiness = Literal["steady", "unsteady", "unknown"]
 
 
-class Scored(NamedTuple):
-    """How much text was scored, and which configurations were scored on all of it."""
-
-    tokens: int
-    documents: int
-    whole: list[QualityRow]
-    partial: list[QualityRow]
-    """Scored on less, as in an unfinished run: not to be compared with the others."""
-
-
 class Place(NamedTuple):
     """Where experiments ran."""
 
     is_one_machine: bool
     text: str
     """Completes "on ..."; empty if the run doesn't say."""
-
-
-def scored(rows: Sequence[QualityRow]) -> Scored:
-    """Split rows by whether they were scored on the whole text."""
-    most = max(((row.tokens, row.documents) for row in rows), default=(0.0, 0.0))
-    whole = [row for row in rows if (row.tokens, row.documents) == most]
-    return Scored(int(most[0]), int(most[1]), whole, [row for row in rows if row not in whole])
 
 
 def place(run: Mapping[str, Any]) -> Place:
@@ -199,6 +182,34 @@ def steadiness(table: Experiments) -> Steadiness:
     return "unsteady" if spread > UNSTEADY else "steady"
 
 
+def grouped(sides: Mapping[str, str]) -> dict[str, list[list[str]]]:
+    """Side -> a list of the names there; a side without a name is left out."""
+    found: dict[str, list[list[str]]] = {}
+    for name, where in sides.items():
+        found.setdefault(where, [[]])[0].append(name)
+    return found
+
+
+def time_sides(table: Experiments) -> dict[str, list[list[str]]]:
+    """Group configurations by time; those that are slower, by whether they keep fewer experts.
+
+    Groups are faster, slower_with_fewer, slower, undecided and unknown; `fewer` holds all that keep
+    fewer experts and `faster_with_fewer` the faster ones among them.
+    """
+    experts_kept = expert_sides(table)
+    found: dict[str, list[list[str]]] = {}
+    for name, change in time_changes(table).items():
+        where, is_fewer = side(change), experts_kept.get(name) == "below"
+        groups = [{"below": "faster", "above": "slower"}.get(where, where)]
+        if is_fewer and where == "above":
+            groups = ["slower_with_fewer"]
+        if is_fewer:
+            groups += ["fewer", *(["faster_with_fewer"] if where == "below" else [])]
+        for group in groups:
+            found.setdefault(group, [[]])[0].append(name)
+    return found
+
+
 def is_unsteady(table: Experiments) -> bool:
     """Whether the machine's own speed varied too much for times to be compared.
 
@@ -266,37 +277,26 @@ def show(name: object) -> str:
     return cut_middle(plain(name), NAME_LIMIT) or "(no name)"
 
 
-def quality(rows: list[QualityRow]) -> str:
+def quality(found: QualityFindings) -> str:
     """Say what the configurations cost, and whether static top-k costs less at the same mean."""
-    tested = [row for row in scored(rows).whole if not row.is_static]
+    tested = found.whole
     if not tested:
         return "Perplexity of static top-k by number of experts"
-    least = min(tested, key=lambda row: row.delta_nll)
-    most = max(tested, key=lambda row: row.delta_nll)
-    span = loss_percent(least.perplexity_ratio)
-    if most is not least:
-        span = f"{span} to {loss_percent(most.perplexity_ratio)}"
-    cost = f"Keeping {_experts_span(tested)} experts changes perplexity by {span}"
-    counts = {answer: [row.against_static for row in tested].count(answer)
-              for answer in ("yes", "no", "undecided")}  # fmt: skip
+    span = loss_percent(found.least.perplexity_ratio)
+    if found.most is not found.least:
+        span = f"{span} to {loss_percent(found.most.perplexity_ratio)}"
+    experts_kept = sorted(row.mean_experts for row in tested)
+    ends = dict.fromkeys(number(mean, 1) for mean in (experts_kept[0], experts_kept[-1]))
+    cost = f"Keeping {' to '.join(ends)} experts changes perplexity by {span}"
+    counts = {answer: len(rows) for answer, (rows,) in found.against.items()}
     compared = sum(counts.values())
     if not compared:
         return cost
-    if counts["no"] == compared:
-        return f"{cost}; static top-k loses less at the same mean"
-    if counts["yes"] == compared:
-        return f"{cost}; static top-k loses more at the same mean"
-    if counts["undecided"] == compared:
+    if counts.get("undecided") == compared:
         return f"{cost}; no clear difference from static top-k at the same mean"
-    texts = [
-        f"{word} in {counts[answer]}"
-        for answer, word in (("no", "less"), ("yes", "more"))
-        if counts[answer]
-    ]
+    words = {"no": "less", "yes": "more"}
+    if len(counts) == 1:
+        (answer,) = counts
+        return f"{cost}; static top-k loses {words[answer]} at the same mean"
+    texts = [f"{words[answer]} in {counts[answer]}" for answer in words if answer in counts]
     return f"{cost}; static top-k clearly loses {' and '.join(texts)} of {compared}"
-
-
-def _experts_span(rows: list[QualityRow]) -> str:
-    ends = sorted(row.mean_experts for row in rows)
-    low, high = number(ends[0], 1), number(ends[-1], 1)
-    return low if low == high else f"{low} to {high}"

@@ -1,26 +1,36 @@
-"""REPORT.md: a run in plain words, with its tables, plots, tests and limits."""
+"""REPORT.md: a run in plain words, with its tables, plots, tests and limits, from templates.
+
+The templates hold the words and the findings the numbers. Whatever a template prints is escaped
+for Markdown, unless a filter of this module made it; a text of a user or a model is data there.
+"""
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pandas as pd
+from jinja2 import ChainableUndefined, Environment, PackageLoader, Undefined
+from markupsafe import Markup
 
-from bh_routing.analysis.results import load_results
-from bh_routing.analysis.text_agreement import TextAgreement, text_agreement
-from bh_routing.errors import ResultsError
-from bh_routing.records import JOURNAL, REPORT_MD, STATUS_OK
-from bh_routing.report import provenance, sections
-from bh_routing.report.blocks import bullets, section, text_table
-from bh_routing.report.conclusions import conclude, overview, summarise
-from bh_routing.report.expectations import Line, compare_expectations, count_verdicts
-from bh_routing.report.facts import Facts, child
-from bh_routing.report.files import read_run, write_text
-from bh_routing.report.quality import with_quality
-from bh_routing.report.quality_section import quality
-from bh_routing.report.table import experiments_of
-from bh_routing.report.text import MISSING, markdown, plain
+from bh_routing.analysis.estimates import signed_rank_floor
+from bh_routing.records import LEFT_OUT, REPORT_MD
+from bh_routing.report import findings, text
+from bh_routing.report.facts import BALANCE, EXPERTS, METRICS, SECONDS, SPEED, Facts, read_facts
+from bh_routing.report.files import write_text
+from bh_routing.report.judge import compare_expectations, count_verdicts
+from bh_routing.report.sweep_findings import budgets_of, series_label, span_saved
+from bh_routing.report.text import MISSING, as_float
+
+RULE_FIELDS: Final = (
+    "alpha", "null", "temperature", "min_k", "max_k", "k", "procedure", "on_empty", "weights",
+)  # fmt: skip
+LISTED: Final = 6
+"""More configurations than this are counted, not listed."""
 
 
 def generate_markdown_report(
@@ -30,102 +40,192 @@ def generate_markdown_report(
 
     Args:
         results: rows as in `bh_routing_results.csv`.
-        summary: what `analyze_results` returned; what it lacks prints as a dash.
-        output_dir: the results folder; run.json and records.jsonl in it are used where they are.
+        summary: the return value of `analyze_results`; missing numbers print as a dash.
+        output_dir: the results folder; run.json and records.jsonl in it are used if present.
     Returns:
         The report's path.
     Raises:
         InputError: a needed column is missing.
     """
-    folder = Path(output_dir)
-    facts = Facts(
-        table=experiments_of(results, folder),
-        summary=with_quality(summary, folder),
-        run=read_run(folder),
-        folder=folder,
+    return write_report(read_facts(results, summary, Path(output_dir)))
+
+
+def write_report(facts: Facts) -> Path:
+    """Write REPORT.md into the folder of a run."""
+    return write_text(facts.folder / REPORT_MD, render("REPORT.md.j2", **context(facts)))
+
+
+def context(facts: Facts) -> dict[str, Any]:
+    """What the templates of a run may name."""
+    lines = compare_expectations(facts)
+    tally = ", ".join(f"{count} {verdict}" for verdict, count in count_verdicts(lines).items())
+    return {
+        "facts": facts,
+        "run": facts.run,
+        "quality": facts.quality,
+        "findings": findings,
+        "failed": facts.table.failures,
+        "expectations": lines,
+        "tally": tally,
+        "LEFT_OUT": LEFT_OUT,
+        "METRICS": METRICS,
+        "RULE_FIELDS": RULE_FIELDS,
+        "EXPERTS": EXPERTS,
+        "SECONDS": SECONDS,
+        "SPEED": SPEED,
+        "BALANCE": BALANCE,
+    }
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill a template and join its wrapped lines, so that a paragraph is one line."""
+    return flow(_environment().get_template(template).render(values))
+
+
+def flow(rendered: str) -> str:
+    """Join the lines of each paragraph and list item; tables, headings and code stay as they are.
+
+    Example:
+        >>> flow("- a\\n  b\\n\\n\\n\\n| x |\\n| y |")
+        '- a b\\n\\n| x |\\n| y |\\n'
+    """
+    blocks = []
+    for block in re.split(r"\n\s*\n", rendered):
+        lines = [line.rstrip() for line in block.split("\n") if line.strip()]
+        joined: list[str] = []
+        for line in lines:
+            starts = line.startswith(("|", "#", "- ", "    ", "!["))
+            if joined and not starts and not joined[-1].startswith(("|", "#")):
+                space = "" if line.strip()[0] in ".,;:" else " "
+                joined[-1] = f"{joined[-1]}{space}{line.strip()}"
+            elif line.strip() != "-":
+                joined.append(line)
+        if joined:
+            blocks.append((joined[0].startswith("- "), "\n".join(joined)))
+    parts = []
+    for i, (is_list, block) in enumerate(blocks):
+        parts.append(("\n" if is_list and i and blocks[i - 1][0] else "\n\n") * bool(i) + block)
+    return "".join(parts) + "\n"
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("bh_routing.report"),
+        autoescape=True,
+        finalize=_escaped,
+        undefined=ChainableUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    text = "\n\n".join(part for part in _parts(facts, results) if part) + "\n"
-    return write_text(folder / REPORT_MD, text)
+    environment.globals |= {"findings": findings, "signed_rank_floor": signed_rank_floor}
+    environment.tests["known"] = _is_known
+    environment.filters |= {name: _safe(function) for name, function in _FILTERS.items()}
+    environment.filters |= {"known": _is_known, "verb": _verb, "series": series_label}
+    return environment
 
 
-def _parts(facts: Facts, results: pd.DataFrame) -> list[str]:
-    failed = _failed(results)
-    head = [
-        _title(facts),
-        _origin(facts),
-        section("Summary", bullets(summarise(facts)), overview(facts)),
-    ]
-    if not facts.names:
-        return [*head, sections.failures(facts, failed), provenance.settings(facts)]
-    return [
-        *head,
-        quality(facts, _agreement(facts)),
-        sections.experts(facts),
-        sections.time(facts),
-        sections.balance(facts),
-        sections.categories(facts),
-        sections.tests(facts),
-        provenance.nulls(facts),
-        _expectations(compare_expectations(facts)),
-        section("Conclusions", bullets(conclude(facts))),
-        sections.examples(facts),
-        sections.failures(facts, failed),
-        provenance.settings(facts),
-        provenance.limitations(facts),
-    ]
+def _escaped(value: Any) -> Any:
+    """Escape what no filter made; a misspelt name is an error, not an empty text."""
+    if isinstance(value, Undefined):
+        value._fail_with_undefined_error()
+    return value if isinstance(value, Markup) else Markup(text.markdown(value))
 
 
-def _title(facts: Facts) -> str:
-    name = facts.model.get("name")
-    return f"# BH routing against Top-K{': ' + markdown(name, 80) if name else ''}"
+def _safe(function: Callable[..., str]) -> Callable[..., Markup]:
+    """A filter whose text is Markdown already; a key that isn't there counts as no value."""
+
+    def call(value: Any, *arguments: Any) -> Markup:
+        known = [None if isinstance(given, Undefined) else given for given in (value, *arguments)]
+        return Markup(function(*known))
+
+    return call
 
 
-def _origin(facts: Facts) -> str:
-    started = plain(child(facts.run, "provenance").get("started_at"))[:10]
-    counts = (
-        f"{len(facts.names)} configurations on {facts.num_prompts()} prompts, "
-        f"{len(facts.table.frame)} finished experiments"
-    )
-    when = f", {markdown(started)}" if started else ""
-    return f"{counts}{when}. Made from the files in this folder."
+def _is_known(value: Any) -> bool:
+    return not isinstance(value, Undefined) and math.isfinite(as_float(value))
 
 
-def _expectations(lines: list[Line]) -> str:
-    counts = count_verdicts(lines)
-    rows = [
-        [line.subject, line.expected, line.measured or MISSING, f"**{line.verdict}**", line.why]
-        for line in lines
-    ]
-    tally = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-    return section(
-        "Expected and measured",
-        "What was expected of OLMoE-1B-7B with the five standard configurations, beside what "
-        f"this run measured: {tally}.",
-        text_table(["expectation", "expected", "measured", "verdict", "why"], rows),
-    )
+def _names(rows: Iterable[Any]) -> str:
+    return text.listed(text.code(row.config_name) for row in rows)
 
 
-def _failed(results: pd.DataFrame) -> list[tuple[str, str, str]]:
-    if "status" not in results.columns:
-        return []
-    rows = results[results["status"] != STATUS_OK]
-    errors = rows["error"] if "error" in rows.columns else [""] * len(rows)
-    return [
-        (str(name), str(prompt), str(error))
-        for name, prompt, error in zip(
-            rows["config_name"], rows["prompt_text"], errors, strict=True
-        )
-    ]
+def _some(names: Sequence[str]) -> str:
+    if len(names) > LISTED:
+        return f"{len(names)} configurations"
+    return text.listed(map(text.code, names))
 
 
-def _agreement(facts: Facts) -> dict[str, TextAgreement]:
-    """Agreement of the generated tokens with the baseline's, where the journal is there."""
-    if facts.baseline is None or not (facts.folder / JOURNAL).is_file():
-        return {}
-    try:
-        details = load_results(facts.folder).details
-    except ResultsError:
-        return {}  # the table in hand is whole; only this one section needs the journal
-    here = set(zip(facts.table.frame["config_name"], facts.table.frame["prompt_text"], strict=True))
-    kept = {key: detail for key, detail in details.items() if key in here}
-    return text_agreement(kept, facts.baseline)
+def _verb(items: Sequence[Any], one: str, more: str) -> str:
+    return one if len(items) == 1 else more
+
+
+def _clauses(rendered: str) -> list[str]:
+    """The clauses of a filtered block, each ended by a mark."""
+    clauses = (" ".join(clause.split()) for clause in re.split("[¦‖]", rendered))
+    return [clause for clause in clauses if clause and clause != MISSING]
+
+
+def _fewer(fraction: float) -> str:
+    shown = text.percent(abs(fraction))
+    if shown == text.percent(0):
+        return "as many"
+    return f"{shown} {'fewer' if fraction >= 0 else 'more'}"
+
+
+def _parameters(count: object) -> str:
+    number = as_float(count)
+    if not math.isfinite(number):
+        return ""
+    is_big = number >= 1e9
+    unit = "billion" if is_big else "million"
+    return f"{text.number(number / (1e9 if is_big else 1e6), 1)} {unit} parameters"
+
+
+def _count(value: object) -> str:
+    number = as_float(value)
+    return f"{number:,.0f}" if math.isfinite(number) else MISSING
+
+
+def _general(value: object, digits: int = 6) -> str:
+    number = as_float(value)
+    return f"{number:.{digits}g}" if math.isfinite(number) else MISSING
+
+
+def _times(ratio: object) -> str:
+    shown = text.number(ratio, 1)
+    return shown if shown == MISSING else f"{shown}×"
+
+
+_FILTERS: Final[Mapping[str, Callable[..., str]]] = {
+    "category": lambda name: text.markdown(name, 30) or "(none)",
+    "chain": lambda rendered: "; ".join(_clauses(rendered)),
+    "change": text.signed_percent,
+    "code": text.code,
+    "count": _count,
+    "detectable": lambda d: text.loss_percent(math.exp(d)) if as_float(d) > 0 else MISSING,
+    "ends": lambda low, high: text.interval(100 * (low - 1), 100 * (high - 1), 1),
+    "fewer": _fewer,
+    "budgets": budgets_of,
+    "general": _general,
+    "interval": text.interval,
+    "interval_percent": lambda low, high, digits=0: text.interval(
+        100 * as_float(low), 100 * as_float(high), digits
+    ),
+    "joined": lambda rendered: ", ".join(_clauses(rendered)),
+    "listed": lambda rendered: text.listed(_clauses(rendered)),
+    "loss": text.loss_percent,
+    "margin": lambda nats: text.signed_percent(math.expm1(nats), 1),
+    "md": lambda value, *limit: text.markdown(value, *limit) or MISSING,
+    "names": _names,
+    "number": text.number,
+    "p": text.p_value,
+    "parameters": _parameters,
+    "percent": text.percent,
+    "short": lambda v: f"{v:g}" if isinstance(v, float) else text.markdown(v, 40),
+    "signed": text.signed,
+    "span": span_saved,
+    "verbatim": str,
+    "some": _some,
+    "times": _times,
+}

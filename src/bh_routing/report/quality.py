@@ -1,107 +1,123 @@
-"""What the quality phase measured, as rows that the report and the plots can show."""
+"""The quality phase as findings: losses, and whether they differ from static top-k's."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 from bh_routing.analysis.estimates import NON_INFERIORITY_MARGIN
-from bh_routing.analysis.quality import analyze_quality
-from bh_routing.analysis.quality_row import STATIC
-from bh_routing.analysis.results import load_results
-from bh_routing.records import QUALITY_JOURNAL
+from bh_routing.analysis.quality_row import QualityRow, read_rows
 from bh_routing.report.text import as_float
 
 Answer = Literal["yes", "no", "undecided", "unknown"]
+"""Whether a rule loses less than static top-k with as many experts: decided by the interval of the
+difference, never by its sign."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class QualityRow:
-    """One configuration on the evaluation text, against the model's own top-k; NaN is unknown."""
+@dataclass(frozen=True, kw_only=True)
+class QualityFindings:
+    """Rows of the quality table, and what follows from them."""
 
-    name: str
-    rule: str
-    """Name of its rule in the catalog; empty if an older run doesn't say."""
-    mean_experts: float
-    tokens: float
-    documents: float
-    nll: float
-    delta_nll: float
-    """NLL of the configuration minus that of the model's own top-k, nats a token."""
-    low: float
-    high: float
-    upper: float
-    """One-sided 95 % upper bound of delta_nll."""
-    perplexity_ratio: float
-    ratio_low: float
-    ratio_high: float
-    kl_mean: float
-    kl_p99: float
-    same_top1_share: float
-    rms_delta_p: float
-    top_k_overlap: float
-    p_corrected: float
-    detectable: float
-    """delta_nll that a test on as many documents would find four times in five."""
-    early: float
-    """delta_nll on early positions of a window."""
-    late: float
-    verdict: str
-    is_reference: bool
-    """Whether every token came out as under the model's own top-k."""
-    note: str
-    against_static: Answer = "unknown"
-    """Whether it loses less than static top-k at its own mean: decided by the interval of the
-    difference, never by its sign."""
+    rows: Sequence[QualityRow]
+    answers: Mapping[str, Answer]
+    """Configuration -> answer; static top-k has none."""
 
     @property
-    def is_static(self) -> bool:
-        """Whether its rule is static top-k: a point of the reference curve."""
-        return self.rule == STATIC
+    def tokens(self) -> int:
+        """Tokens of the whole text."""
+        return max((row.tokens for row in self.rows), default=0)
+
+    @property
+    def documents(self) -> int:
+        """Documents of the whole text."""
+        return max((row.documents for row in self.rows), default=0)
+
+    @cached_property
+    def comparable(self) -> list[QualityRow]:
+        """Rows that were scored on the whole text."""
+        most = max(((row.tokens, row.documents) for row in self.rows), default=None)
+        return [row for row in self.rows if (row.tokens, row.documents) == most]
+
+    @property
+    def partial(self) -> list[QualityRow]:
+        """Rows scored on less text, as in an unfinished run: not to be compared with others."""
+        return [row for row in self.rows if row not in self.comparable]
+
+    @property
+    def tested(self) -> list[QualityRow]:
+        """Rows of rules other than static top-k."""
+        return [row for row in self.rows if not row.is_static]
+
+    @property
+    def whole(self) -> list[QualityRow]:
+        """Those of them that were scored on the whole text."""
+        return [row for row in self.comparable if not row.is_static]
+
+    @property
+    def least(self) -> QualityRow:
+        """The lowest estimate of these."""
+        return min(self.whole, key=lambda row: row.delta_nll)
+
+    @property
+    def most(self) -> QualityRow:
+        """The highest."""
+        return max(self.whole, key=lambda row: row.delta_nll)
+
+    @property
+    def near(self) -> list[QualityRow]:
+        """Rows whose interval isn't clear of the lowest estimate's."""
+        best = self.least
+        return [row for row in self.whole if row is not best
+                and not row.delta_nll_low > best.delta_nll_high]  # fmt: skip
+
+    @property
+    def against(self) -> dict[str, list[list[QualityRow]]]:
+        """Answer -> a list of the rows with it, for answers that are known and that any row has."""
+        found: dict[str, list[list[QualityRow]]] = {}
+        for answer in ("no", "yes", "undecided"):
+            rows = [row for row in self.whole if self.answers.get(row.config_name) == answer]
+            if rows:
+                found[answer] = [rows]
+        return found
+
+    @property
+    def verdicts(self) -> dict[str, list[list[QualityRow]]]:
+        """Verdict on the margin -> a list of the rows with it."""
+        found: dict[str, list[list[QualityRow]]] = {}
+        for row in self.tested:
+            found.setdefault(row.verdict, [[]])[0].append(row)
+        return found
+
+    @property
+    def by_name(self) -> dict[str, QualityRow]:
+        """Configuration -> row."""
+        return {row.config_name: row for row in self.rows}
+
+    @property
+    def noted(self) -> list[QualityRow]:
+        """Rows with a remark other than that they are the reference; ten at most."""
+        return [row for row in self.rows if row.note and not row.is_reference][:10]
+
+    def static_there(self, row: QualityRow) -> float:
+        """The ratio of perplexities of static top-k at a row's mean; NaN where it is unknown."""
+        if row.is_static or row not in self.comparable:
+            return math.nan
+        return math.exp(reference_at(self.comparable, row.mean_experts))
 
 
-def quality_rows(summary: Mapping[str, Any] | None) -> list[QualityRow]:
-    """Read the quality records of a summary; empty if quality was not measured."""
-    records = _block(summary).get("rules")
-    rows = [_row(record) for record in records or [] if isinstance(record, Mapping)]
-    rows = [row for row in rows if math.isfinite(row.delta_nll)]
-    compared = _block(summary).get("static_top_k")
+def quality_findings(summary: Mapping[str, Any] | None) -> QualityFindings:
+    """Read the quality block of a summary; without rows if quality was not measured."""
+    block = _block(summary)
+    records = block.get("rules")
+    rows = [row for row in read_rows(records or []) if math.isfinite(row.delta_nll)]
+    compared = block.get("static_top_k")
     tested = compared if isinstance(compared, Mapping) else {}
-    return [replace(row, against_static=_against_static(row, rows, tested)) for row in rows]
-
-
-def _against_static(row: QualityRow, rows: list[QualityRow], tested: Mapping[str, Any]) -> Answer:
-    """Take the paired test of the analysis; without one, compare intervals, which is stricter."""
-    if row.is_static:
-        return "unknown"
-    if row.name in tested:
-        found = tested[row.name]
-        answer = found.get("answer") if isinstance(found, Mapping) else None
-        return answer if answer in ("yes", "no", "undecided") else "unknown"
-    curve = [r for r in rows if (r.tokens, r.documents) == (row.tokens, row.documents)]
-    ends = row.low, row.high, *(reference_at(curve, row.mean_experts, f) for f in ("low", "high"))
-    if not all(map(math.isfinite, ends)):
-        return "unknown"
-    low, high, static_low, static_high = ends
-    return "yes" if high < static_low else "no" if low > static_high else "undecided"
-
-
-def with_quality(summary: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """Add the quality block to a summary that lacks it, from the scored documents in the folder.
-
-    A user's own analysis may return a summary without one; quality still comes first. The block of
-    an older run doesn't say which rules are static top-k, and is made again.
-    """
-    rows = _block(summary).get("rules")
-    is_whole = summary.get("quality") is not None and all("rule" in row for row in rows or [])
-    if is_whole or not (folder / QUALITY_JOURNAL).is_file():
-        return summary
-    records = load_results(folder).quality
-    return {**summary, "quality": analyze_quality(records)} if records else summary
+    answers = {row.config_name: _answer(row, rows, tested) for row in rows if not row.is_static}
+    return QualityFindings(rows=rows, answers=answers)
 
 
 def margin_of(summary: Mapping[str, Any] | None) -> float:
@@ -110,10 +126,12 @@ def margin_of(summary: Mapping[str, Any] | None) -> float:
     return margin if margin > 0 else NON_INFERIORITY_MARGIN
 
 
-def reference_at(rows: list[QualityRow], mean_experts: float, field: str = "delta_nll") -> float:
+def reference_at(
+    rows: Sequence[QualityRow], mean_experts: float, field: str = "delta_nll"
+) -> float:
     """The delta_nll of static top-k at this mean, on the line between its neighbours.
 
-    Between k and k + 1 the line is what mixing the two at random by token gives. NaN outside the
+    Between k and k + 1 the line is the loss of mixing the two at random per token. NaN outside the
     numbers of experts that were scored.
     """
     curve = sorted((row.mean_experts, getattr(row, field)) for row in rows if row.is_static)
@@ -124,50 +142,21 @@ def reference_at(rows: list[QualityRow], mean_experts: float, field: str = "delt
     return math.nan
 
 
+def _answer(row: QualityRow, rows: Sequence[QualityRow], tested: Mapping[str, Any]) -> Answer:
+    """Take the paired test of the analysis; without one, compare intervals, which is stricter."""
+    if row.config_name in tested:
+        found = tested[row.config_name]
+        answer = found.get("answer") if isinstance(found, Mapping) else None
+        return answer if answer in ("yes", "no", "undecided") else "unknown"
+    same = [r for r in rows if (r.tokens, r.documents) == (row.tokens, row.documents)]
+    fields = ("delta_nll_low", "delta_nll_high")
+    static_low, static_high = (reference_at(same, row.mean_experts, f) for f in fields)
+    low, high = row.delta_nll_low, row.delta_nll_high
+    if not math.isfinite(low + high + static_low + static_high):
+        return "unknown"
+    return "yes" if high < static_low else "no" if low > static_high else "undecided"
+
+
 def _block(summary: Mapping[str, Any] | None) -> Mapping[str, Any]:
     quality = (summary or {}).get("quality")
     return quality if isinstance(quality, Mapping) else {}
-
-
-def _row(record: Mapping[str, Any]) -> QualityRow:
-    def value(name: str) -> float:
-        return as_float(record.get(name))
-
-    def part(name: str) -> float:
-        by_position = record.get("by_position")
-        found = by_position.get(name) if isinstance(by_position, Mapping) else None
-        return as_float(found.get("delta_nll")) if isinstance(found, Mapping) else math.nan
-
-    delta = value("delta_nll")
-    return QualityRow(
-        name=str(record.get("config_name", "")),
-        rule=str(record.get("rule") or ""),
-        mean_experts=value("mean_experts"),
-        tokens=value("tokens"),
-        documents=value("documents"),
-        nll=value("nll"),
-        delta_nll=delta,
-        low=value("delta_nll_low"),
-        high=value("delta_nll_high"),
-        upper=value("delta_nll_upper"),
-        perplexity_ratio=_ratio(record.get("perplexity_ratio"), delta),
-        ratio_low=_ratio(record.get("perplexity_ratio_low"), value("delta_nll_low")),
-        ratio_high=_ratio(record.get("perplexity_ratio_high"), value("delta_nll_high")),
-        kl_mean=value("kl_mean"),
-        kl_p99=value("kl_p99"),
-        same_top1_share=value("same_top1_share"),
-        rms_delta_p=value("rms_delta_p"),
-        top_k_overlap=value("top_k_overlap"),
-        p_corrected=value("p_corrected"),
-        detectable=value("minimum_detectable_delta_nll"),
-        early=part("early"),
-        late=part("late"),
-        verdict=str(record.get("verdict") or "unknown"),
-        is_reference=bool(record.get("is_reference", False)),
-        note=str(record.get("note") or ""),
-    )
-
-
-def _ratio(stored: object, delta_nll: float) -> float:
-    ratio = as_float(stored)
-    return ratio if math.isfinite(ratio) else math.exp(min(delta_nll, 50.0))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -12,9 +11,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from bh_routing.analysis.comparisons import choose_baseline
-from bh_routing.analysis.speed import SpeedUp, read_timings, speed_ups
+from bh_routing.analysis.speed import SpeedUp, speed_ups
 from bh_routing.errors import InputError
-from bh_routing.records import STATUS_OK, TIMINGS
+from bh_routing.records import STATUS_OK
 
 NEEDED: Final = ("config_name", "prompt_text")
 MEASURES: Final = (
@@ -39,9 +38,15 @@ class Experiments:
     names: list[str]
     """Configurations with at least one finished experiment."""
     baseline: str | None
-    num_failed: int
+    failures: list[tuple[str, str, str]]
+    """Configuration, prompt and reason of each failed experiment."""
     speed_ups: Mapping[str, SpeedUp] = field(default_factory=dict)
     """From rounds that were timed side by side; empty if there were none."""
+
+    @property
+    def num_failed(self) -> int:
+        """Experiments that failed."""
+        return len(self.failures)
 
     @property
     def others(self) -> list[str]:
@@ -78,15 +83,14 @@ class Experiments:
         return mine.groupby("prompt_text", sort=False)[column].mean()
 
 
-def experiments_of(results: pd.DataFrame, folder: Path | None = None) -> Experiments:
+def experiments_of(results: pd.DataFrame, timings: pd.DataFrame | None = None) -> Experiments:
     """Take the finished rows of a results table; measures it lacks are NaN.
 
     Args:
         results: rows as in `bh_routing_results.csv`.
-        folder: the run's, which may hold rounds that were timed side by side; None: no folder.
+        timings: rounds that were timed side by side, as `load_results` reads them; None: none.
     Raises:
         InputError: config_name, prompt_text or avg_experts_per_token is missing.
-        ResultsError: the file of timed rounds is damaged.
     """
     missing = [c for c in (*NEEDED, "avg_experts_per_token") if c not in results.columns]
     if missing:
@@ -109,11 +113,14 @@ def experiments_of(results: pd.DataFrame, folder: Path | None = None) -> Experim
     frame = rows[is_ok].reset_index(drop=True)
     names = [str(name) for name in frame["config_name"].drop_duplicates()]
     baseline = choose_baseline(frame)
-    timed = {} if folder is None else speed_ups(read_timings(folder / TIMINGS), names, baseline)
+    timed = {} if timings is None else speed_ups(timings, names, baseline)
+    failed = rows[~is_ok]
+    reasons = failed["error"] if "error" in rows.columns else [""] * len(failed)
+    texts = (map(str, column) for column in (failed["config_name"], failed["prompt_text"], reasons))
     return Experiments(
         frame=frame,
         names=names,
         baseline=baseline,
-        num_failed=int((~is_ok).sum()),
+        failures=list(zip(*texts, strict=True)),
         speed_ups=timed,
     )

@@ -77,7 +77,7 @@ def load_on_evaluation_text(facts: Facts) -> Chart | None:
     """The same on the evaluation text, which is long enough for little noise."""
     measured = child(facts.summary, "quality", "load_balance")
     found = {str(name): child(measured, name, "measures", "cv") for name in measured}
-    grey = {row.name: BASELINE for row in facts.quality if row.is_static}
+    grey = {row.config_name: BASELINE for row in facts.quality.rows if row.is_static}
     bars = [
         Bar(
             name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from bh_routing.analysis.quality_row import QualityRow
 from bh_routing.report import findings
 from bh_routing.report.charts.chart import Chart, chart
 from bh_routing.report.charts.marks import (
@@ -19,7 +20,7 @@ from bh_routing.report.charts.marks import (
 )
 from bh_routing.report.charts.style import BASELINE, INK, SOFT, Picture, new_figure
 from bh_routing.report.facts import Facts
-from bh_routing.report.quality import QualityRow, reference_at
+from bh_routing.report.quality import reference_at
 from bh_routing.report.text import loss_percent, number, plain
 
 STATIC_LABEL = "static top-k"
@@ -29,7 +30,7 @@ HEADER = ("configuration", "experts", "change in perplexity", "95 % interval")
 @chart("quality")
 def quality_vs_experts(facts: Facts) -> Chart | None:
     """Change in perplexity against mean experts, with the curve of static top-k to beat."""
-    rows = facts.quality
+    rows = facts.quality.rows
     if not rows:
         return None
     static = sorted((row for row in rows if row.is_static), key=lambda row: row.mean_experts)
@@ -38,11 +39,11 @@ def quality_vs_experts(facts: Facts) -> Chart | None:
     for row in tested:
         there = reference_at(rows, row.mean_experts)
         note = f"; static top-k there {loss_percent(math.exp(there))}" * math.isfinite(there)
-        points.append(_point(row, row.name, note))
+        points.append(_point(row, row.config_name, note))
     looks: Looks = {STATIC_LABEL: (BASELINE, "o")} if static else {}
-    looks = {**looks, **looks_of([row.name for row in tested])}
+    looks = {**looks, **looks_of([row.config_name for row in tested])}
     return Chart(
-        finding=plain(findings.quality(rows)),
+        finding=plain(findings.quality(facts.quality)),
         description=(
             "Change in perplexity against mean experts, by configuration, with 95 % intervals; "
             "the grey line is the model with a smaller fixed number."
@@ -54,7 +55,7 @@ def quality_vs_experts(facts: Facts) -> Chart | None:
 
 def compared_quality(runs: Mapping[str, Facts]) -> Chart | None:
     """The same of several runs: every configuration's marker is its run's."""
-    rows = [(run, row) for run, facts in runs.items() for row in facts.quality]
+    rows = [(run, row) for run, facts in runs.items() for row in facts.quality.rows]
     if not rows:
         return None
     points = [_point(row, run, f" in {plain(run, 40)}") for run, row in rows]
@@ -67,16 +68,16 @@ def compared_quality(runs: Mapping[str, Facts]) -> Chart | None:
 
 
 def _point(row: QualityRow, label: str, note: str = "") -> Point:
-    y, low, high = map(percent_change, (row.delta_nll, row.low, row.high))
+    y, low, high = map(percent_change, (row.delta_nll, row.delta_nll_low, row.delta_nll_high))
     text = "{}: {} experts, perplexity {} ({})".format(*_cells(row))
     return Point(label, row.mean_experts, y, low, high, text + note)
 
 
 def _cells(row: QualityRow) -> tuple[str, str, str, str]:
-    known = math.isfinite(row.low) and math.isfinite(row.high)
-    ends = f"{loss_percent(row.ratio_low)} to {loss_percent(row.ratio_high)}"
+    known = math.isfinite(row.delta_nll_low) and math.isfinite(row.delta_nll_high)
+    ends = f"{loss_percent(row.perplexity_ratio_low)} to {loss_percent(row.perplexity_ratio_high)}"
     return (
-        plain(row.name, 60),
+        plain(row.config_name, 60),
         number(row.mean_experts),
         loss_percent(row.perplexity_ratio),
         ends if known else "too few documents for an interval",

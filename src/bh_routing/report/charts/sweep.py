@@ -23,7 +23,7 @@ from bh_routing.report.charts.marks import (
     percent_change,
 )
 from bh_routing.report.charts.style import BASELINE, FIXED_COLOURS, Picture, new_figure
-from bh_routing.report.sweep_verdict import series_label
+from bh_routing.report.sweep_findings import series_label
 from bh_routing.report.text import for_plot
 
 PARETO_PLOT: Final = "pareto.png"

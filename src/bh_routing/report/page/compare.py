@@ -10,26 +10,15 @@ from typing import Any, Final
 from bh_routing.analysis.nested import flatten
 from bh_routing.analysis.results import load_results
 from bh_routing.errors import InputError
-from bh_routing.report import findings
-from bh_routing.report.blocks import text_table
 from bh_routing.report.charts.quality import compared_quality
-from bh_routing.report.facts import EXPERTS, SPEED, Facts
+from bh_routing.report.facts import Facts, facts_of
 from bh_routing.report.files import write_text
-from bh_routing.report.page.page import Section, facts_of, render, to_html
-from bh_routing.report.text import (
-    MISSING,
-    code,
-    interval,
-    loss_percent,
-    markdown,
-    number,
-    signed_percent,
-)
+from bh_routing.report.markdown import render as render_markdown
+from bh_routing.report.page.page import Section, render, to_html
 
 COMPARED: Final = ("spec", "model", "calibration", "provenance")
 UNCOMPARED: Final = frozenset({"spec.output", "spec.resume", "provenance.started_at"})
 """Always different, and no reason for results to differ."""
-VALUE_LIMIT: Final = 80
 
 
 def write_comparison(folders: Sequence[Path], output: Path) -> Path:
@@ -45,12 +34,13 @@ def write_comparison(folders: Sequence[Path], output: Path) -> Path:
     if len(folders) < 2:
         raise InputError(f"a comparison needs two results folders or more, got {len(folders)}")
     runs = dict(zip(_names(folders), (facts_of(load_results(f)) for f in folders), strict=True))
-    differences = _differences(runs)
+    rendered = render_markdown("comparison.md.j2", runs=runs, differences=_differences(runs))
+    differences, results = rendered.split("\n***\n")
     chart = compared_quality(runs)
     charts = {"compared_quality": chart} if chart else {}
     parts = [
-        Section(key="differences", title="What differs", charts={}, text=to_html(differences)),
-        Section(key="results", title="What came out", charts=charts, text=to_html(_results(runs))),
+        Section(key="differences", title="Differences", charts={}, text=to_html(differences)),
+        Section(key="results", title="Results", charts=charts, text=to_html(results)),
     ]
     same = f"{len(runs)} runs; their settings, model and versions are compared first."
     page = render(
@@ -76,54 +66,20 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return names
 
 
-def _differences(runs: Mapping[str, Facts]) -> str:
-    flat = {
-        name: {
-            key: value
-            for part in COMPARED
-            for key, value in flatten(part, facts.run.get(part)).items()
-        }
-        for name, facts in runs.items()
-    }
-    keys = list(dict.fromkeys(key for values in flat.values() for key in values))
-    rows = []
-    for key in keys:
-        values = [values.get(key) for values in flat.values()]
-        if key not in UNCOMPARED and any(value != values[0] for value in values[1:]):
-            rows.append([code(key), *(_shown(value) for value in values)])
-    if not rows:
-        return "Nothing: the runs have the same settings, model and versions."
-    return text_table(["setting", *(markdown(name, 60) for name in runs)], rows)
+def _differences(runs: Mapping[str, Facts]) -> list[tuple[str, list[Any]]]:
+    """Setting -> its value in each run, where they differ."""
+    flat = [
+        {k: v for part in COMPARED for k, v in flatten(part, facts.run.get(part)).items()}
+        for facts in runs.values()
+    ]
+    rows = {key: [values.get(key) for values in flat] for found in flat for key in found}
+    return [
+        (key, list(map(_shown, values)))
+        for key, values in rows.items()
+        if key not in UNCOMPARED and any(value != values[0] for value in values[1:])
+    ]
 
 
-def _shown(value: Any) -> str:
-    if value is None:
-        return MISSING
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return markdown(text, VALUE_LIMIT)
-
-
-def _results(runs: Mapping[str, Facts]) -> str:
-    rows = []
-    for run, facts in runs.items():
-        losses = {row.name: row for row in facts.quality}
-        changes = findings.time_changes(facts.table)
-        for name in facts.names:
-            loss, change = losses.get(name), changes.get(name)
-            ends = (100 * (loss.ratio_low - 1), 100 * (loss.ratio_high - 1)) if loss else ()
-            rows.append(
-                [
-                    code(name),
-                    markdown(run, 60),
-                    number(facts.table.mean(name, EXPERTS)),
-                    number(loss.mean_experts) if loss else MISSING,
-                    loss_percent(loss.perplexity_ratio) if loss else MISSING,
-                    interval(*ends, 1) if ends else MISSING,
-                    number(facts.table.mean(name, SPEED), 1),
-                    signed_percent(change.mean, 1) if change else MISSING,
-                ]
-            )
-    rows.sort(key=lambda row: row[0])
-    header = ["configuration", "run", "experts, prompts", "experts, text", "perplexity, text",
-              "95 % interval, %", "tokens per second", "time against its baseline"]  # fmt: skip
-    return text_table(header, rows)
+def _shown(value: Any) -> str | None:
+    is_text = value is None or isinstance(value, str)
+    return value if is_text else json.dumps(value, ensure_ascii=False)

@@ -17,30 +17,23 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 import bh_routing
-from bh_routing.analysis.comparisons import analyze_results
-from bh_routing.analysis.results import Results, load_results
+from bh_routing.analysis.results import load_results
 from bh_routing.errors import CalibrationError
 from bh_routing.records import CALIBRATION, REPORT_HTML
-from bh_routing.report import provenance, sections
-from bh_routing.report.blocks import bullets, section, text_table
 from bh_routing.report.charts import Chart, draw_charts
 from bh_routing.report.charts.calibration import null_charts
 from bh_routing.report.charts.style import Picture, inline_svg, look, theme
-from bh_routing.report.conclusions import conclude
-from bh_routing.report.expectations import compare_expectations, count_verdicts
-from bh_routing.report.facts import Facts
+from bh_routing.report.facts import Facts, facts_of
 from bh_routing.report.files import write_text
+from bh_routing.report.markdown import context
+from bh_routing.report.markdown import render as render_markdown
 from bh_routing.report.page.experiments import experiment_table
 from bh_routing.report.page.traces import for_page, read_traces
-from bh_routing.report.quality import with_quality
-from bh_routing.report.quality_section import quality
-from bh_routing.report.table import experiments_of
-from bh_routing.report.text import MISSING, plain
-from bh_routing.report.verdict import verdict
+from bh_routing.report.text import plain
 
 SCRIPTS: Final = ("page.js", "experiments.js", "tokens.js")
 _log = logging.getLogger(__name__)
-_HEADING = re.compile(r"\A## .*\n*")
+_HEADING = re.compile(r"^## (.*)$", re.MULTILINE)
 _PICTURE = re.compile(r"^!\[[^\n]*$", re.MULTILINE)
 
 
@@ -69,59 +62,53 @@ def write_page(folder: str | Path, output: Path | None = None) -> Path:
     Raises:
         ResultsError: the folder isn't a results folder, or a file in it is damaged.
     """
-    results = load_results(folder)
-    facts = facts_of(results)
+    return write_page_of(facts_of(load_results(folder)), output)
+
+
+def write_page_of(facts: Facts, output: Path | None = None) -> Path:
+    """Write the same from results that were read already."""
     parts = _sections(facts)
     configs = facts.names
     prompts = list(dict.fromkeys(facts.table.frame["prompt_text"]))
     data = {
         "experiments": experiment_table(facts, configs, prompts),
         "numExperts": facts.model.get("num_experts", 0),
-        "traces": for_page(read_traces(results.folder), configs, prompts),
+        "traces": for_page(read_traces(facts.folder), configs, prompts),
     }
-    model = facts.model.get("name") or results.folder.name
+    model = facts.model.get("name") or facts.folder.name
     page = render(
         "report.html.j2",
         title=f"BH routing against Top-K: {plain(model, 80)}",
-        verdict=[to_html(sentence) for sentence in verdict(facts)],
+        verdict=[to_html(render_markdown("verdict.md.j2", **context(facts)))],
         sections=parts,
         data=data,
     )
-    return write_text(output or results.folder / REPORT_HTML, page)
-
-
-def facts_of(results: Results) -> Facts:
-    """Gather what the page is written from; a summary that is missing is computed."""
-    summary = results.summary or analyze_results(results.experiments)
-    return Facts(
-        table=experiments_of(results.experiments, results.folder),
-        summary=with_quality(summary, results.folder),
-        run=results.run,
-        folder=results.folder,
-        details=results.details,
-    )
+    return write_text(output or facts.folder / REPORT_HTML, page)
 
 
 def _sections(facts: Facts) -> list[Section]:
+    """The sections of REPORT.md, below the charts on the same matter."""
+    _, *pieces = _HEADING.split(render_markdown("REPORT.md.j2", **context(facts)))
+    texts = dict(zip(pieces[::2], pieces[1::2], strict=True))
     shown = _charts(facts)
 
-    def part(key: str, title: str, *texts: str, widget: str = "") -> Section:
-        body = "\n\n".join(_HEADING.sub("", text, count=1) for text in texts if text)
+    def part(key: str, title: str, heading: str = "", widget: str = "") -> Section:
+        text = to_html(texts.get(heading or title, ""))
         charts = shown.get(key, {})
-        return Section(key=key, title=title, charts=charts, text=to_html(body), widget=widget)
+        return Section(key=key, title=title, charts=charts, text=text, widget=widget)
 
     parts = [
-        part("quality", "Quality against experts", quality(facts, {})),
+        part("quality", "Quality against experts", "Quality against experts used"),
         part("experiments", "Configurations and prompts", widget="experiments"),
         part("tokens", "Token by token", widget="tokens"),
-        part("layers", "Layers and load", sections.experts(facts), widget="coactivation"),
-        part("time", "Time", sections.time(facts)),
-        part("nulls", "What alpha means", provenance.nulls(facts)),
-        part("expected", "Expected and measured", _expectations(facts)),
-        part("tests", "Statistical tests", sections.tests(facts)),
-        part("conclusions", "Conclusions", bullets(conclude(facts))),
-        part("settings", "Settings and provenance", provenance.settings(facts)),
-        part("limits", "Limitations", provenance.limitations(facts)),
+        part("layers", "Layers and load", "Experts kept", widget="coactivation"),
+        part("time", "Time"),
+        part("nulls", "What alpha means", "What alpha means here"),
+        part("expected", "Expected and measured"),
+        part("tests", "Statistical tests"),
+        part("conclusions", "Conclusions"),
+        part("settings", "Settings and provenance"),
+        part("limits", "Limitations"),
     ]
     return [p for p in parts if p.text or p.charts or p.widget]
 
@@ -136,16 +123,6 @@ def _charts(facts: Facts) -> dict[str, dict[str, Chart]]:
         except CalibrationError as error:
             _log.warning("report.html lacks the charts of the calibration: %s", error)
     return shown
-
-
-def _expectations(facts: Facts) -> str:
-    lines = compare_expectations(facts)
-    tally = ", ".join(f"{count} {verdict}" for verdict, count in count_verdicts(lines).items())
-    rows = [
-        [x.subject, x.expected, x.measured or MISSING, f"**{x.verdict}**", x.why] for x in lines
-    ]
-    header = ["expectation", "expected", "measured", "verdict", "why"]
-    return section("", f"{tally}.", text_table(header, rows)) if rows else ""
 
 
 def to_html(text: str) -> Markup:

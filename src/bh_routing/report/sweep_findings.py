@@ -1,0 +1,241 @@
+"""The statistics of a sweep as findings: answers against each reference, and titles of charts."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from bh_routing.analysis.quality_row import STATIC
+from bh_routing.analysis.sweep import ALL_RULES, PER_LAYER, TOP_P, SweepTables
+from bh_routing.analysis.sweep_equal_cost import SIGNIFICANCE_LEVEL
+from bh_routing.analysis.sweep_row import DomainRow, SweepRow, Winner
+from bh_routing.report.facts import child
+from bh_routing.report.text import listed, percent, plain
+
+NAMES: Final = {STATIC: "static top-k", TOP_P: "top-p", PER_LAYER: "per-layer top-k"}
+
+
+class Against(NamedTuple):
+    """A row of a sweep against one reference."""
+
+    difference: float
+    low: float
+    high: float
+    saved: float
+    saved_low: float
+    saved_high: float
+    p: float
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class SweepFacts:
+    """What SWEEP.md is made from."""
+
+    tables: SweepTables
+
+    @property
+    def model(self) -> object:
+        """The model's name."""
+        return child(self.tables.sweep.run, "model").get("name")
+
+    @property
+    def overall(self) -> list[Winner]:
+        """The winner of all rules at each budget."""
+        return [w for w in self.tables.winners if w.among == ALL_RULES]
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether any point could be compared with static top-k."""
+        return any(winner.row for winner in self.overall)
+
+    @property
+    def references(self) -> list[tuple[str, str]]:
+        """Names of the references; per-layer top-k only where it was asked for."""
+        asked = {row.rule for row in self.tables.rows} | {STATIC, TOP_P}
+        return [(name, shown) for name, shown in NAMES.items() if name in asked]
+
+    @property
+    def curves(self) -> list[tuple[str, str]]:
+        """Those of them beside static top-k."""
+        return [reference for reference in self.references if reference[0] != STATIC]
+
+    @property
+    def bh(self) -> list[Winner]:
+        """The best BH variant at each budget."""
+        return [w for w in self.tables.winners if w.among != ALL_RULES]
+
+    @property
+    def bh_rows(self) -> list[SweepRow]:
+        """Its rows, where it could be compared."""
+        return [winner.row for winner in self.bh if winner.row]
+
+    @property
+    def bh_answers(self) -> list[tuple[str, list[tuple[str, list[Winner]]]]]:
+        """Less or more -> references -> the budgets at which it clearly loses less or more."""
+        found = []
+        for answer, how in (("yes", "less"), ("no", "more")):
+            parts = [
+                (shown, [w for w in self.bh if getattr(w, f"beats_{name}") == answer])
+                for name, shown in NAMES.items()
+            ]
+            if parts := [(shown, own) for shown, own in parts if own]:
+                found.append((how, parts))
+        return found
+
+    @property
+    def bh_domains(self) -> list[tuple[int, SweepRow]]:
+        """Domains in which the best BH variant clearly loses less than static top-k."""
+        rows = self.bh_rows
+        return list(zip(clear_domains(rows, self.tables.domains), rows, strict=True))
+
+    @property
+    def harder_bar(self) -> list[tuple[int, int, str]]:
+        """How many wins remain where the reference is joined on a log scale."""
+        found = []
+        for name, shown in NAMES.items():
+            won = [row for row in self.tables.rows if self.against(row, name).answer == "yes"]
+            if won:
+                kept = sum(is_kept_on_the_harder_bar(row, name) for row in won)
+                found.append((kept, len(won), shown))
+        return found
+
+    @property
+    def compared(self) -> list[SweepRow]:
+        """Rows of rules at the budgets asked for, by budget."""
+        rows = [r for r in self.tables.rows if r.rule != STATIC and not r.is_curve_only]
+        return sorted(rows, key=lambda row: -row.budget)
+
+    @property
+    def scored(self) -> list[SweepRow]:
+        """Rows that were scored."""
+        return [row for row in self.tables.rows if math.isfinite(row.mean_experts)]
+
+    @property
+    def off_budget(self) -> list[SweepRow]:
+        """Rows whose mean is away from their budget."""
+        return [row for row in self.tables.rows if row.off_budget]
+
+    @property
+    def domains(self) -> list[DomainRow]:
+        """Rows by domain, static top-k left out."""
+        return [row for row in self.tables.domains if row.rule != STATIC]
+
+    @property
+    def used(self) -> SweepRow:
+        """The row that was scored on most text."""
+        return max(self.tables.rows, key=lambda row: row.clusters)
+
+    @property
+    def provenance(self) -> list[tuple[str, list[tuple[str, str | int]]]]:
+        """Blocks of run.json with their plain values."""
+        found = []
+        for block in ("model", "text", "calibration", "provenance", "timing"):
+            scalars = [
+                (key, f"{value:.6g}" if isinstance(value, float) else value)
+                for key, value in child(self.tables.sweep.run, block).items()
+                if isinstance(value, str | int | float)
+                and not (isinstance(value, bool) or key == "command")
+            ]
+            if scalars:
+                found.append((block, scalars))
+        return found
+
+    @property
+    def command(self) -> str:
+        """What was typed, or a command that makes the same sweep; safe to show as it is."""
+        run = self.tables.sweep.run
+        stored = child(run, "provenance").get("command")
+        if isinstance(stored, str) and stored.isprintable():
+            return stored
+        budgets = ",".join(f"{budget:g}" for budget in child(run, "sweep").get("budgets") or [])
+        model = str(child(run, "model").get("name") or "demo")
+        quoted = shlex.quote(model) if model.isprintable() else "MODEL"
+        tokens = child(run, "text").get("tokens")
+        size = f" --tokens {tokens}" if isinstance(tokens, int) else ""
+        return f"bh-routing sweep --model {quoted} --budgets {budgets}{size} --output FOLDER"
+
+    def against(self, row: SweepRow, name: str) -> Against:
+        """A row against one reference."""
+        fields = ("difference", "low", "high", "saved", "saved_low", "saved_high", "p_corrected")
+        values = [getattr(row, f"{name}_{field}") for field in fields]
+        return Against._make([*values, getattr(row, f"beats_{name}")])
+
+    def by_answer(self, winners: Sequence[Winner], name: str) -> dict[str, list[list[Winner]]]:
+        """Answer -> a list of the winners with it, those that are the reference left out."""
+        found: dict[str, list[list[Winner]]] = {}
+        for winner in winners:
+            if winner.row and winner.row.rule != name:
+                answer = self.against(winner.row, name).answer
+                found.setdefault(answer, [[]])[0].append(winner)
+        return found
+
+
+def series_label(row: SweepRow | DomainRow) -> str:
+    """Name a rule and its variant, once each.
+
+    A variant's label may begin with the rule's own name.
+    """
+    if not row.variant or row.variant.startswith(row.rule):
+        return row.variant or row.rule
+    return f"{row.rule} {row.variant}"
+
+
+def budgets_of(winners: Sequence[Winner]) -> str:
+    """The budgets of winners, as in a sentence."""
+    return f"{listed(f'{w.budget:g}' for w in winners)} experts"
+
+
+def span_saved(winners: Sequence[Winner], name: str = STATIC) -> str:
+    """The smallest and the largest fraction saved of a reference's increase."""
+    shares = [getattr(w.row, f"{name}_saved") for w in winners if w.row]
+    shares = sorted(share for share in shares if math.isfinite(share))
+    return " to ".join(dict.fromkeys(percent(share) for share in (shares[:1] + shares[-1:])))
+
+
+def pareto_title(winners: Sequence[Winner]) -> str:
+    """State who beats static top-k at equal cost, and by how much."""
+    known = [w for w in winners if w.among == ALL_RULES and w.row]
+    clear = [w for w in known if w.beats_top_k == "yes"]
+    if not known:
+        return "Loss and experts of each rule"
+    if not clear:
+        return "No rule clearly loses less than static top-k with as many experts"
+    names = {series_label(w.row) for w in clear if w.row}
+    who = plain(names.pop()) if len(names) == 1 else "The best rule"
+    saves = f"{who} saves {span_saved(clear)} of static top-k's loss"
+    if len(clear) == len(known):
+        return f"{saves} with as many experts"
+    return f"At {budgets_of(clear)} {saves[0].lower() + saves[1:]}"
+
+
+def domains_title(winners: Sequence[Winner], domains: Sequence[DomainRow]) -> str:
+    """State in how many domains the winners clearly lose less than static top-k."""
+    rows = [w.row for w in winners if w.among == ALL_RULES and w.row]
+    if not rows:
+        return "Loss and experts of each rule by domain"
+    clear, of = clear_domains(rows, domains), rows[0].domains
+    ends = dict.fromkeys(str(end(clear)) for end in (min, max))
+    loses = "clearly loses less than static top-k in"
+    if min(clear) == of:
+        return f"The best rule {loses} all {of} domains, at every budget"
+    if max(clear) == 0:
+        return f"The best rule of a budget {loses} no domain"
+    return f"The best rule of a budget {loses} {' to '.join(ends)} of {of} domains"
+
+
+def clear_domains(rows: Sequence[SweepRow], domains: Sequence[DomainRow]) -> list[int]:
+    """Count for each row the domains whose interval against static top-k lies below 0."""
+    return [
+        sum(d.config_name == row.config_name and d.top_k_high < 0 for d in domains) for row in rows
+    ]
+
+
+def is_kept_on_the_harder_bar(row: SweepRow, reference: str) -> bool:
+    """Whether a clear win stays one where the reference's losses are joined on a log scale."""
+    gap = getattr(row, f"{reference}_at_mean") - getattr(row, f"{reference}_geometric")
+    high, p = getattr(row, f"{reference}_high"), getattr(row, f"{reference}_p_corrected")
+    return bool(high + gap < 0 and p < SIGNIFICANCE_LEVEL)
