@@ -121,6 +121,10 @@ def test_the_yaml_example_says_the_same_as_the_python_example(reader_folder: Pat
     assert [prompt.category for prompt in content.prompts] == ["mine"]
 
 
+def test_readme_is_a_front_page() -> None:
+    assert len(PAGES["README.md"].splitlines()) <= 200
+
+
 def test_no_page_with_examples_is_left_out() -> None:
     assert {name for name, text in PAGES.items() if "<!-- tested" in text} == set(TESTED)
 
