@@ -14,11 +14,11 @@ import json
 import platform
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import scipy
@@ -31,8 +31,16 @@ from bh_routing.engine.texts import packaged_documents
 from bh_routing.models import find_routers, load_model
 from bh_routing.multitest import benjamini_hochberg
 from bh_routing.nulls import NULLS, Calibration
-from bh_routing.nulls.drop_noise import drop_noise_control
-from bh_routing.rules import BenjaminiHochberg, noise_control
+from bh_routing.nulls.base import ReferenceTable
+from bh_routing.nulls.contributions import Contributions
+from bh_routing.nulls.noise import FIT_TOKENS, Share, share_with_interval
+from bh_routing.rules import (
+    BenjaminiHochberg,
+    BenjaminiHochbergDrop,
+    Candidates,
+    LayerContext,
+    noise_control,
+)
 
 ALPHAS = (0.01, 0.05, 0.10)
 DROP_ALPHAS = (0.01, 0.05, 0.10, 0.30)
@@ -46,6 +54,15 @@ HERE = Path(__file__).parent
 METHOD = HERE.parent / "docs" / "method.md"
 BLOCK = re.compile(r"(<!-- noise table: .*? -->\n).*(<!-- noise table: end -->)", re.DOTALL)
 DROP_BLOCK = re.compile(r"(<!-- drop noise: .*? -->\n).*(<!-- drop noise: end -->)", re.DOTALL)
+
+
+Mattered = Literal["by chance", "by contribution"]
+"""by chance: half of the slots, drawn without looking at their weights. by contribution: those
+whose weight times an output norm is above the median, as "needed" defines it, with norms that are
+drawn without looking at anything."""
+
+NORM_SPREAD: Final = 0.5
+"""Standard deviation of the logarithm of an output norm."""
 
 
 def measure_noise(tokens: int) -> list[dict[str, Any]]:
@@ -79,6 +96,102 @@ def measure_noise(tokens: int) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DropNoiseResult:
+    """What BH over a token's slots drops of noise at one alpha."""
+
+    mattered: Mattered
+    alpha: float
+    tokens: int
+    mean_kept: float
+    """Mean number of slots a token keeps, at least 1."""
+    dropped: Share
+    """Share of tokens with any drop."""
+    false_share: float
+    """Mean over tokens of the share of dropped slots that mattered; 0 where none is dropped."""
+    false_low: float
+    """95 % interval of it over tokens, normal approximation."""
+    false_high: float
+
+
+def drop_noise_control(
+    *,
+    alphas: Sequence[float],
+    num_experts: int,
+    model_top_k: int,
+    tokens: int = 10_000,
+    seed: int = 0,
+) -> list[DropNoiseResult]:
+    """Run the rule `bh_drop` by token where router logits are independent N(0, 1).
+
+    The statistic is the routing weight: all scales are equal. With slots that mattered by chance,
+    every slot scores like those that mattered, so all nulls are true: if the slots of a token were
+    independent, or PRDS, the share of tokens with any drop would be at most alpha.
+
+    Args:
+        alphas: levels, each in (0, 1).
+        num_experts: E.
+        model_top_k: slots of a token.
+        tokens: tokens of fresh noise.
+        seed: of everything drawn.
+    Returns:
+        One result a way to matter and alpha.
+    """
+    results = []
+    for mattered in get_args(Mattered):
+        generator = torch.Generator().manual_seed(seed)
+        fit, fit_matters = _draw(FIT_TOKENS, num_experts, model_top_k, mattered, generator)
+        fresh, matters = _draw(tokens, num_experts, model_top_k, mattered, generator)
+        needed = ReferenceTable.from_scores(fit.top_k_weights_TK[fit_matters])
+        context = LayerContext(
+            layer=0,
+            num_experts=num_experts,
+            model_top_k=model_top_k,
+            device=torch.device("cpu"),
+            contributions=Contributions(
+                residual_norms_L=torch.ones(1),
+                scales={"weight": torch.ones(1, num_experts)},
+                all_scores={},
+                needed_scores={("weight", "norm"): needed},
+            ),
+        )
+        for alpha in alphas:
+            keep_TK = BenjaminiHochbergDrop(alpha, statistic="weight").bind(context)(fresh)
+            results.append(_summarize(mattered, alpha, ~keep_TK, matters))
+    return results
+
+
+def _draw(
+    tokens: int, num_experts: int, model_top_k: int, mattered: Mattered, generator: torch.Generator
+) -> tuple[Candidates, Tensor]:
+    """Return each token's slots, and which of them mattered."""
+    logits_TE = torch.randn(tokens, num_experts, generator=generator)
+    weights_TK, index_TK = logits_TE.softmax(dim=-1).topk(model_top_k)
+    truth_TK = (NORM_SPREAD * torch.randn(weights_TK.shape, generator=generator)).exp()
+    if mattered == "by contribution":
+        truth_TK = truth_TK * weights_TK
+    return Candidates(logits_TE, index_TK, weights_TK), truth_TK > truth_TK.median()
+
+
+def _summarize(
+    mattered: Mattered, alpha: float, dropped_TK: Tensor, matters_TK: Tensor
+) -> DropNoiseResult:
+    num_dropped_T = dropped_TK.sum(dim=-1)
+    false_T = (dropped_TK & matters_TK).sum(dim=-1).double() / num_dropped_T.clamp_min(1)
+    mean, tokens = float(false_T.mean()), len(false_T)
+    margin = 1.96 * float(false_T.std()) / tokens**0.5
+    return DropNoiseResult(
+        mattered=mattered,
+        alpha=alpha,
+        tokens=tokens,
+        mean_kept=float((~dropped_TK).sum(dim=-1).double().mean()),
+        dropped=share_with_interval(num_dropped_T > 0),
+        false_share=mean,
+        false_low=max(0.0, mean - margin),
+        false_high=min(1.0, mean + margin),
+    )
 
 
 def measure_drop_noise(tokens: int) -> list[dict[str, Any]]:

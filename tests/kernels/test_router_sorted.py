@@ -12,7 +12,7 @@ from bh_routing.kernels.router_sorted import _bind, sorted_router
 from bh_routing.kernels.router_twin import SoftmaxFamily, twin_router
 from bh_routing.nulls import ReferenceTable
 from bh_routing.rules.base import LayerContext, Rule
-from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
+from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg, OnEmpty
 from bh_routing.rules.per_layer_top_k import PerLayerTopK
 from bh_routing.rules.top_k import TopK
 from bh_routing.rules.top_p import TopP
@@ -63,6 +63,20 @@ def test_it_decides_as_the_twin(rule: Rule, normalises: bool, context: LayerCont
     assert torch.equal(found.expert_counts_T, expected.expert_counts_T)
     torch.testing.assert_close(found.top_k_weights_TK, expected.top_k_weights_TK)
     assert torch.equal(found.top_k_weights_TK != 0, expected.keep_TK)
+
+
+@pytest.mark.parametrize("model_top_k", [8, 4, 2])
+@pytest.mark.parametrize("on_empty", ["min_k", "model_k"])
+def test_without_max_k_it_keeps_at_most_the_models_own_k(
+    model_top_k: int, on_empty: OnEmpty, context: LayerContext
+) -> None:
+    rule = BenjaminiHochberg(0.3, null="gaussian", on_empty=on_empty)
+    own, family = replace(context, model_top_k=model_top_k), SoftmaxFamily(normalises=True)
+    quick, logits_TE = sorted_router(rule, own, family), make_logits(300, seed=2)
+    assert quick is not None
+    found, expected = quick(logits_TE), twin_router(rule, own, family)(logits_TE)
+    assert torch.equal(found.expert_counts_T, expected.expert_counts_T)
+    assert int(found.expert_counts_T.max()) == model_top_k
 
 
 @pytest.mark.parametrize(

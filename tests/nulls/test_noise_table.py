@@ -17,12 +17,12 @@ from benchmarks.noise_table import (
     HERE,
     METHOD,
     NUM_EXPERTS,
+    Mattered,
     measure_drop_noise,
     render,
     render_drop,
 )
 from bh_routing.nulls import NULLS
-from bh_routing.nulls.drop_noise import Mattered
 from bh_routing.rules import BenjaminiHochberg, noise_control
 
 RESULTS = json.loads((HERE / "noise_table.json").read_text(encoding="utf-8"))
