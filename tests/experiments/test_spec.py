@@ -203,6 +203,17 @@ def test_a_null_distribution_and_a_small_alpha_can_be_written_plainly(tmp_path: 
     assert named.rule == mine.rule
 
 
+@pytest.mark.parametrize("max_k", ["", ", max_k: null", ", max_k: ~"])
+@pytest.mark.parametrize("rule", ["bh, alpha: 0.05", "higher_criticism, threshold: 2.0"])
+def test_without_max_k_or_with_null_a_configuration_keeps_the_models_own_k(
+    max_k: str, rule: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"configs:\n  mine: {{method: {rule}{max_k}}}\n")
+    (mine,) = make_rules(read_config_file(path).configs)
+    assert [mine.rule.num_candidates(k) for k in (8, 2, 1)] == [8, 2, 1]
+
+
 def test_a_configuration_of_a_sweep_is_read_back_however_small_its_alpha(tmp_path: Path) -> None:
     path = tmp_path / "sweep.json"
     path.write_bytes(render_json({"configs": {"a": {"method": "bh", "alpha": 1.5e-07}}}))

@@ -281,12 +281,12 @@ def test_another_model_or_an_alpha_out_of_reach_is_refused(
 def test_too_few_tokens_or_documents_are_refused() -> None:
     with pytest.raises(CalibrationError, match="4999 distinct tokens, at least 5000 are needed"):
         check(make(num_tokens=4_999))
-    with pytest.raises(CalibrationError, match=r"19 documents, .* larger --calibration-text"):
+    with pytest.raises(CalibrationError, match=r"19 documents, .* calibrate on text of more documents"):
         check(make(num_documents=19))
 
 
 def test_the_remedy_names_more_text_only_where_more_text_would_help() -> None:
-    with pytest.raises(CalibrationError, match="larger --calibration-text"):
+    with pytest.raises(CalibrationError, match="or calibrate on more tokens of text"):
         check(make(), alpha=0.05)
     with pytest.raises(CalibrationError, match="larger tables"):
         check(make(table_capacity=2_000), alpha=0.05)
