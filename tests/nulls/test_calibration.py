@@ -281,7 +281,7 @@ def test_another_model_or_an_alpha_out_of_reach_is_refused(
 def test_too_few_tokens_or_documents_are_refused() -> None:
     with pytest.raises(CalibrationError, match="4999 distinct tokens, at least 5000 are needed"):
         check(make(num_tokens=4_999))
-    with pytest.raises(CalibrationError, match=r"19 documents, .* calibrate on text of more documents"):
+    with pytest.raises(CalibrationError, match=r"19 documents, .* text of more documents"):
         check(make(num_documents=19))
 
 
