@@ -230,7 +230,7 @@ def test_load_is_compared_in_units_of_noise_and_by_interval(make_results: MakeRe
         "a": "above", "b": "undecided", "c": "same",
     }  # fmt: skip
     text = " ".join(conclude(facts(results)))
-    assert "less evenly in `a`, as evenly in `c` and without a clear difference in `b`" in text
+    assert "less even in `a`, as even in `c` and not clearly different in `b`" in text
 
 
 def test_a_time_without_an_interval_is_shown_without_one(make_results: MakeResults) -> None:

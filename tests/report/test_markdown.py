@@ -255,6 +255,7 @@ def test_the_smallest_runs_get_a_report(
     report = write(make_results(configs, num_prompts), tmp_path)
     assert not re.search(r"\b(nan|inf|None)\b", report, re.IGNORECASE)
     assert "\n\n\n" not in report
+    assert not re.search(r"[.)] -$|^- *$| [.,;]", report, re.MULTILINE)
     sections = re.findall(r"^## .*\n\n(.*)", report, re.MULTILINE)
     assert all(body and not body.startswith("#") for body in sections)
 

@@ -85,27 +85,26 @@ def render(template: str, **values: Any) -> str:
 def flow(rendered: str) -> str:
     """Join the lines of each paragraph and list item; tables, headings and code stay as they are.
 
+    List items without a text are dropped, as of a sentence that has nothing to say.
+
     Example:
-        >>> flow("- a\\n  b\\n\\n\\n\\n| x |\\n| y |")
+        >>> flow("- a\\n  b\\n- \\n\\n\\n\\n| x |\\n| y |")
         '- a b\\n\\n| x |\\n| y |\\n'
     """
-    blocks = []
+    text = ""
     for block in re.split(r"\n\s*\n", rendered):
-        lines = [line.rstrip() for line in block.split("\n") if line.strip()]
-        joined: list[str] = []
-        for line in lines:
-            starts = line.startswith(("|", "#", "- ", "    ", "!["))
-            if joined and not starts and not joined[-1].startswith(("|", "#")):
+        lines: list[str] = []
+        for line in filter(lambda line: line.strip() not in ("", "-"), block.split("\n")):
+            is_new = line.startswith(("|", "#", "- ", "    ", "!["))
+            if is_new or not lines or lines[-1].startswith(("|", "#")):
+                lines.append(line.rstrip())
+            else:
                 space = "" if line.strip()[0] in ".,;:" else " "
-                joined[-1] = f"{joined[-1]}{space}{line.strip()}"
-            elif line.strip() != "-":
-                joined.append(line)
-        if joined:
-            blocks.append((joined[0].startswith("- "), "\n".join(joined)))
-    parts = []
-    for i, (is_list, block) in enumerate(blocks):
-        parts.append(("\n" if is_list and i and blocks[i - 1][0] else "\n\n") * bool(i) + block)
-    return "".join(parts) + "\n"
+                lines[-1] += space + line.strip()
+        if lines:
+            is_same_list = lines[0].startswith("- ") and text.rpartition("\n")[2].startswith("- ")
+            text += ("\n" if is_same_list else "\n\n") * bool(text) + "\n".join(lines)
+    return text + "\n"
 
 
 @cache
