@@ -36,7 +36,7 @@ def main() -> None:
 def render(found: dict[str, Any]) -> str:
     """Return the table, one row a kind of fault, and a line that says where it was made."""
     lines = [
-        "| fault | times | resume refused at first | lost | done twice | not whole in the end |",
+        "| fault | times | resume rejected at first | lost | done twice | not whole in the end |",
         "|---|---|---|---|---|---|",
     ]
     outcomes = found["outcomes"]
@@ -47,7 +47,7 @@ def render(found: dict[str, Any]) -> str:
     changed = sum(outcome["changed_when_refused"] for outcome in outcomes)
     lines.append("")
     lines.append(
-        f"Folders that a refusal changed: {changed}. Seed {found['seed']}; an uninterrupted run "
+        f"Folders that a rejection changed: {changed}. Seed {found['seed']}; an uninterrupted run "
         f"made {found['write_calls']} write calls. {datetime.now(UTC):%Y-%m-%d}, "
         f"{platform.system()} {platform.machine()}, Python {platform.python_version()}."
     )

@@ -39,7 +39,7 @@ class QualityRow:
     tokens: int = column("Scored tokens.")
     documents: int = column("Documents with a scored token.")
     clusters: int = column("Independent clusters of documents: the chapters of a book are one.")
-    nll: float = column("Negative log-likelihood, nats a token.")
+    nll: float = column("Negative log-likelihood, nats per token.")
     top_k_nll: float = column("The same under the model's own top-k.")
     delta_nll: float = column("nll - top_k_nll: the sum over documents over the sum of tokens.")
     delta_nll_low: float = column("Lower end of its 95 % interval.")
@@ -52,7 +52,7 @@ class QualityRow:
     perplexity_ratio: float = column("exp(delta_nll): 1.01 is one per cent more perplexity.")
     perplexity_ratio_low: float = column("exp(delta_nll_low).")
     perplexity_ratio_high: float = column("exp(delta_nll_high).")
-    kl_mean: float = column("KL(top-k || rule) over the full vocabulary, nats a token.")
+    kl_mean: float = column("KL(top-k || rule) over the full vocabulary, nats per token.")
     kl_mean_low: float = column("Lower end of its 95 % interval.")
     kl_mean_high: float = column("Upper end of its 95 % interval.")
     kl_median: float = column("Median over tokens, from a histogram: right to a factor of 1.33.")
@@ -64,7 +64,7 @@ class QualityRow:
     same_top1_share_high: float = column("Upper end of its 95 % interval.")
     mean_delta_p: float = column("Mean change of the correct token's probability.")
     rms_delta_p: float = column("Root mean square of that change.")
-    margin: float = column("Non-inferiority margin, nats a token.")
+    margin: float = column("Non-inferiority margin, nats per token.")
     delta_nll_upper: float = column("One-sided 95 % upper bound of delta_nll.")
     non_inferior: bool = column(
         "delta_nll_upper <= margin; false where unknown, which isn't a finding of harm."
@@ -89,7 +89,7 @@ class QualityRow:
     )
     by_domain: Mapping[str, QualitySlice] = column("Loss by domain of the text.")
     method: str = column("Where intervals and p come from.")
-    note: str = column("What is missing and why; empty if nothing is.")
+    note: str = column("The missing values and the reason; empty if none is missing.")
 
     @property
     def is_static(self) -> bool:

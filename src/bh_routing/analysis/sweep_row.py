@@ -13,7 +13,7 @@ _AT_SAME_MEAN = "at this row's own mean experts"
 class SweepRow:
     """One row of `sweep.csv`: a rule with its knob set for one budget.
 
-    Losses are in nats a token against the model's own top-k. NaN means unknown, and `note` says
+    Losses are in nats per token against the model's own top-k. NaN means unknown, and `note` says
     why. Units are documents, the chapters of a book drawn together.
     """
 
@@ -26,7 +26,7 @@ class SweepRow:
     delta_nll_low: float = column("Lower end of its 95 % interval, for this row alone.")
     delta_nll_high: float = column("Upper end of that interval.")
     perplexity_ratio: float = column("exp(delta_nll): 1.01 is one per cent more perplexity.")
-    kl_mean: float = column("KL(top-k || rule) over the full vocabulary, nats a token.")
+    kl_mean: float = column("KL(top-k || rule) over the full vocabulary, nats per token.")
     same_top1_share: float = column("Share of tokens where both rank the same token first.")
     config_name: str = column("Name of the point in quality.jsonl.")
     knob_field: str = column("Field of the rule that is the knob.")
@@ -92,7 +92,7 @@ class SweepRow:
     documents: int = column("Documents with a scored token.")
     clusters: int = column("Independent clusters of documents: the chapters of a book are one.")
     method: str = column("Where the interval of delta_nll comes from.")
-    note: str = column("What is missing and why; empty if nothing is.")
+    note: str = column("The missing values and the reason; empty if none is missing.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +108,7 @@ class DomainRow:
     domain: str = column("Domain of the text.")
     mean_experts: float = column("Mean experts kept in the domain.")
     drift: float = column("mean_experts minus that of the whole text.")
-    delta_nll: float = column("Loss in the domain, nats a token.")
+    delta_nll: float = column("Loss in the domain, nats per token.")
     delta_nll_low: float = column("Lower end of its 95 % interval.")
     delta_nll_high: float = column("Upper end of that interval.")
     top_k_at_mean: float = column("Loss of static top-k in the domain at the same mean.")
@@ -129,7 +129,7 @@ class DomainRow:
     tokens: int = column("Scored tokens.")
     documents: int = column("Documents with a scored token.")
     config_name: str = column("As in sweep.csv.")
-    note: str = column("What is missing and why.")
+    note: str = column("The missing values and the reason.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
