@@ -59,7 +59,8 @@ def complaints(text: str) -> list[str]:
                 if flag.startswith("--") and flag not in flags
             ]
     every = set().union(*map(options, COMMANDS.values())) | {"--help", "--version", "--head"}
-    flags = re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)
+    # A style sheet's variables look like flags: var(--c12ab56), and --c12ab56:#fff to set one.
+    flags = re.findall(r"(?<![\w-])(?<!var\()--[a-z][a-z0-9-]*(?![\w-]*:\S)", text)
     return wrong + [f"no {flag}" for flag in flags if flag not in every]
 
 
