@@ -1,28 +1,35 @@
-"""Write the table of docs/results.md from a finished run of the demo model, and keep its chart.
+"""Write the table of docs/results.md from a finished run of the demo model, and keep its pictures.
 
 make demo
 python tools/write_demo_table.py results   # keeps its numbers in benchmarks/demo_run.json
 python tools/write_demo_table.py --check   # fails if the table isn't what those numbers give
+
+The chart and a screenshot of report.html go to docs/images/; `--pictures` renews them alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from bh_routing.records import RUN_JSON, SUMMARY_JSON
+from playwright.sync_api import sync_playwright
+
+from bh_routing.records import PLOTS, REPORT_HTML, RUN_JSON, SUMMARY_JSON
+from bh_routing.report.figures import QUALITY_PLOT
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "benchmarks" / "demo_run.json"
 PAGE = ROOT / "docs" / "results.md"
+IMAGES = ROOT / "docs" / "images"
 BEGIN, END = "<!-- demo-table -->\n", "<!-- /demo-table -->"
 
 
 def keep(results: Path) -> None:
-    """Keep the numbers behind the table, where they were measured, and the chart."""
+    """Keep the numbers behind the table, and where they were measured."""
     summary, run = (json.loads((results / name).read_text()) for name in (SUMMARY_JSON, RUN_JSON))
     rules = [
         {name: value for name, value in row.items() if not isinstance(value, dict | list)}
@@ -31,6 +38,22 @@ def keep(results: Path) -> None:
     kept = {name: run[name] for name in ("provenance", "timing", "calibration")}
     kept |= {"configs": list(run["spec"]["configs"]), "rules": rules, "speed": summary["speed"]}
     KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def keep_pictures(results: Path) -> None:
+    """Copy the chart of quality against experts; photograph the report's token view."""
+    IMAGES.mkdir(exist_ok=True)
+    shutil.copy(results / PLOTS / QUALITY_PLOT, IMAGES / QUALITY_PLOT)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        page = browser.new_page(viewport={"width": 1000, "height": 700})
+        page.goto((results / REPORT_HTML).resolve().as_uri())
+        page.select_option("#token-choice [name=config]", label="bh_loose")
+        page.select_option("#token-choice [name=prompt]", index=1)
+        page.locator("#tokens").screenshot(path=IMAGES / "report.png")
+        browser.close()
 
 
 def render(kept: dict[str, Any]) -> str:
@@ -95,8 +118,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("results", type=Path, nargs="?", help="folder that `make demo` wrote")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--pictures", action="store_true", help="renew the pictures alone")
     args = parser.parse_args()
     if args.results is not None:
+        keep_pictures(args.results)
+        if args.pictures:
+            return 0
         keep(args.results)
     wanted = replace_block(PAGE.read_text(), render(json.loads(KEPT.read_text())))
     if args.check:
