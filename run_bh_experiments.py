@@ -27,7 +27,7 @@ try:
     if __name__ == "__main__":
         print("importing matplotlib, pandas and scipy", file=sys.stderr, flush=True)
     from bh_routing.analysis.comparisons import analyze_results
-    from bh_routing.cli.surroundings import Surroundings
+    from bh_routing.cli.options import Surroundings
     from bh_routing.experiments.defaults import ROUTING_CONFIGS, TEST_PROMPTS
     from bh_routing.report.figures import create_visualizations
     from bh_routing.report.markdown import generate_markdown_report

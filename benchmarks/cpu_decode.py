@@ -14,8 +14,8 @@ import transformers
 
 from bh_routing.engine.generate import generate_greedy
 from bh_routing.models import load_model, route
-from bh_routing.models.cpu_experts import NAME
-from bh_routing.rules.top_k import TopK
+from bh_routing.models.experts import NAME
+from bh_routing.rules.fixed import TopK
 
 TOKENS = 50
 REPEATS = 7

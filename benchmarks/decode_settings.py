@@ -17,10 +17,9 @@ from unittest.mock import patch
 
 import torch
 
-import bh_routing.kernels.decode_few as few
-import bh_routing.kernels.experts_few as experts
-from bh_routing.engine.decode import bind_routers, decode_greedily, engine_of
-from bh_routing.engine.decode_session import Session
+import bh_routing.kernels.decode_triton as few
+import bh_routing.kernels.experts_triton as experts
+from bh_routing.engine.decode import Session, bind_routers, decode_greedily, engine_of
 from bh_routing.experiments.bench import random_tokens, rule_at_mean
 from bh_routing.models.shapes import make_olmoe_shape
 from bh_routing.rules import Rule, TopK

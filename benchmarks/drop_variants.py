@@ -28,13 +28,12 @@ from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.score import score
 from bh_routing.engine.texts import Document, packaged_documents
 from bh_routing.engine.windows import TokenizedDocument
-from bh_routing.experiments.knob_search import KnobSearch
-from bh_routing.experiments.settings import Goal
+from bh_routing.experiments.search import Goal, KnobSearch
 from bh_routing.experiments.variants import parse_variants
 from bh_routing.models import load_model
 from bh_routing.nulls import Calibration
-from bh_routing.nulls.limits import MIN_DOCUMENTS
-from bh_routing.records import QualityRecord
+from bh_routing.nulls.cut_offs import MIN_DOCUMENTS
+from bh_routing.results.records import QualityRecord
 from bh_routing.rules import Rule, TopK
 
 BUDGETS = (5.0, 4.0)

@@ -21,14 +21,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, cast
 
-from bh_routing.experiments.executors import Cell, Executor
+from bh_routing.experiments.executors import Cell, Executor, make_grid, run_grid
 from bh_routing.experiments.experiment import Experiment
-from bh_routing.experiments.grid import make_grid, run_grid
 from bh_routing.experiments.identity import RunIdentity
-from bh_routing.experiments.spec import NamedRule, Prompt
+from bh_routing.experiments.specs import NamedRule, Prompt
 from bh_routing.experiments.store import ResultStore
-from bh_routing.records import ExperimentDetail, ExperimentRecord
-from bh_routing.rules.top_k import TopK
+from bh_routing.results.records import ExperimentDetail, ExperimentRecord
+from bh_routing.rules.fixed import TopK
 
 LAYERS, EXPERTS = 16, 64
 NUM_PROMPTS: Final = 100

@@ -30,16 +30,22 @@ from benchmarks.drop_variants import (
     split,
 )
 from bh_routing.engine.calibrate import calibrate
-from bh_routing.engine.contributions import LayerSlots, SlotObserver, join_windows, summarize
-from bh_routing.engine.proposals import capture_proposals, mean_experts
+from bh_routing.engine.observe import (
+    LayerSlots,
+    SlotObserver,
+    capture_proposals,
+    join_windows,
+    mean_experts,
+    summarize,
+)
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.engine.windows import TokenizedDocument, tokenize_documents
 from bh_routing.models import find_routers, load_model
 from bh_routing.nulls.base import ReferenceTable
 from bh_routing.nulls.contributions import Contributions, Statistic
-from bh_routing.nulls.limits import MIN_DOCUMENTS
+from bh_routing.nulls.cut_offs import MIN_DOCUMENTS
 from bh_routing.rules import BenjaminiHochbergDrop, LayerContext, Rule, Selector, TopK
-from bh_routing.rules.mixing import MixingRule
+from bh_routing.rules.base import MixingRule
 
 Cut = Literal["pooled", "own"]
 """Whether a slot mattered is judged by all layers' median, or by its own layer's."""

@@ -29,8 +29,8 @@ from bh_routing.engine.score import score
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.errors import CalibrationError
 from bh_routing.experiments.quality import prepare_text
-from bh_routing.models.discovery import describe_model
 from bh_routing.models.load import load_model
+from bh_routing.models.routers import describe_model
 from bh_routing.models.routing import bind_rule
 from bh_routing.nulls import NULLS
 from bh_routing.nulls.calibration import Calibration

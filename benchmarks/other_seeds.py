@@ -36,7 +36,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.wrong_drops import HERE, publish
 from bh_routing.analysis.sweep import analyze_sweep
 from bh_routing.demo import demo_folder
-from bh_routing.results.strict_json import to_strict
+from bh_routing.results.files import to_strict
 from tools.train_demo import END_OF_TEXT, encode
 
 BUDGETS = "5,4"

@@ -25,8 +25,7 @@ import torch
 import triton
 from torch import Tensor
 
-from bh_routing.kernels.router import fused_router
-from bh_routing.kernels.router_twin import SoftmaxFamily, twin_router
+from bh_routing.kernels.router import SoftmaxFamily, fused_router, twin_router
 from bh_routing.nulls import ReferenceTable, get_null
 from bh_routing.rules import BenjaminiHochberg, LayerContext
 

@@ -38,24 +38,23 @@ from benchmarks.wrong_drops import (
     publish,
     save,
 )
-from bh_routing.analysis.clustered import estimate_ratio
 from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.score import score
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.engine.windows import TokenizedDocument, tokenize_documents
-from bh_routing.experiments.knob_search import KnobSearch
-from bh_routing.experiments.settings import Goal, Setting
+from bh_routing.experiments.search import Goal, KnobSearch, Setting
 from bh_routing.experiments.variants import parse_variants
 from bh_routing.models import load_model
 from bh_routing.models.load import DeviceName, LoadedModel
 from bh_routing.nulls import Calibration
-from bh_routing.nulls.limits import MIN_DOCUMENTS
-from bh_routing.records import QualityRecord
+from bh_routing.nulls.cut_offs import MIN_DOCUMENTS
+from bh_routing.results.records import QualityRecord
 from bh_routing.rules import (
     BenjaminiHochbergDrop,
     Rule,
     TopK,
 )
+from bh_routing.stats.clustered import estimate_ratio
 
 BUDGET = 5.0
 SEARCH_TOKENS = 6_000

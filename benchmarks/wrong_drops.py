@@ -34,9 +34,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import bh_routing
-from bh_routing.analysis.clustered import estimate_ratio
 from bh_routing.engine.calibrate import calibrate
-from bh_routing.engine.contributions import LayerSlots, SlotObserver
+from bh_routing.engine.observe import LayerSlots, SlotObserver
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.engine.windows import TokenizedDocument, tokenize_documents
 from bh_routing.errors import CalibrationError
@@ -45,6 +44,7 @@ from bh_routing.models.load import DeviceName
 from bh_routing.models.routing import BoundRule, bind_rule
 from bh_routing.nulls import Calibration
 from bh_routing.rules import BenjaminiHochberg, BenjaminiHochbergDrop, Candidates, Rule
+from bh_routing.stats.clustered import estimate_ratio
 
 # The usual levels, then past those that leave 5 and 4 of 8 experts (about 0.16 and 0.28). The share
 # of slots that matter is a half by definition: from there on a bound says nothing.

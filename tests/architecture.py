@@ -14,10 +14,10 @@ from pathlib import Path
 PACKAGE = "bh_routing"
 
 FLOORS: Mapping[str, int] = {
-    "records": 1,
     "errors": 1,
     "demo": 1,
     "results": 2,
+    "stats": 2,
     "multitest": 2,
     "nulls": 3,
     "rules": 4,
@@ -32,9 +32,9 @@ FLOORS: Mapping[str, int] = {
 """The running tower: a module may import its own package and what lies on lower floors."""
 
 READING: Mapping[str, int] = {
-    "records": 1,
     "errors": 1,
     "results": 2,
+    "stats": 2,
     "analysis": 7,
     "report": 8,
     "cli": 9,

@@ -166,7 +166,9 @@ def test_importing_the_package_takes_less_than_a_tenth_of_a_second(tmp_path: Pat
     assert min(float(run_python(code, tmp_path)) for _ in range(5)) < 0.1
 
 
-@pytest.mark.parametrize("home", ["", ".records", ".errors", ".analysis", ".report", ".cli"])
+@pytest.mark.parametrize(
+    "home", ["", ".results.records", ".errors", ".stats", ".analysis", ".report", ".cli"]
+)
 def test_what_only_reads_never_loads_torch(home: str, tmp_path: Path) -> None:
     code = (
         f"import sys, bh_routing{home};"

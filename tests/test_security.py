@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bh_routing.cli.main import main
-from bh_routing.records import JOURNAL, PLOTS, REPORT_MD, ExperimentDetail, ExperimentRecord
+from bh_routing.results.records import JOURNAL, PLOTS, REPORT_MD, ExperimentDetail, ExperimentRecord
 from tests.experiments.conftest import make_record
 from tests.experiments.test_store import IDENTITY, open_store
 

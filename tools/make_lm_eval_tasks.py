@@ -24,12 +24,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from bh_routing.engine.texts import Document, packaged_documents, read_documents
-from bh_routing.integrations.packaged_tasks import (
-    CHOICE_FILE,
-    CLOZE_FILE,
-    ROLLING_FILE,
-    task_folder,
-)
+from bh_routing.integrations.lm_eval import CHOICE_FILE, CLOZE_FILE, ROLLING_FILE, task_folder
 
 SEED = 0
 ITEMS = 200

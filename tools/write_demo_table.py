@@ -18,8 +18,8 @@ from typing import Any
 
 from playwright.sync_api import sync_playwright
 
-from bh_routing.records import PLOTS, REPORT_HTML, RUN_JSON, SUMMARY_JSON
 from bh_routing.report.figures import QUALITY_PLOT
+from bh_routing.results.records import PLOTS, REPORT_HTML, RUN_JSON, SUMMARY_JSON
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "benchmarks" / "demo_run.json"

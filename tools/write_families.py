@@ -19,13 +19,7 @@ import transformers
 
 from bh_routing.errors import ModelError
 from bh_routing.models import find_routers
-from bh_routing.models.family_rows import (
-    FILE,
-    FamilyRow,
-    describe_facts,
-    describe_limits,
-    family_rows,
-)
+from bh_routing.models.families import FILE, FamilyRow, describe_facts, describe_limits, family_rows
 from tests.families import checks
 from tests.families.misses import miss_of
 from tests.families.zoo import family_names, tiny_model

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bh_routing.records import KL_BIN_EDGES, QualityRecord
+from bh_routing.results.records import KL_BIN_EDGES, QualityRecord
 
 LAYERS, EXPERTS = 2, 8
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bh_routing.analysis.sweep_records import ScoredText
-from bh_routing.records import QUALITY_JOURNAL, RUN_JSON, SCHEMA_VERSION, QualityRecord
+from bh_routing.results.records import QUALITY_JOURNAL, RUN_JSON, SCHEMA_VERSION, QualityRecord
 from tests.analysis.scored import LAYERS, scored_documents
 
 STATIC_LOSSES = {3: 0.56, 4: 0.24, 5: 0.11, 6: 0.05}

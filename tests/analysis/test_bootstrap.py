@@ -11,13 +11,9 @@ import pytest
 import statsmodels.api as sm
 from scipy import stats
 
-from bh_routing.analysis import bootstrap
-from bh_routing.analysis.bootstrap import (
-    cluster_bootstrap,
-    cluster_standard_error,
-    sum_clusters,
-)
 from bh_routing.errors import InputError
+from bh_routing.stats import bootstrap
+from bh_routing.stats.bootstrap import cluster_bootstrap, cluster_standard_error, sum_clusters
 
 
 def _documents(

@@ -15,7 +15,7 @@ from bh_routing.analysis.calibration_file import CalibrationSamples, read_calibr
 from bh_routing.errors import CalibrationError
 from bh_routing.nulls import NULLS, Calibration, ReferenceTable, RouterPass
 from bh_routing.nulls.contributions import NEEDED
-from bh_routing.rules.benjamini_hochberg_drop import lower_tail
+from bh_routing.rules.drop import lower_tail
 from tests.nulls.test_calibration import make
 from tests.rules.proposals import made_up_contributions, random_logits
 

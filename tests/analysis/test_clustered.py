@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bh_routing.analysis.clustered import (
+from bh_routing.errors import InputError
+from bh_routing.stats.clustered import (
     CLUSTER_T,
     NO_METHOD,
     NON_INFERIORITY_MARGIN,
@@ -17,7 +18,6 @@ from bh_routing.analysis.clustered import (
     minimum_detectable_effect,
     non_inferiority,
 )
-from bh_routing.errors import InputError
 
 
 def test_few_clusters_of_equal_weight_give_scipys_one_sample_t() -> None:

@@ -13,7 +13,7 @@ from statsmodels.stats.multitest import multipletests
 
 from bh_routing.analysis.comparisons import METRICS, analyze_results
 from bh_routing.errors import InputError
-from bh_routing.results.strict_json import render_json
+from bh_routing.results.files import render_json
 
 CONFIGS = {"topk_8": 8.0, "bh_strict": 4.0, "bh_moderate": 5.0, "bh_loose": 6.0}
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from bh_routing.analysis.bootstrap import Method
-from bh_routing.analysis.clustered import estimate_ratio, non_inferiority
+from bh_routing.stats.bootstrap import Method
+from bh_routing.stats.clustered import estimate_ratio, non_inferiority
 
 TRUTH = 0.05
 

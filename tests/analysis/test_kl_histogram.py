@@ -9,7 +9,7 @@ import pytest
 
 from bh_routing.analysis.kl_histogram import RESOLUTION, histogram_quantile
 from bh_routing.errors import InputError
-from bh_routing.records import KL_BIN_EDGES
+from bh_routing.results.records import KL_BIN_EDGES
 
 
 def _histogram(values: np.ndarray) -> np.ndarray:

@@ -9,20 +9,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bh_routing.analysis import uniform_router
-from bh_routing.analysis.load_balance import (
+from bh_routing.errors import InputError
+from bh_routing.stats import uniform_router
+from bh_routing.stats.load_balance import (
     MEASURES,
     jaccard,
     mean_distinct_experts,
     measure_load,
     measures_of,
 )
-from bh_routing.analysis.uniform_router import (
-    simulate_uniform_router,
-    uniform_cv,
-    uniform_dead_share,
-)
-from bh_routing.errors import InputError
+from bh_routing.stats.uniform_router import simulate_uniform_router, uniform_cv, uniform_dead_share
 
 EXPERTS = 16
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bh_routing.analysis.paired import mean_interval, paired_difference, signed_rank
 from bh_routing.errors import InputError
+from bh_routing.stats.paired import mean_interval, paired_difference, signed_rank
 
 
 def _pairs(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

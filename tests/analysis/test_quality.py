@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 from statsmodels.stats.multitest import multipletests
 
-from bh_routing.analysis.bootstrap import cluster_bootstrap
 from bh_routing.analysis.quality import QualityOptions, analyze_quality, quality_table
-from bh_routing.analysis.quality_records import read_quality
-from bh_routing.analysis.quality_row import quality_definitions
+from bh_routing.analysis.quality_row import quality_definitions, read_quality
 from bh_routing.analysis.results import load_results
 from bh_routing.errors import InputError, ResultsError
 from bh_routing.experiments.stored_run import render_header
-from bh_routing.records import QUALITY_JOURNAL, RESULTS_CSV, QualityRecord
-from bh_routing.results.strict_json import render_json
+from bh_routing.results.files import render_json
+from bh_routing.results.records import QUALITY_JOURNAL, RESULTS_CSV, QualityRecord
+from bh_routing.stats.bootstrap import cluster_bootstrap
 from tests.analysis.scored import scored_documents
 
 REQUIRED = (

@@ -13,16 +13,17 @@ import pytest
 from bh_routing.analysis.quality import QualityOptions, quality_table
 from bh_routing.analysis.sweep import ALL_RULES, SweepTables, analyze_sweep
 from bh_routing.analysis.sweep_equal_cost import EqualCost
-from bh_routing.analysis.sweep_records import align, read_sweep
-from bh_routing.analysis.sweep_row import (
+from bh_routing.analysis.sweep_records import (
     DomainRow,
     SweepRow,
     Winner,
+    align,
+    read_sweep,
     sweep_definitions,
     winner_columns,
 )
 from bh_routing.errors import ResultsError
-from bh_routing.records import QUALITY_JOURNAL, RUN_JSON
+from bh_routing.results.records import QUALITY_JOURNAL, RUN_JSON
 from tests.analysis.scored import scored_documents
 from tests.analysis.swept import (
     STATIC_LOSSES,

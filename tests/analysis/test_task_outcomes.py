@@ -8,7 +8,7 @@ from scipy import stats
 
 from bh_routing.analysis.task_outcomes import TaskComparison, compare_tasks
 from bh_routing.errors import InputError
-from bh_routing.records import TaskOutcome
+from bh_routing.results.records import TaskOutcome
 
 
 def outcome(

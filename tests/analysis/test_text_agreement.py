@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from bh_routing.analysis.text_agreement import text_agreement
-from bh_routing.records import ExperimentDetail
+from bh_routing.analysis.speed import text_agreement
+from bh_routing.results.records import ExperimentDetail
 
 
 def _details(**texts: dict[str, list[int]]) -> dict[tuple[str, str], ExperimentDetail]:

@@ -11,8 +11,8 @@ import pytest
 
 from bh_routing.analysis.trackers import find_tracker, track_run
 from bh_routing.errors import InputError
-from bh_routing.records import RUN_JSON
 from bh_routing.report.figures import create_visualizations
+from bh_routing.results.records import RUN_JSON
 from tests.report.conftest import FillFolder, MakeResults, fill_folder, make_results
 
 __all__ = ["fill_folder", "make_results"]  # fixtures

@@ -16,12 +16,12 @@ import torch
 from filelock import FileLock
 
 from bh_routing.cli.main import main
-from bh_routing.cli.surroundings import Surroundings
-from bh_routing.experiments.failures import find_nan
+from bh_routing.cli.options import Surroundings
+from bh_routing.experiments.experiment import find_nan
 from bh_routing.experiments.folder_lock import LOCK
-from bh_routing.models.discovery import find_routers
 from bh_routing.models.load import LoadedModel
-from bh_routing.records import (
+from bh_routing.models.routers import find_routers
+from bh_routing.results.records import (
     CHECKPOINT,
     JOURNAL,
     LOG,
@@ -31,7 +31,7 @@ from bh_routing.records import (
     RUN_JSON,
     TOKEN_TRACES,
 )
-from bh_routing.rules.top_k import TopK
+from bh_routing.rules.fixed import TopK
 from tests.cli.test_run import QUIET
 from tests.experiments.chaos_driver import mount, read_files
 from tests.nulls.test_calibration import make as make_calibration

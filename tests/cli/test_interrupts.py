@@ -13,7 +13,7 @@ import pytest
 from bh_routing.cli.main import main
 from bh_routing.experiments.quality import QualityLedger
 from bh_routing.models.load import LoadedModel
-from bh_routing.records import QUALITY_JOURNAL, QualityRecord
+from bh_routing.results.records import QUALITY_JOURNAL, QualityRecord
 from tests.cli.test_run import QUIET
 
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]

@@ -10,12 +10,12 @@ import pytest
 
 from bh_routing.cli import main
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.records import TASK_OUTCOMES, TASK_SUMMARY
+from bh_routing.results.records import TASK_OUTCOMES, TASK_SUMMARY
 
 COMMAND = ["lm-eval", "--model", "demo", "--device", "cpu"]
 OWN_TASK = """
 task: rivers
-custom_dataset: !function bh_routing.integrations.packaged_tasks.read_items
+custom_dataset: !function bh_routing.integrations.lm_eval.read_items
 dataset_kwargs:
   file: cloze.jsonl
 test_split: test

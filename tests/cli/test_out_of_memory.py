@@ -13,7 +13,7 @@ import torch
 
 from bh_routing.cli.main import main
 from bh_routing.engine.generate import generate_routed
-from bh_routing.records import JOURNAL
+from bh_routing.results.records import JOURNAL
 from tests.cli.test_run import QUIET
 
 RUN = ["run", "--model", "demo", "--device", "cpu", "--configs", "topk_8", "--max-tokens", "2"]

@@ -15,8 +15,15 @@ from typing import Any
 import pytest
 
 from bh_routing.cli.main import main, process_arguments
-from bh_routing.cli.surroundings import Surroundings
-from bh_routing.records import JOURNAL, LOG, REPORT_HTML, REPORT_MD, RESULTS_CSV, SUMMARY_JSON
+from bh_routing.cli.options import Surroundings
+from bh_routing.results.records import (
+    JOURNAL,
+    LOG,
+    REPORT_HTML,
+    REPORT_MD,
+    RESULTS_CSV,
+    SUMMARY_JSON,
+)
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "run_bh_experiments.py"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bh_routing.engine.calibrate import calibrate
-from bh_routing.engine.contributions import SlotObserver
+from bh_routing.engine.observe import SlotObserver
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.errors import CalibrationError
 from bh_routing.models import find_routers, route

@@ -20,8 +20,7 @@ from bh_routing.models import LoadedModel, route
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules.base import Rule
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
-from bh_routing.rules.random_k import RandomK
-from bh_routing.rules.top_k import TopK
+from bh_routing.rules.fixed import RandomK, TopK
 
 PROMPT = "The old man walked down to the river and"
 BH = BenjaminiHochberg(alpha=0.5, min_k=2, max_k=10, null="gaussian")

@@ -16,7 +16,7 @@ from bh_routing.models import LoadedModel, load_model, route
 from bh_routing.models.routing import bind_rule, install
 from bh_routing.rules.base import Rule
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
-from bh_routing.rules.top_k import TopK
+from bh_routing.rules.fixed import TopK
 
 pytestmark = [
     pytest.mark.gpu,

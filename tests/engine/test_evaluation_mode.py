@@ -10,12 +10,12 @@ import torch
 
 from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.generate import generate_greedy, generate_routed
-from bh_routing.engine.proposals import capture_proposals
+from bh_routing.engine.observe import capture_proposals
 from bh_routing.engine.score import score
 from bh_routing.engine.windows import TokenizedDocument
 from bh_routing.errors import ModelError
 from bh_routing.models import LoadedModel, load_model, route
-from bh_routing.rules.top_k import TopK
+from bh_routing.rules.fixed import TopK
 
 TEXTS = ["The old man walked down to the river and sat there for a long time. " * 8]
 

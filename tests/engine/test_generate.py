@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from bh_routing.engine.decode import decode_greedily
 from bh_routing.engine.generate import generate_greedy, generate_routed
 from bh_routing.models import LoadedModel
-from bh_routing.rules.top_k import TopK
+from bh_routing.rules.fixed import TopK
 
 PROMPT = "The old man walked down to the"
 SETTINGS: list[dict[str, Any]] = [

@@ -11,12 +11,16 @@ import pytest
 
 from bh_routing.cli.main import main
 from bh_routing.demo import demo_folder
-from bh_routing.engine.generate import generate_greedy, generate_routed
-from bh_routing.engine.prompts import choose_chat_template, encode_prompt
+from bh_routing.engine.generate import (
+    choose_chat_template,
+    encode_prompt,
+    generate_greedy,
+    generate_routed,
+)
 from bh_routing.errors import InputError
 from bh_routing.models import LoadedModel
-from bh_routing.records import JOURNAL, REPORT_MD, RUN_JSON
-from bh_routing.rules.top_k import TopK
+from bh_routing.results.records import JOURNAL, REPORT_MD, RUN_JSON
+from bh_routing.rules.fixed import TopK
 from tests.cli.test_run import QUIET
 
 TEMPLATE = (

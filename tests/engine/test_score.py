@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from bh_routing.engine.score import compare_predictions, predict, score
-from bh_routing.engine.tally import DocumentTally
+from bh_routing.engine.score import DocumentTally, compare_predictions, predict, score
 from bh_routing.engine.texts import Document
 from bh_routing.engine.windows import TokenizedDocument, prefix_token, tokenize_documents
 from bh_routing.models import LoadedModel, find_routers
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.records import QualityRecord
+from bh_routing.results.records import QualityRecord
 from bh_routing.rules.base import Rule
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
-from bh_routing.rules.top_k import TopK
+from bh_routing.rules.fixed import TopK
 
 TEXTS = (
     "The mitochondrion is the part of the cell that makes energy. " * 12,

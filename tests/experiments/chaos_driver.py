@@ -27,13 +27,13 @@ import torch
 import typer
 
 from bh_routing.analysis.results import load_results
-from bh_routing.cli.interrupts import interruptible
+from bh_routing.cli.console import interruptible
 from bh_routing.errors import BHRoutingError
 from bh_routing.experiments import preparation
 from bh_routing.experiments.run import run
-from bh_routing.experiments.spec import RunSpec
+from bh_routing.experiments.specs import RunSpec
 from bh_routing.models.load import LoadedModel, load_model
-from bh_routing.records import JOURNAL, QUALITY_JOURNAL
+from bh_routing.results.records import JOURNAL, QUALITY_JOURNAL
 from tests.experiments.kill_driver import make_run, read_keys, read_rows
 
 JOURNALS: Final = (JOURNAL, QUALITY_JOURNAL)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from bh_routing.experiments.spec import RunSpec, make_spec
+from bh_routing.experiments.specs import RunSpec, make_spec
 from bh_routing.models.load import LoadedModel
-from bh_routing.records import ExperimentDetail, ExperimentRecord
+from bh_routing.results.records import ExperimentDetail, ExperimentRecord
 
 # The null "gaussian" needs no calibration, which would take longer than these runs.
 TINY_CONFIGS: dict[str, dict[str, Any]] = {

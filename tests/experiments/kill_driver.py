@@ -22,9 +22,9 @@ import torch
 
 from bh_routing.experiments import preparation
 from bh_routing.experiments.run import run
-from bh_routing.experiments.spec import RunSpec, make_spec
+from bh_routing.experiments.specs import RunSpec, make_spec
 from bh_routing.models.load import LoadedModel, load_model
-from bh_routing.records import JOURNAL, QUALITY_JOURNAL, RESULTS_CSV, TIME_COLUMNS
+from bh_routing.results.records import JOURNAL, QUALITY_JOURNAL, RESULTS_CSV, TIME_COLUMNS
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "topk_8": {"method": "topk", "k": 8},

@@ -15,9 +15,8 @@ import torch
 
 from bh_routing.cli import main
 from bh_routing.errors import InputError
-from bh_routing.experiments.executors import SerialExecutor
+from bh_routing.experiments.executors import SerialExecutor, make_grid
 from bh_routing.experiments.experiment import Subject
-from bh_routing.experiments.grid import make_grid
 from bh_routing.experiments.ray_executor import (
     MOST_PROMPTS,
     RayExecutor,
@@ -26,7 +25,7 @@ from bh_routing.experiments.ray_executor import (
     gpu_share,
 )
 from bh_routing.experiments.ray_pool import Job, JobQueue
-from bh_routing.experiments.spec import RunSpec, make_rules, make_spec
+from bh_routing.experiments.specs import RunSpec, make_rules, make_spec
 from bh_routing.models import LoadedModel, load_model, route
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 

@@ -18,14 +18,13 @@ from typing import Any
 
 import pytest
 
-from bh_routing.experiments.executors import SerialExecutor
+from bh_routing.experiments.executors import SerialExecutor, make_grid
 from bh_routing.experiments.experiment import Experiment, Subject
-from bh_routing.experiments.grid import make_grid
 from bh_routing.experiments.ray_executor import RayExecutor, RaySettings
 from bh_routing.experiments.ray_pool import MAX_DEATHS, Job, WorkerPool, connected
-from bh_routing.experiments.spec import make_rules, make_spec
+from bh_routing.experiments.specs import make_rules, make_spec
 from bh_routing.models import LoadedModel
-from bh_routing.records import JOURNAL, QUALITY_JOURNAL, TIME_COLUMNS
+from bh_routing.results.records import JOURNAL, QUALITY_JOURNAL, TIME_COLUMNS
 
 ROOT = Path(__file__).parents[2]
 

@@ -20,7 +20,7 @@ from bh_routing.cli.main import main
 from bh_routing.errors import InputError
 from bh_routing.experiments.defaults import ROUTING_CONFIGS, standard_configs
 from bh_routing.experiments.fitting import Fitted, fit_to_model, select_configs
-from bh_routing.experiments.spec import find_baseline, make_rules, make_spec
+from bh_routing.experiments.specs import find_baseline, make_rules, make_spec
 from bh_routing.models.outlook import Outlook, outlook_from_config
 
 BH = ["bh_strict", "bh_moderate", "bh_loose", "bh_adaptive"]

@@ -19,22 +19,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bh_routing.analysis.calibration_file import read_calibration_samples
-from bh_routing.analysis.quality_records import read_quality
+from bh_routing.analysis.quality_row import read_quality
 from bh_routing.analysis.results import load_results
 from bh_routing.engine.texts import read_documents
 from bh_routing.errors import BHRoutingError
 from bh_routing.experiments import quality
-from bh_routing.experiments.config_file import add_config_file
+from bh_routing.experiments.config_file import add_config_file, parse_rule
 from bh_routing.experiments.preparation import check_prompts
 from bh_routing.experiments.quality import QualityLedger, QualityText
-from bh_routing.experiments.rule_text import parse_rule
-from bh_routing.experiments.spec import make_rules, make_spec, select_prompts
+from bh_routing.experiments.specs import make_rules, make_spec, select_prompts
 from bh_routing.experiments.store import ResultStore
 from bh_routing.experiments.token_traces import pack
-from bh_routing.models.discovery import describe_model
 from bh_routing.models.load import LoadedModel
+from bh_routing.models.routers import describe_model
 from bh_routing.nulls import Calibration, ReferenceTable
-from bh_routing.records import (
+from bh_routing.report.page.traces import read_traces
+from bh_routing.results.records import (
     CHECKPOINT,
     JOURNAL,
     QUALITY_JOURNAL,
@@ -44,7 +44,6 @@ from bh_routing.records import (
     TokenTrace,
     line_checksum,
 )
-from bh_routing.report.page.traces import read_traces
 from tests.analysis.scored import scored_documents
 from tests.experiments.chaos_driver import read_files
 from tests.experiments.test_store import IDENTITY, PLAN, fill

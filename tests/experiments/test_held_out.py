@@ -21,7 +21,7 @@ from bh_routing.errors import InputError
 from bh_routing.experiments.calibrating import check_held_out, check_overlap
 from bh_routing.experiments.evaluate import EvaluateOptions, evaluate
 from bh_routing.experiments.run import run
-from bh_routing.experiments.spec import RunSpec, make_rules, make_spec
+from bh_routing.experiments.specs import RunSpec, make_rules, make_spec
 from bh_routing.experiments.sweep import SweepOptions, sweep
 from bh_routing.experiments.variants import parse_variants
 from bh_routing.nulls.calibration import Calibration

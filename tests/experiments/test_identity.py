@@ -13,7 +13,8 @@ from bh_routing.analysis.results import Results, load_results
 from bh_routing.errors import ResultsError
 from bh_routing.experiments.run import run
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.records import (
+from bh_routing.report.page.traces import read_traces
+from bh_routing.results.records import (
     CALIBRATION,
     CHECKPOINT,
     JOURNAL,
@@ -25,7 +26,6 @@ from bh_routing.records import (
     journal_seed,
     line_checksum,
 )
-from bh_routing.report.page.traces import read_traces
 from tests.experiments.conftest import (
     TINY_CONFIGS,
     TINY_PROMPTS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bh_routing.experiments.layer_losses import MAX_PASSES, LayerLosses, counts_to_measure
+from bh_routing.experiments.variants import MAX_PASSES, LayerLosses, counts_to_measure
 
 
 def losses(scales: list[float], counts: tuple[int, ...]) -> LayerLosses:

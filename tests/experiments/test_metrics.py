@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bh_routing.experiments.metrics import load_balance, uniform_router_cv, utilization_cv
+from bh_routing.stats.load_balance import load_balance, uniform_router_cv, utilization_cv
 
 
 def test_the_noise_value_is_what_a_uniform_router_shows_on_average() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bh_routing.analysis.quality import analyze_quality
-from bh_routing.analysis.quality_records import read_quality
+from bh_routing.analysis.quality_row import read_quality
 from bh_routing.engine.texts import Document
 from bh_routing.errors import ExperimentError, InputError, ResultsError
 from bh_routing.experiments.identity import RunIdentity
@@ -21,15 +21,15 @@ from bh_routing.experiments.quality import (
     QualityText,
     prepare_text,
     score_missing,
+    static_references,
 )
-from bh_routing.experiments.quality_phase import static_references
 from bh_routing.models import LoadedModel, describe_model, find_routers
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.records import QUALITY_JOURNAL, QualityRecord
+from bh_routing.results.records import QUALITY_JOURNAL, QualityRecord
 from bh_routing.rules.base import Rule
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
-from bh_routing.rules.top_k import TopK
-from bh_routing.rules.top_p import TopP
+from bh_routing.rules.fixed import TopK
+from bh_routing.rules.mass import TopP
 
 DOCUMENTS = [
     Document(f"d{i}", f"Chapter {i}. The sea was calm and the sky was grey. " * 3, f"c{i}", "x")

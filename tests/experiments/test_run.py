@@ -15,10 +15,10 @@ from bh_routing.errors import CalibrationError, InputError, ResultsError
 from bh_routing.experiments.executors import Cell, attempt
 from bh_routing.experiments.experiment import Experiment, Subject, run_experiment
 from bh_routing.experiments.run import Hooks, run
-from bh_routing.experiments.spec import NamedRule, Prompt, make_rules
+from bh_routing.experiments.specs import NamedRule, Prompt, make_rules
 from bh_routing.models.load import LoadedModel
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.records import (
+from bh_routing.results.records import (
     CALIBRATION,
     CSV_COLUMNS,
     JOURNAL,

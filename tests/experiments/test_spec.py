@@ -10,12 +10,12 @@ from bh_routing.experiments.config_file import (
     SIZE_LIMIT_BYTES,
     add_config_file,
     load_yaml,
+    parse_rule,
     read_config_file,
 )
 from bh_routing.experiments.defaults import ROUTING_CONFIGS, TEST_PROMPTS
-from bh_routing.experiments.rule_text import parse_rule
-from bh_routing.experiments.spec import make_rules, make_spec, select_prompts
-from bh_routing.results.strict_json import render_json
+from bh_routing.experiments.specs import make_rules, make_spec, select_prompts
+from bh_routing.results.files import render_json
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 
 CUSTOM = {

@@ -12,7 +12,7 @@ from bh_routing.errors import ResultsError
 from bh_routing.experiments import store as store_module
 from bh_routing.experiments.identity import RunIdentity
 from bh_routing.experiments.store import ResultStore
-from bh_routing.records import (
+from bh_routing.results.records import (
     CHECKPOINT,
     JOURNAL,
     REPORT_MD,

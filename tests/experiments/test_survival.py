@@ -15,8 +15,8 @@ from benchmarks.large_grid import measure
 from bh_routing.errors import ResultsError
 from bh_routing.experiments import store as store_module
 from bh_routing.experiments.run_log import RunLog
-from bh_routing.records import CHECKPOINT, JOURNAL, RESULTS_CSV
-from bh_routing.results.atomic import write_atomically
+from bh_routing.results.files import write_atomically
+from bh_routing.results.records import CHECKPOINT, JOURNAL, RESULTS_CSV
 from tests.experiments.conftest import make_detail, make_record, read_folder
 from tests.experiments.test_store import IDENTITY, PLAN, csv_prompts, fill, open_store
 

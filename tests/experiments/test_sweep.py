@@ -14,16 +14,15 @@ from bh_routing.cli import main
 from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.errors import InputError, ResultsError
-from bh_routing.experiments.knob_search import KnobSearch, check_budgets
 from bh_routing.experiments.run import run
-from bh_routing.experiments.settings import Goal
-from bh_routing.experiments.spec import RunSpec, make_spec
+from bh_routing.experiments.search import Goal, KnobSearch, check_budgets
+from bh_routing.experiments.specs import RunSpec, make_spec
 from bh_routing.experiments.sweep import SweepOptions, default_budgets, sweep
 from bh_routing.experiments.variants import parse_variants
 from bh_routing.models import LoadedModel, find_routers
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.records import QUALITY_JOURNAL, RUN_JSON
-from bh_routing.rules.per_layer_top_k import PerLayerTopK
+from bh_routing.results.records import QUALITY_JOURNAL, RUN_JSON
+from bh_routing.rules.fixed import PerLayerTopK
 from tests.experiments.conftest import MakeTinySpec
 
 POINTS = ["min_p@5", "min_p@3", "top_p@5", "top_p@3"]

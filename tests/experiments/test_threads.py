@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bh_routing.experiments import threads as threads_module
+from bh_routing.experiments import executors as threads_module
+from bh_routing.experiments.executors import choose_threads, torch_threads
 from bh_routing.experiments.run import run
-from bh_routing.experiments.threads import choose_threads, torch_threads
 from bh_routing.models import LoadedModel
 from tests.experiments.conftest import MakeTinySpec
 

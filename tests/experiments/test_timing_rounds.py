@@ -9,9 +9,9 @@ import pytest
 
 from bh_routing.analysis.results import load_results
 from bh_routing.cli.conclusion_hooks import make_hooks
-from bh_routing.cli.surroundings import Surroundings
+from bh_routing.cli.options import Surroundings
 from bh_routing.experiments.run import run
-from bh_routing.records import REPORT_MD, RUN_JSON, SUMMARY_JSON, TIMINGS
+from bh_routing.results.records import REPORT_MD, RUN_JSON, SUMMARY_JSON, TIMINGS
 from tests.experiments.conftest import TINY_CONFIGS, TINY_PROMPTS, MakeTinySpec
 
 pytestmark = pytest.mark.usefixtures("loaded_demo")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bh_routing.errors import InputError
-from bh_routing.experiments.rule_text import parse_rule
+from bh_routing.experiments.config_file import parse_rule
 from bh_routing.experiments.variants import DEFAULT_VARIANTS, parse_variants
 from bh_routing.rules import BenjaminiHochbergDrop, PerLayerTopK, RandomK
 

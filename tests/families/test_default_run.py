@@ -10,9 +10,9 @@ import pytest
 from bh_routing.analysis.results import load_results
 from bh_routing.cli.main import main
 from bh_routing.models import find_routers
-from bh_routing.models.family_rows import family_rows
+from bh_routing.models.families import family_rows
 from bh_routing.models.outlook import outlook_from_config, outlook_from_routers
-from bh_routing.records import BASELINE, LEFT_OUT
+from bh_routing.results.records import BASELINE, LEFT_OUT
 from tests.families.checkpoints import save_tiny
 from tests.families.checks import family_subject
 from tests.families.misses import REFUSED

@@ -22,14 +22,13 @@ from bh_routing.engine.score import score
 from bh_routing.engine.texts import Document, packaged_documents
 from bh_routing.engine.windows import tokenize_documents
 from bh_routing.errors import InputError
-from bh_routing.integrations.lm_eval import ExpertUse, RoutedModel
-from bh_routing.integrations.packaged_tasks import TASKS, task_folder
+from bh_routing.integrations.lm_eval import TASKS, ExpertUse, RoutedModel, task_folder
 from bh_routing.models.load import LoadedModel
 from bh_routing.models.routing import route
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
-from bh_routing.rules.benjamini_hochberg_drop import BenjaminiHochbergDrop
-from bh_routing.rules.top_k import TopK
+from bh_routing.rules.drop import BenjaminiHochbergDrop
+from bh_routing.rules.fixed import TopK
 
 LIMIT = 3
 BATCH = 4

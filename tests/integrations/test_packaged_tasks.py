@@ -10,7 +10,7 @@ import pytest
 from lm_eval.tasks import TaskManager
 
 from bh_routing.engine.texts import packaged_documents
-from bh_routing.integrations.packaged_tasks import (
+from bh_routing.integrations.lm_eval import (
     CHOICE_FILE,
     CLOZE_FILE,
     ROLLING_FILE,

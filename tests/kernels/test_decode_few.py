@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
+from bh_routing.kernels.decode import DecodeState, bind_torch
 from bh_routing.kernels.decode_layout import Decoder, read_decoder
-from bh_routing.kernels.decode_torch import DecodeState, bind_torch
-from bh_routing.kernels.router_twin import Router, SoftmaxFamily, twin_router
+from bh_routing.kernels.router import Router, SoftmaxFamily, twin_router
 from bh_routing.rules.base import LayerContext
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 
@@ -94,7 +94,7 @@ def write(decoder: Decoder, bind: Any, tokens: list[int]) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_kernels_write_what_torch_writes(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = importlib.import_module("bh_routing.kernels.decode_few")
+    few = importlib.import_module("bh_routing.kernels.decode_triton")
     # Parts of 2 positions, so that a few tokens fill several.
     monkeypatch.setattr(few, "POSITIONS_IN_A_PART", 2)
     decoder = make_decoder(family)
@@ -108,7 +108,7 @@ def test_the_kernels_write_what_torch_writes(family: str, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("bind", ["bind_torch", "bind_few"])
 def test_the_noted_logit_tells_which_steps_are_broken(bind: str, value: float) -> None:
-    few = importlib.import_module("bh_routing.kernels.decode_few")
+    few = importlib.import_module("bh_routing.kernels.decode_triton")
     decoder = make_decoder("qwen3_moe")
     # Broken is the last step alone: its token's embedding, after the tokens before were written.
     decoder.embedding_VH[13, 5] = value
@@ -120,7 +120,7 @@ def test_the_noted_logit_tells_which_steps_are_broken(bind: str, value: float) -
 
 @pytest.mark.parametrize("bind", ["bind_torch", "bind_few"])
 def test_one_nan_among_the_logits_is_noted(bind: str) -> None:
-    few = importlib.import_module("bh_routing.kernels.decode_few")
+    few = importlib.import_module("bh_routing.kernels.decode_triton")
     decoder = make_decoder("qwen3_moe")
     decoder.head_VH[31, 2] = torch.nan
     top_PB = write(decoder, {"bind_torch": bind_torch, "bind_few": few.bind_few}[bind], [7, 0])[-1]

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from bh_routing.errors import ModelError
-from bh_routing.kernels.experts import NAME, sparse_experts_forward
-from bh_routing.kernels.experts_layout import read_experts
-from bh_routing.kernels.experts_torch import mix_torch
+from bh_routing.kernels.experts import NAME, mix_torch, read_experts, sparse_experts_forward
 from bh_routing.models import LoadedModel
 
 SIZES = SimpleNamespace(

@@ -15,7 +15,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from bh_routing.kernels.experts import MOST_FEW_TOKENS, NAME, sparse_experts_forward
 from bh_routing.models import LoadedModel, route
-from bh_routing.rules.top_k import TopK
+from bh_routing.rules.fixed import TopK
 
 pytestmark = pytest.mark.gpu
 

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from bh_routing.errors import CalibrationError, InputError
-from bh_routing.kernels.router import fused_router
-from bh_routing.kernels.router_plan import plan_of
-from bh_routing.kernels.router_twin import RoutedSlots, SoftmaxFamily, twin_router
+from bh_routing.kernels.router import RoutedSlots, SoftmaxFamily, fused_router, plan_of, twin_router
 from bh_routing.rules import (
     BenjaminiHochberg,
     BenjaminiHochbergDrop,

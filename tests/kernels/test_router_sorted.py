@@ -7,15 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bh_routing.kernels.router_plan import RouterPlan
-from bh_routing.kernels.router_sorted import _bind, sorted_router
-from bh_routing.kernels.router_twin import SoftmaxFamily, twin_router
+from bh_routing.kernels.router import RouterPlan, SoftmaxFamily, _bind, sorted_router, twin_router
 from bh_routing.nulls import ReferenceTable
 from bh_routing.rules.base import LayerContext, Rule
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg, OnEmpty
-from bh_routing.rules.per_layer_top_k import PerLayerTopK
-from bh_routing.rules.top_k import TopK
-from bh_routing.rules.top_p import TopP
+from bh_routing.rules.fixed import PerLayerTopK, TopK
+from bh_routing.rules.mass import TopP
 
 RULES = [
     TopK(8),

@@ -11,7 +11,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from bh_routing.kernels.router_twin import SoftmaxFamily, twin_router
+from bh_routing.kernels.router import SoftmaxFamily, twin_router
 from bh_routing.rules import BenjaminiHochberg, TopK
 from tests.rules.proposals import context_for, random_logits
 

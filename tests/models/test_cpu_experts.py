@@ -9,7 +9,7 @@ import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from bh_routing.models import LoadedModel
-from bh_routing.models.cpu_experts import MOST_SLOTS, cpu_experts_forward
+from bh_routing.models.experts import MOST_SLOTS, cpu_experts_forward
 
 
 @pytest.mark.parametrize("tokens", [1, 3, MOST_SLOTS // 8, MOST_SLOTS])

@@ -9,12 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bh_routing.models.discovery import (
-    model_fingerprint,
-    model_settings,
-    tokenizer_fingerprint,
-)
 from bh_routing.models.load import LoadedModel
+from bh_routing.models.routers import model_fingerprint, model_settings, tokenizer_fingerprint
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from bh_routing.cli.main import main
-from bh_routing.models.family_rows import family_rows
+from bh_routing.models.families import family_rows
 from tests.families.zoo import family_names
 from tools import write_families
 

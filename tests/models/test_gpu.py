@@ -16,7 +16,7 @@ from bh_routing.models.routing import bind_rule
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules.base import Candidates
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
-from bh_routing.rules.top_k import TopK
+from bh_routing.rules.fixed import TopK
 
 pytestmark = [
     pytest.mark.gpu,

@@ -18,7 +18,7 @@ from transformers import (
 from bh_routing.demo import demo_folder
 from bh_routing.errors import InputError, ModelError
 from bh_routing.models import LoadedModel, describe_model, load_model, route
-from bh_routing.rules.top_k import TopK
+from bh_routing.rules.fixed import TopK
 
 
 def test_the_demo_and_its_folder_are_the_same_model(demo: LoadedModel) -> None:

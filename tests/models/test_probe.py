@@ -14,7 +14,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from bh_routing.errors import InputError, ModelError
 from bh_routing.models import find_routers, model_fingerprint, route
-from bh_routing.rules.top_k import TopK
+from bh_routing.rules.fixed import TopK
 from tests.families.zoo import tiny_model
 
 
@@ -147,7 +147,7 @@ def test_parallelism_of_older_transformers_is_refused(
     olmoe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     olmoe.config.distributed_config = DistributedConfig(tp_size=2)
-    monkeypatch.setattr("bh_routing.models.refusals.transformers.__version__", "5.17.0")
+    monkeypatch.setattr("bh_routing.models.routers.transformers.__version__", "5.17.0")
     with pytest.raises(ModelError, match=r"use transformers 5\.23 or newer"):
         find_routers(olmoe)
 

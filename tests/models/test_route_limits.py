@@ -19,8 +19,8 @@ from transformers import TextGenerationPipeline
 
 from bh_routing.errors import InputError, ModelError
 from bh_routing.models import LoadedModel, find_routers, model_fingerprint, route
-from bh_routing.rules.top_k import TopK
-from bh_routing.rules.top_p import TopP
+from bh_routing.rules.fixed import TopK
+from bh_routing.rules.mass import TopP
 from tests.families.zoo import tiny_model
 
 IDS = torch.arange(3, 15)[None]

@@ -17,8 +17,8 @@ from bh_routing.models import LoadedModel, find_routers, load_model, model_finge
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules.base import Rule
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
-from bh_routing.rules.benjamini_hochberg_drop import BenjaminiHochbergDrop
-from bh_routing.rules.top_k import TopK
+from bh_routing.rules.drop import BenjaminiHochbergDrop
+from bh_routing.rules.fixed import TopK
 
 PROMPT = "The old man walked down to the river and"
 IMPLEMENTATIONS = ("bh_cpu", "eager", "batched_mm", "grouped_mm")

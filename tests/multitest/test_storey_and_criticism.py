@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bh_routing.multitest import benjamini_hochberg, storey
-from bh_routing.multitest.higher_criticism import higher_criticism
+from bh_routing.multitest.step_up import higher_criticism
 
 
 def storey_in_plain_python(p: list[float], alpha: float) -> list[bool]:

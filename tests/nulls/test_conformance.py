@@ -15,14 +15,7 @@ from torch import Tensor
 from bh_routing.errors import CalibrationError
 from bh_routing.multitest import Procedure, count_rejected
 from bh_routing.multitest.step_up import ranks
-from bh_routing.nulls import (
-    NULLS,
-    Null,
-    ReferenceTable,
-    RouterPass,
-    count_at_cut_offs,
-    cut_offs,
-)
+from bh_routing.nulls import NULLS, Null, ReferenceTable, RouterPass, count_at_cut_offs, cut_offs
 from bh_routing.nulls.cut_offs import count_at_storey_cut_offs, storey_cut_offs
 from tests.rules.proposals import OneDevice
 

@@ -20,7 +20,7 @@ from bh_routing.errors import CalibrationError, InputError
 from bh_routing.models.load import LoadedModel
 from bh_routing.models.routing import route
 from bh_routing.nulls import Calibration, ReferenceTable, Reservoir, RouterPass, get_null, p_values
-from bh_routing.nulls.limits import MIN_TOKENS
+from bh_routing.nulls.cut_offs import MIN_TOKENS
 from bh_routing.nulls.reservoir import row_capacity
 from bh_routing.rules import BenjaminiHochberg, HigherCriticism, LayerContext
 from tests.nulls.test_calibration import check, make, rewrite

@@ -11,7 +11,7 @@ from torch import Tensor
 from bh_routing.errors import CalibrationError
 from bh_routing.multitest import benjamini_hochberg
 from bh_routing.nulls import RouterPass, get_null
-from bh_routing.nulls.permutation import NUM_PERMUTATIONS
+from bh_routing.nulls.centred import NUM_PERMUTATIONS
 from bh_routing.rules import BenjaminiHochberg, noise_control
 
 ALPHAS = (0.01, 0.05, 0.10)

@@ -9,7 +9,7 @@ from scipy.stats import chisquare
 
 from bh_routing.errors import CalibrationError, InputError
 from bh_routing.nulls import Reservoir, reservoir_capacity
-from bh_routing.nulls.limits import DRAWS_ON_FIRST_LINE
+from bh_routing.nulls.cut_offs import DRAWS_ON_FIRST_LINE
 
 STREAM = torch.arange(10_000, dtype=torch.float32)
 

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 from bh_routing.analysis.quality import QualityOptions, analyze_quality
-from bh_routing.records import CSV_COLUMNS, KL_BIN_EDGES, QualityRecord
+from bh_routing.results.records import CSV_COLUMNS, KL_BIN_EDGES, QualityRecord
 
 STANDARD = {
     "topk_8": 8.0,

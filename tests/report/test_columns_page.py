@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bh_routing.records import CSV_COLUMNS, column_definitions
+from bh_routing.results.records import CSV_COLUMNS, column_definitions
 from tools import write_columns
 
 

@@ -14,9 +14,9 @@ import pytest
 
 from bh_routing.analysis.comparisons import analyze_results
 from bh_routing.errors import InputError
-from bh_routing.records import CSV_COLUMNS
 from bh_routing.report.export import export_results
-from bh_routing.results.strict_json import render_json
+from bh_routing.results.files import render_json
+from bh_routing.results.records import CSV_COLUMNS
 
 openpyxl: Any = importlib.import_module("openpyxl")  # ships no type information
 FillFolder = Callable[..., Path]

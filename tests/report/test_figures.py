@@ -17,13 +17,13 @@ from matplotlib.patches import Rectangle
 
 from bh_routing.analysis.speed import read_timings
 from bh_routing.errors import InputError
-from bh_routing.records import TIMING_COLUMNS, TIMINGS
 from bh_routing.report import create_visualizations, findings
 from bh_routing.report.charts import draw_charts
 from bh_routing.report.charts.style import FIXED_COLOURS, OTHER_COLOURS, colours_of, save
 from bh_routing.report.facts import Facts
 from bh_routing.report.quality import QualityFindings, quality_findings, reference_at
 from bh_routing.report.table import experiments_of
+from bh_routing.results.records import TIMING_COLUMNS, TIMINGS
 
 MakeResults = Callable[..., pd.DataFrame]
 REQUIRED = {

@@ -13,13 +13,13 @@ from scipy import stats
 
 from bh_routing.analysis.comparisons import analyze_results
 from bh_routing.cli.conclusion_hooks import make_hooks
-from bh_routing.cli.surroundings import Surroundings
+from bh_routing.cli.options import Surroundings
 from bh_routing.errors import InputError
-from bh_routing.records import TIMING_COLUMNS, TIMINGS
 from bh_routing.report import create_visualizations, generate_markdown_report
 from bh_routing.report import markdown as markdown_report
 from bh_routing.report.figures import QUALITY_PLOT, STANDARD
 from bh_routing.report.text import MISSING, markdown, signed_percent
+from bh_routing.results.records import TIMING_COLUMNS, TIMINGS
 
 NO_QUALITY = "**Quality was not measured in this run.**"
 MakeResults = Callable[..., pd.DataFrame]

@@ -13,7 +13,7 @@ import pytest
 from bh_routing.errors import ResultsError
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.report.files import write_text
-from bh_routing.results.atomic import write_atomically
+from bh_routing.results.files import write_atomically
 
 
 @pytest.fixture

@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 
 from bh_routing.errors import ResultsError
-from bh_routing.records import SCHEMA_VERSION, line_checksum
-from bh_routing.results.json_lines import read_json_lines
-from bh_routing.results.strict_json import read_json_object, render_json, render_json_lines
+from bh_routing.results.files import (
+    read_json_lines,
+    read_json_object,
+    render_json,
+    render_json_lines,
+)
+from bh_routing.results.records import SCHEMA_VERSION, line_checksum
 
 
 def test_json_holds_no_nan_and_no_numpy() -> None:

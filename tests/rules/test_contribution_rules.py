@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bh_routing.errors import CalibrationError, InputError
 from bh_routing.multitest import benjamini_hochberg
-from bh_routing.multitest.blocks import number_blocks, reject_in_blocks
+from bh_routing.multitest.step_up import number_blocks, reject_in_blocks
 from bh_routing.rules import (
     BenjaminiHochbergDrop,
     ContributionThreshold,

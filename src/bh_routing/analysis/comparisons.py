@@ -27,11 +27,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from bh_routing.analysis.multiplicity import holm
-from bh_routing.analysis.paired import MeanInterval, mean_interval, paired_difference
 from bh_routing.errors import InputError, unknown_name
-from bh_routing.records import BASELINE, SCHEMA_VERSION, STATUS_OK
-from bh_routing.results.strict_json import to_strict
+from bh_routing.results.files import to_strict
+from bh_routing.results.records import BASELINE, SCHEMA_VERSION, STATUS_OK
+from bh_routing.stats.multiplicity import holm
+from bh_routing.stats.paired import MeanInterval, mean_interval, paired_difference
 
 METRICS: Final = (
     "avg_experts_per_token",

@@ -7,15 +7,15 @@ accuracies.py    right or wrong on the same questions: McNemar, flips
 multiplicity.py  Holm; Benjamini-Hochberg for exploring
 """
 
-from bh_routing.analysis.accuracies import AccuracyComparison, compare_accuracies
-from bh_routing.analysis.bootstrap import (
+from bh_routing.stats.accuracies import AccuracyComparison, compare_accuracies
+from bh_routing.stats.bootstrap import (
     ClusterBootstrap,
     Ends,
     cluster_bootstrap,
     cluster_standard_error,
     sum_clusters,
 )
-from bh_routing.analysis.clustered import (
+from bh_routing.stats.clustered import (
     NON_INFERIORITY_MARGIN,
     NonInferiority,
     RatioEstimate,
@@ -23,8 +23,8 @@ from bh_routing.analysis.clustered import (
     minimum_detectable_effect,
     non_inferiority,
 )
-from bh_routing.analysis.multiplicity import BH_LABEL, benjamini_hochberg_exploratory, holm
-from bh_routing.analysis.paired import (
+from bh_routing.stats.multiplicity import BH_LABEL, benjamini_hochberg_exploratory, holm
+from bh_routing.stats.paired import (
     EXACT_PAIRS,
     MeanInterval,
     PairedEstimate,

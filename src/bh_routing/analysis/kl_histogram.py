@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bh_routing.errors import InputError
-from bh_routing.records import KL_BIN_EDGES
+from bh_routing.results.records import KL_BIN_EDGES
 
 RESOLUTION: Final = KL_BIN_EDGES[1] / KL_BIN_EDGES[0]
 """Factor between the two edges of a bin: the most that a quantile can be off."""

@@ -22,7 +22,6 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from bh_routing.analysis.bootstrap import RESAMPLES
 from bh_routing.analysis.estimates import (
     BH_LABEL,
     NON_INFERIORITY_MARGIN,
@@ -34,18 +33,19 @@ from bh_routing.analysis.estimates import (
     non_inferiority,
 )
 from bh_routing.analysis.kl_histogram import RESOLUTION, histogram_quantile
-from bh_routing.analysis.load_balance import MEASURES, measure_load
-from bh_routing.analysis.quality_records import in_order
 from bh_routing.analysis.quality_row import (
     STATIC,
     QualityRow,
     QualitySlice,
+    in_order,
     quality_definitions,
 )
 from bh_routing.analysis.sweep_equal_cost import compare_with_static
 from bh_routing.errors import InputError
-from bh_routing.records import SCHEMA_VERSION, QualityRecord
-from bh_routing.results.strict_json import to_strict
+from bh_routing.results.files import to_strict
+from bh_routing.results.records import SCHEMA_VERSION, QualityRecord
+from bh_routing.stats.bootstrap import RESAMPLES
+from bh_routing.stats.load_balance import MEASURES, measure_load
 
 CONFIDENCE: Final = 0.95
 REFERENCE_NOTE: Final = "The same as the model's own top-k on every token: nothing to test."

@@ -1,13 +1,15 @@
-"""One row of the quality table: the columns and their definitions."""
+"""The quality table's rows, and the records that they are computed from."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Final
 
-from bh_routing.records import column
+from bh_routing.results.files import half_read, read_json_lines
+from bh_routing.results.records import QualityRecord, column, json_digest
 
 STATIC: Final = "top_k"
 """Name of static top-k in the catalog of rules."""
@@ -151,3 +153,42 @@ def _float(value: object) -> float:
 def quality_definitions() -> dict[str, str]:
     """Name -> definition of every column of the quality table."""
     return {f.name: str(f.metadata["definition"]) for f in fields(QualityRow)}
+
+
+def read_quality(path: Path) -> tuple[QualityRecord, ...]:
+    """Read every scored document; of two for one name, rule and document the last counts.
+
+    An older file says neither the rule nor the document's key: its records have an empty rule, and
+    the document's name in place of the key.
+
+    A line is the record's fields, alone or under `record`; a line with a `header` is skipped.
+
+    Raises:
+        ResultsError: a line isn't a whole record of this schema.
+    """
+    records: dict[tuple[str, str, str], QualityRecord] = {}
+    for number, entry in enumerate(read_json_lines(path).objects, start=1):
+        if "header" in entry:
+            continue
+        values = entry.get("record", entry)
+        try:
+            record = _record(values)
+            key = (record.config_name, json_digest(record.rule), record.document_key)
+            records[key] = record
+        except (KeyError, TypeError, ValueError) as error:
+            raise half_read(path, f"line {number} isn't a quality record ({error})") from error
+    return tuple(records.values())
+
+
+def in_order(record: QualityRecord) -> tuple[str, str]:
+    """Sort by name, as people do; the key decides between documents of the same name."""
+    return record.document, record.document_key
+
+
+def _record(values: Mapping[str, Any]) -> QualityRecord:
+    values = {"rule": {}, "document_key": values["document"], **values}
+    record = QualityRecord(**{f.name: values[f.name] for f in fields(QualityRecord)})
+    numbers = (record.nll_sum, record.top_k_nll_sum, record.kl_sum, record.kl_max)
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise ValueError("a loss isn't a number")
+    return record

@@ -12,11 +12,17 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from bh_routing.analysis.quality_records import read_quality
-from bh_routing.analysis.quality_row import STATIC
+from bh_routing.analysis.quality_row import STATIC, read_quality
 from bh_routing.analysis.speed import read_timings
 from bh_routing.errors import ResultsError
-from bh_routing.records import (
+from bh_routing.results.files import (
+    find_json_object,
+    half_read,
+    planned_keys,
+    read_csv,
+    read_json_lines,
+)
+from bh_routing.results.records import (
     BASELINE,
     CSV_COLUMNS,
     JOURNAL,
@@ -33,9 +39,6 @@ from bh_routing.records import (
     QualityRecord,
     journal_seed,
 )
-from bh_routing.results.csv_table import read_csv
-from bh_routing.results.json_lines import planned_keys, read_json_lines
-from bh_routing.results.strict_json import find_json_object, half_read
 
 _log = logging.getLogger(__name__)
 

@@ -1,24 +1,19 @@
-"""How much faster one configuration is than another: rounds that were timed side by side.
-
-A round times every configuration on the same prompt within seconds, so a ratio within a round is
-free of what the machine did between rounds. Intervals are t intervals of the mean logarithm of that
-ratio over rounds, taken back by exp: symmetric in which of the two is called the faster.
-"""
+"""Speed-ups from interleaved rounds, and agreement of generated texts with the baseline's."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pandas as pd
 
-from bh_routing.analysis.paired import MeanInterval, mean_interval
-from bh_routing.records import TIMING_COLUMNS
-from bh_routing.results.csv_table import read_csv
-from bh_routing.results.json_lines import planned_keys
-from bh_routing.results.strict_json import half_read
+from bh_routing.results.files import half_read, planned_keys, read_csv
+from bh_routing.results.records import TIMING_COLUMNS, ExperimentDetail
+from bh_routing.stats.paired import MeanInterval, mean_interval
 
 NUMBERS = tuple(
     name for name in TIMING_COLUMNS if name not in ("key", "config_name", "prompt_text")
@@ -134,3 +129,90 @@ def _ratio(baseline_R: pd.Series, own_R: pd.Series) -> Ratio:
     with np.errstate(divide="ignore", invalid="ignore"):
         found = mean_interval(np.log((baseline_R / own_R).to_numpy(np.float64)))
     return Ratio(found.n, math.exp(found.mean), math.exp(found.low), math.exp(found.high))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextAgreement:
+    """Greedy texts of one configuration beside the baseline's, averaged over prompts."""
+
+    config_name: str
+    prompts: int
+    """Prompts with tokens on both sides."""
+    left_out: int
+    """Prompts of the baseline without."""
+    identical: int
+    """Prompts whose texts are the same, token for token."""
+    prefix_share: float
+    """Longest common prefix over the longer text's tokens."""
+    prefix_share_low: float
+    prefix_share_high: float
+    """Ends of the 95 % t interval over prompts, cut to 0 and 1."""
+    agreement_share: float
+    """Positions that hold the same token over the longer text's tokens."""
+    agreement_share_low: float
+    agreement_share_high: float
+    prefix_tokens_median: float
+    """Median over prompts of the longest common prefix, in tokens."""
+
+
+def text_agreement(
+    details: Mapping[tuple[str, str], ExperimentDetail], baseline: str
+) -> dict[str, TextAgreement]:
+    """Compare each configuration's token ids with the baseline's on the same prompts.
+
+    Args:
+        details: (config_name, prompt_text) -> detail, as in `Results.details`.
+        baseline: name of the configuration to agree with.
+    Returns:
+        Configuration -> agreement, without the baseline, in the order of `details`; NaN where no
+        prompt has tokens on both sides.
+    """
+    reference = {
+        prompt: detail.output_token_ids
+        for (name, prompt), detail in details.items()
+        if name == baseline
+    }
+    names = dict.fromkeys(name for name, _ in details if name != baseline)
+    return {name: _agreement(name, details, reference) for name in names}
+
+
+def _agreement(
+    name: str,
+    details: Mapping[tuple[str, str], ExperimentDetail],
+    reference: Mapping[str, Sequence[int]],
+) -> TextAgreement:
+    prefixes, prefix_shares, agreement_shares, identical = [], [], [], 0
+    for prompt, expected in reference.items():
+        detail = details.get((name, prompt))
+        # A failed experiment has no tokens: that is no text, not a text that disagrees.
+        if detail is None or not detail.output_token_ids or not expected:
+            continue
+        got = detail.output_token_ids
+        longer = max(len(got), len(expected))
+        same = [a == b for a, b in zip(got, expected, strict=False)]
+        prefix = next((i for i, equal in enumerate(same) if not equal), len(same))
+        prefixes.append(prefix)
+        prefix_shares.append(prefix / longer)
+        agreement_shares.append(sum(same) / longer)
+        identical += prefix == longer
+    prefix_mean, agreement_mean = _share_interval(prefix_shares), _share_interval(agreement_shares)
+    return TextAgreement(
+        config_name=name,
+        prompts=len(prefixes),
+        left_out=len(reference) - len(prefixes),
+        identical=identical,
+        prefix_share=prefix_mean.mean,
+        prefix_share_low=prefix_mean.low,
+        prefix_share_high=prefix_mean.high,
+        agreement_share=agreement_mean.mean,
+        agreement_share_low=agreement_mean.low,
+        agreement_share_high=agreement_mean.high,
+        prefix_tokens_median=float(median(prefixes)) if prefixes else float("nan"),
+    )
+
+
+def _share_interval(shares: Sequence[float]) -> MeanInterval:
+    interval = mean_interval(shares)
+    if math.isnan(interval.low):
+        return interval
+    return interval._replace(low=max(0.0, interval.low), high=min(1.0, interval.high))

@@ -17,13 +17,15 @@ from bh_routing.analysis.quality import DEFAULT_OPTIONS, QualityOptions, quality
 from bh_routing.analysis.quality_row import STATIC, QualityRow
 from bh_routing.analysis.sweep_equal_cost import Curve, EqualCost, compare_at_equal_cost
 from bh_routing.analysis.sweep_records import (
+    DomainRow,
     ScoredText,
     Sweep,
     SweepPoint,
+    SweepRow,
+    Winner,
     align,
     read_sweep,
 )
-from bh_routing.analysis.sweep_row import DomainRow, SweepRow, Winner
 
 TOP_P: Final = "top_p"
 PER_LAYER: Final = "per_layer_top_k"

@@ -34,7 +34,9 @@ from typing import Final, NamedTuple
 import numpy as np
 from scipy import stats
 
-from bh_routing.analysis.bootstrap import (
+from bh_routing.analysis.sweep_records import ScoredText, align
+from bh_routing.results.records import QualityRecord
+from bh_routing.stats.bootstrap import (
     SPREAD_FLOOR,
     ClusterSums,
     Ends,
@@ -42,10 +44,8 @@ from bh_routing.analysis.bootstrap import (
     draw_clusters,
     sum_clusters,
 )
-from bh_routing.analysis.clustered import BOOTSTRAP_CLUSTERS, MIN_CLUSTERS
-from bh_routing.analysis.multiplicity import holm
-from bh_routing.analysis.sweep_records import ScoredText, align
-from bh_routing.records import QualityRecord
+from bh_routing.stats.clustered import BOOTSTRAP_CLUSTERS, MIN_CLUSTERS
+from bh_routing.stats.multiplicity import holm
 
 _CLOSEST: Final = 0.25
 """Points of a curve nearer than this many experts give a slope of noise: the later one goes."""

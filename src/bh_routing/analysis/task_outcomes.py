@@ -18,7 +18,7 @@ import numpy as np
 
 from bh_routing.analysis.estimates import RatioEstimate, compare_accuracies, estimate_ratio, holm
 from bh_routing.errors import InputError
-from bh_routing.records import TaskOutcome
+from bh_routing.results.records import TaskOutcome
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

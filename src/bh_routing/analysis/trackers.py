@@ -1,8 +1,4 @@
-"""Hand a finished run to the experiment tracker that a group already uses.
-
-Each tracker gets the same: settings as parameters, every configuration's numbers as metrics, plots
-as pictures and the other files of the folder as they are. Nothing is read back.
-"""
+"""Log a finished run to MLflow, Weights & Biases or TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,10 +11,26 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from bh_routing.analysis.nested import flatten
 from bh_routing.analysis.results import Results, load_results
 from bh_routing.errors import InputError
-from bh_routing.records import PLOTS, STATUS_OK
+from bh_routing.results.records import PLOTS, STATUS_OK
+
+
+def flatten(prefix: str, value: Any) -> dict[str, Any]:
+    """Return every leaf under its dotted path.
+
+    Example:
+        >>> flatten("spec", {"seed": 0, "configs": {"a": {"k": 8}}})
+        {'spec.seed': 0, 'spec.configs.a.k': 8}
+    """
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    return {
+        path: leaf
+        for key, child in value.items()
+        for path, leaf in flatten(f"{prefix}.{key}", child).items()
+    }
+
 
 PROJECT: Final = "bh-routing"
 PARAMETER_LIMIT: Final = 500

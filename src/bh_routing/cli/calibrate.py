@@ -44,11 +44,11 @@ def calibrate(
     with console_log():
         from bh_routing.engine.calibrate import calibrate as fit
         from bh_routing.engine.texts import packaged_documents, read_documents
-        from bh_routing.experiments.spec import make_spec
+        from bh_routing.experiments.specs import make_spec
         from bh_routing.models.load import load_model
         from bh_routing.nulls.catalog import get_null
         from bh_routing.nulls.contributions import NEEDED
-        from bh_routing.nulls.limits import MIN_TOKENS
+        from bh_routing.nulls.cut_offs import MIN_TOKENS
         from bh_routing.report.charts.calibration import plot_calibration
 
         if max_tokens < MIN_TOKENS:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bh_routing.cli.surroundings import Surroundings
+from bh_routing.cli.options import Surroundings
 
 if TYPE_CHECKING:
     from bh_routing.analysis.results import Results
@@ -61,7 +61,7 @@ def _more_blocks(results: Results, summary: dict[str, Any]) -> dict[str, Any]:
     from bh_routing.analysis.comparisons import choose_baseline
     from bh_routing.analysis.quality import analyze_quality
     from bh_routing.analysis.speed import speed_ups
-    from bh_routing.results.strict_json import to_strict
+    from bh_routing.results.files import to_strict
 
     blocks: dict[str, Any] = {}
     if results.quality and "quality" not in summary:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bh_routing.cli.console import console_log
-from bh_routing.cli.interrupts import interruptible
+from bh_routing.cli.console import console_log, interruptible
 from bh_routing.cli.options import (
     BatchSizeOption,
     BudgetOption,
@@ -33,7 +32,7 @@ from bh_routing.cli.run import choose, split_items
 from bh_routing.experiments import defaults
 
 if TYPE_CHECKING:
-    from bh_routing.cli.surroundings import Surroundings
+    from bh_routing.cli.options import Surroundings
     from bh_routing.experiments.evaluate import Evaluation
 
 
@@ -86,7 +85,7 @@ def evaluate(
         from bh_routing.analysis.quality import QualityOptions, analyze_quality
         from bh_routing.experiments.evaluate import EvaluateOptions
         from bh_routing.experiments.evaluate import evaluate as run_evaluation
-        from bh_routing.experiments.spec import make_spec
+        from bh_routing.experiments.specs import make_spec
 
         options = QualityOptions(seed=seed) if margin is None else QualityOptions(margin, seed=seed)
         spec = make_spec(
@@ -127,7 +126,7 @@ def _configs(
     surroundings: Surroundings, config: Path | None, names: str | None, rules: list[str] | None
 ) -> dict[str, Any]:
     """Return the spec's fields: configurations, and the names of those to run."""
-    from bh_routing.experiments.rule_text import parse_rule
+    from bh_routing.experiments.config_file import parse_rule
 
     written = dict(parse_rule(text) for text in rules or [])
     if written and config is None and names is None:
@@ -155,9 +154,7 @@ def _facts(model: str, found: Evaluation) -> dict[str, Any]:
 
 
 def _write(folder: Path, document: dict[str, Any]) -> None:
-    from bh_routing.results.atomic import write_atomically
-    from bh_routing.results.csv_table import render_csv
-    from bh_routing.results.strict_json import render_json
+    from bh_routing.results.files import render_csv, render_json, write_atomically
 
     write_atomically(folder / "quality.json", render_json(document))
     flat = [

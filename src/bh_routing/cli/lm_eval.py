@@ -27,10 +27,10 @@ from bh_routing.cli.options import (
 from bh_routing.cli.run import choose, split_items
 from bh_routing.errors import InputError, ResultsError
 from bh_routing.experiments import defaults
-from bh_routing.records import SCHEMA_VERSION, TASK_OUTCOMES, TASK_SUMMARY
+from bh_routing.results.records import SCHEMA_VERSION, TASK_OUTCOMES, TASK_SUMMARY
 
 if TYPE_CHECKING:
-    from bh_routing.experiments.spec import NamedRule, RunSpec
+    from bh_routing.experiments.specs import NamedRule, RunSpec
     from bh_routing.integrations.task_runs import TaskPlan, TaskRun
 
 
@@ -71,7 +71,7 @@ def lm_eval(
     """Run lm-eval tasks under each configuration; compare with the model's own top-k."""
     _require_extra()
     with console_log():
-        from bh_routing.experiments.spec import make_spec
+        from bh_routing.experiments.specs import make_spec
         from bh_routing.integrations.task_runs import TaskPlan
 
         spec = make_spec(
@@ -109,17 +109,16 @@ def _require_extra() -> None:
 def _run(spec: RunSpec, plan: TaskPlan, output: Path | None) -> dict[str, Any]:
     """Run everything, keep outcomes as they come, and return the summary as plain data."""
     from bh_routing.analysis.task_outcomes import compare_tasks
-    from bh_routing.engine.prompts import choose_chat_template
+    from bh_routing.engine.generate import choose_chat_template
     from bh_routing.experiments.calibrating import obtain_calibration
     from bh_routing.experiments.fitting import fit_to_config, fit_to_loaded
-    from bh_routing.experiments.provenance import collect_provenance
-    from bh_routing.experiments.spec import make_rules, resolved
+    from bh_routing.experiments.identity import collect_provenance
+    from bh_routing.experiments.specs import make_rules, resolved
     from bh_routing.integrations.lm_eval import check_end_token
     from bh_routing.integrations.task_runs import find_tasks, run_tasks
-    from bh_routing.models.discovery import describe_model
     from bh_routing.models.load import load_model
-    from bh_routing.results.atomic import write_atomically
-    from bh_routing.results.strict_json import render_json, to_strict
+    from bh_routing.models.routers import describe_model
+    from bh_routing.results.files import render_json, to_strict, write_atomically
 
     _check_output(output)
     fitted = fit_to_config(spec)
@@ -164,7 +163,7 @@ def _run(spec: RunSpec, plan: TaskPlan, output: Path | None) -> dict[str, Any]:
 
 
 def _reference(rules: list[NamedRule], model_top_k: int) -> str:
-    from bh_routing.rules.top_k import TopK
+    from bh_routing.rules.fixed import TopK
 
     own = [named.name for named in rules if named.rule == TopK(model_top_k)]
     if not own:
@@ -187,7 +186,7 @@ def _check_output(output: Path | None) -> None:
 
 def _append(output: Path | None, run: TaskRun) -> None:
     """Write a finished run's outcomes at once: an interruption loses no finished one."""
-    from bh_routing.results.strict_json import render_json_lines
+    from bh_routing.results.files import render_json_lines
 
     if output is None:
         return

@@ -17,15 +17,15 @@ import typer
 import bh_routing
 from bh_routing.cli.bench import bench
 from bh_routing.cli.calibrate import calibrate
+from bh_routing.cli.console import EXIT_INTERRUPTED
 from bh_routing.cli.doctor import doctor
 from bh_routing.cli.evaluate import evaluate
 from bh_routing.cli.export import export
-from bh_routing.cli.interrupts import EXIT_INTERRUPTED
 from bh_routing.cli.lm_eval import lm_eval
 from bh_routing.cli.models import models
+from bh_routing.cli.options import Surroundings
 from bh_routing.cli.report import report
 from bh_routing.cli.run import run
-from bh_routing.cli.surroundings import Surroundings
 from bh_routing.cli.sweep import sweep
 from bh_routing.errors import BHRoutingError, ExperimentError, InputError
 
@@ -132,7 +132,7 @@ def process_arguments() -> list[str]:
 
 def _explain(error: Exception) -> int:
     """Name what the machine, not we, refused, with the remedy; raise what is our own mistake."""
-    from bh_routing.experiments.failures import OUT_OF_MEMORY, is_out_of_memory
+    from bh_routing.experiments.experiment import OUT_OF_MEMORY, is_out_of_memory
 
     if is_out_of_memory(error):
         _complain(OUT_OF_MEMORY)

@@ -36,14 +36,14 @@ def models(
 
 
 def _families() -> list[dict[str, Any]]:
-    from bh_routing.models.family_rows import family_rows
+    from bh_routing.models.families import family_rows
 
     return [dict(row) for row in family_rows()]
 
 
 def _check(name: str, device: str, no_fp16: bool) -> list[dict[str, Any]]:
-    from bh_routing.models.discovery import find_routers
     from bh_routing.models.load import load_model
+    from bh_routing.models.routers import find_routers
 
     dtype = "float32" if no_fp16 else "auto"
     loaded = load_model(name, device=device, dtype=dtype)  # type: ignore[arg-type]
@@ -51,7 +51,7 @@ def _check(name: str, device: str, no_fp16: bool) -> list[dict[str, Any]]:
 
 
 def _row(site: RouterSite) -> dict[str, Any]:
-    from bh_routing.models.family_rows import describe_facts, describe_limits
+    from bh_routing.models.families import describe_facts, describe_limits
 
     facts = site.facts
     return {

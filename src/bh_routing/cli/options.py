@@ -1,11 +1,32 @@
-"""Options that several commands share, each declared once."""
+"""Options that several commands share, and the overrides that a caller of `main` may give."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Surroundings:
+    """None stands for the library's own."""
+
+    configs: dict[str, dict[str, Any]] | None = None
+    """Name -> configuration."""
+    prompts: list[dict[str, Any]] | None = None
+    """Prompts as plain data."""
+    analyze: Callable[[Any], dict[str, Any]] | None = None
+    """Table of experiments -> summary."""
+    visualize: Callable[[Any, Any], Any] | None = None
+    """Table and folder -> plots."""
+    report: Callable[[Any, dict[str, Any], Any], Any] | None = None
+    """Table, summary and folder -> report."""
+    command: str | None = None
+    """What was typed; `main` fills it in."""
+
 
 ModelOption = Annotated[
     str, typer.Option(help="`demo`, a folder with a checkpoint, or a Hugging Face id.")

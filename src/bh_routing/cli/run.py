@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bh_routing.cli.conclusion_hooks import make_hooks
-from bh_routing.cli.console import console_log
-from bh_routing.cli.interrupts import interruptible
+from bh_routing.cli.console import console_log, interruptible
 from bh_routing.cli.options import (
     BatchSizeOption,
     BudgetOption,
@@ -28,9 +27,9 @@ from bh_routing.cli.options import (
     ModelOption,
     RayAddressOption,
     SeedOption,
+    Surroundings,
     WorkersOption,
 )
-from bh_routing.cli.surroundings import Surroundings
 from bh_routing.experiments import defaults
 
 if TYPE_CHECKING:
@@ -119,7 +118,7 @@ def run(
     with console_log(), interruptible(f"the same command goes on with what {output} holds"):
         # Inside: importing torch takes seconds, in which Ctrl-C must work too.
         from bh_routing.experiments.run import run as run_experiments
-        from bh_routing.experiments.spec import make_spec
+        from bh_routing.experiments.specs import make_spec
 
         if track is not None:
             from bh_routing.analysis.trackers import find_tracker
@@ -156,7 +155,7 @@ def choose(
     Prompts are selected here, configurations once the model is known.
     """
     from bh_routing.experiments.config_file import Selection, add_config_file
-    from bh_routing.experiments.spec import select_prompts
+    from bh_routing.experiments.specs import select_prompts
 
     configs = surroundings.configs
     prompts = surroundings.prompts

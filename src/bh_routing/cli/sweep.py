@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from bh_routing.cli.conclusion_hooks import conclude_sweep
-from bh_routing.cli.console import console_log
-from bh_routing.cli.interrupts import interruptible
+from bh_routing.cli.console import console_log, interruptible
 from bh_routing.cli.options import (
     BatchSizeOption,
     CalibrationOption,
@@ -67,7 +66,7 @@ def sweep(
     """Compare rules at equal mean numbers of experts; knobs come from calibration text alone."""
     with console_log(), interruptible(f"the same command goes on with what {output} holds"):
         # Inside: importing torch takes seconds, in which Ctrl-C must work too.
-        from bh_routing.experiments.spec import make_spec
+        from bh_routing.experiments.specs import make_spec
         from bh_routing.experiments.sweep import SweepOptions
         from bh_routing.experiments.sweep import sweep as run_sweep
         from bh_routing.experiments.variants import DEFAULT_VARIANTS, parse_variants

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bh_routing.engine.contributions import SlotObserver, join_windows, summarize
+from bh_routing.engine.observe import SlotObserver, join_windows, summarize
 from bh_routing.engine.texts import passage_hashes, text_sha256
 from bh_routing.engine.windows import spread_tokens
 from bh_routing.errors import CalibrationError, InputError
-from bh_routing.models.discovery import Routers, find_routers, model_fingerprint, refuse_routed
-from bh_routing.models.listen import evaluating, text_config
+from bh_routing.models.capture import evaluating, text_config
+from bh_routing.models.routers import Routers, find_routers, model_fingerprint, refuse_routed
 from bh_routing.models.sites import Callback, Proposal, RouterSite
 from bh_routing.nulls.base import ReferenceTable, RouterPass
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.catalog import get_null
 from bh_routing.nulls.contributions import NEEDED, Contributions
-from bh_routing.nulls.limits import OBSERVED_TOKENS
+from bh_routing.nulls.cut_offs import OBSERVED_TOKENS
 from bh_routing.nulls.reservoir import Reservoir, reservoir_capacity, row_capacity
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bh_routing.kernels.router import fused_router
-from bh_routing.kernels.router_twin import RoutedSlots, Router, SoftmaxFamily
+from bh_routing.kernels.router import RoutedSlots, Router, SoftmaxFamily, fused_router
 from bh_routing.models.routing import BoundRule, Decider, bind_rule
 from bh_routing.models.sites import RouterFacts
 from bh_routing.nulls.calibration import Calibration

@@ -22,22 +22,22 @@ from bh_routing.engine.quickest import bind_quickest
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.engine.timing import Timing, copied_bytes_per_second, stopwatch, time_interleaved
 from bh_routing.errors import InputError
+from bh_routing.experiments.executors import choose_threads, torch_threads
 from bh_routing.experiments.experiment import Subject, run_experiment, warm_up
 from bh_routing.experiments.fitting import Fitted, fit_to_loaded
-from bh_routing.experiments.provenance import device_name
-from bh_routing.experiments.spec import make_rules, make_spec
-from bh_routing.experiments.threads import choose_threads, torch_threads
+from bh_routing.experiments.identity import device_name
+from bh_routing.experiments.specs import make_rules, make_spec
 from bh_routing.kernels.decode_layout import Decoder
 from bh_routing.kernels.experts import NAME, sparse_experts_forward
-from bh_routing.models.backends import experts_by
-from bh_routing.models.discovery import find_routers
+from bh_routing.models.experts import experts_by
 from bh_routing.models.load import LoadedModel, load_model, resolve_device, resolve_dtype
+from bh_routing.models.routers import find_routers
 from bh_routing.models.routing import install
 from bh_routing.models.shapes import make_olmoe_shape
 from bh_routing.models.trace import DROPPED
 from bh_routing.rules.base import Rule
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
-from bh_routing.rules.top_k import TopK
+from bh_routing.rules.fixed import TopK
 
 
 class StepCost(NamedTuple):

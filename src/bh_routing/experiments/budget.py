@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 
 from bh_routing.errors import InputError
 from bh_routing.experiments.calibrating import calibration_documents
-from bh_routing.experiments.knob_search import KnobSearch
-from bh_routing.experiments.settings import Goal
-from bh_routing.experiments.spec import NamedRule, RunSpec
+from bh_routing.experiments.search import Goal, KnobSearch
+from bh_routing.experiments.specs import NamedRule, RunSpec
 from bh_routing.experiments.variants import Variant
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules.catalog import rule_to_config
-from bh_routing.rules.top_k import TopK
+from bh_routing.rules.fixed import TopK
 
 log = logging.getLogger(__name__)
 

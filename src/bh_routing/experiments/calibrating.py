@@ -20,11 +20,11 @@ from bh_routing.engine.texts import (
 )
 from bh_routing.errors import CalibrationError, InputError
 from bh_routing.experiments.defaults import CALIBRATION_TOKENS
-from bh_routing.experiments.spec import NamedRule, RunSpec
-from bh_routing.models.discovery import model_fingerprint
+from bh_routing.experiments.specs import NamedRule, RunSpec
+from bh_routing.models.routers import model_fingerprint
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.catalog import get_null
-from bh_routing.records import CALIBRATION
+from bh_routing.results.records import CALIBRATION
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 from bh_routing.rules.noise import noise_control
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bh_routing.experiments.failures import OUT_OF_MEMORY, is_out_of_memory
+from bh_routing.experiments.experiment import OUT_OF_MEMORY, is_out_of_memory
 from bh_routing.experiments.run_log import FILE_ONLY
-from bh_routing.records import SUMMARY_JSON
-from bh_routing.results.atomic import write_atomically
-from bh_routing.results.strict_json import render_json
+from bh_routing.results.files import render_json, write_atomically
+from bh_routing.results.records import SUMMARY_JSON
 
 log = logging.getLogger(__name__)
 

@@ -13,18 +13,18 @@ from tempfile import TemporaryDirectory
 from bh_routing.engine.texts import packaged_documents, read_documents
 from bh_routing.experiments.budget import bring_to_budget
 from bh_routing.experiments.calibrating import check_held_out, obtain_calibration
-from bh_routing.experiments.executor_choice import make_executor
+from bh_routing.experiments.executors import choose_threads, torch_threads
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.fitting import fit_to_config, fit_to_loaded
 from bh_routing.experiments.folder_lock import only_writer
 from bh_routing.experiments.identity import identify
 from bh_routing.experiments.quality import QualityLedger, QualityText, prepare_text, score_missing
-from bh_routing.experiments.spec import RunSpec, make_rules
-from bh_routing.experiments.threads import choose_threads, torch_threads
-from bh_routing.models.discovery import ModelFacts, describe_model
+from bh_routing.experiments.ray_executor import make_executor
+from bh_routing.experiments.specs import RunSpec, make_rules
 from bh_routing.models.load import load_model
+from bh_routing.models.routers import ModelFacts, describe_model
 from bh_routing.models.routing import bind_rule
-from bh_routing.records import QualityRecord
+from bh_routing.results.records import QualityRecord
 
 log = logging.getLogger(__name__)
 

@@ -1,26 +1,108 @@
-"""Where experiments run: what an executor is, and the one that runs them in this process."""
+"""Executors: where experiments run, on how many threads, and the loop over all of them."""
 
 from __future__ import annotations
 
 import logging
+import os
+import statistics
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, Final, NamedTuple, Protocol, Self
+
+import torch
+from tqdm import tqdm
 
 from bh_routing.engine.score import score
 from bh_routing.engine.windows import TokenizedDocument
 from bh_routing.experiments.experiment import (
+    OUT_OF_MEMORY,
     Experiment,
     Subject,
     failed_experiment,
+    is_out_of_memory,
+    release_memory,
     run_experiment,
     warm_up,
 )
-from bh_routing.experiments.failures import OUT_OF_MEMORY, is_out_of_memory, release_memory
+from bh_routing.experiments.identity import experiment_key
 from bh_routing.experiments.run_log import FILE_ONLY
-from bh_routing.experiments.spec import NamedRule, Prompt, shorten
-from bh_routing.records import QualityRecord
+from bh_routing.experiments.specs import NamedRule, Prompt, shorten
+from bh_routing.experiments.store import ResultStore
+from bh_routing.nulls.calibration import Calibration
+from bh_routing.results.records import STATUS_OK, ExperimentRecord, QualityRecord
 from bh_routing.rules.base import Rule
+
+LARGE_MODEL: Final = 500_000_000
+"""Parameters from which every core pays, and timing would take longer than it gains."""
+BATCH_TOKENS: Final = 256
+TIMED_SEC: Final = 0.4
+MOST_TIMED: Final = 9
+GAIN: Final = 0.95
+"""A larger number of threads must take less than this fraction of the smaller one's time."""
+
+
+class Threads(NamedTuple):
+    """Numbers of threads."""
+
+    decode: int
+    """For one token after the other."""
+    batch: int
+    """For many tokens at once: calibration and scoring."""
+
+
+def choose_threads(model: Any) -> Threads:
+    """Choose numbers of threads by timing the model's forward pass on a CPU.
+
+    Each operation waits for its slowest thread, so that the best number depends on the model's size
+    and on what else the machine does. A number that the user set (OMP_NUM_THREADS) stays, and
+    torch's own is taken for a large model and on other devices.
+    """
+    most = torch.get_num_threads()
+    is_small = sum(parameter.numel() for parameter in model.parameters()) < LARGE_MODEL
+    if model.device.type != "cpu" or not is_small or "OMP_NUM_THREADS" in os.environ:
+        return Threads(most, most)
+    return Threads(*(_fastest(model, num_tokens, most) for num_tokens in (1, BATCH_TOKENS)))
+
+
+@torch.inference_mode()
+def _fastest(model: Any, num_tokens: int, most: int) -> int:
+    token_1T = torch.arange(1, num_tokens + 1).unsqueeze(0)
+    best, best_sec = 1, _seconds(model, token_1T, 1)
+    number = 2
+    while number <= most:
+        seconds = _seconds(model, token_1T, number)
+        if seconds > GAIN * best_sec:
+            break
+        best, best_sec = number, seconds
+        number = most if number < most < 2 * number else 2 * number
+    return best
+
+
+def _seconds(model: Any, token_1T: torch.Tensor, number: int) -> float:
+    """Median time of a forward pass with some threads; the first pass isn't counted."""
+    seconds: list[float] = []
+    with torch_threads(number):
+        model(input_ids=token_1T, use_cache=False, logits_to_keep=1)
+        while len(seconds) < MOST_TIMED and sum(seconds) < TIMED_SEC:
+            start = time.perf_counter()
+            model(input_ids=token_1T, use_cache=False, logits_to_keep=1)
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+@contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    """Use this many threads inside the block."""
+    earlier = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(earlier)
+
 
 log = logging.getLogger(__name__)
 
@@ -159,3 +241,61 @@ def _warm_up(subject: Subject, cell: Cell) -> None:
         warm_up(subject, cell.named_rule, cell.prompt)
     except Exception as error:  # noqa: BLE001  # the experiment itself will fail and be recorded
         log.debug("the warm-up of %s failed: %s", cell.named_rule.name, error)
+
+
+def make_grid(
+    rules: Sequence[NamedRule], prompts: Sequence[Prompt], calibration: Calibration | None = None
+) -> list[Cell]:
+    """Return every pair, configurations outermost, in the order of the spec."""
+    return [
+        Cell(experiment_key(named_rule, prompt, calibration), named_rule, prompt)
+        for named_rule in rules
+        for prompt in prompts
+    ]
+
+
+def run_grid(executor: Executor, grid: Sequence[Cell], max_tokens: int, store: ResultStore) -> int:
+    """Run the experiments that the store lacks, failed ones again; return how many ran."""
+    cells: list[Cell] = []
+    means: dict[str, list[float]] = {cell.named_rule.name: [] for cell in grid}
+    for cell in grid:
+        if (done := store.finished_record(cell.key)) is None:
+            cells.append(cell)
+        else:
+            means[cell.named_rule.name].append(done.avg_experts_per_token)
+    with tqdm(
+        total=len(grid),
+        initial=len(grid) - len(cells),
+        desc="experiments",
+        file=sys.stderr,
+        dynamic_ncols=True,
+    ) as bar:
+        for cell, experiment in executor.run(cells, max_tokens):
+            store.add(cell.key, experiment.record, experiment.detail)
+            if experiment.record.status == STATUS_OK:
+                means[cell.named_rule.name].append(experiment.record.avg_experts_per_token)
+            _report_progress(bar, cell, experiment.record, means[cell.named_rule.name])
+    return len(cells)
+
+
+def _report_progress(
+    bar: tqdm[Any], cell: Cell, record: ExperimentRecord, means: Sequence[float]
+) -> None:
+    name = cell.named_rule.name
+    running = f"{sum(means) / len(means):.2f}" if means else "-"
+    bar.set_postfix(config=name, experts=running, refresh=False)
+    bar.update()
+    if record.status != STATUS_OK:
+        return
+    log.info(
+        "[%d/%d] %s on %r: %.2f experts (running mean %s), %d tokens in %.2f s",
+        bar.n,
+        bar.total,
+        name,
+        shorten(cell.prompt.text),
+        record.avg_experts_per_token,
+        running,
+        record.num_output_tokens,
+        record.inference_time_sec,
+        extra=FILE_ONLY,
+    )

@@ -2,21 +2,76 @@
 
 from __future__ import annotations
 
+import gc
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from bh_routing.engine.generate import Generation, RoutedGeneration, generate_routed
-from bh_routing.engine.prompts import encode_prompt
+from bh_routing.engine.generate import Generation, RoutedGeneration, encode_prompt, generate_routed
 from bh_routing.errors import ExperimentError
-from bh_routing.experiments.failures import find_nan
-from bh_routing.experiments.metrics import load_balance
-from bh_routing.experiments.spec import NamedRule, Prompt
+from bh_routing.experiments.specs import NamedRule, Prompt
+from bh_routing.models.routing import bind_rule, install
 from bh_routing.models.trace import ExpertTrace
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.records import STATUS_FAILED, ExperimentDetail, ExperimentRecord
+from bh_routing.results.records import STATUS_FAILED, ExperimentDetail, ExperimentRecord
+from bh_routing.rules.base import Candidates, Rule, Selector
+from bh_routing.stats.load_balance import load_balance
+
+OUT_OF_MEMORY: Final = (
+    "out of memory; use --device cpu, a smaller batch size, fewer tokens, or a smaller dtype than "
+    "float32"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that the device or the machine has no memory left."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # On a CPU torch raises a plain RuntimeError, with only its text to go by.
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def release_memory() -> None:
+    """Give unused memory back, to the device too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def find_nan(
+    model: Any, rule: Rule, calibration: Calibration | None, token_ids: Sequence[int]
+) -> str:
+    """Run tokens again, and say in one sentence where NaN or infinity begins.
+
+    Args:
+        model, rule, calibration: as `route` takes them.
+        token_ids: a text that gave NaN.
+    """
+    bound = bind_rule(model, rule, calibration)
+    is_finite: dict[str, Tensor] = {}
+
+    def watched(name: str, select: Selector) -> Selector:
+        def note(candidates: Candidates) -> Tensor:
+            is_finite[name] = candidates.router_logits_TE.isfinite().all()
+            return select(candidates)
+
+        return note
+
+    names = [f"{site.name} (layer {site.layer})" for site in bound.routers.sites]
+    selectors = tuple(map(watched, names, bound.selectors))
+    with torch.inference_mode(), install(model, replace(bound, selectors=selectors)):
+        model(torch.tensor([list(token_ids)], device=model.device), use_cache=False)
+    first = next((name for name in names if name in is_finite and not is_finite[name]), None)
+    where = "the model's output is NaN, though every router's logits are finite"
+    if first is not None:
+        where = f"router {first} gave NaN or infinite logits"
+    return f"{where}; the checkpoint is damaged or the dtype too narrow: try float32"
+
 
 WARM_UP_TOKENS = 2
 """A prefill and a decode step."""

@@ -10,9 +10,9 @@ from torch import nn
 
 from bh_routing.errors import InputError, unknown_name
 from bh_routing.experiments.defaults import STANDARD_TOP_K, standard_configs
-from bh_routing.experiments.spec import RunSpec, make_rules
-from bh_routing.models.discovery import find_routers, model_type_of
+from bh_routing.experiments.specs import RunSpec, make_rules
 from bh_routing.models.outlook import Outlook, outlook_from_routers, read_outlook
+from bh_routing.models.routers import find_routers, model_type_of
 from bh_routing.models.routing import check_rule
 from bh_routing.rules.base import Rule
 from bh_routing.rules.catalog import make_rule

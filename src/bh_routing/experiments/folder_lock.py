@@ -11,8 +11,8 @@ from filelock import FileLock, Timeout
 
 from bh_routing.errors import ResultsError
 from bh_routing.experiments.stored_run import OWN_NAMES
-from bh_routing.records import CHECKPOINT
-from bh_routing.results.atomic import unwritable
+from bh_routing.results.files import unwritable
+from bh_routing.results.records import CHECKPOINT
 
 LOCK: Final = ".lock"
 

@@ -1,31 +1,96 @@
-"""What makes two runs comparable, and what makes two experiments the same one.
-
-A folder holds results of one model on one kind of device under one set of library versions, since
-each of these can change a greedy text, and the device every time. The batch size is no part of it:
-texts are generated one by one, and in scoring it moves only the last digits, for a rule and the
-model's own top-k alike; run.json notes it for each session.
-"""
+"""Identity and provenance: which runs are comparable, and where a result came from."""
 
 from __future__ import annotations
 
+import os
+import platform
+import resource
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
 from typing import Any, Final
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
-from bh_routing.experiments.chained_lines import digest
-from bh_routing.experiments.provenance import device_name, library_versions
-from bh_routing.experiments.spec import NamedRule, Prompt
-from bh_routing.models.discovery import (
-    describe_model,
-    model_settings,
-    tokenizer_fingerprint,
-)
+import bh_routing
+from bh_routing.experiments.specs import NamedRule, Prompt
+from bh_routing.models.routers import describe_model, model_settings, tokenizer_fingerprint
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.records import SCHEMA_VERSION, journal_seed
+from bh_routing.results.journal import digest
+from bh_routing.results.records import SCHEMA_VERSION, journal_seed
 from bh_routing.rules.base import Rule
 from bh_routing.rules.catalog import rule_to_config
+
+_GIT_TIMEOUT_SEC = 5.0
+
+
+def collect_provenance(seed: int) -> dict[str, Any]:
+    """Return versions, machine, seed, revision and start, as in run.json."""
+    return {
+        **library_versions(),
+        "python": platform.python_version(),
+        "numpy": metadata.version("numpy"),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "git_revision": git_revision(Path(bh_routing.__file__).parent),
+        "seed": seed,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions that a greedy text may depend on."""
+    versions = {name: metadata.version(name) for name in ("torch", "transformers")}
+    return {"bh_routing": bh_routing.__version__, **versions}
+
+
+def git_revision(folder: Path) -> str | None:
+    """Return the revision that tracks `folder`, with `-dirty` if changed; None outside git."""
+    # A virtual environment inside somebody else's clone isn't tracked by it.
+    if not _git(folder, "ls-files", "__init__.py"):
+        return None
+    return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=_GIT_TIMEOUT_SEC,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def device_name(device: torch.device) -> str:
+    """Return the product's name; of a CPU whose name isn't known the architecture's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):  # Linux alone has this file, and not on every architecture the name
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the highest memory use so far: of the device, or of this process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
 
 _KEY_LENGTH: Final = 16
 _MOST_SETTINGS: Final = 3

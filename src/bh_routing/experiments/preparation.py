@@ -9,19 +9,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from bh_routing.engine.prompts import choose_chat_template, encode_prompt
+from bh_routing.engine.generate import choose_chat_template, encode_prompt
 from bh_routing.errors import InputError
 from bh_routing.experiments.budget import bring_to_budget
 from bh_routing.experiments.calibrating import obtain_calibration
+from bh_routing.experiments.executors import Threads, choose_threads, make_grid, torch_threads
 from bh_routing.experiments.experiment import Subject
-from bh_routing.experiments.grid import make_grid
 from bh_routing.experiments.identity import identify
-from bh_routing.experiments.quality_phase import QualityPhase
-from bh_routing.experiments.spec import RunSpec, make_rules, shorten
+from bh_routing.experiments.quality import QualityPhase
+from bh_routing.experiments.specs import RunSpec, make_rules, shorten
 from bh_routing.experiments.store import ResultStore
-from bh_routing.experiments.threads import Threads, choose_threads, torch_threads
-from bh_routing.models.discovery import ModelFacts, describe_model
 from bh_routing.models.load import load_model
+from bh_routing.models.routers import ModelFacts, describe_model
 from bh_routing.models.routing import bind_rule
 
 log = logging.getLogger(__name__)

@@ -1,7 +1,4 @@
-"""Experiments on many processes or machines: Ray workers that each hold the model.
-
-Workers compute and answer; the driver alone writes. It keeps the model too, since it calibrates.
-"""
+"""Experiments on Ray workers that each hold the model; the driver alone writes files."""
 
 from __future__ import annotations
 
@@ -19,25 +16,27 @@ from typing import Any, Final, NamedTuple, Self
 
 import torch
 
-from bh_routing.engine.prompts import choose_chat_template
+from bh_routing.engine.generate import choose_chat_template
 from bh_routing.engine.score import document_groups
 from bh_routing.engine.windows import TokenizedDocument
 from bh_routing.errors import ExperimentError, InputError
 from bh_routing.experiments.executors import (
     Cell,
+    Executor,
     ScoreSettings,
     SerialExecutor,
+    choose_threads,
     give_up,
 )
-from bh_routing.experiments.experiment import Experiment, Subject
-from bh_routing.experiments.failures import release_memory
+from bh_routing.experiments.experiment import Experiment, Subject, release_memory
 from bh_routing.experiments.identity import RunIdentity, identify
 from bh_routing.experiments.ray_pool import MAX_DEATHS, Answer, Job, WorkerPool, connected
 from bh_routing.experiments.run_log import SOURCES
-from bh_routing.models.discovery import describe_model
+from bh_routing.experiments.specs import RunSpec
 from bh_routing.models.load import DEMO, load_model
+from bh_routing.models.routers import describe_model
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.records import QualityRecord
+from bh_routing.results.records import QualityRecord
 from bh_routing.rules.base import Rule
 
 MOST_PROMPTS: Final = 8
@@ -339,3 +338,15 @@ def _collected() -> Iterator[list[tuple[str, int, str]]]:
     finally:
         for logger in loggers:
             logger.removeHandler(handler)
+
+
+def make_executor(spec: RunSpec, subject: Subject) -> Executor:
+    """Return the executor that a spec names; nothing is started before it is entered."""
+    if spec.executor == "local":
+        return SerialExecutor(subject)
+    settings = RaySettings(
+        address=spec.ray_address,
+        num_workers=spec.workers,
+        threads=choose_threads(subject.model).decode,
+    )
+    return RayExecutor(spec.model, spec.dtype, subject, settings)

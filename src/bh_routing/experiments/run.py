@@ -16,30 +16,18 @@ from bh_routing.experiments.calibrating import (
     save_calibration,
 )
 from bh_routing.experiments.conclusion import Hooks, conclude, guard
-from bh_routing.experiments.executor_choice import make_executor
-from bh_routing.experiments.executors import Executor
+from bh_routing.experiments.executors import Executor, run_grid, torch_threads
 from bh_routing.experiments.fitting import fit_to_config, fit_to_loaded
-from bh_routing.experiments.grid import run_grid
+from bh_routing.experiments.identity import collect_provenance, device_name, peak_memory_bytes
 from bh_routing.experiments.preparation import Preparation, load
-from bh_routing.experiments.provenance import (
-    collect_provenance,
-    device_name,
-    peak_memory_bytes,
-)
-from bh_routing.experiments.quality_phase import scored_documents
+from bh_routing.experiments.quality import scored_documents
+from bh_routing.experiments.ray_executor import make_executor
 from bh_routing.experiments.run_log import FILE_ONLY, RunLog
-from bh_routing.experiments.spec import (
-    RunSpec,
-    find_baseline,
-    make_rules,
-    resolved,
-    shorten,
-)
+from bh_routing.experiments.specs import RunSpec, find_baseline, make_rules, resolved, shorten
 from bh_routing.experiments.store import ResultStore
-from bh_routing.experiments.threads import torch_threads
 from bh_routing.experiments.timing_rounds import write_timing_rounds
 from bh_routing.experiments.token_traces import write_token_traces
-from bh_routing.records import BASELINE, LEFT_OUT, LOG, STATUS_OK, ExperimentRecord
+from bh_routing.results.records import BASELINE, LEFT_OUT, LOG, STATUS_OK, ExperimentRecord
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from bh_routing.results.atomic import unwritable
+from bh_routing.results.files import unwritable
 
 SOURCES: Final = ("bh_routing", "py.warnings", "transformers")
 """Loggers whose records the console shows."""

@@ -20,13 +20,6 @@ from filelock import FileLock, Timeout
 from bh_routing.errors import ResultsError
 from bh_routing.experiments.folder_lock import LOCK, in_use, refuse_links
 from bh_routing.experiments.identity import RunIdentity
-from bh_routing.experiments.journal import (
-    WAYS_OUT,
-    Entry,
-    JournalContent,
-    JournalWriter,
-    to_values,
-)
 from bh_routing.experiments.stored_run import (
     OWN_NAMES,
     StoredRun,
@@ -35,7 +28,15 @@ from bh_routing.experiments.stored_run import (
     render_header,
     render_row,
 )
-from bh_routing.records import (
+from bh_routing.results.files import (
+    TEMPORARY_SUFFIX,
+    render_json,
+    sync_folder,
+    unwritable,
+    write_atomically,
+)
+from bh_routing.results.journal import WAYS_OUT, Entry, JournalContent, JournalWriter, to_values
+from bh_routing.results.records import (
     CHECKPOINT,
     JOURNAL,
     RESULTS_CSV,
@@ -46,13 +47,6 @@ from bh_routing.records import (
     ExperimentDetail,
     ExperimentRecord,
 )
-from bh_routing.results.atomic import (
-    TEMPORARY_SUFFIX,
-    sync_folder,
-    unwritable,
-    write_atomically,
-)
-from bh_routing.results.strict_json import render_json
 
 REFRESH_SEC: Final = 1.0
 """Least pause between two renderings of a derived file."""

@@ -12,8 +12,9 @@ from typing import Any, Final, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from bh_routing.errors import ResultsError
-from bh_routing.experiments.journal import WAYS_OUT, Entry, JournalContent, read_journal
-from bh_routing.records import (
+from bh_routing.results.files import read_json_object, render_csv_row
+from bh_routing.results.journal import WAYS_OUT, Entry, JournalContent, read_journal
+from bh_routing.results.records import (
     CALIBRATION,
     CHECKPOINT,
     CSV_COLUMNS,
@@ -31,8 +32,6 @@ from bh_routing.records import (
     ExperimentRecord,
     journal_seed,
 )
-from bh_routing.results.csv_table import render_csv_row
-from bh_routing.results.strict_json import read_json_object
 
 OWN_NAMES: Final = (
     # First: a move that is cut short then leaves a folder that says what to do.

@@ -21,29 +21,29 @@ from bh_routing.experiments.calibrating import (
     obtain_calibration,
     save_calibration,
 )
-from bh_routing.experiments.executor_choice import make_executor
-from bh_routing.experiments.executors import Executor
+from bh_routing.experiments.executors import Executor, torch_threads
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.folder_lock import only_writer
-from bh_routing.experiments.identity import RunIdentity, identify
-from bh_routing.experiments.knob_search import KnobSearch, check_budgets
+from bh_routing.experiments.identity import RunIdentity, collect_provenance, device_name, identify
 from bh_routing.experiments.preparation import Loaded, load
-from bh_routing.experiments.provenance import collect_provenance, device_name
-from bh_routing.experiments.quality import QualityLedger, QualityText, prepare_text, score_missing
-from bh_routing.experiments.quality_phase import static_references
-from bh_routing.experiments.settings import Goal, Setting
-from bh_routing.experiments.spec import NamedRule, RunSpec
-from bh_routing.experiments.threads import torch_threads
+from bh_routing.experiments.quality import (
+    QualityLedger,
+    QualityText,
+    prepare_text,
+    score_missing,
+    static_references,
+)
+from bh_routing.experiments.ray_executor import make_executor
+from bh_routing.experiments.search import Goal, KnobSearch, Setting, check_budgets
+from bh_routing.experiments.specs import NamedRule, RunSpec
 from bh_routing.experiments.variants import Variant
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.records import RUN_JSON, SCHEMA_VERSION, QualityRecord
-from bh_routing.results.atomic import write_atomically
-from bh_routing.results.strict_json import read_json_object, render_json
+from bh_routing.results.files import read_json_object, render_json, write_atomically
+from bh_routing.results.records import RUN_JSON, SCHEMA_VERSION, QualityRecord
 from bh_routing.rules.base import Rule
 from bh_routing.rules.catalog import rule_to_config
-from bh_routing.rules.per_layer_top_k import PerLayerTopK
-from bh_routing.rules.top_k import TopK
-from bh_routing.rules.top_p import TopP
+from bh_routing.rules.fixed import PerLayerTopK, TopK
+from bh_routing.rules.mass import TopP
 
 KIND: Final = "sweep"
 SWEEP_JSON: Final = "sweep.json"

@@ -20,10 +20,9 @@ from bh_routing.errors import ResultsError
 from bh_routing.experiments.executors import Cell
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.identity import experiment_key
-from bh_routing.experiments.spec import NamedRule, Prompt
-from bh_routing.records import TIMING_COLUMNS, TIMINGS, RoundTiming
-from bh_routing.results.atomic import write_atomically
-from bh_routing.results.csv_table import read_csv, render_csv
+from bh_routing.experiments.specs import NamedRule, Prompt
+from bh_routing.results.files import read_csv, render_csv, write_atomically
+from bh_routing.results.records import TIMING_COLUMNS, TIMINGS, RoundTiming
 
 MOST_TOKENS: Final = 16
 """Tokens written in a round: enough for the time of one, and a run stays short."""

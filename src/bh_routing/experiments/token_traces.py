@@ -22,16 +22,14 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from bh_routing.engine.prompts import encode_prompt
+from bh_routing.engine.generate import encode_prompt
 from bh_routing.errors import ResultsError
 from bh_routing.experiments.executors import Cell
 from bh_routing.experiments.experiment import Subject
 from bh_routing.models.routing import BoundRule, bind_rule, install
 from bh_routing.models.sites import Proposal
-from bh_routing.records import JOURNAL, TOKEN_TRACES, TokenTrace
-from bh_routing.results.atomic import write_atomically
-from bh_routing.results.json_lines import read_json_lines
-from bh_routing.results.strict_json import render_json_lines
+from bh_routing.results.files import read_json_lines, render_json_lines, write_atomically
+from bh_routing.results.records import JOURNAL, TOKEN_TRACES, TokenTrace
 from bh_routing.rules.base import Candidates
 
 MAX_TOKENS: Final = 256

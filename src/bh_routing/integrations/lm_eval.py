@@ -1,4 +1,8 @@
-"""lm-evaluation-harness under a routing rule: a model that it knows as `bh_routing`.
+"""Three small lm-eval tasks that need no network: where they lie, and how lm-eval reads them.
+
+`tools/make_lm_eval_tasks.py` makes the data from the demo's held-out evaluation text.
+
+lm-evaluation-harness under a routing rule: a model that it knows as `bh_routing`.
 
     import lm_eval
     import bh_routing.integrations.lm_eval
@@ -13,6 +17,7 @@ run inside `route`. Scores of the model's own top-k are therefore the same numbe
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
@@ -29,13 +35,40 @@ from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.quickest import bind_quickest
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.errors import InputError
-from bh_routing.models.discovery import model_fingerprint
 from bh_routing.models.load import LoadedModel, load_model
+from bh_routing.models.routers import model_fingerprint
 from bh_routing.models.routing import install
 from bh_routing.models.trace import ExpertTrace
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules.base import Rule
 from bh_routing.rules.catalog import make_rule, rule_to_config
+
+TASKS = ("bh_cloze", "bh_choice", "bh_rolling")
+CLOZE_FILE = "cloze.jsonl"
+CHOICE_FILE = "choice.jsonl"
+ROLLING_FILE = "rolling.jsonl"
+
+
+def task_folder() -> Path:
+    """Return the folder to give to lm-eval as its include path."""
+    return Path(__file__).parent / "tasks"
+
+
+def read_items(*, file: str, **_: object) -> dict[str, datasets.Dataset]:
+    """Read one file of items; the tasks' YAML files name this function as their data set.
+
+    lm-eval's own `data_files` are relative to the working folder, so an installed package can't
+    name its files there. In memory: nothing is written to the data-set cache.
+
+    Args:
+        file: the name of a file in `task_folder()`.
+        _: what lm-eval passes on to every data set: the task's metadata and the model's
+            arguments.
+    Returns:
+        The items, as the split `test`.
+    """
+    lines = (task_folder() / file).read_text("utf-8").splitlines()
+    return {"test": datasets.Dataset.from_list([json.loads(line) for line in lines])}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,10 @@ from datasets.exceptions import DatasetsError
 from lm_eval.tasks import TaskManager
 
 from bh_routing.errors import InputError, unknown_name
-from bh_routing.integrations.lm_eval import ExpertUse, RoutedModel
-from bh_routing.integrations.packaged_tasks import TASKS, task_folder
+from bh_routing.integrations.lm_eval import TASKS, ExpertUse, RoutedModel, task_folder
 from bh_routing.models.load import LoadedModel
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.records import TaskOutcome
+from bh_routing.results.records import TaskOutcome
 from bh_routing.rules.base import Rule
 
 log = logging.getLogger(__name__)

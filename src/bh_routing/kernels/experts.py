@@ -1,22 +1,178 @@
-"""Experts that compute kept slots only, for transformers' experts interface.
-
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-ALL_EXPERTS_FUNCTIONS.register(NAME, sparse_experts_forward)
-model.set_experts_implementation(NAME)
-"""
+"""Sparse experts, which compute kept slots only: in plain torch, or by the fitting kernel."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import grouped_mm, linear
 
-from bh_routing.kernels.experts_layout import ExpertWeights, read_experts
-from bh_routing.kernels.experts_torch import mix_torch
+from bh_routing.errors import ModelError
+
+DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class ExpertWeights(NamedTuple):
+    """The two projections of all experts of a layer, and what happens between and after them."""
+
+    up: Tensor
+    """(E, N, H). A transposed layout comes as a transposed view, never as a copy."""
+    up_bias: Tensor | None
+    """(E, N)."""
+    down: Tensor
+    """(E, H, F)."""
+    down_bias: Tensor | None
+    """(E, H)."""
+    is_silu_gated: bool
+    """The first F rows of `up` are the gate, the step between is silu(gate) * up, and no bias."""
+    activate: Callable[[Tensor], Tensor]
+    """The family's own step between the projections, (..., N) -> (..., F)."""
+    normalize: Callable[[Tensor], Tensor] | None
+    """A norm on each expert's output, before its weight; most families have none."""
+
+
+def read_experts(experts: Any) -> ExpertWeights:
+    """Read a module that follows transformers' experts interface.
+
+    Raises:
+        ModelError: the weights are stored in a dtype no kernel here multiplies (quantised ones).
+    """
+    # Not every supported version of transformers sets every flag; its defaults are these.
+    has_gate = getattr(experts, "has_gate", True)
+    name = "gate_up_proj" if has_gate else "up_proj"
+    up, down = getattr(experts, name), experts.down_proj
+    if up.dtype not in DTYPES:
+        raise ModelError(
+            f"expert weights are {up.dtype}; sparse experts take bfloat16, float16 or float32: "
+            "load the model unquantised, or leave its experts implementation as it is"
+        )
+    if getattr(experts, "is_transposed", False):
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    has_bias = getattr(experts, "has_bias", False)
+    has_norm = getattr(experts, "has_post_expert_norm", False)
+    return ExpertWeights(
+        up=up,
+        up_bias=getattr(experts, f"{name}_bias") if has_bias else None,
+        down=down,
+        down_bias=experts.down_proj_bias if has_bias else None,
+        is_silu_gated=has_gate and not has_bias and _is_silu_gated(experts),
+        activate=experts._apply_gate if has_gate else experts.act_fn,
+        normalize=experts.post_expert_norm if has_norm else None,
+    )
+
+
+def runs_on_hopper() -> bool:
+    """Whether the GPU is one of NVIDIA's since Hopper: large shared memory, dependent launches."""
+    return (
+        torch.cuda.is_available()
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability() >= (9, 0)
+    )
+
+
+def _is_silu_gated(experts: Any) -> bool:
+    # Names that transformers may change: then the family's own gate runs, slower and as right.
+    return (
+        type(experts)._apply_gate.__name__ == "_default_apply_gate"
+        and getattr(experts, "is_concatenated", True)
+        and type(experts.act_fn).__name__ in ("SiLU", "SiLUActivation")
+    )
+
+
+MOST_GATHERED: Final = 64
+"""Kept slots up to which a copy of each slot's weights is quicker than visiting all experts.
+
+Measured on two CPU cores with the demo model (64 experts, 128 x 64).
+"""
+
+
+def mix_torch(
+    experts: ExpertWeights, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor
+) -> Tensor:
+    """Mix the kept experts of each token.
+
+    Args:
+        experts: the layer's weights.
+        hidden_TH: (T, H).
+        index_TK: integer, (T, K); a slot that names no expert (>= E) counts as dropped.
+        weights_TK: (T, K); exactly 0 where a slot was dropped.
+    Returns:
+        (T, H), in the dtype of `hidden_TH`.
+    """
+    kept_TK = (weights_TK != 0) & (index_TK < experts.up.shape[0])
+    if len(hidden_TH) == 1:
+        return mix_one(experts, hidden_TH, index_TK[kept_TK], weights_TK[kept_TK])
+    token_S, slot_S = kept_TK.nonzero(as_tuple=True)
+    expert_S = index_TK[token_S, slot_S]
+    is_gathered = expert_S.numel() <= MOST_GATHERED or not _can_group(experts)
+    if not is_gathered:
+        expert_S, order_S = expert_S.sort(stable=True)
+        token_S, slot_S = token_S[order_S], slot_S[order_S]
+    multiply = _gathered_linear if is_gathered else _grouped_linear
+    inputs_SH = hidden_TH[token_S].to(experts.up.dtype)
+    inner_SF = experts.activate(multiply(inputs_SH, experts.up, experts.up_bias, expert_S))
+    outputs_SH = multiply(inner_SF, experts.down, experts.down_bias, expert_S)
+    if experts.normalize is not None:
+        outputs_SH = experts.normalize(outputs_SH)
+    weighted_SH = outputs_SH * weights_TK[token_S, slot_S].unsqueeze(-1)
+    # Placed, then summed: on a GPU `index_add_` adds in another order each time.
+    weighted_TKH = weighted_SH.new_zeros(*kept_TK.shape, weighted_SH.shape[1])
+    weighted_TKH[token_S, slot_S] = weighted_SH
+    return weighted_TKH.sum(1).to(hidden_TH.dtype)
+
+
+def mix_one(
+    experts: ExpertWeights, hidden_1H: Tensor, expert_S: Tensor, weights_S: Tensor
+) -> Tensor:
+    """Mix the kept experts of a single token: all their first projections are one product.
+
+    Args:
+        experts: the layer's weights.
+        hidden_1H: (1, H).
+        expert_S: the kept ones, integer, (S,).
+        weights_S: (S,).
+    Returns:
+        (1, H), in the dtype of `hidden_1H`.
+    """
+    up_SNH = experts.up.index_select(0, expert_S)
+    inner_SN = linear(hidden_1H.to(up_SNH.dtype), up_SNH.flatten(0, 1)).view(up_SNH.shape[:2])
+    if experts.up_bias is not None:
+        inner_SN = inner_SN + experts.up_bias[expert_S]
+    inner_SF = experts.activate(inner_SN)
+    outputs_SH = _gathered_linear(inner_SF, experts.down, experts.down_bias, expert_S)
+    if experts.normalize is not None:
+        outputs_SH = experts.normalize(outputs_SH)
+    return (outputs_SH * weights_S.unsqueeze(-1)).sum(0, keepdim=True).to(hidden_1H.dtype)
+
+
+def _gathered_linear(
+    inputs: Tensor, weight: Tensor, bias: Tensor | None, expert_S: Tensor
+) -> Tensor:
+    # On a CPU `weight[expert_S]` takes eight times as long.
+    chosen = weight.index_select(0, expert_S)
+    outputs = torch.bmm(inputs.unsqueeze(1), chosen.transpose(1, 2)).squeeze(1)
+    return outputs if bias is None else outputs + bias[expert_S]
+
+
+def _grouped_linear(
+    inputs: Tensor, weight: Tensor, bias: Tensor | None, expert_S: Tensor
+) -> Tensor:
+    ends_E = torch.bincount(expert_S, minlength=weight.shape[0]).cumsum(0).int()
+    outputs: Tensor = grouped_mm(inputs, weight.transpose(1, 2), offs=ends_E)
+    return outputs if bias is None else outputs + bias[expert_S]
+
+
+def _can_group(experts: ExpertWeights) -> bool:
+    # torch's grouped product wants rows that start on 16 bytes.
+    _, rows, hidden = experts.up.shape
+    sizes = (rows, hidden, experts.down.shape[2])
+    return all(size * experts.up.element_size() % 16 == 0 for size in sizes)
+
 
 NAME: Final = "bh_sparse"
 """The name under which the function is registered."""
@@ -27,10 +183,9 @@ Measured on one H100 with OLMoE-1B-7B's experts: 6 tokens take 154 us against 16
 against 187, 12 take 238 against 226.
 """
 
-# Triton is optional, and these modules can't be imported without it.
-_FEW: Final[Any] = import_module("bh_routing.kernels.experts_few") if find_spec("triton") else None
-_GROUPED: Final[Any] = (
-    import_module("bh_routing.kernels.experts_grouped") if find_spec("triton") else None
+# Triton is optional, and this module can't be imported without it.
+_TRITON: Final[Any] = (
+    import_module("bh_routing.kernels.experts_triton") if find_spec("triton") else None
 )
 
 
@@ -53,10 +208,10 @@ def sparse_experts_forward(
         ModelError: the experts' weights are quantised.
     """
     weights = read_experts(experts)
-    if _GROUPED is None or not hidden_states.is_cuda or _wants_gradient(weights, hidden_states):
+    if _TRITON is None or not hidden_states.is_cuda or _wants_gradient(weights, hidden_states):
         return mix_torch(weights, hidden_states, top_k_index, top_k_weights)
     is_few = hidden_states.shape[0] <= MOST_FEW_TOKENS and weights.normalize is None
-    mix = _FEW.mix_few if is_few else _GROUPED.mix_grouped
+    mix = _TRITON.mix_few if is_few else _TRITON.mix_grouped
     # Triton launches on the current device, which needn't be the layer's.
     is_compiling = torch.compiler.is_compiling()
     with nullcontext() if is_compiling else torch.cuda.device_of(hidden_states):

@@ -24,10 +24,9 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from bh_routing.errors import InputError
-from bh_routing.kernels.experts_layout import runs_on_hopper
-from bh_routing.kernels.overlap import let_next_start, wait_for_previous
-from bh_routing.kernels.router_plan import RouterPlan
-from bh_routing.kernels.router_twin import RoutedSlots, Router, SoftmaxFamily
+from bh_routing.kernels.attention_triton import let_next_start, wait_for_previous
+from bh_routing.kernels.experts import runs_on_hopper
+from bh_routing.kernels.router import RoutedSlots, Router, RouterPlan, SoftmaxFamily
 from bh_routing.rules.base import LayerContext, Rule
 
 

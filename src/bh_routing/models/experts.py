@@ -1,12 +1,14 @@
-"""The modules around a router: its experts, its decoder layer, and what one slot's expert gives.
-
-Axes: T tokens, H hidden, K slots.
-"""
+"""The experts next to a router, their implementations, and one for single tokens on a CPU."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
 import torch
 from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from bh_routing.errors import ModelError
 from bh_routing.models.sites import RouterSite
@@ -46,3 +48,79 @@ def slot_output_norms(
     )
     norms: Tensor = outputs.float().norm(dim=-1)
     return norms.view(num_tokens, num_slots)
+
+
+@contextmanager
+def experts_by(model: Any, name: str, function: Callable[..., Any] | None = None) -> Iterator[None]:
+    """Let transformers run the model's experts by `name` inside a `with` block.
+
+    Args:
+        model: a transformers model.
+        name: an implementation that transformers knows, or the name of `function`.
+        function: registered under `name`; None if transformers knows the name.
+    """
+    if function is not None and name not in ALL_EXPERTS_FUNCTIONS:
+        ALL_EXPERTS_FUNCTIONS.register(name, function)
+    before = model.config._experts_implementation
+    model.set_experts_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+NAME: Final = "bh_cpu"
+MOST_SLOTS: Final = 64
+"""Above, gathering a copy of the weights for each slot costs more than grouping."""
+
+
+def cpu_experts_forward(
+    experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Mix the experts of each token: what the family's own loop computes, up to rounding.
+
+    Args:
+        experts: a module of the family whose parameters `gate_up_proj` (E, 2F, H) and `down_proj`
+            (E, H, F) hold all experts; other layouts are left to transformers.
+        hidden_states: (T, H).
+        top_k_index: int64, (T, K).
+        top_k_weights: (T, K); exactly 0 where a slot was dropped.
+    Returns:
+        (T, H), in the dtype of `hidden_states`.
+    """
+    if top_k_index.numel() > MOST_SLOTS or not _is_plain(experts):
+        mixed: Tensor = grouped_mm_experts_forward(
+            experts, hidden_states, top_k_index, top_k_weights
+        )
+        return mixed
+    token_S, slot_S = top_k_weights.nonzero(as_tuple=True)
+    expert_S = top_k_index[token_S, slot_S]
+    inputs_S1H = hidden_states[token_S].unsqueeze(1)
+    gate_up_SF = torch.bmm(
+        inputs_S1H, experts.gate_up_proj.index_select(0, expert_S).transpose(1, 2)
+    )
+    inner_S1F = experts._apply_gate(gate_up_SF)
+    down_SHF = experts.down_proj.index_select(0, expert_S)
+    outputs_SH = torch.bmm(inner_S1F, down_SHF.transpose(1, 2)).squeeze(1)
+    weighted_SH = outputs_SH * top_k_weights[token_S, slot_S].unsqueeze(-1)
+    mixed_TH = torch.zeros_like(hidden_states).index_add_(
+        0, token_S, weighted_SH.to(hidden_states.dtype)
+    )
+    return mixed_TH
+
+
+def _is_plain(experts: Any) -> bool:
+    # Not every version of transformers that we support knows every one of these.
+    return bool(
+        getattr(experts, "has_gate", False)
+        and not getattr(experts, "has_bias", False)
+        and not getattr(experts, "is_transposed", False)
+        and not getattr(experts, "has_post_expert_norm", False)
+    )
+
+
+def use_cpu_experts(model: Any, experts: Iterable[Any]) -> None:
+    """Let a model on a CPU run its experts this way, if all of them are laid out plainly."""
+    if all(_is_plain(module) for module in experts):
+        ALL_EXPERTS_FUNCTIONS.register(NAME, cpu_experts_forward)
+        model.set_experts_implementation(NAME)

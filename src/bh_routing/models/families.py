@@ -1,12 +1,14 @@
-"""What can't be read off a family's modules or found by experiment: one row where there is need."""
+"""Model families: the conventions that can't be probed, and the table of those that were tried."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Final
+from importlib import resources
+from typing import Final, TypedDict
 
 from bh_routing.errors import ModelError
-from bh_routing.models.sites import Scoring
+from bh_routing.models.sites import RouterFacts, Scoring
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,3 +53,82 @@ def family_of(model_type: str) -> Family:
             f"model type {model_type!r} is not supported: {REFUSED[base]}; see: bh-routing models"
         )
     return FAMILIES.get(base, Family())
+
+
+FILE: Final = "families.json"
+_GROUPS_FIRST: Final = "best groups first"
+_TEMPERATURE_1: Final = "temperature 1 only"
+
+
+class FamilyRow(TypedDict):
+    """What is known of one family of transformers."""
+
+    family: str
+    """Its folder in transformers' models."""
+    supported: bool
+    how: str
+    """How its router scores, selects and weighs; empty if it isn't supported."""
+    limits: list[str]
+    """What can't be done with it, or the reason why nothing can."""
+    versions: list[str]
+    """Versions of transformers in which a tiny model of it was routed."""
+
+
+def family_rows() -> list[FamilyRow]:
+    """Return every family that was tried, by name."""
+    text = resources.files("bh_routing.models").joinpath(FILE).read_text(encoding="utf-8")
+    rows: list[FamilyRow] = json.loads(text)
+    return rows
+
+
+def takes_temperature(row: FamilyRow, *, picks_groups: bool) -> bool:
+    """Whether a temperature other than 1 is defined for routers of this family.
+
+    Args:
+        row: the family's.
+        picks_groups: whether the checkpoint's router selects groups of experts first, which a
+            family's default configuration may do and a checkpoint may not.
+    """
+    if _TEMPERATURE_1 not in row["limits"]:
+        return True
+    return row["how"].startswith(f"softmax; {_GROUPS_FIRST}") and not picks_groups
+
+
+def describe_facts(facts: RouterFacts) -> str:
+    """Say in a few words how a router scores, selects and weighs.
+
+    Example:
+        >>> describe_facts(RouterFacts(num_experts=64, top_k=8, scoring="softmax",
+        ...     normalises=False, scale=1.0, ranks_by="logits"))
+        'softmax; raw weights'
+    """
+    parts = [facts.scoring.replace("_", "-")]
+    if facts.bias is not None:
+        score = "logit" if facts.ranks_by == "logits" else "score"
+        parts[0] += f", selects by {score} + bias"
+    if facts.groups is not None:
+        parts.append(_GROUPS_FIRST)
+    parts.append("normalised weights" if facts.normalises else "raw weights")
+    if facts.shares_with:
+        parts[-1] += ", together with shared experts'"
+    if facts.has_gains:
+        parts[-1] += ", times a gain of each expert"
+    return "; ".join(parts)
+
+
+def describe_limits(facts: RouterFacts) -> list[str]:
+    """Say what can't be done with a router."""
+    limits = []
+    if facts.top_k == 1:
+        limits.append("top-1: no slot can be dropped unless k is widened")
+    if facts.skips:
+        limits.append("one class of the router is no expert, and is counted as one")
+    if facts.why_not_wider:
+        limits.append(f"no more experts than its own top-k: {facts.why_not_wider}")
+    elif facts.groups is not None:
+        limits.append("no more experts than the chosen groups hold")
+    if not facts.takes_temperature:
+        limits.append(_TEMPERATURE_1)
+    if not facts.experts_see_input:
+        limits.append("no oracle rule: experts aren't given the router's input")
+    return limits

@@ -26,10 +26,9 @@ from transformers.utils import logging as transformers_logging
 
 from bh_routing.demo import demo_folder
 from bh_routing.errors import InputError, ModelError
-from bh_routing.models.cpu_experts import use_cpu_experts
-from bh_routing.models.discovery import find_routers
+from bh_routing.models.experts import use_cpu_experts
 from bh_routing.models.families import family_of
-from bh_routing.models.quantised import widen_what_was_left, widening_of
+from bh_routing.models.routers import find_routers, widen_what_was_left, widening_of
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,9 @@ from typing import Any, Final, NamedTuple
 
 from transformers import PretrainedConfig
 
-from bh_routing.models.discovery import Routers
-from bh_routing.models.families import family_of
-from bh_routing.models.family_rows import family_rows, takes_temperature
+from bh_routing.models.families import family_of, family_rows, takes_temperature
 from bh_routing.models.load import read_config
+from bh_routing.models.routers import Routers
 
 _TOP_K_FIELDS: Final = (
     "num_experts_per_tok",

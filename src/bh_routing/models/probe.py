@@ -20,8 +20,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from bh_routing.errors import ModelError
+from bh_routing.models.capture import Heard
 from bh_routing.models.families import Family
-from bh_routing.models.listen import Heard
 from bh_routing.models.sites import (
     TRANSFORMS,
     Groups,

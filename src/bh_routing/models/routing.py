@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from bh_routing.errors import CalibrationError, InputError, ModelError
-from bh_routing.models.discovery import (
+from bh_routing.models.capture import real_tokens, text_stack_of
+from bh_routing.models.experts import slot_output_norms
+from bh_routing.models.routers import (
     ROUTED,
     Routers,
     find_routers,
@@ -20,8 +22,6 @@ from bh_routing.models.discovery import (
     refuse_routed,
     unwrapped,
 )
-from bh_routing.models.experts import slot_output_norms
-from bh_routing.models.listen import real_tokens, text_stack_of
 from bh_routing.models.rows import RowsOfCall
 from bh_routing.models.sites import Decision, Proposal, RouterSite, RoutingHook, Undo
 from bh_routing.models.trace import ExpertTrace

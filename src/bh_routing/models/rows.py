@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bh_routing.errors import ModelError
-from bh_routing.models.listen import real_tokens
+from bh_routing.models.capture import real_tokens
 from bh_routing.rules.base import Rows
 
 

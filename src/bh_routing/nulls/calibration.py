@@ -33,9 +33,9 @@ from bh_routing.nulls.calibration_file import (
 )
 from bh_routing.nulls.catalog import NULLS
 from bh_routing.nulls.contributions import NEEDED, Contributions, is_by_loss, remedy
-from bh_routing.nulls.limits import DRAWS_ON_FIRST_LINE, MIN_DOCUMENTS, MIN_TOKENS
+from bh_routing.nulls.cut_offs import DRAWS_ON_FIRST_LINE, MIN_DOCUMENTS, MIN_TOKENS
 from bh_routing.nulls.reservoir import row_capacity
-from bh_routing.results.atomic import unwritable, write_atomically
+from bh_routing.results.files import unwritable, write_atomically
 
 _REMEDY: Final = "run: bh-routing calibrate --model NAME --output FILE"
 

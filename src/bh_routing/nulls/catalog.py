@@ -15,10 +15,10 @@ from bh_routing.nulls.centred import (
     BackgroundStudentized,
     Gaussian,
     PerExpert,
+    Permutation,
     Pooled,
+    Softmax,
 )
-from bh_routing.nulls.permutation import Permutation
-from bh_routing.nulls.softmax import Softmax
 
 _ALL: Final[tuple[Null, ...]] = (
     Background(),

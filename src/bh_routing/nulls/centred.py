@@ -1,11 +1,4 @@
-"""Nulls whose score is a logit minus its token's median, raw or over a robust scale.
-
-A softmax router is blind to a constant added to all logits of a token, so a score must be too.
-Dividing the logits by a temperature cancels: out of the Gaussian score directly, and out of the
-tables because a table made at that temperature is divided by it as well. These nulls ignore it.
-
-Axes: T tokens, E experts, N reference scores.
-"""
+"""Null distributions of router scores: centred logits, permuted gates, and probabilities."""
 
 from __future__ import annotations
 
@@ -17,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bh_routing.errors import CalibrationError
-from bh_routing.nulls.base import AlphaMeaning, Null, ReferenceTable
+from bh_routing.nulls.base import AlphaMeaning, Null, ReferenceTable, RouterPass
 
 # 1 / Phi^-1(3/4): makes the median absolute deviation estimate a Gaussian's standard deviation.
 MAD_TO_SIGMA: Final = 1.4826
@@ -186,3 +179,85 @@ class PerExpert(Background):
         """
         is_outside_TE = self._is_outside(router_logits_TE, top_k_index_TK)
         return self.score(router_logits_TE).masked_fill(~is_outside_TE, torch.nan)
+
+
+NUM_PERMUTATIONS: Final = 4
+LARGEST_DIFFERENCE: Final = 0.02
+"""Of the logits' spread over a token's experts: bfloat16 rounds by less."""
+
+
+class Permutation(TabledNull):
+    """Reference: logits of the same hidden states under gates whose coordinates are permuted.
+
+    All experts' rows are permuted alike, so norms and angles between experts stay and only the
+    alignment with the hidden state is destroyed. A router's bias is added to both.
+    """
+
+    name: ClassVar[str] = "permutation"
+    alpha_is: ClassVar[AlphaMeaning] = "error rate"
+    meaning: ClassVar[str] = (
+        'the false discovery rate that BH aims at for "the gate isn\'t aligned with this token"'
+    )
+    needs_gate: ClassVar[bool] = True
+
+    def reference_of(self, seen: RouterPass) -> Tensor:
+        """Return the scores under each permuted gate, shape (NUM_PERMUTATIONS * T * E,).
+
+        Raises:
+            CalibrationError: the router's input or weight is unknown, or its logits aren't the
+                input times the weight plus the bias, up to rounding and a constant per token.
+        """
+        hidden_TH, gate_EH = seen.hidden_states_TH, seen.gate_EH
+        if hidden_TH is None or gate_EH is None or hidden_TH.shape[-1] != gate_EH.shape[-1]:
+            raise CalibrationError(
+                "null 'permutation' needs a router that multiplies its input by a weight, which "
+                "this model's doesn't show; choose null='gaussian'"
+            )
+        hidden_TH, gate_EH = hidden_TH.float(), gate_EH.float()
+        bias_E = 0.0 if seen.bias_E is None else seen.bias_E.float()
+        logits_TE = seen.router_logits_TE.float()
+        difference_TE = hidden_TH @ gate_EH.T + bias_E - logits_TE
+        if not _spread(difference_TE) <= LARGEST_DIFFERENCE * _spread(logits_TE):
+            raise CalibrationError(
+                "null 'permutation' needs logits that are the router's input times its weight plus "
+                "its bias, and this router does more (a cap, a scale, a norm or noise); choose "
+                "null='gaussian'"
+            )
+        scores = []
+        for seed in range(NUM_PERMUTATIONS):
+            generator = torch.Generator().manual_seed(seed)
+            order_H = torch.randperm(gate_EH.shape[-1], generator=generator)
+            logits_TE = hidden_TH @ gate_EH[:, order_H.to(gate_EH.device)].T + bias_E
+            scores.append(self.score(logits_TE).flatten())
+        return torch.cat(scores)
+
+
+def _spread(values_TE: Tensor) -> Tensor:
+    """Return the norm of what is left of each token's values without their mean."""
+    spread: Tensor = (values_TE - values_TE.mean(dim=-1, keepdim=True)).norm()
+    return spread
+
+
+class Softmax(Null):
+    """p = 1 - softmax(logit / T): no reference distribution at all.
+
+    The probabilities of a token sum to 1, so its p-values sum to E - 1. At most one of them can
+    be on or below BH's line while alpha < 1 - 1/E, and it is only where the largest probability
+    is at least 1 - alpha / E. Usually nothing is rejected, and min_k decides.
+    """
+
+    name: ClassVar[str] = "softmax"
+    alpha_is: ClassVar[AlphaMeaning] = "nothing"
+    meaning: ClassVar[str] = (
+        "nothing: 1 - probability is no p-value, and at most one expert can be rejected at any "
+        "usual alpha; a negative control"
+    )
+    needs_table: ClassVar[bool] = False
+
+    def score(self, router_logits_TE: Tensor, temperature: float = 1.0) -> Tensor:
+        """Return softmax(logit / T) in float32."""
+        return (router_logits_TE.to(torch.float32) / temperature).softmax(dim=-1)
+
+    def p_from_score(self, scores: Tensor, table: ReferenceTable | None = None) -> Tensor:
+        """Return 1 - score, no less than 0; a table is ignored."""
+        return (1.0 - scores.to(torch.float64)).clamp(0.0, 1.0)

@@ -1,4 +1,6 @@
-"""Step-up lines as scores: computed once a layer, so that routing a token only compares.
+"""How much calibration data is enough to decide at a given alpha, and why.
+
+Step-up lines as scores: computed once a layer, so that routing a token only compares.
 
 With one table a layer the p-value is a non-increasing function of the score. The k-th smallest
 p-value of a token therefore belongs to its k-th largest score, and "on or below the line at rank
@@ -14,12 +16,31 @@ import torch
 from torch import Tensor
 
 from bh_routing.multitest import Procedure, check_alpha, on_or_below_line
-from bh_routing.multitest.step_up import (
-    STOREY_LAMBDA,
-    last_true_rank,
-    on_or_below_storey_line,
-)
+from bh_routing.multitest.step_up import STOREY_LAMBDA, last_true_rank, on_or_below_storey_line
 from bh_routing.nulls.base import Null, ReferenceTable
+
+DRAWS_ON_FIRST_LINE: Final = 20
+"""Reference scores that should lie beyond the first cut-off, whose p-value is alpha / E.
+
+One expert can be selected only if 1 / (n + 1) <= alpha / E; at that size a single score decides.
+With 20 the cut-off's tail probability has a relative sampling error of 1 / sqrt(20), about 22 %.
+So a table needs n >= 20 * E / alpha.
+"""
+
+BY_EXPERT_ALPHA: Final = 0.05
+"""The level that tables by expert are made for. Each expert needs 20 * E / alpha tokens outside the
+top-k, so memory grows with the square of E: 13 MB a layer of 64 experts, 52 MB of 128."""
+
+OBSERVED_TOKENS: Final = 256
+"""Tokens whose scores a calibration keeps for pictures."""
+
+MIN_TOKENS: Final = 5_000
+"""Distinct tokens. The slots of one token share a hidden state: they aren't independent draws, so
+the number of scores overstates how much was seen."""
+
+MIN_DOCUMENTS: Final = 20
+"""Documents. Tokens of one document share a topic: fewer documents fit a table to a few topics."""
+
 
 _SIGN_BITS: Final = 0x7FFFFFFF
 

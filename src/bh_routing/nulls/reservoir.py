@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bh_routing.errors import InputError
 from bh_routing.nulls.base import ReferenceTable
-from bh_routing.nulls.limits import BY_EXPERT_ALPHA, DRAWS_ON_FIRST_LINE
+from bh_routing.nulls.cut_offs import BY_EXPERT_ALPHA, DRAWS_ON_FIRST_LINE
 
 
 def reservoir_capacity(num_experts: int, smallest_alpha: float = 0.005) -> int:

@@ -12,12 +12,12 @@ from typing import Any, Final
 from bh_routing.analysis.comparisons import analyze_results
 from bh_routing.analysis.results import Results, load_results
 from bh_routing.errors import InputError, unknown_name
-from bh_routing.records import SCHEMA_VERSION, column_definitions
 from bh_routing.report.facts import BALANCE, EXPERTS, SECONDS, SPEED, Facts
 from bh_routing.report.files import write_bytes
 from bh_routing.report.table import experiments_of
 from bh_routing.report.text import as_float, latex, number, signed, spreadsheet
-from bh_routing.results.strict_json import render_json
+from bh_routing.results.files import render_json
+from bh_routing.results.records import SCHEMA_VERSION, column_definitions
 
 ENDINGS: Final = {"xlsx": "xlsx", "latex": "tex", "json": "json"}
 STEM: Final = "bh_routing_results"

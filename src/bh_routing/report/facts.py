@@ -20,15 +20,14 @@ from bh_routing.analysis.estimates import EXACT_PAIRS, MeanInterval
 from bh_routing.analysis.quality import analyze_quality
 from bh_routing.analysis.quality_row import STATIC
 from bh_routing.analysis.results import Results, load_results
-from bh_routing.analysis.speed import read_timings
-from bh_routing.analysis.text_agreement import TextAgreement, text_agreement
+from bh_routing.analysis.speed import TextAgreement, read_timings, text_agreement
 from bh_routing.errors import ResultsError
-from bh_routing.records import TIMINGS, ExperimentDetail, QualityRecord
 from bh_routing.report import findings
 from bh_routing.report.files import read_run
 from bh_routing.report.quality import QualityFindings, margin_of, quality_findings
 from bh_routing.report.table import Experiments, experiments_of
 from bh_routing.report.text import as_float, number
+from bh_routing.results.records import TIMINGS, ExperimentDetail, QualityRecord
 
 EXPERTS: Final = "avg_experts_per_token"
 SECONDS: Final = "inference_time_sec"

@@ -8,11 +8,11 @@ from typing import Any, Final
 import pandas as pd
 from matplotlib.figure import Figure
 
-from bh_routing.records import PLOTS, SUMMARY_JSON
 from bh_routing.report.charts import draw_charts
 from bh_routing.report.charts.style import look, new_figure, save, set_title
 from bh_routing.report.facts import Facts, read_facts
-from bh_routing.results.strict_json import find_json_object
+from bh_routing.results.files import find_json_object
+from bh_routing.results.records import PLOTS, SUMMARY_JSON
 
 QUALITY_PLOT: Final = "quality_vs_experts.png"
 EXPERTS_PLOT: Final = "avg_experts_comparison.png"

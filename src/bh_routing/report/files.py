@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from bh_routing.errors import ResultsError
-from bh_routing.records import PLOTS, RUN_JSON
-from bh_routing.results.atomic import unwritable, write_atomically
-from bh_routing.results.strict_json import find_json_object
+from bh_routing.results.files import find_json_object, unwritable, write_atomically
+from bh_routing.results.records import PLOTS, RUN_JSON
 
 
 def write_bytes(path: Path, content: bytes) -> Path:

@@ -7,21 +7,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
-from bh_routing.analysis.bootstrap import RESAMPLES
 from bh_routing.analysis.quality import QualityOptions
 from bh_routing.analysis.sweep import (
     OFF_BUDGET,
     SweepTables,
     analyze_sweep,
 )
-from bh_routing.analysis.sweep_row import winner_columns
-from bh_routing.records import PLOTS
+from bh_routing.analysis.sweep_records import winner_columns
 from bh_routing.report.charts.style import save
 from bh_routing.report.charts.sweep import DOMAINS_PLOT, PARETO_PLOT, domains, pareto
 from bh_routing.report.files import write_bytes, write_text
 from bh_routing.report.markdown import render
 from bh_routing.report.sweep_findings import SweepFacts, domains_title, pareto_title
-from bh_routing.results.csv_table import render_csv
+from bh_routing.results.files import render_csv
+from bh_routing.results.records import PLOTS
+from bh_routing.stats.bootstrap import RESAMPLES
 
 SWEEP_CSV: Final = "sweep.csv"
 DOMAINS_CSV: Final = "sweep_domains.csv"

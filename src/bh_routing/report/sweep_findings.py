@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 from bh_routing.analysis.quality_row import STATIC
 from bh_routing.analysis.sweep import ALL_RULES, PER_LAYER, TOP_P, SweepTables
 from bh_routing.analysis.sweep_equal_cost import SIGNIFICANCE_LEVEL
-from bh_routing.analysis.sweep_row import DomainRow, SweepRow, Winner
+from bh_routing.analysis.sweep_records import DomainRow, SweepRow, Winner
 from bh_routing.report.facts import child
 from bh_routing.report.text import listed, percent, plain
 

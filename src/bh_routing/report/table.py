@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from bh_routing.analysis.comparisons import choose_baseline
 from bh_routing.analysis.speed import SpeedUp, speed_ups
 from bh_routing.errors import InputError
-from bh_routing.records import STATUS_OK
+from bh_routing.results.records import STATUS_OK
 
 NEEDED: Final = ("config_name", "prompt_text")
 MEASURES: Final = (

@@ -11,20 +11,14 @@ from bh_routing.rules.base import (
     WeightConvention,
 )
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
-from bh_routing.rules.benjamini_hochberg_drop import BenjaminiHochbergDrop
 from bh_routing.rules.catalog import RULES, make_rule, rule_to_config
-from bh_routing.rules.contribution_threshold import ContributionThreshold
-from bh_routing.rules.entropy import Entropy
+from bh_routing.rules.contribution import ContributionThreshold, OracleContribution
+from bh_routing.rules.drop import BenjaminiHochbergDrop
+from bh_routing.rules.fixed import PerLayerTopK, RandomK, TopK
 from bh_routing.rules.functional import RoutedExperts, benjamini_hochberg_routing
 from bh_routing.rules.higher_criticism import HigherCriticism
-from bh_routing.rules.min_p import MinP
+from bh_routing.rules.mass import Entropy, MinP, Threshold, TopP
 from bh_routing.rules.noise import NoiseResult, noise_control
-from bh_routing.rules.oracle_contribution import OracleContribution
-from bh_routing.rules.per_layer_top_k import PerLayerTopK
-from bh_routing.rules.random_k import RandomK
-from bh_routing.rules.threshold import Threshold
-from bh_routing.rules.top_k import TopK
-from bh_routing.rules.top_p import TopP
 from bh_routing.rules.weights import AliasedSlots, alias_dropped, kept_weights
 
 __all__ = [

@@ -1,22 +1,128 @@
-"""What a rule is: it looks at the slots that the model's router proposes and says which stay.
-
-Axes: T tokens, E experts, K candidate slots. A rule never makes a weight; `rules/weights.py`
-turns what it kept into weights by the family's own convention.
-"""
+"""What a rule is: it sees the slots that the model's router proposes and says which stay."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Final, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from bh_routing.errors import InputError, unknown_name
 from bh_routing.nulls.base import ReferenceTable
+from bh_routing.nulls.catalog import check_temperature
 from bh_routing.nulls.contributions import Contributions
-from bh_routing.rules.knobs import Knob
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise InputError unless this is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise InputError unless this is a number in (0, 1]."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0.0 < value <= 1.0:
+        raise InputError(f"{name} must be a number in (0, 1], got {value!r}")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise InputError unless the value is one of the choices."""
+    if value not in choices:
+        raise unknown_name(name, str(value), choices)
+
+
+def check_mixture(weights: str, temperature: float, temperature_weights: str) -> None:
+    """Check the fields that every rule has."""
+    check_choice("weights", weights, get_args(WeightConvention))
+    check_temperature(temperature)
+    check_choice("temperature_weights", temperature_weights, get_args(TemperatureWeights))
+
+
+def check_at_most_experts(name: str, value: int, num_experts: int) -> None:
+    """Raise InputError if a rule asks for more experts than there are."""
+    if value > num_experts:
+        raise InputError(
+            f"{name} must be at most the {num_experts} experts of a layer, got {value}; set "
+            f"{name}={num_experts} or less"
+        )
+
+
+def check_min_k(min_k: int, most_kept: int) -> None:
+    """Raise InputError if a token is to keep more experts than a rule may keep in this model."""
+    if min_k > most_kept:
+        raise InputError(
+            f"min_k must be at most {most_kept}, the most experts per token that the rule keeps in "
+            f"this model, got {min_k}; set min_k={most_kept} or less"
+        )
+
+
+_REACH: Final = 16.0
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """A line on which a knob is searched: equal steps on it are about equally large changes."""
+
+    value_at: Callable[[float], float]
+    """Place on the line -> value of the knob."""
+    low: float = -_REACH
+    """Where the line starts."""
+    high: float | None = _REACH
+    """Where it ends; None: at the model's own k."""
+
+    def ends(self, model_top_k: int) -> tuple[float, float]:
+        """Return both ends of the line."""
+        return self.low, float(model_top_k) if self.high is None else self.high
+
+
+def _logistic(log_odds: float) -> float:
+    return 1.0 / (1.0 + math.exp(-log_odds))
+
+
+LOG: Final = Scale(math.exp)
+"""Numbers above 0."""
+LOG_ODDS: Final = Scale(_logistic)
+"""Numbers between 0 and 1."""
+SIGNED_LOG: Final = Scale(math.sinh)
+"""Any number: about linear near 0, logarithmic far from it."""
+WHOLE: Final = Scale(round, low=1.0, high=None)
+"""Whole numbers of experts."""
+EXPERTS: Final = Scale(float, low=1.0, high=None)
+"""A mean number of experts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Knob:
+    """Which number of a rule is turned, and which way.
+
+    Example:
+        >>> Knob("alpha", LOG_ODDS, keeps_more=True).fields(0.05, num_layers=6)
+        {'alpha': 0.05}
+    """
+
+    name: str
+    """The rule's field, or "mean_experts" where fields are made from a mean."""
+    scale: Scale
+    keeps_more: bool
+    """Whether a larger value keeps more experts."""
+    fields_from: Callable[[float, int], Mapping[str, Any]] | None = None
+    """Value and number of layers with a router -> fields; None: the field of the same name."""
+
+    def fields(self, value: float, num_layers: int) -> dict[str, Any]:
+        """Return the rule's fields at a value of the knob."""
+        if self.fields_from is None:
+            return {self.name: value}
+        return dict(self.fields_from(value, num_layers))
+
+    def sets(self, field: str) -> bool:
+        """Whether a field of the rule is the knob's to set."""
+        return field in self.fields(1.0, num_layers=1)
+
 
 WeightConvention = Literal["model", "renormalize", "preserve_mass"]
 TemperatureWeights = Literal["mass", "raw"]
@@ -165,3 +271,22 @@ class Rule(ABC):
         None for a rule that has none.
         """
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixingRule(Rule):
+    """A rule that chooses among the model's own slots and leaves the mixture to the family."""
+
+    temperature: float = 1.0
+    """Divides the router logits; changes the mixture, not the selection."""
+    weights: WeightConvention = "model"
+    """What the kept slots' weights are."""
+    temperature_weights: TemperatureWeights = "mass"
+    """What another temperature does to the sum of the kept slots' weights."""
+
+    def __post_init__(self) -> None:
+        """Refuse a mixture out of range; a subclass checks its own fields and calls this."""
+        check_mixture(self.weights, self.temperature, self.temperature_weights)
+
+    def check(self, *, num_experts: int, model_top_k: int) -> None:
+        """Accept any model: no more slots than its own are asked for."""

@@ -14,12 +14,7 @@ from torch import Tensor
 
 from bh_routing.errors import InputError
 from bh_routing.multitest import Procedure, check_alpha
-from bh_routing.multitest.step_up import (
-    STOREY_LAMBDA,
-    harmonic_number,
-    on_or_below_line,
-    ranks,
-)
+from bh_routing.multitest.step_up import STOREY_LAMBDA, harmonic_number, on_or_below_line, ranks
 from bh_routing.nulls.catalog import get_null
 from bh_routing.nulls.cut_offs import (
     StoreyCutOffs,
@@ -29,22 +24,21 @@ from bh_routing.nulls.cut_offs import (
     storey_cut_offs,
 )
 from bh_routing.rules.base import (
+    LOG_ODDS,
     Candidates,
+    Knob,
     LayerContext,
     Rule,
     Selector,
     TemperatureWeights,
     WeightConvention,
-)
-from bh_routing.rules.fields import (
     check_at_most_experts,
     check_choice,
     check_count,
     check_min_k,
     check_mixture,
 )
-from bh_routing.rules.knobs import LOG_ODDS, Knob
-from bh_routing.rules.slots import keep_best
+from bh_routing.rules.weights import keep_best
 
 OnEmpty = Literal["min_k", "model_k"]
 

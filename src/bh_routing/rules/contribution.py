@@ -1,17 +1,15 @@
-"""Slots by what they are expected to contribute: shared by the rules that drop slots.
-
-Axes: T tokens, E experts, K slots.
-"""
+"""Rules on a slot's contribution: one threshold on the estimated, or the true, one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from math import isfinite
+from typing import ClassVar, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from bh_routing.errors import CalibrationError
+from bh_routing.errors import CalibrationError, InputError
 from bh_routing.nulls.contributions import (
     BY_LOSS,
     NEEDED,
@@ -20,9 +18,17 @@ from bh_routing.nulls.contributions import (
     Statistic,
     remedy,
 )
-from bh_routing.rules.base import Candidates, LayerContext
-from bh_routing.rules.fields import check_choice, check_count, check_min_k
-from bh_routing.rules.mixing import MixingRule
+from bh_routing.rules.base import (
+    LOG,
+    Candidates,
+    Knob,
+    LayerContext,
+    MixingRule,
+    Selector,
+    check_choice,
+    check_count,
+    check_min_k,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,3 +120,102 @@ def rank_slots(candidates: Candidates, scores_TK: Tensor) -> RankedSlots:
 def needed_null(statistic: Statistic, definition: Definition) -> str:
     """Name what must be calibrated for a statistic and a definition of what mattered."""
     return NEEDED["loss" if statistic in BY_LOSS else definition]
+
+
+def check_contribution_threshold(threshold: float) -> None:
+    """Raise InputError unless this is a finite number of at least 0."""
+    is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+    if not is_number or not isfinite(threshold) or threshold < 0:
+        raise InputError(f"threshold must be a finite number of at least 0, got {threshold!r}")
+
+
+@dataclass(frozen=True)
+class ContributionThreshold(ContributionRule):
+    """Keep the slots whose score is above `threshold`, and the token's min_k best.
+
+    With the same statistic this is the same one-parameter family of decisions as
+    BenjaminiHochbergDrop(scope="population"): there alpha picks the threshold.
+
+    Example:
+        >>> ContributionThreshold(0.05).required_null
+        'needed_by_loss'
+    """
+
+    method: ClassVar[str] = "contribution_threshold"
+    knob: ClassVar[Knob | None] = Knob("threshold", LOG, keeps_more=False)
+
+    threshold: float
+    """At least 0, in the unit of the statistic; a larger one keeps fewer experts."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        check_contribution_threshold(self.threshold)
+        super().__post_init__()
+
+    def bind(self, context: LayerContext) -> Selector:
+        """Look up the layer's scale.
+
+        Raises:
+            CalibrationError: the context has no contributions.
+        """
+        scale_E = layer_scale(self.method, self.statistic, context)
+        threshold, min_k = self.threshold, self.min_k
+
+        def select(candidates: Candidates) -> Tensor:
+            scores_TK = slot_scores(candidates, scale_E)
+            return (scores_TK > threshold) | (rank_slots(candidates, scores_TK).rank_TK < min_k)
+
+        return select
+
+
+@dataclass(frozen=True)
+class OracleContribution(DroppingRule):
+    """Keep the slots whose true contribution is above `threshold`, and the token's min_k best.
+
+    The true contribution is weight x the norm of the expert's own output for this token, over the
+    layer's mean residual norm. Every candidate expert is run to know it: this shows how much a
+    better estimate could gain and saves nothing.
+
+    Example:
+        >>> OracleContribution(0.05).needs_output_norms
+        True
+    """
+
+    method: ClassVar[str] = "oracle_contribution"
+    knob: ClassVar[Knob | None] = Knob("threshold", LOG, keeps_more=False)
+
+    threshold: float
+    """At least 0, a share of the residual's norm; a larger one keeps fewer experts."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        check_contribution_threshold(self.threshold)
+        super().__post_init__()
+
+    @property
+    def required_null(self) -> str | None:
+        """What calibration must have observed: norms."""
+        return NEEDED["norm"]
+
+    @property
+    def needs_output_norms(self) -> bool:
+        """Yes: the norm of every candidate's output."""
+        return True
+
+    def bind(self, context: LayerContext) -> Selector:
+        """Look up the layer's mean residual norm.
+
+        Raises:
+            CalibrationError: the context has no contributions.
+        """
+        contributions = require_contributions(self.method, context)
+        residual = contributions.residual_norms_L[context.layer].to(context.device)
+        threshold, min_k = self.threshold, self.min_k
+
+        def select(candidates: Candidates) -> Tensor:
+            norms_TK = candidates.output_norms_TK
+            assert norms_TK is not None  # our own bug: route() fills it in
+            scores_TK = candidates.top_k_weights_TK.float() * norms_TK / residual
+            return (scores_TK > threshold) | (rank_slots(candidates, scores_TK).rank_TK < min_k)
+
+        return select

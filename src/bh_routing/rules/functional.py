@@ -12,9 +12,14 @@ from torch import Tensor
 
 from bh_routing.nulls.base import ReferenceTable
 from bh_routing.nulls.catalog import check_router_logits
-from bh_routing.rules.base import Candidates, LayerContext
+from bh_routing.rules.base import (
+    Candidates,
+    LayerContext,
+    check_at_most_experts,
+    check_choice,
+    check_count,
+)
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
-from bh_routing.rules.fields import check_at_most_experts, check_choice, check_count
 from bh_routing.rules.weights import kept_weights
 
 OLMOE_TOP_K: Final = 8

@@ -13,15 +13,20 @@ import torch
 from torch import Tensor
 
 from bh_routing.errors import InputError
-from bh_routing.multitest.higher_criticism import criticism_reaches
-from bh_routing.multitest.step_up import ranks
+from bh_routing.multitest.step_up import criticism_reaches, ranks
 from bh_routing.nulls.catalog import get_null
 from bh_routing.nulls.cut_offs import count_at_cut_offs, cut_offs_where
-from bh_routing.rules.base import Candidates, LayerContext, Selector
-from bh_routing.rules.fields import check_at_most_experts, check_count
-from bh_routing.rules.knobs import SIGNED_LOG, Knob
-from bh_routing.rules.mixing import MixingRule
-from bh_routing.rules.slots import keep_best
+from bh_routing.rules.base import (
+    SIGNED_LOG,
+    Candidates,
+    Knob,
+    LayerContext,
+    MixingRule,
+    Selector,
+    check_at_most_experts,
+    check_count,
+)
+from bh_routing.rules.weights import keep_best
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from bh_routing.experiments.token_traces import pack
-from bh_routing.records import TOKEN_TRACES, ExperimentDetail, TokenTrace
+from bh_routing.results.records import TOKEN_TRACES, ExperimentDetail, TokenTrace
 from tests.report.conftest import FillFolder, MakeResults, build_quality
 
 LAYERS, EXPERTS, SLOTS = 2, 64, 8

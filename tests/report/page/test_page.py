@@ -15,12 +15,12 @@ import pytest
 
 from bh_routing.errors import InputError, ResultsError
 from bh_routing.experiments.token_traces import pack
-from bh_routing.records import TokenTrace
 from bh_routing.report import create_visualizations
 from bh_routing.report.charts.style import DARK
 from bh_routing.report.page.compare import write_comparison
 from bh_routing.report.page.page import write_page
 from bh_routing.report.page.traces import read_traces, unpack
+from bh_routing.results.records import TokenTrace
 from tests.report.conftest import MakeResults
 from tests.report.page.conftest import FillPage
 

@@ -10,11 +10,11 @@ from functools import partial
 
 import numpy as np
 
-from bh_routing.records import ExperimentDetail
 from bh_routing.report.charts.chart import Chart, chart
 from bh_routing.report.charts.marks import Floats, draw_heat_map, table_of
 from bh_routing.report.facts import Facts
 from bh_routing.report.text import number, plain, short_labels
+from bh_routing.results.records import ExperimentDetail
 
 
 def _summed(

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from bh_routing.analysis.quality_row import STATIC
-from bh_routing.analysis.sweep_row import DomainRow, SweepRow
+from bh_routing.analysis.sweep_records import DomainRow, SweepRow
 from bh_routing.report.charts.chart import Chart
 from bh_routing.report.charts.marks import (
     Looks,

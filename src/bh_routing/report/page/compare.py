@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from bh_routing.analysis.nested import flatten
 from bh_routing.analysis.results import load_results
+from bh_routing.analysis.trackers import flatten
 from bh_routing.errors import InputError
 from bh_routing.report.charts.quality import compared_quality
 from bh_routing.report.facts import Facts, facts_of

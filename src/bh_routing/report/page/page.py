@@ -19,7 +19,6 @@ from markupsafe import Markup
 import bh_routing
 from bh_routing.analysis.results import load_results
 from bh_routing.errors import CalibrationError
-from bh_routing.records import CALIBRATION, REPORT_HTML
 from bh_routing.report.charts import Chart, draw_charts
 from bh_routing.report.charts.calibration import null_charts
 from bh_routing.report.charts.style import Picture, inline_svg, look, theme
@@ -30,6 +29,7 @@ from bh_routing.report.markdown import render as render_markdown
 from bh_routing.report.page.experiments import experiment_table
 from bh_routing.report.page.traces import for_page, read_traces
 from bh_routing.report.text import plain
+from bh_routing.results.records import CALIBRATION, REPORT_HTML
 
 SCRIPTS: Final = ("page.js", "experiments.js", "tokens.js")
 _log = logging.getLogger(__name__)

@@ -12,9 +12,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bh_routing.records import TOKEN_TRACES, TokenTrace
-from bh_routing.results.json_lines import planned_keys, read_json_lines
-from bh_routing.results.strict_json import half_read
+from bh_routing.results.files import half_read, planned_keys, read_json_lines
+from bh_routing.results.records import TOKEN_TRACES, TokenTrace
 
 PAGE_BYTES: Final = 3_000_000
 """Traces that a page carries, in bytes of text; the first prompts of every configuration."""

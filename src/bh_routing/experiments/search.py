@@ -1,0 +1,381 @@
+"""Find the value of a rule's tuning parameter at which it uses a given mean number of experts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from scipy.optimize import brentq
+from tqdm import tqdm
+
+from bh_routing.engine.observe import Proposals, capture_proposals, mean_experts, tokens_that_fit
+from bh_routing.engine.score import score
+from bh_routing.engine.texts import Document
+from bh_routing.errors import CalibrationError, InputError
+from bh_routing.experiments.quality import QualityText, prepare_text
+from bh_routing.experiments.variants import LAYER_TOKENS, LayerLosses, Variant, measure_layer_losses
+from bh_routing.models.routers import describe_model, find_routers
+from bh_routing.models.routing import bind_rule, check_calibration
+from bh_routing.nulls.calibration import Calibration
+from bh_routing.results.journal import digest
+from bh_routing.results.records import QualityRecord
+from bh_routing.rules.base import Rule
+from bh_routing.rules.catalog import make_rule, rule_to_config
+from bh_routing.rules.fixed import PerLayerTopK
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Goal:
+    """A variant and the mean number of experts that it is to use."""
+
+    variant: Variant
+    budget: float
+
+    @property
+    def config_name(self) -> str:
+        """Such as `bh_drop-block-sensitivity@5`."""
+        return f"{self.variant.name}@{self.budget:g}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """The value of a knob that was found for a goal."""
+
+    goal: Goal
+    rule: Rule
+    knob: float
+    mean_experts: float
+    """On the text of the search, under the rule."""
+    delta_nll: float
+    """There too, against the model's own top-k, in nats a token."""
+    corrections: int
+    """How often the rule was run and its target shifted before this value was found."""
+    unreachable: str | None
+    """Why the budget isn't met, with the closest mean; None if it is."""
+
+    def to_document(self, search: str) -> dict[str, Any]:
+        """Return plain data; `search` identifies the model, text and calibration searched on."""
+        variant = self.goal.variant
+        return {
+            "config_name": self.goal.config_name,
+            "rule": variant.method,
+            "variant": variant.label,
+            "knob": self.knob,
+            "knob_field": variant.knob.name,
+            "config": rule_to_config(self.rule),
+            "budget": self.goal.budget,
+            "calibration_mean_experts": self.mean_experts,
+            "calibration_delta_nll": self.delta_nll,
+            "corrections": self.corrections,
+            "unreachable": self.unreachable,
+            "search": search,
+        }
+
+
+def recall_settings(
+    goals: Iterable[Goal],
+    documents: Iterable[Mapping[str, Any]],
+    search_of: Callable[[Variant], str],
+    rule_at: Callable[[Variant, float], Rule],
+) -> dict[str, Setting]:
+    """Find goals among what an earlier search of the same kind wrote; name -> setting.
+
+    Args:
+        goals: what is looked for.
+        documents: settings as `Setting.to_document` gives them.
+        search_of: identifies the search for a variant; settings of another one aren't taken.
+        rule_at: the rule that a variant is at a value of its knob.
+    """
+    stored = {entry.get("config_name"): entry for entry in documents}
+    found = {}
+    for goal in goals:
+        entry = stored.get(goal.config_name)
+        setting = None if entry is None else _recall(goal, entry, search_of(goal.variant), rule_at)
+        if setting is not None:
+            found[goal.config_name] = setting
+    return found
+
+
+def _recall(
+    goal: Goal, entry: Mapping[str, Any], search: str, rule_at: Callable[[Variant, float], Rule]
+) -> Setting | None:
+    try:
+        if (entry["search"], entry["budget"]) != (search, goal.budget):
+            return None
+        setting = Setting(
+            goal=goal,
+            rule=make_rule(entry["config"]),
+            knob=entry["knob"],
+            mean_experts=entry["calibration_mean_experts"],
+            delta_nll=entry["calibration_delta_nll"],
+            corrections=entry["corrections"],
+            unreachable=entry["unreachable"],
+        )
+        is_same_rule = setting.rule == rule_at(goal.variant, setting.knob)
+    except (KeyError, TypeError, InputError):
+        return None
+    return setting if is_same_rule else None
+
+
+SEARCH_TOKENS: Final = 4_000
+"""Tokens of calibration text, spread over its documents: enough for a mean to about 0.6 %."""
+TOLERANCE: Final = 0.02
+"""Share of a budget by which a mean may miss it; beyond, the budget is unreachable."""
+CLOSE_ENOUGH: Final = 0.005
+"""Share of a budget up to which nothing is corrected."""
+MAX_CORRECTIONS: Final = 2
+_HIT: Final = 5e-4
+_STEP: Final = 1e-4
+
+
+class KnobSearch:
+    """Rules tried on calibration text.
+
+    Args:
+        model, tokenizer: as `score` takes them.
+        documents: calibration text; a search reads the start of each.
+        calibration: needed if a variant needs one.
+        num_tokens: most tokens of the text.
+        batch_size: windows of a forward pass; None: as many as memory bounds allow.
+    Raises:
+        InputError: the text has no tokens.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        documents: Sequence[Document],
+        calibration: Calibration | None,
+        num_tokens: int = SEARCH_TOKENS,
+        batch_size: int | None = None,
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._documents = documents
+        self._calibration = calibration
+        self._routers = find_routers(model)
+        self._facts = facts = describe_model(model)
+        most = min(num_tokens, tokens_that_fit(self._routers))
+        self.text: QualityText = prepare_text(
+            tokenizer, facts, documents, max_tokens=most, batch_size=batch_size
+        )
+        self._searched = [
+            facts.fingerprint,
+            facts.dtype,
+            facts.device,
+            self.text.sha256,
+            self.text.max_tokens,
+            self.text.window,
+        ]
+        self._proposals: dict[tuple[int, bool], Proposals] = {}
+        self._means: dict[Rule, float] = {}
+        self._starts: dict[str, float] = {}
+        self._layer_losses: LayerLosses | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that a search reads."""
+        return sum(len(document.ids) for document in self.text.documents)
+
+    def find(self, goals: Sequence[Goal], known: Sequence[Mapping[str, Any]] = ()) -> list[Setting]:
+        """Find a setting for every goal, in their order.
+
+        Args:
+            goals: variants and budgets.
+            known: settings as `to_documents` gives them, of this search or another; what fits
+                isn't searched again.
+        Raises:
+            InputError: a variant can't run on this model, or a budget is out of range.
+            CalibrationError: a variant can't run with this calibration, whatever its knob.
+        """
+        check_budgets([goal.budget for goal in goals], self._routers.model_top_k)
+        # Losses by layer are measured without any table, as for a rule that reads none.
+        self._layer_losses = self._layer_losses or LayerLosses.recall(known, self._key(None))
+        found = recall_settings(goals, known, self._key_of, self._at)
+        open_goals = {g.config_name: g for g in goals if g.config_name not in found}
+        found |= self._search(open_goals)
+        return [found[goal.config_name] for goal in goals]
+
+    def to_documents(self, settings: Iterable[Setting]) -> list[dict[str, Any]]:
+        """Return plain data that `find` takes as `known`, with what sharing out rests on."""
+        losses = self._layer_losses
+        kept = {} if losses is None else {"layer_losses": losses.to_document()}
+        return [
+            setting.to_document(self._key_of(setting.goal.variant))
+            | (kept if _is_shared_out(setting.goal.variant) else {})
+            for setting in settings
+        ]
+
+    def _key_of(self, variant: Variant) -> str:
+        """Identify what a setting that was found depends on besides its goal."""
+        return self._key(variant.anywhere().required_null)
+
+    def _key(self, null: str | None) -> str:
+        tables = self._calibration.table_fingerprints if self._calibration is not None else {}
+        return digest([*self._searched, tables.get(null or "")])
+
+    def mean_experts(self, rule: Rule) -> float:
+        """Mean number of experts that a rule keeps of the captured proposals."""
+        if rule not in self._means:
+            key = (rule.num_candidates(self._routers.model_top_k), rule.needs_output_norms)
+            if key not in self._proposals:
+                self._proposals[key] = capture_proposals(
+                    self._model,
+                    self._tokenizer,
+                    self.text.documents,
+                    window=self.text.window,
+                    num_candidates=key[0],
+                    with_norms=key[1],
+                )
+            proposals = self._proposals[key]
+            self._means[rule] = mean_experts(rule, proposals, self._routers, self._calibration)
+        return self._means[rule]
+
+    def _search(self, goals: Mapping[str, Goal]) -> dict[str, Setting]:
+        targets = {name: goal.budget for name, goal in goals.items()}
+        values = {
+            name: self._value(goal.variant, goal.budget)
+            for name, goal in tqdm(goals.items(), desc="search", unit="knob", disable=not goals)
+        }
+        best: dict[str, Setting] = {}
+        for corrections in range(MAX_CORRECTIONS + 1):
+            if not values:
+                break
+            again = {}
+            for name, setting in self._run(goals, values, corrections).items():
+                if name not in best or _miss(setting) < _miss(best[name]):
+                    best[name] = setting
+                if _miss(setting) > CLOSE_ENOUGH:
+                    targets[name] += setting.goal.budget - setting.mean_experts
+                    value = self._value(setting.goal.variant, targets[name])
+                    if value != setting.knob:
+                        again[name] = value
+            values = again
+        return best
+
+    def _at(self, variant: Variant, value: float) -> Rule:
+        if not _is_shared_out(variant):
+            return variant.at(value, len(self._routers.sites))
+        shared = self._measured_layer_losses().share_out(value)
+        return make_rule({**variant.config, "k": shared.k})
+
+    def _measured_layer_losses(self) -> LayerLosses:
+        if self._layer_losses is None:
+            text = prepare_text(
+                self._tokenizer,
+                self._facts,
+                self._documents,
+                max_tokens=min(LAYER_TOKENS, self.num_tokens),
+            )
+            self._layer_losses = measure_layer_losses(self._model, self._tokenizer, text)
+        return self._layer_losses
+
+    def _value(self, variant: Variant, target: float) -> float:
+        """Find the admissible value whose mean on the proposals is closest to the target."""
+        value_at = variant.knob.scale.value_at
+        _, high = variant.knob.scale.ends(self._routers.model_top_k)
+        if variant.name not in self._starts:
+            self._starts[variant.name] = self._start(variant)
+        low = self._starts[variant.name]
+        missed: dict[float, float] = {}
+
+        def excess(place: float) -> float:
+            mean = self.mean_experts(self._at(variant, value_at(place)))
+            missed[place] = abs(mean - target)
+            return 0.0 if missed[place] <= _HIT * target else mean - target
+
+        if excess(low) * excess(high) < 0:
+            brentq(excess, low, high, xtol=_STEP, maxiter=60, disp=False)
+        return value_at(min(missed, key=missed.__getitem__))
+
+    def _start(self, variant: Variant) -> float:
+        """Find the lowest place on the scale that the calibration can decide.
+
+        Only levels have such a limit, and a larger level never asks for more than a smaller one.
+        """
+        low, high = variant.knob.scale.ends(self._routers.model_top_k)
+        value_at = variant.knob.scale.value_at
+        bind_rule(self._model, self._at(variant, value_at(high)), self._calibration)
+        if self._is_admissible(self._at(variant, value_at(low))):
+            return low
+        while high - low > _STEP:
+            middle = (low + high) / 2
+            if self._is_admissible(self._at(variant, value_at(middle))):
+                high = middle
+            else:
+                low = middle
+        return high
+
+    def _is_admissible(self, rule: Rule) -> bool:
+        try:
+            check_calibration(self._model, self._routers, rule, self._calibration)
+        except CalibrationError:
+            return False
+        return True
+
+    def _run(
+        self, goals: Mapping[str, Goal], values: Mapping[str, float], corrections: int
+    ) -> dict[str, Setting]:
+        """Score the rules at these values, in one pass that shares the model's own top-k."""
+        rules = {name: self._at(goals[name].variant, value) for name, value in values.items()}
+        records: dict[str, list[QualityRecord]] = defaultdict(list)
+        title = f"correction {corrections}" if corrections else "measure"
+        total = self.num_tokens * len(rules)
+        model, tokenizer, text = self._model, self._tokenizer, self.text
+        records_of = partial(
+            score,
+            *(model, tokenizer, text.documents, rules, self._calibration),
+            batch_size=text.batch_size,
+        )
+        with tqdm(total=total, unit="token", desc=title, unit_scale=True) as bar:
+            for record in records_of(window=text.window, stride=text.stride):
+                records[record.config_name].append(record)
+                bar.update(record.tokens)
+        return {
+            name: _setting(goals[name], rules[name], value, records[name], corrections)
+            for name, value in values.items()
+        }
+
+
+def check_budgets(budgets: Sequence[float], model_top_k: int) -> None:
+    """Raise InputError unless each budget is a mean from 1 to the model's own k."""
+    for budget in budgets:
+        if not 1 <= budget <= model_top_k:
+            raise InputError(
+                f"a budget must be from 1 to the model's own {model_top_k} experts a token, got "
+                f"{budget:g}"
+            )
+
+
+def _is_shared_out(variant: Variant) -> bool:
+    return variant.method == PerLayerTopK.method
+
+
+def _miss(setting: Setting) -> float:
+    return abs(setting.mean_experts / setting.goal.budget - 1)
+
+
+def _setting(
+    goal: Goal, rule: Rule, value: float, records: Sequence[QualityRecord], corrections: int
+) -> Setting:
+    mean = sum(r.experts_sum for r in records) / sum(r.units for r in records)
+    rise = sum(r.nll_sum - r.top_k_nll_sum for r in records) / sum(r.tokens for r in records)
+    unreachable = None
+    if abs(mean / goal.budget - 1) > TOLERANCE:
+        unreachable = (
+            f"{goal.budget:g} experts can't be reached within {TOLERANCE:.0%}: the closest mean "
+            f"on calibration text is {mean:.2f}, at {goal.variant.knob.name} {value:.4g}"
+        )
+    return Setting(
+        goal=goal,
+        rule=rule,
+        knob=value,
+        mean_experts=mean,
+        delta_nll=rise,
+        corrections=corrections,
+        unreachable=unreachable,
+    )

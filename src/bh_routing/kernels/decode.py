@@ -1,0 +1,223 @@
+"""One decode step in plain torch, and the choice of a faster form of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bh_routing.kernels.decode_layout import Attention, Decoder, Layer, Norm
+from bh_routing.kernels.experts import mix_one, mix_torch, read_experts, sparse_experts_forward
+from bh_routing.kernels.router import RoutedSlots, Router
+
+Step = Callable[[], None]
+"""Reads a state's tokens and writes the next ones, what was kept for them, and the cache."""
+
+DROPPED: Final = -1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class DecodeState:
+    """What a step reads and writes, always in the same memory."""
+
+    token_B: Tensor
+    """int64: the tokens that go in, then those that come out."""
+    position_1: Tensor
+    """int64: where the tokens that go in stand; one more after the step."""
+    token_PB: Tensor
+    """int64: for each position, what came out where it went in."""
+    kept_PLBK: Tensor
+    """int16: kept expert of each slot, -1 where dropped."""
+    keys: Tensor
+    """(layers, B, G, P, D)."""
+    values: Tensor
+    logits_BV: Tensor
+    top_PB: Tensor
+    """float32: the largest logit that each token was chosen by; NaN or inf if any logit is."""
+
+    @classmethod
+    def empty(
+        cls, decoder: Decoder, *, batch: int, num_positions: int, num_slots: int
+    ) -> DecodeState:
+        """Make room for texts of equal lengths."""
+        like = decoder.embedding_VH
+        shape = (len(decoder.layers), batch, decoder.num_key_heads, num_positions, decoder.head_dim)
+        return cls(
+            token_B=like.new_zeros(batch, dtype=torch.int64),
+            position_1=like.new_zeros(1, dtype=torch.int64),
+            token_PB=like.new_zeros(num_positions, batch, dtype=torch.int64),
+            kept_PLBK=like.new_zeros(
+                num_positions, len(decoder.layers), batch, num_slots, dtype=torch.int16
+            ),
+            keys=like.new_zeros(shape),
+            values=like.new_zeros(shape),
+            logits_BV=like.new_zeros(batch, decoder.head_VH.shape[0]),
+            top_PB=like.new_zeros(num_positions, batch, dtype=torch.float32),
+        )
+
+    def record(self, slots: Sequence[RoutedSlots]) -> None:
+        """Note what all layers kept for the tokens that went in; no host sync."""
+        index_LBK = torch.stack([layer.top_k_index_TK for layer in slots])
+        keep_LBK = torch.stack([layer.keep_TK for layer in slots])
+        kept_LBK = torch.where(keep_LBK, index_LBK, DROPPED).to(torch.int16)
+        self.kept_PLBK.index_copy_(0, self.position_1, kept_LBK.unsqueeze(0))
+
+
+def bind_torch(decoder: Decoder, state: DecodeState, routers: Sequence[Router]) -> Step:
+    """Return the step of a batch; on CUDA it waits for nothing and may be captured in a graph."""
+    num_positions = state.keys.shape[3]
+    caches = list(zip(state.keys, state.values, strict=True))
+    experts = [_bind_experts(layer, state.token_B.is_cuda) for layer in decoder.layers]
+    parts = list(zip(decoder.layers, routers, experts, caches, strict=True))
+    positions_P = torch.arange(num_positions, device=state.position_1.device)
+
+    def step() -> None:
+        hidden_BH = functional.embedding(state.token_B, decoder.embedding_VH)
+        if hidden_BH.is_cuda:
+            at, place = _everything(decoder, state, positions_P), state.position_1
+        else:
+            at, place = _what_is_written(decoder, int(state.position_1)), None
+        slots: list[RoutedSlots] = []
+        for layer, route, mix, cache in parts:
+            normed_BH = _normalise(hidden_BH, layer.input_norm)
+            hidden_BH = hidden_BH + _attend(layer.attention, decoder, normed_BH, at, cache, place)
+            normed_BH = _normalise(hidden_BH, layer.experts_norm)
+            slots.append(route(functional.linear(normed_BH, layer.gate_EH)))
+            hidden_BH = hidden_BH + mix(normed_BH, slots[-1])
+        logits_BV = functional.linear(_normalise(hidden_BH, decoder.norm), decoder.head_VH)
+        state.logits_BV.copy_(logits_BV)
+        state.token_B.copy_(logits_BV.argmax(-1))
+        # For argmax NaN is the largest, so that the chosen logit speaks for all of them.
+        top_B1 = logits_BV.gather(1, state.token_B.unsqueeze(1))
+        state.top_PB.index_copy_(0, state.position_1, top_B1.T.float())
+        state.record(slots)
+        state.token_PB.index_copy_(0, state.position_1, state.token_B.unsqueeze(0))
+        state.position_1.add_(1)
+
+    return step
+
+
+class _At(NamedTuple):
+    """What attention needs to know of the position of a step."""
+
+    cos_1D: Tensor
+    sin_1D: Tensor
+    length: int
+    """Positions of the cache that are looked at."""
+    seen: Tensor | None
+    """Which of them count; None if all do."""
+
+
+def _what_is_written(decoder: Decoder, position: int) -> _At:
+    here = slice(position, position + 1)
+    return _At(decoder.cos_PD[here], decoder.sin_PD[here], position + 1, None)
+
+
+def _everything(decoder: Decoder, state: DecodeState, positions_P: Tensor) -> _At:
+    # A graph has one shape: it looks at every place there is, and masks.
+    place = state.position_1
+    seen = (positions_P <= place).view(1, 1, 1, -1)
+    return _At(decoder.cos_PD[place], decoder.sin_PD[place], len(positions_P), seen)
+
+
+def _bind_experts(layer: Layer, is_cuda: bool) -> Callable[[Tensor, RoutedSlots], Tensor]:
+    experts = read_experts(layer.experts)
+
+    def mix(normed_BH: Tensor, slots: RoutedSlots) -> Tensor:
+        index_BK, weights_BK, keep_BK, count_B = slots
+        if is_cuda:
+            return sparse_experts_forward(layer.experts, normed_BH, index_BK, weights_BK)
+        if len(normed_BH) > 1:
+            return mix_torch(experts, normed_BH, index_BK, weights_BK)
+        expert_K, weights_K = index_BK[0], weights_BK[0]
+        count, keep_K = int(count_B), keep_BK[0].numpy()
+        if keep_K[:count].all():  # to slice costs less than to gather, and most rules let it
+            expert_K, weights_K = expert_K[:count], weights_K[:count]
+        else:
+            expert_K, weights_K = expert_K[keep_BK[0]], weights_K[keep_BK[0]]
+        return mix_one(experts, normed_BH, expert_K, weights_K)
+
+    return mix
+
+
+def _attend(
+    attention: Attention,
+    decoder: Decoder,
+    normed_BH: Tensor,
+    at: _At,
+    cache: tuple[Tensor, Tensor],
+    place: Tensor | None,
+) -> Tensor:
+    dim, num_heads = decoder.head_dim, decoder.num_heads
+    heads = _rotate(_queries_and_keys(attention, normed_BH, dim), at)
+    query_BND, key_BGD = heads[:, :num_heads], heads[:, num_heads:]
+    value_BGD = functional.linear(normed_BH, attention.value).view(key_BGD.shape)
+    keys, values = (part[:, :, : at.length] for part in cache)
+    if place is None:
+        keys[:, :, -1], values[:, :, -1] = key_BGD, value_BGD
+    else:
+        keys.index_copy_(2, place, key_BGD.unsqueeze(2))
+        values.index_copy_(2, place, value_BGD.unsqueeze(2))
+    mixed = functional.scaled_dot_product_attention(
+        query_BND.unsqueeze(2),
+        keys,
+        values,
+        attn_mask=at.seen,
+        scale=decoder.scaling,
+        enable_gqa=num_heads != decoder.num_key_heads,
+    )
+    outputs: Tensor = functional.linear(mixed.flatten(1), attention.output)
+    return outputs
+
+
+def _normalise(hidden: Tensor, norm: Norm) -> Tensor:
+    """As the families do: rounded to the model's dtype before the weight, not after."""
+    normed: Tensor = functional.rms_norm(hidden.float(), hidden.shape[-1:], None, norm.eps)
+    return norm.weight * normed.to(hidden.dtype)
+
+
+def _queries_and_keys(attention: Attention, normed_BH: Tensor, dim: int) -> Tensor:
+    """Return the heads of both, queries first, each normed as the family does."""
+    query: Tensor = functional.linear(normed_BH, attention.query)
+    key: Tensor = functional.linear(normed_BH, attention.key)
+    query_norm, key_norm = attention.query_norm, attention.key_norm
+    if query_norm is None or key_norm is None:
+        return torch.cat([query, key], 1).view(len(query), -1, dim)
+    if query_norm.weight.numel() == dim:
+        query = _normalise(query.unflatten(1, (-1, dim)), query_norm)
+        return torch.cat([query, _normalise(key.unflatten(1, (-1, dim)), key_norm)], 1)
+    if query.shape == key.shape:
+        # One norm of two rows: on a CPU the operations cost more than the numbers.
+        weights = torch.stack([query_norm.weight, key_norm.weight])
+        rows = _normalise(torch.stack([query, key], 1), Norm(weights, query_norm.eps))
+        return rows.view(len(query), -1, dim)
+    rows = torch.cat([_normalise(query, query_norm), _normalise(key, key_norm)], 1)
+    return rows.view(len(query), -1, dim)
+
+
+def _rotate(heads: Tensor, at: _At) -> Tensor:
+    return heads * at.cos_1D + heads.roll(heads.shape[-1] // 2, -1) * at.sin_1D
+
+
+# Triton is optional, and this module can't be imported without it.
+_FEW: Final[Any] = (
+    import_module("bh_routing.kernels.decode_triton") if find_spec("triton") else None
+)
+
+
+def bind_step(decoder: Decoder, state: DecodeState, routers: Sequence[Router]) -> Step:
+    """Return the step that is quickest here: for one text on a GPU kernels, else plain torch."""
+    if (
+        _FEW is not None
+        and decoder.embedding_VH.is_cuda
+        and _FEW.serves(decoder, len(state.token_B))
+    ):
+        step: Step = _FEW.bind_few(decoder, state, routers)
+        return step
+    return bind_torch(decoder, state, routers)

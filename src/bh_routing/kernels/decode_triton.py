@@ -1,0 +1,256 @@
+"""One step of decoding one text on a GPU: four kernels a layer beside the router and the experts.
+
+A token multiplies every matrix by one vector, so the time is that of reading the weights, and what
+comes between is launches and waiting. Hence: a norm and a residual sum are done again by every
+program of the product that needs them, instead of by a kernel before it; and each kernel starts
+while the one before it ends (programmatic dependent launch, from Hopper on) and reads its weights
+before it waits for what that one wrote.
+
+Rounding is the model's own, except that sums are float32 and attention's probabilities too.
+
+Axes: R rows of a matrix that one program multiplies, H hidden, D head dimension, C positions of the
+cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bh_routing.kernels.attention_triton import attend, let_next_start, wait_for_previous
+from bh_routing.kernels.decode import DecodeState, Step
+from bh_routing.kernels.decode_layout import Decoder, Layer, Norm
+from bh_routing.kernels.experts import runs_on_hopper, sparse_experts_forward
+from bh_routing.kernels.router import RoutedSlots, Router
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+
+# Measured on one H100: benchmarks/decode_settings.txt. Attention by 8 warps costs 0.02 ms of 1, in
+# parts of 32 or 128 it costs 0.06.
+POSITIONS_IN_A_PART: Final = 64
+ATTEND_WARPS: Final = 4
+MOST_PARTS: Final = 16
+"""Parts of the cache that attention reads side by side, beside the new token."""
+ROWS: Final = {"attention": 4, "output": 8, "gate": 1, "head": 16}
+"""Rows that one program multiplies."""
+
+
+@triton.jit
+def _project(
+    stream, added, token, norm_weight, matrix, to_second, to_third, out, new_stream, normed_out,
+    best, best_row, eps, FIRST_ROWS: tl.constexpr, SECOND_ROWS: tl.constexpr, ROWS: tl.constexpr,
+    H: tl.constexpr, P: tl.constexpr, R: tl.constexpr, ADDS: tl.constexpr, LOOKS_UP: tl.constexpr,
+    PICKS: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """Multiply up to three matrices, one below the other, by the norm of `stream` + `added`.
+
+    Where it looks up, `stream` is the embedding and its row that of the token.
+    """
+    let_next_start(OVERLAPS)
+    first = tl.program_id(0) * R
+    row_R = first + tl.arange(0, R)
+    column_P = tl.arange(0, P)
+    # Added to a place, not chosen among pointers, of which the compiler forgets the alignment.
+    shift = tl.where(first >= FIRST_ROWS + SECOND_ROWS, to_third, to_second)
+    shift = tl.where(first >= FIRST_ROWS, shift, 0)
+    inside_RP = (row_R < ROWS)[:, None] & (column_P < H)[None, :]
+    place_RP = row_R.to(tl.int64)[:, None] * H + column_P[None, :] + shift
+    block_RP = tl.load(matrix + place_RP, inside_RP, 0.0)
+    weight_P = tl.load(norm_weight + column_P, column_P < H, 0.0)
+    wait_for_previous(OVERLAPS)
+    if LOOKS_UP:
+        stream += tl.load(token) * H
+    hidden_P = tl.load(stream + column_P, column_P < H, 0.0)
+    if ADDS:
+        hidden_P += tl.load(added + column_P, column_P < H, 0.0)
+    hidden_32 = hidden_P.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(hidden_32 * hidden_32, 0) / H + eps)
+    normed_P = (hidden_32 * scale).to(hidden_P.dtype) * weight_P
+    if first == 0:
+        if ADDS or LOOKS_UP:
+            tl.store(new_stream + column_P, hidden_P, column_P < H)
+        tl.store(normed_out + column_P, normed_P, column_P < H)
+    sum_R = tl.sum(block_RP.to(tl.float32) * normed_P.to(tl.float32)[None, :], 1)
+    result_R = sum_R.to(out.dtype.element_ty)
+    tl.store(out + row_R, result_R, row_R < ROWS)
+    if PICKS:
+        value_R = tl.where(row_R < ROWS, result_R.to(tl.float32), -float("inf"))
+        # Whether a maximum passes NaN on differs between devices; infinity is passed on by all.
+        value_R = tl.where(value_R == value_R, value_R, float("inf"))
+        largest = tl.max(value_R, 0)
+        tl.store(best + tl.program_id(0), largest)
+        is_best_R = (value_R == largest) & (row_R < ROWS)
+        tl.store(best_row + tl.program_id(0), tl.min(tl.where(is_best_R, row_R, ROWS), 0))
+
+
+@triton.jit
+def _output(
+    stream, heads, matrix, out, WIDTH: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
+    R: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """Multiply the joined heads by the output matrix, and add the residual."""
+    let_next_start(OVERLAPS)
+    row_R = tl.program_id(0) * R + tl.arange(0, R)
+    column_P = tl.arange(0, P)
+    inside_RP = (row_R < H)[:, None] & (column_P < WIDTH)[None, :]
+    block_RP = tl.load(matrix + row_R[:, None] * WIDTH + column_P[None, :], inside_RP, 0.0)
+    wait_for_previous(OVERLAPS)
+    heads_P = tl.load(heads + column_P, column_P < WIDTH, 0.0).to(tl.float32)
+    residual_R = tl.load(stream + row_R, row_R < H, 0.0)
+    sum_R = tl.sum(block_RP.to(tl.float32) * heads_P[None, :], 1)
+    tl.store(out + row_R, residual_R + sum_R.to(residual_R.dtype), row_R < H)
+
+
+@triton.jit
+def _pick(
+    best, best_row, token, written, top, position,
+    PROGRAMS: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Take the token with the largest logit, the smaller of equals, and go on to the next place."""
+    at = tl.load(position)
+    b = tl.arange(0, B)
+    value_B = tl.load(best + b, b < PROGRAMS, -float("inf"))
+    row_B = tl.load(best_row + b, b < PROGRAMS, 2147483647)
+    largest = tl.max(value_B, 0)
+    picked = tl.min(tl.where(value_B == largest, row_B, 2147483647), 0)
+    tl.store(top + at, largest)
+    tl.store(token, picked.to(tl.int64))
+    tl.store(written + at, picked.to(tl.int64))
+    tl.debug_barrier()
+    tl.store(position, at + 1)
+
+
+IS_INTERPRETED: Final = not isinstance(_project, triton.JITFunction)
+
+
+def serves(decoder: Decoder, batch: int) -> bool:
+    """Whether `bind_few` can write these texts."""
+    dim = decoder.head_dim
+    rows = [matrix.shape[0] for layer in decoder.layers for matrix in layer.attention[:3]]
+    fits = dim & (dim - 1) == 0 and all(count % ROWS["attention"] == 0 for count in rows)
+    return batch == 1 and fits and (IS_INTERPRETED or decoder.embedding_VH.is_cuda)
+
+
+def bind_few(decoder: Decoder, state: DecodeState, routers: Sequence[Router]) -> Step:
+    """Return the step of one text: as `bind_torch`'s, up to rounding; waits for nothing."""
+    return _FewStep(decoder, state, routers)
+
+
+class _FewStep:
+    """The kernels of a step in their order, with what they hand on always in the same memory."""
+
+    def __init__(self, decoder: Decoder, state: DecodeState, routers: Sequence[Router]) -> None:
+        self._decoder, self._state, self._routers = decoder, state, routers
+        self._recorder = _Recorder(state)
+        self._options: dict[str, Any] = {"OVERLAPS": runs_on_hopper() and not IS_INTERPRETED}
+        if self._options["OVERLAPS"]:
+            self._options["launch_pdl"] = True
+        like, num_heads, dim = decoder.embedding_VH, decoder.num_heads, decoder.head_dim
+        vocabulary, hidden = decoder.head_VH.shape
+        self._num_positions = state.keys.shape[3]
+        self._part = max(POSITIONS_IN_A_PART, triton.cdiv(self._num_positions, MOST_PARTS))
+        # The new token is a part of its own.
+        self._num_parts = 1 + triton.cdiv(self._num_positions, self._part)
+        self._stream = like.new_empty(hidden)
+        self._residual = like.new_empty(hidden)
+        self._normed = like.new_empty(1, hidden)
+        self._row = like.new_empty((num_heads + 2 * decoder.num_key_heads) * dim)
+        self._heads = like.new_empty(num_heads * dim)
+        parts = (num_heads, self._num_parts)
+        self._parts = like.new_empty((*parts, dim), dtype=torch.float32)
+        self._tops = like.new_empty(parts, dtype=torch.float32)
+        self._sums = like.new_empty(parts, dtype=torch.float32)
+        self._arrived = like.new_zeros(num_heads, dtype=torch.int32)
+        num_best = triton.cdiv(vocabulary, ROWS["head"])
+        self._best = like.new_empty(num_best, dtype=torch.float32)
+        self._best_row = like.new_empty(num_best, dtype=torch.int32)
+
+    def __call__(self) -> None:
+        decoder, state = self._decoder, self._state
+        slots: list[RoutedSlots] = []
+        added = None
+        for number, (layer, route) in enumerate(zip(decoder.layers, self._routers, strict=True)):
+            self._project("attention", layer.input_norm, layer.attention[:3], self._row, added)
+            self._attend(number, layer)
+            logits_1E = self._row.new_empty(1, len(layer.gate_EH))
+            self._project("gate", layer.experts_norm, [layer.gate_EH], logits_1E, None)
+            slots.append(route(logits_1E))
+            if layer is decoder.layers[-1]:
+                self._recorder.start(slots)
+            index_1K, weights_1K, _, _ = slots[-1]
+            added = sparse_experts_forward(layer.experts, self._normed, index_1K, weights_1K)
+        self._project("head", decoder.norm, [decoder.head_VH], state.logits_BV, added)
+        self._recorder.join()
+        num_best = len(self._best)
+        _pick[(1,)](
+            self._best, self._best_row, state.token_B, state.token_PB, state.top_PB,
+            state.position_1, PROGRAMS=num_best, B=triton.next_power_of_2(num_best),
+            num_warps=8,
+        )  # fmt: skip
+
+    def _project(
+        self, use: str, norm: Norm, matrices: Sequence[Tensor], out: Tensor, added: Tensor | None
+    ) -> None:
+        hidden = len(self._stream)
+        counts = [len(matrix) for matrix in matrices] + [0, 0]
+        shifts = [0, 0]
+        for number, matrix in enumerate(matrices[1:]):
+            distance = matrix.data_ptr() - matrices[0].data_ptr()
+            shifts[number] = distance // matrix.element_size() - sum(counts[: number + 1]) * hidden
+        looks_up = use == "attention" and added is None
+        _project[(triton.cdiv(sum(counts), ROWS[use]),)](
+            self._decoder.embedding_VH if looks_up else self._stream, added, self._state.token_B,
+            norm.weight, matrices[0], *shifts, out, self._residual, self._normed,
+            self._best, self._best_row, norm.eps, FIRST_ROWS=counts[0],
+            SECOND_ROWS=counts[1], ROWS=sum(counts), H=hidden, P=triton.next_power_of_2(hidden),
+            R=ROWS[use], ADDS=added is not None, LOOKS_UP=looks_up, PICKS=use == "head",
+            num_warps=8 if use == "head" else 4, **self._options,
+        )  # fmt: skip
+
+    def _attend(self, number: int, layer: Layer) -> None:
+        decoder, state, weights = self._decoder, self._state, layer.attention
+        dim, num_heads, hidden = decoder.head_dim, decoder.num_heads, len(self._stream)
+        norm, key_norm = weights.query_norm, weights.key_norm
+        width = "none" if norm is None else "head" if norm.weight.numel() == dim else "row"
+        padded = triton.next_power_of_2(num_heads * dim)
+        attend[num_heads, self._num_parts](
+            self._row, norm and norm.weight, key_norm and key_norm.weight,
+            decoder.cos_PD, decoder.sin_PD, state.keys[number], state.values[number],
+            state.position_1, self._parts, self._tops, self._sums, self._arrived, self._heads,
+            norm.eps if norm else 0.0, decoder.scaling,
+            N=num_heads, G=decoder.num_key_heads, D=dim, C=self._num_positions, PART=self._part,
+            BLOCK=min(64, self._part), PARTS=self._num_parts,
+            S=triton.next_power_of_2(self._num_parts), P=padded, NORM=width,
+            num_warps=ATTEND_WARPS, **self._options,
+        )  # fmt: skip
+        _output[(triton.cdiv(hidden, ROWS["output"]),)](
+            self._residual, self._heads, weights.output, self._stream,
+            WIDTH=num_heads * dim, H=hidden, P=padded, R=ROWS["output"], num_warps=4,
+            **self._options,
+        )  # fmt: skip
+
+
+class _Recorder:
+    """Notes what was kept beside the last layer's experts, not behind them."""
+
+    def __init__(self, state: DecodeState) -> None:
+        self._state = state
+        self._stream = torch.cuda.Stream() if state.token_B.is_cuda else None
+
+    def start(self, slots: Sequence[RoutedSlots]) -> None:
+        if self._stream is None:
+            self._state.record(slots)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._state.record(slots)
+
+    def join(self) -> None:
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)

@@ -1,0 +1,316 @@
+"""Files that are never seen half written: one writer and one reader per format."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from bh_routing.errors import ResultsError
+from bh_routing.results.records import RUN_JSON, SCHEMA_VERSION, line_checksum
+
+TEMPORARY_SUFFIX: Final = ".tmp"
+
+
+def write_atomically(path: Path, content: bytes) -> Path:
+    """Put `content` at `path` through a temporary neighbour, fsync and rename.
+
+    The folder must exist: made again, one that vanished would hold half of a run.
+
+    Returns:
+        The path.
+    Raises:
+        ResultsError: the disk is full, or the folder is gone or may not be written to.
+    """
+    try:
+        _write_and_rename(path, content)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    return path
+
+
+def unwritable(path: Path, error: OSError) -> ResultsError:
+    """Build the error for a file that the system doesn't let us write."""
+    return ResultsError(
+        f"{path} can't be written ({error.strerror or error}); make room, give the right to write "
+        "there, or choose another folder: what finished is kept, and the same command goes on "
+        "from there"
+    )
+
+
+def _write_and_rename(path: Path, content: bytes) -> None:
+    # A short piece of the name: with the suffix a long one would exceed the system's limit.
+    neighbour = path.with_name(f".{path.name[:40]}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}")
+    # Not tempfile: its mode 0600 would hide results from colleagues. open() applies the umask.
+    descriptor = os.open(neighbour, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(neighbour, path)
+    except BaseException:
+        neighbour.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename or a new file in `folder` survive a power cut."""
+    if os.name != "posix":
+        return  # Windows can't open a folder, and renames are journaled there.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+RESTORE = "put the file back as it was, or use another output folder"
+
+
+def to_strict(value: Any) -> Any:
+    """Return `value` as plain dicts, lists, strings, numbers and None; NaN and infinity are None.
+
+    Args:
+        value: mappings, sequences, dataclasses, paths, numpy arrays and scalars, in any nesting.
+    Returns:
+        Data that `json.dumps(..., allow_nan=False)` accepts.
+    Raises:
+        TypeError: a value in it has no JSON form.
+    Example:
+        >>> to_strict({"p": float("nan"), "n": np.int64(3)})
+        {'p': None, 'n': 3}
+    """
+    if value is None or isinstance(value, (str, int)):  # most, so first; bool is an int
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, (np.generic, np.ndarray)):
+        return to_strict(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): to_strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [to_strict(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        # Not asdict: it would copy nested values before they are converted.
+        return {f.name: to_strict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    raise TypeError(f"no JSON form for {type(value).__name__}: {value!r}")
+
+
+def render_json(value: Any) -> bytes:
+    """Render as indented JSON with a final newline."""
+    return _encode(json.dumps(to_strict(value), ensure_ascii=False, indent=2, allow_nan=False))
+
+
+def render_json_line(value: Any) -> bytes:
+    """Render as one line of JSON with its newline."""
+    return _encode(
+        json.dumps(to_strict(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    )
+
+
+def render_json_lines(values: Iterable[Any]) -> bytes:
+    """Render as JSON lines."""
+    return b"".join(map(render_json_line, values))
+
+
+def _encode(text: str) -> bytes:
+    # A lone surrogate, as in a path that isn't UTF-8, becomes \udcXX: an escape that JSON knows.
+    return f"{text}\n".encode(errors="backslashreplace")
+
+
+def read_json_object(path: Path, remedy: str = RESTORE) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: the file.
+        remedy: advice that ends the error's sentence.
+    Raises:
+        ResultsError: the file can't be read, or isn't a whole JSON object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise half_read(path, error.strerror or str(error), remedy) from error
+    except (ValueError, RecursionError) as error:
+        raise half_read(path, f"it isn't JSON ({error})", remedy) from error
+    if not isinstance(value, dict):
+        raise half_read(path, f"it holds a {type(value).__name__}, not a JSON object", remedy)
+    return value
+
+
+def find_json_object(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object as `read_json_object` does; None if there is no such file."""
+    return read_json_object(path) if path.is_file() else None
+
+
+def half_read(path: Path | None, what: str, remedy: str = RESTORE) -> ResultsError:
+    """Build the error for a file that can't be read whole."""
+    return ResultsError(f"{path or 'the journal'} can't be read whole: {what}; {remedy}")
+
+
+_FORMULA: Final = re.compile(r"'*[\s\ufeff]*[=+\-@|%＝＋－＠]")
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_WRITTEN_CONTROL: Final = re.compile(r"\\x(?:0[0-8bcef]|1[0-9a-f]|7f|[89][0-9a-f])")
+_ESCAPE: Final = re.compile(r"\\(\\|x[0-9a-f]{2})")
+
+
+def render_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None) -> bytes:
+    """Render a header and rows.
+
+    Args:
+        rows: column -> value; numbers are written by `repr`, None as nothing.
+        columns: names of the header, in order; None: those of the first row.
+    """
+    rows = list(rows)
+    names = list(rows[0] if columns is None and rows else columns or ())
+    lines = [render_csv_row(names), *(render_csv_row([row[n] for n in names]) for row in rows)]
+    return "".join(lines).encode(errors="backslashreplace")
+
+
+def render_csv_row(values: Iterable[Any]) -> str:
+    """Render one row with its line end; a row may hold quoted line ends.
+
+    Example:
+        >>> render_csv_row([0.5, "=1+1", "red\\x1b[31m", "a, b"])
+        '0.5,\\'=1+1,red\\\\x1b[31m,"a, b"\\n'
+    """
+    buffer = io.StringIO()
+    cells = [_written(value) if isinstance(value, str) else value for value in values]
+    # The writer quotes only the line ends it was told of: name both, then end the line with one.
+    csv.writer(buffer, lineterminator="\r\n").writerow(cells)
+    return buffer.getvalue().removesuffix("\r\n") + "\n"
+
+
+def read_csv(path: Path, columns: Sequence[str], remedy: str = RESTORE) -> list[dict[str, str]]:
+    """Read every row as the texts that were written.
+
+    Args:
+        path: a UTF-8 file that `render_csv` made.
+        columns: names that the header must have.
+        remedy: advice that ends an error's sentence.
+    Raises:
+        ResultsError: the file can't be read, lacks a column, or a row is cut short.
+    """
+    try:
+        content = path.read_bytes().decode("utf-8")
+        # strict: an open quote at the end of the file is a cut, not the end of a text.
+        header, *rows = list(csv.reader(io.StringIO(content, newline=""), strict=True)) or [[]]
+    except OSError as error:
+        raise half_read(path, error.strerror or str(error), remedy) from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise half_read(path, str(error), remedy) from error
+    if not content:
+        raise half_read(path, "it is empty", remedy)
+    if not content.endswith("\n"):
+        raise half_read(path, "its last row has no line end", remedy)
+    if missing := [name for name in columns if name not in header]:
+        raise half_read(path, f"it lacks the columns {', '.join(missing)}", remedy)
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(header):
+            raise half_read(path, f"row {number} has {len(row)} of {len(header)} cells", remedy)
+    return [dict(zip(header, map(_read, row), strict=True)) for row in rows]
+
+
+def _written(text: str) -> str:
+    if _CONTROL.search(text) or _WRITTEN_CONTROL.search(text):
+        doubled = text.replace("\\", "\\\\")
+        text = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", doubled)
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def _read(cell: str) -> str:
+    text = cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+    if _WRITTEN_CONTROL.search(text):
+        text = _ESCAPE.sub(lambda e: "\\" if e[1] == "\\" else chr(int(e[1][1:], 16)), text)
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class JsonLines:
+    """The whole lines of a file; the default is a file that doesn't exist yet."""
+
+    objects: list[dict[str, Any]] = field(default_factory=list)
+    """Without their checksums."""
+    checksums: list[str] = field(default_factory=list)
+    """One per object; empty if the lines have none."""
+    valid_bytes: int = 0
+    """Length of the file without a torn last line."""
+    torn_bytes: int = 0
+    """Length of a torn last line, 0 if there is none."""
+
+
+def read_json_lines(path: Path, seed: str | None = None, remedy: str = RESTORE) -> JsonLines:
+    """Read every whole line, and check the checksums if the first line has one.
+
+    Args:
+        path: the file; a missing one is empty.
+        seed: stands in place of a checksum before the first line; None: the first isn't checked.
+        remedy: advice that ends an error's sentence.
+    Raises:
+        ResultsError: a line isn't a JSON object, has another schema version, or doesn't fit its
+            checksum.
+    """
+    if not path.exists():
+        return JsonLines()
+    content = path.read_bytes()
+    *lines, torn = content.split(b"\n")
+    found = JsonLines(valid_bytes=len(content) - len(torn), torn_bytes=len(torn))
+    previous, is_chained = seed, False
+    for number, line in enumerate(lines, start=1):
+        entry = _parse(line, number, path, remedy)
+        stored = entry.pop("checksum", None)
+        is_chained = is_chained or (number == 1 and stored is not None)
+        if is_chained:
+            if previous is not None and stored != line_checksum(previous, entry):
+                raise half_read(
+                    path,
+                    f"line {number} doesn't fit its checksum: it or the line before was edited, "
+                    "removed or damaged, or it is of another run",
+                    remedy,
+                )
+            previous = str(stored)
+            found.checksums.append(previous)
+        found.objects.append(entry)
+    return found
+
+
+def planned_keys(folder: Path) -> frozenset[str] | None:
+    """Return the keys of the experiments that the folder's last run asked for; None if unknown.
+
+    Names can't tell these from experiments of an earlier run: a name may have been redefined.
+    """
+    try:
+        return frozenset(json.loads((folder / RUN_JSON).read_bytes())["plans"][-1])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def _parse(line: bytes, number: int, path: Path, remedy: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise half_read(path, f"line {number} isn't a record ({error})", remedy) from error
+    if not isinstance(entry, dict):
+        raise half_read(path, f"line {number} isn't a record", remedy)
+    version = entry.get("schema_version", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:
+        raise ResultsError(
+            f"line {number} of {path} has schema version {version}, this version of bh-routing "
+            f"writes {SCHEMA_VERSION}; {remedy}"
+        )
+    return entry

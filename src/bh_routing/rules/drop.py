@@ -1,0 +1,188 @@
+"""BH-drop: a slot goes if its score is small among the scores of slots that mattered.
+
+Axes: T tokens, E experts, K slots, N reference scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Final, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from bh_routing.multitest import check_alpha, on_or_below_line
+from bh_routing.multitest.step_up import number_blocks, ranks, reject_in_blocks
+from bh_routing.nulls.base import ReferenceTable
+from bh_routing.nulls.contributions import Definition
+from bh_routing.nulls.cut_offs import count_at_cut_offs, smallest_scores
+from bh_routing.rules.base import (
+    LOG_ODDS,
+    Candidates,
+    Knob,
+    LayerContext,
+    Selector,
+    Unit,
+    check_choice,
+    check_count,
+)
+from bh_routing.rules.contribution import (
+    ContributionRule,
+    layer_scale,
+    needed_null,
+    rank_slots,
+    require_contributions,
+    slot_scores,
+)
+
+Scope = Literal["token", "block", "population"]
+
+_NOTHING: Final = -float("inf")
+
+
+@dataclass(frozen=True)
+class BenjaminiHochbergDrop(ContributionRule):
+    """Drop the slots for which Benjamini-Hochberg rejects "this slot matters".
+
+    A slot's p-value is the share of calibration slots that mattered and scored no higher,
+    (1 + #{needed <= s}) / (n + 1). A flat router keeps its slots, a decisive one drops its tail.
+
+    - scope "token": BH over each token's candidate slots, in one layer.
+    - scope "block": BH over all slots of `block_tokens` consecutive tokens of one sequence and
+      forward pass, in one layer. Blocks end with their sequence and padding is part of none, so
+      neither batch size nor neighbours matter; in a decode step it equals "token".
+    - scope "population": BH once over the calibration's own slots, all layers; its cut-off t is
+      then a fixed threshold: the same decisions as ContributionThreshold(t).
+
+    If slots were exchangeable with the calibration's and their p-values independent or PRDS, the
+    expected share of dropped slots that mattered would be at most alpha times the share of slots
+    that matter. Neither is given in a model: see docs/method.md for what was measured.
+
+    Source: Benjamini & Hochberg (1995); Bates et al. (2023) for conformal p-values under BH; Jin &
+        Candès (2023) for the population's variant.
+    Example:
+        >>> BenjaminiHochbergDrop(0.2, scope="block", block_tokens=32).required_null
+        'needed_by_loss'
+    """
+
+    method: ClassVar[str] = "bh_drop"
+    knob: ClassVar[Knob | None] = Knob("alpha", LOG_ODDS, keeps_more=False)
+
+    alpha: float
+    """Target false discovery rate, in (0, 1); a larger one keeps fewer experts."""
+    scope: Scope = "token"
+    """Which slots are tested together."""
+    needed: Definition = "norm"
+    """Which calibration slots mattered: see `nulls.contributions.Definition`."""
+    block_tokens: int = 64
+    """Tokens of a block; only for scope "block"."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        check_alpha(self.alpha)
+        check_choice("scope", self.scope, get_args(Scope))
+        check_choice("needed", self.needed, get_args(Definition))
+        check_count("block_tokens", self.block_tokens)
+        super().__post_init__()
+
+    @property
+    def required_null(self) -> str | None:
+        """What calibration must have observed."""
+        return needed_null(self.statistic, self.needed)
+
+    @property
+    def unit(self) -> Unit:
+        """The block where BH runs over blocks."""
+        return "block" if self.scope == "block" else "token"
+
+    def smallest_alpha(self, num_experts: int) -> float | None:
+        """Alpha: there are fewer hypotheses than experts, so this asks for more than enough."""
+        return self.alpha
+
+    def bind(self, context: LayerContext) -> Selector:
+        """Prepare the layer's lines.
+
+        Raises:
+            CalibrationError: the context has no contributions, or not for this statistic.
+        """
+        if self.scope == "token":
+            return self._bind_token(context)
+        if self.scope == "block":
+            return self._bind_block(context)
+        return self._bind_population(context)
+
+    def slot_p_values(self, context: LayerContext) -> Callable[[Candidates], Tensor] | None:
+        """The lower tail of the slots that mattered; small where a slot can be left out."""
+        contributions = require_contributions(self.method, context)
+        scale_E = layer_scale(self.method, self.statistic, context)
+        needed = contributions.needed(self.statistic, self.needed).to(context.device)
+        return lambda candidates: lower_tail(slot_scores(candidates, scale_E), needed)
+
+    def cut_offs(self, context: LayerContext) -> Tensor:
+        """Return what the negated score of each rank must reach for scope "token" to drop it.
+
+        Returns:
+            float32 tensor of shape (K,) on the layer's device, smallest score first.
+        """
+        contributions = require_contributions(self.method, context)
+        needed = contributions.needed(self.statistic, self.needed).to(torch.device("cpu"))
+        # A small score is a strong one here: with the sign turned the search is that of BH-select.
+        return smallest_scores(
+            lambda negated: lower_tail(-negated, needed),
+            context.model_top_k,
+            lambda p_K: on_or_below_line(p_K, self.alpha),
+        ).to(context.device)
+
+    def cut_off(self, context: LayerContext) -> float:
+        """Return the score up to which scope "population" drops; -inf if nothing is rejected."""
+        contributions = require_contributions(self.method, context)
+        all_N = contributions.all_of(self.statistic).sorted_scores_N
+        needed = contributions.needed(self.statistic, self.needed)
+        is_below_N = on_or_below_line(lower_tail(all_N, needed), self.alpha)
+        return float(all_N[is_below_N][-1]) if bool(is_below_N.any()) else _NOTHING
+
+    def _bind_token(self, context: LayerContext) -> Selector:
+        scale_E = layer_scale(self.method, self.statistic, context)
+        min_k, num_slots = self.min_k, context.model_top_k
+        cut_offs_K = self.cut_offs(context)
+        rank_K = ranks(num_slots, context.device)
+
+        def select(candidates: Candidates) -> Tensor:
+            slots = rank_slots(candidates, slot_scores(candidates, scale_E))
+            dropped_T1 = count_at_cut_offs(-slots.scores_TK.flip(-1), cut_offs_K, rank_K)
+            return slots.rank_TK < (num_slots - dropped_T1).clamp_min(min_k)
+
+        return select
+
+    def _bind_block(self, context: LayerContext) -> Selector:
+        contributions = require_contributions(self.method, context)
+        scale_E = layer_scale(self.method, self.statistic, context)
+        needed = contributions.needed(self.statistic, self.needed).to(context.device)
+        alpha, min_k, block_tokens = self.alpha, self.min_k, self.block_tokens
+
+        def select(candidates: Candidates) -> Tensor:
+            scores_TK = slot_scores(candidates, scale_E)
+            assert candidates.rows is not None  # our own bug: whoever runs a rule knows its rows
+            block_T = number_blocks(*candidates.rows, block_tokens)
+            is_dropped_TK = reject_in_blocks(lower_tail(scores_TK, needed), alpha, block_T)
+            return ~is_dropped_TK | (rank_slots(candidates, scores_TK).rank_TK < min_k)
+
+        return select
+
+    def _bind_population(self, context: LayerContext) -> Selector:
+        scale_E = layer_scale(self.method, self.statistic, context)
+        cut_off, min_k = self.cut_off(context), self.min_k
+
+        def select(candidates: Candidates) -> Tensor:
+            scores_TK = slot_scores(candidates, scale_E)
+            return (scores_TK > cut_off) | (rank_slots(candidates, scores_TK).rank_TK < min_k)
+
+        return select
+
+
+def lower_tail(scores: Tensor, needed: ReferenceTable) -> Tensor:
+    """Return (1 + #{needed <= s}) / (N + 1) as float64, in the shape of `scores`."""
+    reference_N = needed.sorted_scores_N
+    not_above = torch.searchsorted(reference_N, scores.contiguous(), side="right")
+    return (1 + not_above).to(torch.float64) / (reference_N.numel() + 1)

@@ -1,0 +1,301 @@
+"""Load balance: how evenly the experts of each layer are used, against chance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import gammaln
+
+from bh_routing.errors import InputError
+from bh_routing.stats.uniform_router import simulate_uniform_router, uniform_cv, uniform_dead_share
+
+
+class LayerBalance(NamedTuple):
+    """Utilisation of one experiment, per layer and then averaged over layers."""
+
+    cv: float
+    cv_noise: float
+    max_min_ratio: float
+    note: str
+    """Why the ratio is NaN, empty if it isn't."""
+
+
+def utilization_cv(assignments_LE: NDArray[np.integer]) -> NDArray[np.float64]:
+    """Coefficient of variation (std / mean, denominator n) of assignments in each layer.
+
+    Example:
+        >>> utilization_cv(np.array([[2, 2, 2, 2], [4, 4, 0, 0]])).tolist()
+        [0.0, 1.0]
+    """
+    loads_LE = assignments_LE.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(loads_LE.std(axis=1) / loads_LE.mean(axis=1))
+
+
+def uniform_router_cv(
+    expert_counts_TL: NDArray[np.integer], num_experts: int
+) -> NDArray[np.float64]:
+    """Coefficient of variation that a router without preferences shows in each layer.
+
+    A token that keeps c of E experts at random adds a Bernoulli(c/E) to each expert's load, so a
+    load has variance sum_t c/E (1 - c/E) around the mean sum_t c/E. The value is the root of the
+    expected squared coefficient; tokens are independent, the c experts of one token are distinct.
+
+    Args:
+        expert_counts_TL: experts kept by each token in each layer.
+        num_experts: E.
+    Returns:
+        float64, shape (L,); NaN where a layer kept nothing.
+    Example:
+        >>> uniform_router_cv(np.full((8, 1), 2), num_experts=4).round(4).tolist()
+        [0.3536]
+    """
+    share_TL = expert_counts_TL.astype(np.float64) / num_experts
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.sqrt((share_TL * (1 - share_TL)).sum(axis=0)) / share_TL.sum(axis=0))
+
+
+def load_balance(
+    assignments_LE: NDArray[np.integer], expert_counts_TL: NDArray[np.integer]
+) -> LayerBalance:
+    """Summarise the load of one experiment: each measure per layer, then the mean over layers.
+
+    Expert 5 of two layers isn't one expert, so layers are never added up.
+    """
+    num_experts = assignments_LE.shape[1]
+    unused_L = (assignments_LE == 0).sum(axis=1)
+    note, ratio = "", float("nan")
+    if unused_L.any():
+        note = (
+            f"{int((unused_L > 0).sum())} of {len(unused_L)} layers left experts unused (up to "
+            f"{int(unused_L.max())} of {num_experts}), so max/min has no finite value"
+        )
+    else:
+        ratio = float((assignments_LE.max(axis=1) / assignments_LE.min(axis=1)).mean())
+    return LayerBalance(
+        cv=float(utilization_cv(assignments_LE).mean()),
+        cv_noise=float(uniform_router_cv(expert_counts_TL, num_experts).mean()),
+        max_min_ratio=ratio,
+        note=note,
+    )
+
+
+Floats = NDArray[np.float64]
+
+MEASURES: Final = {
+    "cv": "Coefficient of variation of the loads: standard deviation (denominator E) over mean.",
+    "max_min_ratio": "Largest load over smallest; NaN if an expert is unused.",
+    "max_violation": "MaxVio: largest load over the mean, minus 1.",
+    "max_violation_share": "MaxVio over its ceiling E / mean experts kept - 1, which is reached "
+    "when one expert is in every token's set: 0 to 1.",
+    "entropy_share": "Entropy of the shares of assignments over log E: 1 is even.",
+    "gini": "Gini coefficient of the loads: 0 is even.",
+    "dead_share": "Share of experts without any assignment.",
+}
+SIMULATIONS: Final = 200
+
+
+@dataclass(frozen=True, slots=True)
+class BalanceMeasure:
+    """One measure of load, with what sampling noise alone gives at this number of tokens."""
+
+    by_layer: tuple[float, ...]
+    mean: float
+    """Over layers; NaN if a layer has none."""
+    pooled: float
+    """Over the loads of all layers side by side."""
+    noise_by_layer: tuple[float, ...]
+    """Expected under a uniform router: closed form for cv and dead_share, else simulated."""
+    noise: float
+    """Mean of noise_by_layer."""
+    noise_pooled: float
+    noise_sd: float
+    """Standard deviation of `mean` under a uniform router, simulated."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadBalance:
+    """All measures of one configuration's expert use."""
+
+    num_tokens: int
+    mean_experts: float
+    measures: dict[str, BalanceMeasure]
+    """By the names in MEASURES."""
+    note: str
+    """Why a measure is NaN; empty if none is."""
+
+
+def measure_load(
+    expert_counts: ArrayLike,
+    count_histogram: ArrayLike,
+    *,
+    simulations: int = SIMULATIONS,
+    seed: int = 0,
+) -> LoadBalance:
+    """Measure load balance per layer and pooled, each beside its sampling noise.
+
+    The uniform router keeps as many experts of each token as the rule did, any set of them being
+    equally likely. A load then has variance sum_t c_t/E (1 - c_t/E), and an expert stays unused
+    with probability prod_t (1 - c_t/E): both exact. The other measures are simulated; max_min_ratio
+    over the simulations that leave no expert unused, NaN if they are fewer than half.
+
+    Args:
+        expert_counts: [layer][expert], tokens that kept this expert.
+        count_histogram: [layer][c], tokens that kept c experts, c from 0.
+        simulations: S.
+        seed: of the simulation.
+    Returns:
+        Every measure; see MEASURES for the definitions.
+    Raises:
+        InputError: the two inputs contradict each other, or nothing was assigned in a layer.
+    Example:
+        >>> load = measure_load([[4, 4, 0, 0]], [[0, 8]])
+        >>> load.measures["cv"].mean, load.measures["dead_share"].mean
+        (1.0, 0.5)
+    """
+    counts_LE, histogram_LC = _checked(expert_counts, count_histogram)
+    num_tokens, num_experts = int(histogram_LC[0].sum()), counts_LE.shape[1]
+    kept_C = np.arange(histogram_LC.shape[1])
+    kept_L = histogram_LC @ kept_C / num_tokens
+    simulated_SLE = simulate_uniform_router(histogram_LC, num_experts, simulations, seed)
+    layers, pooled = measures_of(counts_LE, kept_L), measures_of(*_pool(counts_LE, kept_L))
+    noise = measures_of(simulated_SLE, kept_L)
+    noise_pooled = measures_of(*_pool(simulated_SLE, kept_L))
+    closed = {
+        "cv": uniform_cv(histogram_LC, num_experts),
+        "dead_share": uniform_dead_share(histogram_LC, num_experts),
+    }
+    closed_pooled = {
+        # Layers share the mean load 1, so the pooled variance is the mean of theirs.
+        "cv": float(np.sqrt((closed["cv"] ** 2).mean())),
+        "dead_share": float(closed["dead_share"].mean()),
+    }
+    measures = {}
+    for name, value_L in layers.items():
+        noise_L = closed.get(name, _mean_known(noise[name]))
+        measures[name] = BalanceMeasure(
+            by_layer=tuple(value_L.tolist()),
+            mean=float(value_L.mean()),
+            pooled=float(pooled[name]),
+            noise_by_layer=tuple(noise_L.tolist()),
+            noise=float(noise_L.mean()),
+            noise_pooled=closed_pooled.get(name, float(_mean_known(noise_pooled[name]))),
+            noise_sd=_sd_known(noise[name].mean(axis=-1)),
+        )
+    unused = int((counts_LE == 0).any(axis=1).sum())
+    note = f"max_min_ratio is NaN: {unused} of {len(counts_LE)} layers have an unused expert."
+    return LoadBalance(num_tokens, float(kept_L.mean()), measures, note if unused else "")
+
+
+def measures_of(loads: Floats, mean_experts: Floats | float) -> dict[str, Floats]:
+    """Compute every measure over the last axis of loads or counts.
+
+    Args:
+        loads: shape (..., E); any unit, they are divided by their mean.
+        mean_experts: mean experts kept by a token, in the shape of the leading axes.
+    Returns:
+        Name -> values in the shape of the leading axes.
+    """
+    num_experts = loads.shape[-1]
+    load = loads / loads.mean(axis=-1, keepdims=True)
+    largest, smallest = load.max(axis=-1), load.min(axis=-1)
+    ceiling = num_experts / np.asarray(mean_experts) - 1
+    share = load / num_experts
+    ranks = np.arange(1, num_experts + 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        surprise = np.where(share > 0, -share * np.log(share), 0.0)
+        return {
+            "cv": load.std(axis=-1),
+            "max_min_ratio": np.where(smallest > 0, largest / smallest, np.nan),
+            "max_violation": largest - 1,
+            # A rule that keeps every expert can't be uneven: its ceiling is 0.
+            "max_violation_share": np.where(ceiling > 1e-12, (largest - 1) / ceiling, np.nan),
+            "entropy_share": surprise.sum(axis=-1) / (math.log(num_experts) or math.nan),
+            "gini": 2 * (np.sort(load, axis=-1) @ ranks) / num_experts**2
+            - (num_experts + 1) / num_experts,
+            "dead_share": (load == 0).mean(axis=-1),
+        }
+
+
+def mean_distinct_experts(expert_counts: ArrayLike, num_tokens: int, batch: int) -> Floats:
+    """Mean number of distinct experts that a step of `batch` random tokens touches, per layer.
+
+    Exact over all sets of `batch` of these tokens. Neighbouring tokens of one text are more alike
+    than random ones, so a batch from one text touches fewer.
+
+    Args:
+        expert_counts: [layer][expert], tokens that kept this expert.
+        num_tokens: tokens behind the counts.
+        batch: tokens of a step, 1 to num_tokens.
+    Returns:
+        float64, shape (L,).
+    Raises:
+        InputError: batch is out of range.
+    Example:
+        >>> mean_distinct_experts([[4, 4, 0, 0]], num_tokens=8, batch=8).tolist()
+        [2.0]
+    """
+    if not 1 <= batch <= num_tokens:
+        raise InputError(f"batch must be in 1 to {num_tokens}, the tokens at hand, got {batch}")
+    without_LE = num_tokens - np.asarray(expert_counts, dtype=np.float64)
+    enough = without_LE >= batch
+    others_LE = np.where(enough, without_LE, batch)
+    log_missed_LE = _log_binomial(others_LE, batch) - _log_binomial(float(num_tokens), batch)
+    return np.asarray((1 - np.where(enough, np.exp(log_missed_LE), 0.0)).sum(axis=1))
+
+
+def jaccard(intersection: ArrayLike, size: ArrayLike, other_size: ArrayLike) -> Floats:
+    """Overlap of two sets from counts: shared members over all members; two empty sets give 1.
+
+    Example:
+        >>> float(jaccard(3, 4, 8).round(4))
+        0.3333
+    """
+    shared = np.asarray(intersection, dtype=np.float64)
+    union = np.asarray(size) + np.asarray(other_size) - shared
+    return np.asarray(np.where(union > 0, shared / np.where(union > 0, union, 1), 1.0))
+
+
+def _log_binomial(n: Floats | float, k: int) -> Floats:
+    return np.asarray(gammaln(np.asarray(n) + 1) - gammaln(k + 1) - gammaln(np.asarray(n) - k + 1))
+
+
+def _pool(loads: Floats, kept_L: Floats) -> tuple[Floats, float]:
+    """Loads of all layers side by side; the pooled ceiling is that of the mean experts kept."""
+    even = loads / loads.mean(axis=-1, keepdims=True)
+    num_layers = loads.shape[-2]
+    return even.reshape(*loads.shape[:-2], -1), float(kept_L.mean()) * num_layers
+
+
+def _mean_known(values_S: Floats) -> Floats:
+    """Mean over simulations of the known values; NaN where fewer than half are known."""
+    known_S = np.isfinite(values_S)
+    enough = known_S.mean(axis=0) >= 0.5
+    total = np.where(known_S, values_S, 0.0).sum(axis=0)
+    return np.asarray(np.where(enough, total / np.maximum(known_S.sum(axis=0), 1), np.nan))
+
+
+def _sd_known(values_S: Floats) -> float:
+    known_S = values_S[np.isfinite(values_S)]
+    return float(known_S.std(ddof=1)) if len(known_S) >= max(2, len(values_S) / 2) else math.nan
+
+
+def _checked(expert_counts: ArrayLike, count_histogram: ArrayLike) -> tuple[Floats, Floats]:
+    counts_LE = np.asarray(expert_counts, dtype=np.float64)
+    histogram_LC = np.asarray(count_histogram, dtype=np.float64)
+    if counts_LE.ndim != 2 or histogram_LC.ndim != 2 or len(counts_LE) != len(histogram_LC):
+        raise InputError(
+            f"load needs counts [layer][expert] and a histogram [layer][kept] of the same layers, "
+            f"got shapes {counts_LE.shape} and {histogram_LC.shape}"
+        )
+    assigned_L = histogram_LC @ np.arange(histogram_LC.shape[1])
+    tokens_L = histogram_LC.sum(axis=1)
+    if (tokens_L != tokens_L[0]).any() or (assigned_L != counts_LE.sum(axis=1)).any():
+        raise InputError("counts and histogram aren't of the same tokens: their sums differ")
+    if (assigned_L == 0).any():
+        raise InputError("a layer has no assignment at all; there is no load to measure")
+    return counts_LE, histogram_LC
