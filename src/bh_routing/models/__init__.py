@@ -1,4 +1,4 @@
-"""Models of transformers: loading, finding routers, routing under a rule, and the trace."""
+"""Transformers models: loading, finding routers, routing under a rule, and the trace."""
 
 from bh_routing.models.load import LoadedModel, load_model
 from bh_routing.models.routers import ModelFacts, describe_model, find_routers, model_fingerprint

@@ -1,4 +1,4 @@
-"""Find the routers that a text goes through: one short forward pass, listening at every block.
+"""Find a model's routers in one short forward pass, with hooks on every block with experts.
 
 Axes: T tokens, E experts, K slots.
 """
@@ -22,18 +22,18 @@ NUM_TOKENS: Final = 12
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Heard:
-    """One router's call in the pass, as it was made."""
+    """A captured router call."""
 
     place: RouterPlace
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
     experts_see_input: bool
     is_finite: bool
-    """Whether there is no NaN in the router, its logits and its weights, and no infinite weight."""
+    """Whether the router, its logits and its weights hold no NaN, and no weight is infinite."""
 
 
 class _Block:
-    """What passes through one block with experts; `router` is None until a child answers."""
+    """Calls captured in one block with experts."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
@@ -49,7 +49,7 @@ class _Block:
         self.given: list[tuple[Any, ...]] = []
 
     def listen(self, order: list[_Block]) -> Iterator[Callable[[], None]]:
-        """Hook everything, and yield what takes each hook out again."""
+        """Install the block's hooks and yield a function that removes each."""
 
         def on_child(name: str) -> Callable[..., None]:
             def hook(child: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -76,10 +76,10 @@ class _Block:
             yield lambda: delattr(self.module, BLOCK_METHOD)
 
     def heard(self) -> Heard:
-        """Tell which child is the router.
+        """Identify the child that is the router.
 
         Raises:
-            ModelError: none is, or the experts weren't given what it answered.
+            ModelError: no child is a router, or the experts' input differs from its output.
         """
         if len(self.given) > 1:
             raise ModelError(f"{self.name} runs {len(self.given)} times in one forward pass")
@@ -116,12 +116,12 @@ class _Block:
 
 
 def listen_to_text(model: nn.Module) -> list[Heard]:
-    """Run a short text through the model and return its routers in the order they ran.
+    """Run a short sequence through the model and return its routers in execution order.
 
-    Only routers that text passes are found: those of a vision tower stay silent.
+    Only routers of the text model are found, not those of a vision tower.
 
     Raises:
-        ModelError: there is no router, the pass fails, or a block isn't of a known shape.
+        ModelError: the pass fails, or a block's structure is unknown.
     """
     blocks = [
         _Block(name, module)
@@ -140,7 +140,7 @@ def listen_to_text(model: nn.Module) -> list[Heard]:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluate without gradients; leave the random state and every training flag as they were."""
+    """Evaluate without gradients; restore the random state and every training flag."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with (
         evaluating(model),
@@ -152,7 +152,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, without dropout, and every module back at the end."""
+    """Put a model into evaluation mode, without dropout, and restore every module's mode."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
@@ -168,7 +168,7 @@ def _read_text(model: Any) -> None:
     # Evenly spread, and clear of the first ids, which tend to be padding.
     ids = torch.linspace(vocabulary / 8, vocabulary * 5 / 8, NUM_TOKENS, device=device).long()[None]
     try:
-        # Past a compiled call, which would listen to no hook.
+        # Not model(): a compiled call would ignore the hooks.
         model.forward(input_ids=ids, use_cache=False)
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -176,15 +176,15 @@ def _read_text(model: Any) -> None:
 
 
 def text_config(model: nn.Module) -> Any:
-    """Return the configuration of a model's text part; None if it has none."""
+    """Return the configuration of the text model; None if the model has no configuration."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def text_stack_of(model: nn.Module, places: Sequence[RouterPlace]) -> nn.Module:
-    """Return the innermost transformers model around all routers, else the model itself.
+    """Return the innermost transformers model that contains all routers, else the model itself.
 
-    Wrappers such as PEFT's call it and not what is around it.
+    Wrappers such as PEFT's call this module directly, not the modules around it.
     """
     routers = {place.module for place in places}
     around = [
@@ -196,17 +196,17 @@ def text_stack_of(model: nn.Module, places: Sequence[RouterPlace]) -> nn.Module:
 
 
 def real_tokens(arguments: Mapping[str, Any]) -> Tensor | None:
-    """Read off a forward call's arguments which positions are tokens and not padding.
+    """Return a mask of the positions that are tokens, from a forward call's arguments.
 
     Args:
-        arguments: of the text model's `forward`, by name.
+        arguments: arguments of the text model's `forward`, by name.
     Returns:
-        Bool tensor (B, S), False at padding; None where the call says nothing of it.
+        Bool tensor (B, S), False at padding; None if the call has no usable mask.
     """
     mask, cache = arguments.get("attention_mask"), arguments.get("past_key_values")
     inputs = arguments.get("input_ids")
     inputs = arguments.get("inputs_embeds") if inputs is None else inputs
-    if isinstance(mask, dict):  # one for each kind of layer: a sliding window is the narrower one
+    if isinstance(mask, dict):  # one per attention type; a sliding window's is narrower
         masks = [value for value in mask.values() if isinstance(value, Tensor)]
         mask = max(masks, key=lambda value: value.shape[-1], default=None)
     if not isinstance(mask, Tensor) or not isinstance(inputs, Tensor):
@@ -216,7 +216,7 @@ def real_tokens(arguments: Mapping[str, Any]) -> Tensor | None:
         return mask[:, -num_positions:].bool()
     if mask.ndim != 4 or num_positions == 1:
         return None
-    # Who may look at whom, prepared for a cache of fixed length: a token may look at itself.
+    # A 4D mask for a cache of fixed length: every token attends to itself, padding doesn't.
     sees_BSP = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
     return sees_BSP.diagonal(int(cache.get_seq_length()) if cache else 0, dim1=1, dim2=2)
 

@@ -1,4 +1,4 @@
-"""The experts next to a router, their implementations, and one for single tokens on a CPU."""
+"""Expert modules and their implementations, with one for small batches on CPU."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from bh_routing.models.sites import RouterSite
 
 
 def decoder_layer_of(model: nn.Module, site: RouterSite) -> nn.Module:
-    """Return the decoder layer of a router: the nearest module around it that is one of a list.
+    """Return a router's decoder layer: the nearest enclosing module that is an item of a list.
 
     Its output is the residual stream.
 
     Raises:
-        ModelError: no module around the router is one of a list.
+        ModelError: no enclosing module is an item of a list.
     """
     parts = site.name.split(".")
     for length in range(len(parts) - 1, 0, -1):
@@ -38,8 +38,8 @@ def slot_output_norms(
 ) -> Tensor:
     """Return the norm of each slot's expert output at weight 1, float32, shape (T, K).
 
-    Every slot becomes a token of its own with one expert, and the experts' own code runs past any
-    hook: as much arithmetic as one pass of the block, and K copies of the hidden states.
+    Every slot becomes a separate token with one expert, and the experts' `forward` runs without
+    hooks. The cost is the arithmetic of one pass of the block and K copies of the hidden states.
     """
     num_tokens, num_slots = top_k_index_TK.shape
     one = torch.ones(num_tokens * num_slots, 1, dtype=weights_dtype, device=hidden_TH.device)
@@ -52,12 +52,12 @@ def slot_output_norms(
 
 @contextmanager
 def experts_by(model: Any, name: str, function: Callable[..., Any] | None = None) -> Iterator[None]:
-    """Let transformers run the model's experts by `name` inside a `with` block.
+    """Select the model's experts implementation inside a `with` block.
 
     Args:
         model: a transformers model.
-        name: an implementation that transformers knows, or the name of `function`.
-        function: registered under `name`; None if transformers knows the name.
+        name: an implementation registered in transformers, or a name for `function`.
+        function: registered under `name`; None if `name` is already registered.
     """
     if function is not None and name not in ALL_EXPERTS_FUNCTIONS:
         ALL_EXPERTS_FUNCTIONS.register(name, function)
@@ -71,17 +71,17 @@ def experts_by(model: Any, name: str, function: Callable[..., Any] | None = None
 
 NAME: Final = "bh_cpu"
 MOST_SLOTS: Final = 64
-"""Above, gathering a copy of the weights for each slot costs more than grouping."""
+"""Above this, gathering a copy of the weights per slot costs more than a grouped product."""
 
 
 def cpu_experts_forward(
     experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Mix the experts of each token: what the family's own loop computes, up to rounding.
+    """Mix the experts of each token, as the model's own loop does up to rounding.
 
     Args:
-        experts: a module of the family whose parameters `gate_up_proj` (E, 2F, H) and `down_proj`
-            (E, H, F) hold all experts; other layouts are left to transformers.
+        experts: the model's experts module, whose parameters `gate_up_proj` (E, 2F, H) and
+            `down_proj` (E, H, F) hold all experts; other layouts are left to transformers.
         hidden_states: (T, H).
         top_k_index: int64, (T, K).
         top_k_weights: (T, K); exactly 0 where a slot was dropped.
@@ -110,7 +110,7 @@ def cpu_experts_forward(
 
 
 def _is_plain(experts: Any) -> bool:
-    # Not every version of transformers that we support knows every one of these.
+    # Not every supported version of transformers has all of these attributes.
     return bool(
         getattr(experts, "has_gate", False)
         and not getattr(experts, "has_bias", False)
@@ -120,7 +120,7 @@ def _is_plain(experts: Any) -> bool:
 
 
 def use_cpu_experts(model: Any, experts: Iterable[Any]) -> None:
-    """Let a model on a CPU run its experts this way, if all of them are laid out plainly."""
+    """Select `cpu_experts_forward` for a model on a CPU if it supports all its experts' layouts."""
     if all(_is_plain(module) for module in experts):
         ALL_EXPERTS_FUNCTIONS.register(NAME, cpu_experts_forward)
         model.set_experts_implementation(NAME)

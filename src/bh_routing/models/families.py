@@ -1,4 +1,4 @@
-"""Model families: the conventions that can't be probed, and the table of those that were tried."""
+"""Model families: conventions that the probe can't establish, and the table of tested families."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from bh_routing.models.sites import RouterFacts, Scoring
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
-    """Facts about one family's router that no experiment shows."""
+    """Facts about one family's router that the probe can't establish."""
 
     scoring: Scoring | None = None
-    """The law of its weights, where it is none that the probe knows."""
+    """Scoring function, where the probe doesn't know it."""
     normalises: bool | None = None
     """With `scoring`: whether its weights sum to a constant."""
     top_k: int | None = None
-    """Experts per token, where the code fixes them whatever config.json says."""
+    """Experts per token, where the code ignores config.json."""
     skips: bool = False
-    """Whether the last class of the logits is no expert: the token goes round all of them."""
+    """Whether the last class of the logits is no expert: the token skips all experts."""
 
 
 FAMILIES: Final[dict[str, Family]] = {
-    # Two softmaxes, each over what is close to its own winner; their weights aren't normalised.
+    # Two softmaxes, each over the logits near its own maximum; the weights aren't normalised.
     "phimoe": Family(scoring="sparsemixer", normalises=False, top_k=2),
     "zaya": Family(skips=True),
 }
@@ -38,14 +38,14 @@ REFUSED: Final[dict[str, str]] = {
     "nllb_moe": "it is no causal language model",
     "switch_transformers": "it is no causal language model",
 }
-"""Families that are known and not supported, by `model_type`, and why."""
+"""Unsupported families by `model_type`, with the reason."""
 
 
 def family_of(model_type: str) -> Family:
-    """Return the row of a `config.model_type`; an empty one where experiments show everything.
+    """Return the facts for a `config.model_type`; defaults if the probe establishes everything.
 
     Raises:
-        ModelError: the family is known not to be supported.
+        ModelError: the family isn't supported.
     """
     base = model_type.removesuffix("_text")
     if base in REFUSED:
@@ -61,21 +61,21 @@ _TEMPERATURE_1: Final = "temperature 1 only"
 
 
 class FamilyRow(TypedDict):
-    """What is known of one family of transformers."""
+    """Support for one transformers family."""
 
     family: str
-    """Its folder in transformers' models."""
+    """Its folder in `transformers.models`."""
     supported: bool
     how: str
-    """How its router scores, selects and weighs; empty if it isn't supported."""
+    """How its router scores, selects and weights experts; empty if unsupported."""
     limits: list[str]
-    """What can't be done with it, or the reason why nothing can."""
+    """Its limitations, or the reason why it isn't supported."""
     versions: list[str]
-    """Versions of transformers in which a tiny model of it was routed."""
+    """Versions of transformers in which a tiny model of the family was routed."""
 
 
 def family_rows() -> list[FamilyRow]:
-    """Return every family that was tried, by name."""
+    """Return all tested families, sorted by name."""
     text = resources.files("bh_routing.models").joinpath(FILE).read_text(encoding="utf-8")
     rows: list[FamilyRow] = json.loads(text)
     return rows
@@ -85,9 +85,9 @@ def takes_temperature(row: FamilyRow, *, picks_groups: bool) -> bool:
     """Whether a temperature other than 1 is defined for routers of this family.
 
     Args:
-        row: the family's.
-        picks_groups: whether the checkpoint's router selects groups of experts first, which a
-            family's default configuration may do and a checkpoint may not.
+        row: the family's row.
+        picks_groups: whether the checkpoint's router selects groups of experts first; it may
+            differ in this from the family's default configuration.
     """
     if _TEMPERATURE_1 not in row["limits"]:
         return True
@@ -95,7 +95,7 @@ def takes_temperature(row: FamilyRow, *, picks_groups: bool) -> bool:
 
 
 def describe_facts(facts: RouterFacts) -> str:
-    """Say in a few words how a router scores, selects and weighs.
+    """Describe briefly how a router scores, selects and weights experts.
 
     Example:
         >>> describe_facts(RouterFacts(num_experts=64, top_k=8, scoring="softmax",
@@ -117,7 +117,7 @@ def describe_facts(facts: RouterFacts) -> str:
 
 
 def describe_limits(facts: RouterFacts) -> list[str]:
-    """Say what can't be done with a router."""
+    """List a router's limitations."""
     limits = []
     if facts.top_k == 1:
         limits.append("top-1: no slot can be dropped unless k is widened")

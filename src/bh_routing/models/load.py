@@ -33,7 +33,7 @@ from bh_routing.models.routers import find_routers, widen_what_was_left, widenin
 log = logging.getLogger(__name__)
 
 DEMO: Final = "demo"
-"""Names the packaged checkpoint, whatever folder may be called so."""
+"""Name of the packaged checkpoint; takes precedence over a folder of that name."""
 DeviceName = Literal["auto", "cuda", "cpu"]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 DeviceMapName = Literal["auto"]
@@ -45,7 +45,7 @@ _NO_TOKENIZER: Final = (
 
 
 class LoadedModel(NamedTuple):
-    """A model in evaluation mode, and the tokenizer that was saved with it."""
+    """A model in evaluation mode, and the tokenizer saved with it."""
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
@@ -58,25 +58,23 @@ def load_model(
     dtype: DtypeName = "auto",
     device_map: DeviceMapName | None = None,
 ) -> LoadedModel:
-    """Load a language model that mixes experts; of a multimodal one, all parts.
+    """Load a mixture-of-experts language model; of a multimodal one, all parts.
 
-    A checkpoint that is stored as FP8 or MXFP4 is widened to `dtype` while it is read.
-
-    Only safetensors are read and no code of the checkpoint is run. `auto` means CUDA where there
-    is one; bfloat16 there, float32 on CPU.
+    FP8 and MXFP4 checkpoints are dequantized to `dtype` on loading. Only safetensors are read,
+    and no code from the checkpoint is run.
 
     Args:
         name: `demo`, a folder with a checkpoint, or a Hugging Face id.
-        device: where the model runs.
-        dtype: the type of its parameters.
-        device_map: `auto` spreads the layers over all GPUs, for a model larger than one; None: the
-            model is on one device.
+        device: device of the model; `auto` is CUDA if available, else CPU.
+        dtype: type of the parameters; `auto` is bfloat16 on CUDA, float32 on CPU.
+        device_map: `auto` spreads the layers over all GPUs, for a model larger than one GPU; None
+            puts the model on one device.
     Returns:
-        The model, with gradients off, and its tokenizer.
+        The model, with gradients disabled, and its tokenizer.
     Raises:
         ModelError: the model can't be found, reached, loaded or routed.
-        InputError: device, dtype or device_map isn't one of the names above, CUDA or accelerate
-            isn't there.
+        InputError: device, dtype or device_map isn't a name listed above, or CUDA or accelerate
+            isn't available.
     Example:
         >>> model, tokenizer = load_model("demo", device="cpu")
         >>> model.config.model_type
@@ -90,7 +88,7 @@ def load_model(
         tokenizer, model, report = _read(source, torch_dtype, device_map, options)
     except (ModelError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # what a foreign checkpoint makes transformers raise is unknown
+    except Exception as error:  # transformers may raise anything on an untested checkpoint
         raise ModelError(_explain(name, options, error)) from error
     _refuse_incomplete(name, report)
     vocabulary = model.config.get_text_config().vocab_size
@@ -111,7 +109,7 @@ def load_model(
 
 
 def read_config(name: str) -> PretrainedConfig:
-    """Read the config.json of a model, named as for `load_model`, without its weights.
+    """Read the config.json of a model, named as in `load_model`, without its weights.
 
     Raises:
         ModelError: the model can't be found or reached, or its family isn't supported.
@@ -119,7 +117,7 @@ def read_config(name: str) -> PretrainedConfig:
     source, options = _source_of(name)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(source, **options)
-    except Exception as error:  # what a foreign checkpoint makes transformers raise is unknown
+    except Exception as error:  # transformers may raise anything on an untested checkpoint
         raise ModelError(_explain(name, options, error)) from error
     family_of(config.model_type)
     _auto_class(config)
@@ -127,7 +125,7 @@ def read_config(name: str) -> PretrainedConfig:
 
 
 def _auto_class(config: PretrainedConfig) -> Any:
-    """Return the class of transformers that loads a model of this configuration for generation."""
+    """Return the transformers auto class that loads this configuration for generation."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM
     if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
@@ -139,7 +137,7 @@ def _auto_class(config: PretrainedConfig) -> Any:
 
 
 def _source_of(name: str) -> tuple[str, dict[str, Any]]:
-    """Return the folder or the hub's id, and the options that transformers reads it with."""
+    """Return the folder or hub id, and the keyword arguments for transformers."""
     source = str(demo_folder()) if name == DEMO else name
     options: dict[str, Any] = {"trust_remote_code": False}
     if not _is_folder(source):
@@ -151,7 +149,7 @@ class _Read(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     model: Any
     report: Mapping[str, Any]
-    """Which weights the checkpoint and the model don't share, as transformers says it."""
+    """Missing and mismatched weights, as reported by transformers."""
 
 
 def _read(
@@ -159,13 +157,13 @@ def _read(
 ) -> _Read:
     transformers_logging.disable_progress_bar()
     verbosity = transformers_logging.get_verbosity()
-    # What its tables say of weights that don't fit is said by us, in one sentence.
+    # Replaces transformers' tables of mismatched weights: we report them in one sentence.
     transformers_logging.set_verbosity_error()
     try:
         config = AutoConfig.from_pretrained(source, **options)
         family_of(config.model_type)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        # Without its files transformers makes a tokenizer that knows no word.
+        # If its files are missing, transformers returns a tokenizer with an empty vocabulary.
         if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
             raise ModelError(_NO_TOKENIZER.format(source))
         widening = widening_of(source, config)
@@ -188,7 +186,7 @@ def _read(
 
 
 def _refuse_incomplete(name: str, report: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that lacks weights: transformers would draw them at random."""
+    """Raise ModelError if weights are missing: transformers would initialise them at random."""
     if mismatched := sorted(report["mismatched_keys"]):
         key, there, here = mismatched[0]
         raise ModelError(
@@ -203,7 +201,7 @@ def _refuse_incomplete(name: str, report: Mapping[str, Any]) -> None:
 
 
 def resolve_device(device: str) -> torch.device:
-    """Turn `auto`, `cuda` or `cpu` into a device that is there."""
+    """Return the device for `auto`, `cuda` or `cpu`; InputError if it isn't available."""
     if device not in get_args(DeviceName):
         raise InputError(f"device must be one of auto, cuda, cpu; got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
@@ -214,7 +212,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Turn a dtype's name into the type; `auto` is bfloat16 on CUDA and float32 on CPU."""
+    """Return the dtype of a name; `auto` is bfloat16 on CUDA and float32 on CPU."""
     if dtype not in get_args(DtypeName):
         raise InputError(f"dtype must be one of {', '.join(get_args(DtypeName))}; got {dtype!r}")
     if dtype == "auto":
@@ -240,7 +238,7 @@ def _check_device_map(device_map: str | None, device: str) -> None:
 
 
 def _refuse_offloaded(name: str, model: Any, target: torch.device) -> None:
-    """Raise ModelError if some layers found no room on the GPUs."""
+    """Raise ModelError if some layers don't fit onto the GPUs."""
     places = getattr(model, "hf_device_map", {}).values()
     num_away = sum(place in ("cpu", "disk") for place in places)
     if target.type == "cuda" and num_away:
@@ -267,9 +265,9 @@ def _is_folder(source: str) -> bool:
 
 
 def hub_answers() -> bool:
-    """Say whether the Hugging Face hub can be reached, after one question and 5 s at most.
+    """Whether the Hugging Face hub can be reached: one request, with a timeout of 5 s.
 
-    The hub's own client retries for half a minute before it gives up.
+    The hub's own client retries for half a minute.
     """
     if constants.HF_HUB_OFFLINE:
         return False
@@ -278,7 +276,7 @@ def hub_answers() -> bool:
         with urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_SEC):
             return True
     except urllib.error.HTTPError:
-        return True  # an answer, if not a friendly one
+        return True  # an error status is an answer too
     except OSError as error:
         log.debug("the hub doesn't answer: %s", error)
         return False

@@ -1,4 +1,4 @@
-"""The facts about a model's routers that decide which default configurations it can run."""
+"""Facts about a model's routers that determine which default configurations it can run."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _TOP_K_FIELDS: Final = (
 
 
 class Outlook(NamedTuple):
-    """What is known of a model's routers; None is unknown."""
+    """Facts about a model's routers; None if unknown."""
 
     model_type: str
     top_k: int | None
-    """The model's own number of experts per token."""
+    """Experts per token in the model's own routing."""
     takes_temperature: bool | None
     """Whether a temperature other than 1 is defined for its routers."""
 
 
 def read_outlook(name: str) -> Outlook:
-    """Read config.json and the table of families; no weights are read.
+    """Read the outlook from config.json and the table of families, without reading weights.
 
     Raises:
         ModelError: the model can't be found or reached, or its family isn't supported.
@@ -40,7 +40,7 @@ def read_outlook(name: str) -> Outlook:
 
 
 def outlook_from_config(config: PretrainedConfig) -> Outlook:
-    """Return what a configuration and its family say; None where only the weights can tell.
+    """Return the outlook for a configuration; None for facts that depend on the weights.
 
     Example:
         >>> from transformers import MixtralConfig
@@ -48,7 +48,7 @@ def outlook_from_config(config: PretrainedConfig) -> Outlook:
         Outlook(model_type='mixtral', top_k=2, takes_temperature=True)
     """
     text: Any = config.get_text_config()
-    # The folder of transformers that the class is from: a model type may have other endings.
+    # The transformers folder of the class: a model type may have a suffix.
     family = type(text).__module__.split(".")[-2]
     row = next((row for row in family_rows() if row["family"] == family), None)
     picks_groups = (getattr(text, "n_group", None) or 1) > 1
@@ -61,7 +61,7 @@ def outlook_from_config(config: PretrainedConfig) -> Outlook:
 
 
 def outlook_from_routers(model_type: str, routers: Routers) -> Outlook:
-    """Return what the probe of a loaded model found."""
+    """Return the outlook from the probed routers of a loaded model."""
     return Outlook(
         model_type=model_type,
         top_k=routers.model_top_k,
@@ -70,7 +70,7 @@ def outlook_from_routers(model_type: str, routers: Routers) -> Outlook:
 
 
 def _top_k(text: Any) -> int | None:
-    """Return the number of experts per token; None if it isn't given or differs by layer."""
+    """Return the experts per token; None if not given or if layers differ."""
     for holder in (text, getattr(text, "ffn_config", None)):
         for field in _TOP_K_FIELDS:
             value = getattr(holder, field, None)

@@ -1,9 +1,9 @@
-"""Establish by experiment how a router scores, selects and weighs, or refuse it.
+"""Establish by experiment how a router scores, selects and weights experts, or reject it.
 
-The router is called on random hidden states, with one thing changed at a time: more slots, other
-hidden states, another value for each tensor that has one number an expert. What its weights and
-its selection then do says what it is; names say nothing. Nothing that runs here leaves a trace:
-no hook fires, no parameter is written to, the random state stays.
+The router is called on random hidden states with one change at a time: more slots, other hidden
+states, another value for each tensor with one number per expert. The facts follow from the changes
+in its weights and selection, never from names. The probe has no side effects: no hook fires, no
+parameter is written, and the random state is restored.
 
 Axes: T tokens, E experts, K slots.
 """
@@ -32,22 +32,22 @@ from bh_routing.models.sites import (
 )
 
 _SPREAD: Final = 2.0
-"""Standard deviation that the probe's logits are brought to: decisive, but not saturated."""
+"""Standard deviation of the probe's logits: distinct, but not saturated."""
 _TOLERANCE: Final = {torch.float32: 2e-4, torch.float64: 2e-4, torch.float16: 1e-2}
 _COARSE: Final = 1.5e-2  # for bfloat16, whose steps are 0.4 percent
-_MARGIN: Final = 3.0  # how many times worse than the tolerance any other explanation must be
+_MARGIN: Final = 3.0  # minimum error of every other explanation, in tolerances
 _ERRORS: Final = (
     RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError, AssertionError,
     StrictDataclassError,
 )  # fmt: skip
-"""What a router may raise when it is asked for what it can't do."""
+"""Errors that a router may raise on an unsupported top-k."""
 _GROUP_NAMES: Final = ("num_group", "n_group", "num_groups", "n_groups")
 
 Changes = Mapping[Held, Tensor]
 
 
 class _Bench:
-    """One router with the arguments of its call, to be called again with something changed."""
+    """A router with its captured arguments, for repeated calls with changes."""
 
     def __init__(self, heard: Heard) -> None:
         self.heard = heard
@@ -65,7 +65,7 @@ class _Bench:
         self._gain = _SPREAD / spread
 
     def call(self, noise: int = 0, changes: Changes | None = None) -> Routed:
-        """Route one of three sets of random hidden states, with some tensors exchanged."""
+        """Route one of three sets of random hidden states, with some tensors replaced."""
         changes = changes or {}
         by_identity = {id(held.get()): value for held, value in changes.items()}
         hidden = (self._noise[noise] * self._gain).to(self._dtype)
@@ -90,10 +90,10 @@ class _Bench:
 
 
 def establish(heard: Heard, family: Family) -> RouterFacts:
-    """Establish all facts of one router.
+    """Establish all facts about one router.
 
     Raises:
-        ModelError: something can't be established; the text says what.
+        ModelError: a fact can't be established; the message names it.
     """
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         return _establish(_Bench(heard), family)
@@ -109,13 +109,13 @@ def _establish(bench: _Bench, family: Family) -> RouterFacts:
         raise ModelError(
             f"{bench.place.name} selects all {num_experts} experts and can't be asked for fewer"
         )
-    # A selection of all experts shows neither a bias nor whether weights are normalised.
+    # A selection of all experts reveals neither a bias nor normalisation.
     with bench.with_top_k(widener, top_k - 1):
         return replace(_establish_at(bench, family, widener), top_k=top_k)
 
 
 def _establish_at(bench: _Bench, family: Family, widener: Held | None) -> RouterFacts:
-    """Establish all facts of a router that selects fewer experts than it has."""
+    """Establish all facts about a router that selects fewer experts than it has."""
     routed = bench.call()
     num_experts, top_k = routed.logits_TE.shape[1], routed.index_TK.shape[1]
     roles = _roles(bench, num_experts)
@@ -142,10 +142,10 @@ def _establish_at(bench: _Bench, family: Family, widener: Held | None) -> Router
 
 
 def _find_widener(bench: _Bench, top_k: int, num_experts: int) -> Held | None:
-    """Find the number that is the router's top-k: one more there gives one slot more."""
+    """Find the attribute that is the router's top-k: changing it by 1 changes the slots by 1."""
     other = top_k + 1 if top_k < num_experts else top_k - 1
     place = bench.place
-    owners = [*place.module.modules(), place.block]  # PEFT's wrapper holds the router as a part
+    owners = [*place.module.modules(), place.block]  # in PEFT's wrapper the router is a submodule
     config = getattr(place.module, "config", None)
     for owner in (*owners, *([] if config is None else [config])):
         for name, value in list(vars(owner).items()):
@@ -168,7 +168,7 @@ class _Roles(NamedTuple):
 
 
 def _roles(bench: _Bench, num_experts: int) -> _Roles:
-    """Change each tensor that has one number an expert, and see what it is for."""
+    """Change each tensor with one number per expert to establish its role."""
     place = bench.place
     owners: list[nn.Module] = [*place.module.modules(), place.block]
     base = bench.call()
@@ -182,7 +182,7 @@ def _roles(bench: _Bench, num_experts: int) -> _Roles:
             noise = torch.rand(tensor.shape, generator=generator) + 0.5
             changed = bench.call(changes={held: noise.to(tensor)})
             if not torch.equal(changed.logits_TE, base.logits_TE):
-                continue  # part of the logits, which we are given
+                continue  # part of the logits, which the router returns
             if not torch.equal(_as_set(changed.index_TK), _as_set(base.index_TK)):
                 role = "bias"
             elif not torch.equal(changed.weights_TK, base.weights_TK):
@@ -196,7 +196,7 @@ def _roles(bench: _Bench, num_experts: int) -> _Roles:
 
 
 class _Law(NamedTuple):
-    """How a router's weights follow from its logits."""
+    """A router's weights as a function of its logits."""
 
     scoring: Scoring
     normalises: bool
@@ -215,7 +215,7 @@ def _weight_law(bench: _Bench, family: Family, widener: Held | None, gain: Held 
     with bench.with_top_k(widener, max(2, min(top_k + 1, num_experts - 1))):
         wide = _fit_law(bench, bench.call(), gain)
     if top_k == 1:
-        # One slot doesn't show what its weight is made of, and all slots of a softmax sum to 1.
+        # One slot doesn't identify the law, and the weights of all experts under softmax sum to 1.
         if num_experts == 2:
             wide = wide._replace(normalises=_is_constant(narrow.weights_TK, _tolerance(narrow)))
         return wide
@@ -229,7 +229,7 @@ def _weight_law(bench: _Bench, family: Family, widener: Held | None, gain: Held 
 
 
 def _fit_law(bench: _Bench, routed: Routed, gain: Held | None) -> _Law:
-    """Find the one function of the logits to which the weights of each token are proportional."""
+    """Find the only function of the logits to which each token's weights are proportional."""
     logits_TE, weights_TK = routed.logits_TE.double(), routed.weights_TK.double()
     tolerance = _tolerance(routed)
     if gain is not None:
@@ -279,14 +279,14 @@ def _shared_weights(routed: Routed) -> Tensor | None:
 
 
 def _is_by_token(bench: _Bench, bias: Held | None) -> bool:
-    """Whether other hidden states leave the selection as it is, even without a bias."""
+    """Whether the selection is independent of the hidden states, even without a bias."""
     changes = {} if bias is None else {bias: torch.zeros_like(bias.get())}
     first, *others = (_as_set(bench.call(noise, changes).index_TK) for noise in range(3))
     return all(torch.equal(first, other) for other in others)
 
 
 def _selection(bench: _Bench, facts: RouterFacts, widener: Held | None) -> RouterFacts:
-    """Establish what is compared, and among which experts."""
+    """Establish the scores that the selection compares, and the experts it considers."""
     groups = _declared_groups(bench, facts.num_experts)
     tries: list[RouterFacts] = []
     for ranks_by in ("logits", "scores") if facts.bias else ("logits",):
@@ -301,7 +301,7 @@ def _selection(bench: _Bench, facts: RouterFacts, widener: Held | None) -> Route
 
 
 def _explains(bench: _Bench, facts: RouterFacts, widener: Held | None, seed: int) -> bool:
-    """Whether no expert was left out that `facts` rank above a chosen one."""
+    """Whether `facts` rank every chosen expert above the others in the chosen groups."""
     changes: dict[Held, Tensor] = {}
     if facts.bias is not None:
         generator = torch.Generator().manual_seed(seed + 10)
@@ -372,7 +372,7 @@ def _widening(facts: RouterFacts, law: _Law, widener: Held | None) -> RouterFact
 
 @contextmanager
 def _exchanged(changes: Changes) -> Iterator[None]:
-    """Put other tensors in a module's places, and the very same objects back."""
+    """Replace tensors of modules inside the block, and restore the same objects after it."""
     places = []
     for (owner, name), value in changes.items():
         held: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers

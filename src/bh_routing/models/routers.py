@@ -27,19 +27,19 @@ from bh_routing.models.sites import RouterSite
 log = logging.getLogger(__name__)
 
 _WIDENED: Final[dict[str, Any]] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
-"""Methods that transformers can undo while it reads, on any device."""
+"""Quantisation methods that transformers can undo on loading, on any device."""
 
 
 def widening_of(name: str, config: Any) -> dict[str, Any]:
-    """Return what `from_pretrained` needs to give a quantised checkpoint plain float weights.
+    """Return the arguments for `from_pretrained` that dequantize a checkpoint on loading.
 
     Args:
-        name: the model's, for the error.
+        name: name of the model, for the error message.
         config: the checkpoint's configuration.
     Returns:
-        Keyword arguments; none for a checkpoint that isn't quantised.
+        Keyword arguments; empty if the checkpoint isn't quantised.
     Raises:
-        ModelError: it is quantised by another method.
+        ModelError: the quantisation method isn't supported.
     """
     stored = getattr(config, "quantization_config", None)
     if stored is None:
@@ -56,14 +56,14 @@ def widening_of(name: str, config: Any) -> dict[str, Any]:
 
 
 def widen_what_was_left(model: Any, dtype: torch.dtype) -> None:
-    """Bring bfloat16 weights to a float32 model's dtype: older transformers widen no further."""
+    """Convert remaining bfloat16 weights to float32: older transformers dequantize to bfloat16."""
     for parameter in model.parameters():
         if dtype == torch.float32 and parameter.dtype == torch.bfloat16:
             parameter.data = parameter.data.float()
 
 
 def method_of(stored: Any) -> str:
-    """Return the name of a quantisation method, from a configuration's entry of either form."""
+    """Return the quantisation method of a configuration entry, a dict or an object."""
     if isinstance(stored, dict):
         return str(stored.get("quant_method", "an unknown method"))
     method = getattr(stored, "quant_method", "an unknown method")
@@ -71,15 +71,15 @@ def method_of(stored: Any) -> str:
 
 
 _CUTS_BEHIND_ROUTERS: Final = Version("5.23")
-"""The oldest transformers seen to cut experts behind the router's answer, which is then whole."""
+"""Oldest tested transformers that shards experts after the router, whose output is then whole."""
 _UNTRIED: Final = ("pp_size", "fsdp_size", "dp_replicate_size")
 
 
 def refuse_spread_and_quantised(model: Any) -> None:
-    """Raise ModelError unless every router sees all experts and weights are plain numbers.
+    """Raise ModelError unless every router sees all experts and weights aren't quantised.
 
-    Whole layers may be on devices of their own, as accelerate's device map puts them, and
-    weights may be cut across processes by transformers' tensor or expert parallelism.
+    Supported are layers on different devices, placed by accelerate's device map, and weights
+    sharded across processes by transformers' tensor or expert parallelism.
     """
     devices = {str(parameter.device) for parameter in model.parameters()}
     if "meta" in devices:
@@ -132,18 +132,18 @@ _VOLATILE: Final = frozenset(
         "use_cache",
     }
 )
-"""Settings that no result depends on."""
+"""Settings that don't affect results."""
 
 ROUTED: Final[WeakSet[nn.Module]] = WeakSet()
-"""Router modules inside `route` now: a part or a wrapper of a model has the same ones."""
+"""Router modules inside `route` now; a model, its submodules and wrappers have the same ones."""
 
 _known: Final[WeakKeyDictionary[nn.Module, tuple[Routers, list[Any]]]] = WeakKeyDictionary()
-"""What was found, and the state of the model at that time."""
+"""Routers by model, with the state of the model when they were probed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Routers:
-    """All routers of a model; they share one number of experts and one top-k."""
+    """All routers of a model, which agree in their number of experts and top-k."""
 
     sites: tuple[RouterSite, ...]
     num_experts: int
@@ -151,22 +151,22 @@ class Routers:
 
     @property
     def most_slots(self) -> int:
-        """How many slots every router can be asked for."""
+        """Largest number of slots that every router supports."""
         return min(site.facts.most_slots for site in self.sites)
 
     @property
     def is_routed(self) -> bool:
-        """Whether some router is inside `route` now."""
+        """Whether any router is inside `route` now."""
         return any(site.module in ROUTED for site in self.sites)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFacts:
-    """What a results folder keeps of a model."""
+    """Facts about a model that a results folder records."""
 
     model_type: str
     num_layers: int
-    """Layers that have a router."""
+    """Layers with a router."""
     num_experts: int
     model_top_k: int
     dtype: str
@@ -174,18 +174,18 @@ class ModelFacts:
     fingerprint: str
     num_parameters: int
     context_length: int | None
-    """Longest input the configuration allows, in tokens; None if it doesn't say."""
+    """Maximum input length in tokens; None if the configuration doesn't specify one."""
 
 
 def find_routers(model: nn.Module) -> Routers:
-    """Find every router that text passes, and establish what it does.
+    """Find every router of the text model and probe it.
 
-    The first call reads a short text and experiments with each router; later calls remember, until
-    a router, its experts, one of its settings or tensors is changed or moved.
+    The first call runs a short sequence and experiments with each router. The result is cached
+    until a router, its experts, or one of its settings or tensors is changed or moved.
 
     Raises:
-        ModelError: the model has no router, is spread, quantised or of a family that isn't
-            supported, or something about a router can't be established.
+        ModelError: the model has no router, is spread over devices in an unsupported way, is
+            quantised or of an unsupported family, or a fact about a router can't be established.
     """
     model = unwrapped(model)
     known, state = _known.get(model, (None, None))
@@ -239,7 +239,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module inside `torch.compile`, `DistributedDataParallel` or `DataParallel`.
 
     Raises:
-        InputError: `model` is no module, such as a pipeline.
+        InputError: `model` isn't a module, such as a pipeline.
+        ModelError: `model` is a DataParallel over several GPUs.
     """
     if not isinstance(model, nn.Module):
         raise InputError(
@@ -254,7 +255,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             )
         if isinstance(model, (DistributedDataParallel, DataParallel)):
             model = model.module
-        # Not by getattr: PEFT's wrappers answer for the model inside them.
+        # Not getattr: PEFT's wrappers forward it to the model inside them.
         elif (inner := model._modules.get("_orig_mod")) is not None:
             model = inner
         else:
@@ -282,9 +283,9 @@ def _agree(sites: tuple[RouterSite, ...]) -> Routers:
 
 
 def _state_of(model: nn.Module) -> list[Any]:
-    """Collect everything around a model's routers that what they do can depend on.
+    """Collect all state of a model's blocks with experts that routing can depend on.
 
-    Values of tensors aren't read: they count as changed when they are written to, or are elsewhere.
+    Tensor values aren't read: a tensor counts as changed if it was written to or moved.
     """
     state: list[Any] = []
     for name, block in model.named_modules():
@@ -321,7 +322,7 @@ def _place_of(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def describe_model(model: nn.Module) -> ModelFacts:
-    """Collect the facts that results and calibrations are checked against."""
+    """Collect the facts about a model that results and calibrations are checked against."""
     routers = find_routers(model)
     parameter = next(model.parameters())
     config = getattr(model, "config", None)
@@ -341,19 +342,19 @@ def describe_model(model: nn.Module) -> ModelFacts:
 
 @torch.no_grad()
 def model_fingerprint(model: nn.Module) -> str:
-    """Hash the configuration, and names, shapes and evenly spaced values of all weights.
+    """Hash the configuration, and the names, shapes and evenly spaced values of all weights.
 
-    256 values of each parameter and saved buffer in float32: a change of any one weight may go
-    unseen, another checkpoint or a fine-tuned one never does. Buffers count since a router's
-    correction bias is one; those that aren't saved follow from the configuration. The same on every
-    device; not on every dtype.
+    The hash covers 256 float32 values of each parameter and saved buffer: it may miss a change to
+    a single weight, but distinguishes other checkpoints and fine-tuned ones. Buffers are included
+    because a router's correction bias is one; unsaved buffers follow from the configuration. The
+    hash is independent of the device, but not of the dtype.
     """
     model = unwrapped(model)
     digest = hashlib.sha256(_plain_json(model_settings(model)["config"]).encode())
     saved = model.state_dict().keys()
     buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
     for name, parameter in sorted([*model.named_parameters(), *buffers], key=lambda item: item[0]):
-        # A parameter that is cut across processes is put together on each of them.
+        # A sharded parameter is gathered on every process.
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         flat = whole.detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLED_VALUES)
@@ -364,11 +365,11 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def model_settings(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return the model's config and generation_config, as plain JSON, without what names no result.
+    """Return the model's config and generation_config as plain JSON, without volatile settings.
 
-    That is where the files came from and were written with, what else a forward pass returns, and
-    the dtype, which the weights have. All else counts: which of a family's settings decide what it
-    computes, only the family knows.
+    Volatile settings are the files' origin and versions, additional outputs of a forward pass, and
+    the dtype, which the weights have. All others are kept, because only the family's code knows
+    which of them affect the computation.
     """
     model = unwrapped(model)
     found = {name: getattr(model, name, None) for name in ("config", "generation_config")}
@@ -387,10 +388,10 @@ def _lasting(value: Any) -> Any:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hash what a tokenizer does to a text and back."""
+    """Hash everything that determines a tokenizer's encoding and decoding."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     whole = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
-    # Set by the last call that padded or cut its texts.
+    # Left out: set by the last call that padded or truncated.
     does = {key: value for key, value in whole.items() if key not in ("padding", "truncation")}
     text = _plain_json([type(tokenizer).__name__, tokenizer.special_tokens_map, does])
     return hashlib.sha256(text.encode()).hexdigest()

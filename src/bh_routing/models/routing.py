@@ -1,4 +1,4 @@
-"""Run a model under a rule: `route` hooks the routers, and takes every hook out again."""
+"""Run a model under a rule: `route` hooks the routers, and removes every hook on exit."""
 
 from __future__ import annotations
 
@@ -31,49 +31,49 @@ from bh_routing.rules.base import Candidates, LayerContext, Rule, Selector
 from bh_routing.rules.weights import alias_dropped, kept_weights
 
 Decider = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor, Tensor, Tensor]]
-"""Router logits (T, E) and the dtype of weights -> index, with dropped slots aliased, weights and
-what is kept, each (T, K), and counts (T,)."""
+"""Router logits (T, E) and the weights' dtype -> index with dropped slots aliased, weights and keep
+mask, each (T, K), and counts (T,)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class BoundRule:
-    """A rule made ready for one model: everything that doesn't depend on tokens is done."""
+    """A rule bound to one model; all work that doesn't depend on tokens is done."""
 
     rule: Rule
     routers: Routers
     selectors: tuple[Selector, ...]
-    """One for each router, in their order."""
+    """One per router, in order."""
     contexts: tuple[LayerContext, ...]
-    """What each selector was bound to."""
+    """Context that each selector was bound to."""
     deciders: tuple[Decider | None, ...] = ()
-    """For each router, what decides and weighs at once instead of the selector; empty for none."""
+    """Fused deciders, one per router, used instead of its selector unless None; empty if unused."""
 
 
 @contextmanager
 def route(
     model: nn.Module, rule: Rule, calibration: Calibration | None = None
 ) -> Iterator[ExpertTrace]:
-    """Run `model` under `rule` inside a `with` block; outside it nothing has changed.
+    """Run `model` under `rule` inside a `with` block; on exit the model is restored.
 
-    The router proposes slots, the rule decides which stay. A dropped slot gets weight 0 and the
-    index of the token's own best expert, so no backend reads a dropped expert's weights.
+    The router proposes slots and the rule decides which of them stay. A dropped slot gets weight 0
+    and the index of the token's own best expert, so no backend reads a dropped expert's weights.
 
-    Which slots stay is constant to autograd; gradients reach the gate through the weights of the
-    kept slots, as under a smaller top-k of the model's own. Gradient checkpointing is rejected: it
-    runs layers again in the backward pass, which may come after the block.
+    Autograd treats the selection as constant; gradients reach the gate through the weights of the
+    kept slots, as with a smaller top-k. Gradient checkpointing is rejected: it reruns layers in the
+    backward pass, which may come after the block.
 
     Args:
-        model: a transformers model with mixture-of-experts layers; compiled, wrapped by PEFT or
-            DistributedDataParallel too.
-        rule: which slots stay.
-        calibration: reference distributions, needed by rules whose null needs a table.
+        model: a transformers model with mixture-of-experts layers; it may be compiled, or wrapped
+            by PEFT or DistributedDataParallel.
+        rule: decides which slots stay.
+        calibration: reference distributions, required by rules whose null needs a table.
     Returns:
-        A context that yields the trace of what was kept.
+        A context manager that yields the trace of kept experts.
     Raises:
-        CalibrationError: the rule needs a calibration and none, or another model's, was given.
-        ModelError: the model has no routers, or they are already inside `route`; a copy or a pickle
-            is made of the model inside the block, or a training step uses gradient checkpointing.
-        InputError: the rule doesn't fit the model, such as more experts than there are.
+        CalibrationError: the rule needs a calibration, and none or another model's was given.
+        ModelError: the model has no routers, or they are already inside `route`; the model is
+            copied or pickled inside the block, or a training step uses gradient checkpointing.
+        InputError: the rule doesn't fit the model, for example asks for more experts than exist.
     Example:
         >>> with route(model, TopK(4)) as trace:                        # doctest: +SKIP
         ...     logits = model(**inputs).logits
@@ -83,10 +83,10 @@ def route(
 
 
 def bind_rule(model: nn.Module, rule: Rule, calibration: Calibration | None = None) -> BoundRule:
-    """Check `rule` against the model and bind it to every layer; `route` does both steps.
+    """Check `rule` against the model and bind it to every layer, as `route` does.
 
     Raises:
-        CalibrationError, ModelError, InputError: as `route` does.
+        CalibrationError, ModelError, InputError: as in `route`.
     """
     routers = find_routers(model)
     check_rule(routers, rule)
@@ -97,14 +97,14 @@ def bind_rule(model: nn.Module, rule: Rule, calibration: Calibration | None = No
 
 
 def check_rule(routers: Routers, rule: Rule) -> None:
-    """Raise InputError if `rule` can't run on routers like these, whatever the calibration."""
+    """Raise InputError if `rule` can't run on these routers with any calibration."""
     rule.check(num_experts=routers.num_experts, model_top_k=routers.model_top_k)
     for site in routers.sites:
         _check_site(site, rule)
 
 
 def _check_site(site: RouterSite, rule: Rule) -> None:
-    """Raise InputError if what `rule` asks for doesn't go with this router."""
+    """Raise InputError if this router doesn't support `rule`."""
     facts = site.facts
     if rule.temperature != 1.0 and not facts.takes_temperature:
         raise InputError(
@@ -137,7 +137,7 @@ def install(model: nn.Module, bound: BoundRule) -> Iterator[ExpertTrace]:
     with ExitStack() as undo:
         ROUTED.update(modules)
         undo.callback(ROUTED.difference_update, modules)
-        # Compiled code looks for no new hook, and goes on running one that was taken out.
+        # Compiled code ignores new hooks, and keeps running removed ones.
         torch.compiler.reset()
         undo.callback(torch.compiler.reset)
         rows = None if bound.rule.unit == "token" else RowsOfCall()
@@ -161,7 +161,7 @@ def install(model: nn.Module, bound: BoundRule) -> Iterator[ExpertTrace]:
 def check_calibration(
     model: nn.Module, routers: Routers, rule: Rule, calibration: Calibration | None
 ) -> None:
-    """Raise CalibrationError unless `calibration` serves `rule` on this model."""
+    """Raise CalibrationError unless `calibration` fits `rule` and this model."""
     alpha = rule.smallest_alpha(routers.num_experts)
     if rule.required_null is None:
         return
@@ -203,7 +203,7 @@ def _layer_context(
 
 
 def _watch_calls(stack: nn.Module, trace: ExpertTrace, rows: RowsOfCall | None) -> Iterator[Undo]:
-    """Tell trace and rows which positions of each call are tokens, and yield how to stop."""
+    """Pass the mask of tokens of each call to trace and rows; yield functions that undo it."""
     names = list(inspect.signature(stack.forward).parameters)
 
     def begin(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -236,9 +236,9 @@ def _make_callback(
     rows: RowsOfCall | None,
 ) -> Callable[[Proposal], Decision]:
     rule, facts = bound.rule, site.facts
-    # Where the sum that is normalised isn't the slots' own, the factor is taken below.
+    # Where the normalised sum isn't that of the slots' weights, the factor is applied below.
     has_own_sum = facts.normalises and (facts.has_gains or facts.shares_with > 0)
-    # What such a family normalises is the mass: to preserve it is the family's own convention.
+    # Such a family normalises the masses, so preserving their sum is its own convention.
     keeps_sum = has_own_sum and rule.weights != "renormalize"
 
     def decide(proposal: Proposal) -> Decision:
@@ -289,7 +289,10 @@ def _make_short_callback(
 
 
 def _sum_ratio(masses_TK: Tensor, keep_TK: Tensor, shared_TS: Tensor | None) -> Tensor:
-    """All masses over the kept ones, shared experts' counted in both: shape (T, 1)."""
+    """Return the sum of all masses over that of the kept ones, shape (T, 1).
+
+    Masses of shared experts are added to both sums.
+    """
     masses_TK = masses_TK.float()
     all_T1 = masses_TK.sum(-1, keepdim=True)
     kept_T1 = torch.where(keep_TK, masses_TK, 0.0).sum(-1, keepdim=True)

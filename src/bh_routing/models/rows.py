@@ -1,4 +1,4 @@
-"""The sequences that the rows of a forward pass belong to, read off the arguments of the call.
+"""Map rows of a forward pass to sequences, from the arguments of the call.
 
 Axes: B batch, S positions of the call, T = B * S rows.
 """
@@ -17,13 +17,13 @@ from bh_routing.rules.base import Rows
 
 
 class RowsOfCall:
-    """The rows of the newest call of a model's stack of layers."""
+    """Rows of the latest call of a model's layer stack."""
 
     def __init__(self) -> None:
         self._rows: Rows | None = None
 
     def note(self, arguments: Mapping[str, Any]) -> None:
-        """Read the rows off the arguments of a call that begins."""
+        """Derive the rows from the arguments of a starting call."""
         names = ("input_ids", "inputs_embeds")
         tokens = next(value for name in names if (value := arguments.get(name)) is not None)
         is_real_BS = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
@@ -33,15 +33,15 @@ class RowsOfCall:
         places: Any = arguments.get("position_ids")
         has_places = isinstance(places, Tensor) and places.ndim == 2
         if has_places and arguments.get("attention_mask") is None:
-            # Packed sequences: the positions start again, as transformers' own masks take it.
+            # Packed sequences: positions restart, which transformers' own masks rely on too.
             is_start_BS[:, 1:] = places.diff(dim=-1) != 1
         self._rows = Rows.of_batch(is_real_BS, is_start_BS)
 
     def of(self, num_rows: int, device: torch.device) -> Rows:
-        """Return the rows of the call that is running.
+        """Return the rows of the running call.
 
         Raises:
-            ModelError: a router sees another number of rows than the call has.
+            ModelError: a router's number of rows differs from the call's.
         """
         known = 0 if self._rows is None else len(self._rows.sequence_T)
         if self._rows is None or known != num_rows:

@@ -1,4 +1,4 @@
-"""Models of a published shape with random weights, for measuring speed and memory."""
+"""Models with a published architecture and random weights, for measuring speed and memory."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from bh_routing.models.load import LoadedModel
 def make_olmoe_shape(
     device: torch.device, dtype: torch.dtype, *, num_layers: int = 16, seed: int = 0
 ) -> LoadedModel:
-    """Make the shape of allenai/OLMoE-1B-7B-0924 with the demo's tokenizer, in place.
+    """Build a model with the shape of allenai/OLMoE-1B-7B-0924, with the demo's tokenizer.
 
     Args:
-        device: where; in bfloat16 it takes 14 GB there.
-        dtype: of its parameters.
-        num_layers: fewer for a small trial.
-        seed: of the weights.
+        device: device on which the weights are created; bfloat16 takes 14 GB.
+        dtype: dtype of the parameters.
+        num_layers: number of layers; fewer for a small trial.
+        seed: seed of the weights.
     """
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(demo_folder())

@@ -1,7 +1,7 @@
-"""One router of a model: what is known of it, and the one place where its proposal can be changed.
+"""One router of a model: its facts, and the hook through which its proposal can be changed.
 
-Two shapes cover every family. In the usual one the router module itself returns (logits, weights,
-index, *rest), the three in some order; in the other it returns logits only and its block's
+Two interfaces cover all families. Usually the router module returns (logits, weights, index,
+*rest), the first three in any order. Otherwise it returns only logits, and its block's
 `route_tokens_to_experts` turns them into weights and index (dbrx, and more in older transformers).
 
 Axes: T tokens, E experts, K candidate slots, S shared experts, H hidden.
@@ -27,24 +27,24 @@ TRANSFORMS: Final[Mapping[Scoring, Callable[[Tensor], Tensor]]] = {
     "sqrt_softplus": lambda logits_TE: nn.functional.softplus(logits_TE).sqrt(),
     "probabilities": lambda logits_TE: logits_TE,
 }
-"""From what a router returns in its first place to a weight, before any normalisation."""
+"""Functions from logits to weights, before any normalisation."""
 
 BLOCK_METHOD: Final = "route_tokens_to_experts"
 
 
 class Held(NamedTuple):
-    """A tensor or a number by the module and the name under which it is held."""
+    """A tensor or number, identified by its owner and attribute name."""
 
     owner: Any
     name: str
 
     def get(self) -> Any:
-        """Return its value of now: a bias may have been trained, or moved, since it was found."""
+        """Return the current value: a bias may have been trained or moved since the probe."""
         return getattr(self.owner, self.name)
 
 
 class Groups(NamedTuple):
-    """A router that picks groups first, then experts from those groups only."""
+    """Groups of a router that selects groups first, then experts from those groups only."""
 
     num_groups: int
     num_chosen: int
@@ -52,10 +52,10 @@ class Groups(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RouterFacts:
-    """What the probe established about one router."""
+    """Facts that the probe established about one router."""
 
     num_experts: int
-    """Width of its logits; classes that compute nothing are counted."""
+    """Width of the logits, including classes that compute nothing."""
     top_k: int
     scoring: Scoring
     normalises: bool
@@ -63,39 +63,39 @@ class RouterFacts:
     scale: float | None
     """That constant, or the factor of raw weights; None where a gain makes it vary."""
     ranks_by: Literal["logits", "scores"]
-    """What the selection compares, before `bias` is added."""
+    """Quantity that the selection compares, before `bias` is added."""
     bias: Held | None = None
     """Added for selection only."""
     has_gains: bool = False
-    """Whether each expert's weight is multiplied by a number of its own."""
+    """Whether each expert's weight is multiplied by a gain per expert."""
     shares_with: int = 0
-    """Shared experts whose weights are part of the sum that is normalised."""
+    """Shared experts whose weights are part of the normalised sum."""
     groups: Groups | None = None
     by_token: bool = False
-    """Whether experts are looked up by token id, whatever the logits say."""
+    """Whether experts are looked up by token id, independently of the logits."""
     skips: bool = False
     """Whether the last class of the logits is no expert."""
     is_sorted: bool = False
-    """Whether the slots came in the order of their weights wherever the probe looked."""
+    """Whether the probe saw the slots in descending order of weight."""
     widener: Held | None = None
-    """The number to set for more slots; None if that doesn't work."""
+    """Attribute that sets the number of slots; None if there is none."""
     why_not_wider: str = ""
     most_slots: int = 0
-    """How many slots can be asked for."""
+    """Largest number of slots that the router supports."""
     experts_see_input: bool = True
-    """Whether the experts are given what the router was given."""
+    """Whether the experts' input is the router's input."""
 
     @property
     def takes_temperature(self) -> bool:
-        """Whether logits / T gives exactly what the family itself would make of it."""
+        """Whether a temperature is defined: softmax weights and selection by the logits alone."""
         is_softmax = self.scoring in ("softmax", "probabilities")
         return is_softmax and not (self.bias or self.has_gains or self.shares_with or self.groups)
 
     def scores(self, logits_TE: Tensor) -> Tensor:
-        """Return what the router ranks experts by, float32, shape (T, E)."""
+        """Return the scores that the router ranks experts by, float32, shape (T, E)."""
         logits_TE = logits_TE.float()
         if self.scoring == "probabilities" and self.bias is None:
-            # As logits up to a constant, to which every score that we take of them is blind.
+            # Logits up to a constant, which doesn't affect any score computed from them.
             return logits_TE.clamp_min(torch.finfo(torch.float32).tiny).log()
         if self.ranks_by == "scores":
             logits_TE = TRANSFORMS[self.scoring](logits_TE)
@@ -103,23 +103,23 @@ class RouterFacts:
 
 
 class Proposal(NamedTuple):
-    """What a router proposes for T tokens."""
+    """A router's proposal for T tokens."""
 
     hidden_TH: Tensor
     """The router's input."""
     scores_TE: Tensor
-    """Float32: what the family ranks experts by."""
+    """Scores that the family ranks experts by, float32."""
     top_k_index_TK: Tensor
     top_k_weights_TK: Tensor
     """In the family's dtype."""
     masses_TK: Tensor
-    """What the family sums where it normalises: the weights, before any gain."""
+    """Summands of the family's normalisation: the weights before any gain."""
     shared_weights_TS: Tensor | None
     """Weights of shared experts that were normalised together with the slots'."""
 
 
 class Decision(NamedTuple):
-    """What goes to the experts instead."""
+    """Slots passed to the experts instead of the proposal."""
 
     top_k_index_TK: Tensor
     top_k_weights_TK: Tensor
@@ -131,7 +131,7 @@ Undo = Callable[[], None]
 
 
 class Routed(NamedTuple):
-    """A router's answer, whatever the order in which it came."""
+    """A router's output, in our order."""
 
     logits_TE: Tensor
     weights_TK: Tensor
@@ -140,7 +140,7 @@ class Routed(NamedTuple):
 
 
 class Order(NamedTuple):
-    """Where in a router's answer each part stands."""
+    """Positions of the parts in a router's output."""
 
     logits_at: int
     weights_at: int
@@ -148,7 +148,7 @@ class Order(NamedTuple):
 
     @classmethod
     def of(cls, output: Any) -> Order | None:
-        """Read the order off dtypes and shapes; None if this is no router's answer."""
+        """Infer the order from dtypes and shapes; None if this isn't a router's output."""
         if not isinstance(output, tuple) or len(output) < 3:
             return None
         parts = output[:3]
@@ -158,7 +158,7 @@ class Order(NamedTuple):
         if len(integers) != 1 or len({part.shape[0] for part in parts}) != 1:
             return None
         index = integers[0]
-        # The usual order, with logits first, wins where the router proposes every expert.
+        # If the router proposes all experts, shapes are equal; the usual order has logits first.
         first, second = (i for i in range(3) if i != index)
         logits, weights = (
             (first, second) if parts[second].shape == parts[index].shape else (second, first)
@@ -168,20 +168,20 @@ class Order(NamedTuple):
         return cls(logits, weights, index) if fits and is_wide else None
 
     def unpack(self, output: tuple[Any, ...]) -> Routed:
-        """Bring a router's answer into our order."""
+        """Reorder a router's output into our order."""
         return Routed(
             output[self.logits_at], output[self.weights_at], output[self.index_at], output[3:]
         )
 
     def pack(self, routed: Routed) -> tuple[Any, ...]:
-        """Bring an answer back into the router's order."""
+        """Reorder an output into the router's order."""
         parts = dict(zip(self, routed[:3], strict=True))
         return (parts[0], parts[1], parts[2], *routed.rest)
 
 
 @dataclass(frozen=True, eq=False)
 class RouterPlace:
-    """Where a router stands in a model, before anything is known of it."""
+    """A router's modules in a model, before it is probed."""
 
     name: str
     module: nn.Module
@@ -192,14 +192,14 @@ class RouterPlace:
     """None where the block's own method turns logits into weights and index."""
 
     def decide(self, hidden: Tensor, logits_TE: Tensor) -> Routed:
-        """Run the block's method on logits, past whatever is installed."""
+        """Run the block's own method on logits, bypassing any installed hook."""
         method = getattr(type(self.block), BLOCK_METHOD).__get__(self.block)
         arguments = (hidden, logits_TE)[-len(inspect.signature(method).parameters) :]
         return as_routed(logits_TE, method(*arguments))
 
 
 class RoutingHook:
-    """A hook that answers for one model: it must not be copied along with it."""
+    """A hook bound to one model, which must not be copied with it."""
 
     def __init__(self, hook: Callable[..., Any]) -> None:
         self._hook = hook
@@ -219,14 +219,14 @@ class RouterSite(RouterPlace):
     """One mixture-of-experts layer's router."""
 
     layer: int
-    """0 for the first layer that has a router, counting only such layers, in order of running."""
+    """Index among the layers with a router, in execution order, from 0."""
     facts: RouterFacts
 
     def watch(self, callback: Callback) -> Undo:
-        """Call `callback` on every proposal; what it returns, if anything, goes to the experts.
+        """Call `callback` on every proposal, and pass its decision, if any, to the experts.
 
         Returns:
-            A function that takes the hook out again.
+            A function that removes the hook.
         """
         if (order := self.order) is None:
             return self._watch_block(callback)
@@ -238,8 +238,8 @@ class RouterSite(RouterPlace):
         return self.module.register_forward_hook(RoutingHook(hook)).remove
 
     def linear_gate(self) -> Tensor | None:
-        """Return the weight (E, H) that makes the logits, but for a bias; None if none does."""
-        # Not by getattr: PEFT's wrappers answer with the weight that they add to.
+        """Return the weight (E, H) if logits are linear in the input up to a bias, else None."""
+        # Not getattr: PEFT's wrappers return the base weight, without the adapter.
         weight = self.module._parameters.get("weight")
         is_ranked_by_logits = self.facts.ranks_by == "logits" and self.facts.bias is None
         if not is_ranked_by_logits or self.facts.scoring == "probabilities":
@@ -278,7 +278,7 @@ class RouterSite(RouterPlace):
     def _ask(self, callback: Callback, hidden: Tensor, routed: Routed) -> Routed | None:
         facts, index_TK = self.facts, routed.index_TK
         if facts.skips:
-            # The family itself writes expert 0 with weight 0 where the token chose no expert.
+            # The family sets expert 0 with weight 0 where a token chose no expert.
             index_TK = index_TK.masked_fill(routed.weights_TK == 0, facts.num_experts - 1)
         masses_TK = routed.weights_TK
         if facts.has_gains:
@@ -303,7 +303,7 @@ class RouterSite(RouterPlace):
 
 
 def as_routed(logits_TE: Tensor, pair: tuple[Tensor, Tensor]) -> Routed:
-    """Bring a block's weights and index, in whichever order it returns them, into ours."""
+    """Reorder a block's weights and index, returned in either order, into our order."""
     first, second = pair
     weights_TK, index_TK = (first, second) if first.is_floating_point() else (second, first)
     return Routed(logits_TE, weights_TK, index_TK)

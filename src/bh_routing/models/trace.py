@@ -20,14 +20,14 @@ _traces: Final[WeakValueDictionary[int, ExpertTrace]] = WeakValueDictionary()
 
 
 class ExpertTrace:
-    """Which experts every token kept in every layer.
+    """Kept experts of every token in every layer.
 
-    Padding is no token: positions that the attention mask of a forward call leaves out aren't part
-    of the trace. Layers that gradient checkpointing runs again count once. Rows that `generate`
-    goes on feeding after their own end of text are run, and therefore count.
+    Positions masked out by a forward call's attention mask are padding and not part of the trace.
+    Layers recomputed by gradient checkpointing count once. Sequences that `generate` keeps feeding
+    after their end-of-text token are still run, and therefore count.
 
     While the model runs, only device tensors are collected: no host sync per token. Reading copies
-    them to the host; what is read holds all forward calls that are complete by then.
+    all complete forward calls to the host.
     """
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
@@ -39,10 +39,10 @@ class ExpertTrace:
         self._read: tuple[int, Tensor] | None = None
 
     def begin(self, real_BS: Tensor | None) -> None:
-        """Begin a forward call, in which padding is False; None: every position is a token."""
+        """Begin a forward call; `real_BS` is False at padding, None without padding."""
         self._real_BS = real_BS
         if not torch.compiler.is_compiling():
-            # A call that failed on its way has left layers behind that the others don't have.
+            # A failed call has recorded some layers but not the others.
             complete = self._num_complete
             for calls in self._calls:
                 del calls[complete:]
@@ -51,8 +51,8 @@ class ExpertTrace:
         """Add one forward call of one layer.
 
         Returns:
-            The index to go on with. In a compiled model recording is an operation of the graph,
-            which runs in every call because the experts wait for what it returns.
+            The index to pass to the experts. In a compiled model recording is an operation of the
+            graph, which runs in every call because the experts depend on its output.
         """
         kept_TK = torch.where(keep_TK, top_k_index_TK, DROPPED).to(torch.int16)
         real_BS = self._real_BS
@@ -66,12 +66,12 @@ class ExpertTrace:
         return top_k_index_TK
 
     def _add(self, layer: int, kept_TK: Tensor) -> None:
-        # Inside a backward pass a layer is only run again.
+        # In a backward pass a layer is recomputed, not run anew.
         if torch._C._current_graph_task_id() == -1:
             self._calls[layer].append(kept_TK)
 
     def clear(self) -> None:
-        """Forget everything recorded so far."""
+        """Delete all records."""
         for calls in self._calls:
             calls.clear()
         self._read = None
@@ -82,7 +82,7 @@ class ExpertTrace:
 
     @property
     def forward_tokens(self) -> list[int]:
-        """Tokens of each forward call; in generation the first is the prompt."""
+        """Number of tokens per forward call; in generation the first call is the prompt."""
         complete = self._calls[0][: self._num_complete]
         return [int((call[:, 0] != _PADDING).sum()) for call in complete]
 
@@ -97,7 +97,7 @@ class ExpertTrace:
     def _copy_to_host(self, complete: int) -> Tensor:
         if not complete:
             return torch.empty((0, len(self._calls), 1), dtype=torch.int16)
-        # Layers of a model that is spread over GPUs record where they are.
+        # In a model spread over GPUs, layers record on their own devices.
         device = self._calls[0][0].device
         layers = [torch.cat(calls[:complete]).to(device) for calls in self._calls]
         kept_TLK = torch.stack(layers, dim=1).cpu()
@@ -105,7 +105,7 @@ class ExpertTrace:
 
     @property
     def expert_counts(self) -> Tensor:
-        """Number of experts each token kept: int64 on the host, (tokens, layers)."""
+        """Number of kept experts per token: int64 on the host, (tokens, layers)."""
         return (self.kept_index != DROPPED).sum(-1)
 
     @property
@@ -115,14 +115,14 @@ class ExpertTrace:
 
 
 def count_experts(kept_index_TLK: Tensor, num_experts: int) -> Tensor:
-    """Count how often each expert was kept in each layer: int64, (layers, experts)."""
+    """Count the tokens that kept each expert in each layer: int64, (layers, experts)."""
     num_layers = kept_index_TLK.shape[1]
     layers_L = torch.arange(num_layers)[None, :, None]
     flat = (kept_index_TLK.long() + layers_L * num_experts)[kept_index_TLK != DROPPED]
     return torch.bincount(flat, minlength=num_layers * num_experts).view(num_layers, num_experts)
 
 
-# A CUDA graph would replay without us: inductor leaves such an operation out of it.
+# A CUDA graph's replay would skip this Python code: the tag keeps it out of inductor's graphs.
 @torch.library.custom_op("bh_routing::record", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _record(index_TK: Tensor, kept_TK: Tensor, number: int, layer: int) -> Tensor:
     trace = _traces.get(number)
