@@ -1,1 +1,1 @@
-"""Fused forms of the router and of the experts, each beside a twin in plain torch."""
+"""Fused routers, experts and decode steps, each with a reference implementation in torch."""

@@ -1,4 +1,4 @@
-"""Attention of one new token in Triton, and how a kernel starts before the previous one ends."""
+"""Triton attention for one new token, and programmatic dependent launch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def let_next_start(OVERLAPS: tl.constexpr):
-    """Allow the next kernel to start as soon as every program of this one has come here."""
+    """Allow the next kernel to start once every program of this one has reached this call."""
     if OVERLAPS:
         gdc_launch_dependents()
 
 
 @triton.jit
 def wait_for_previous(OVERLAPS: tl.constexpr):
-    """Wait until the kernel before this one has ended and what it wrote can be read."""
+    """Wait until the previous kernel has ended and its writes are visible."""
     if OVERLAPS:
         gdc_wait()
 
@@ -28,7 +28,7 @@ def wait_for_previous(OVERLAPS: tl.constexpr):
 
 @triton.jit
 def _weights_of(norm_weight, head, D: tl.constexpr, NORM: tl.constexpr):
-    """The part of a norm's weights that one head meets, and the same with its halves exchanged."""
+    """Load one head's norm weights, and the same with its halves exchanged."""
     d = tl.arange(0, D)
     if NORM == "none":
         return d, d
@@ -39,7 +39,7 @@ def _weights_of(norm_weight, head, D: tl.constexpr, NORM: tl.constexpr):
 
 @triton.jit
 def _read(row, head, WIDTH: tl.constexpr, P: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr):
-    """One head of a query or key row, the same with its halves exchanged, and what is normed."""
+    """Load one head of a query or key row, the same with halves exchanged, and the norm's input."""
     d = tl.arange(0, D)
     here = tl.load(row + head * D + d)
     there = tl.load(row + head * D + (d + D // 2) % D)
@@ -55,7 +55,7 @@ def _turn(
     here, there, whole, weight, other_weight, cos, sin, eps,
     WIDTH: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Norm a head over all heads or its own, and rotate it; sin carries the sign."""
+    """Normalise a head over the row or itself, and rotate it; sin carries the sign."""
     if NORM != "none":
         whole = whole.to(tl.float32)
         count = WIDTH if NORM == "row" else whole.shape[0]
@@ -67,7 +67,10 @@ def _turn(
 
 @triton.jit
 def _meet(query_D, key_CD, value_CD, is_seen_C, scaling, top, total, mixed_D):
-    """Let a query meet some more keys: the online softmax of Milakov & Gimelshein (2018)."""
+    """Update a query's attention with a block of keys.
+
+    Source: the online softmax of Milakov & Gimelshein (2018).
+    """
     score_C = tl.sum(key_CD.to(tl.float32) * query_D[None, :], 1) * scaling
     score_C = tl.where(is_seen_C, score_C, -float("inf"))
     new_top = tl.maximum(top, tl.max(score_C, 0))
@@ -82,7 +85,7 @@ def _meet_part(
     query_D, key_CD, value_CD, keys, values, first, end, scaling,
     D: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Let a query meet what a part holds, whose first block is at hand."""
+    """Attend to one part of the cache, whose first block is already loaded."""
     top, total = tl.full([], -float("inf"), tl.float32), tl.full([], 0.0, tl.float32)
     mixed_D = tl.zeros([D], tl.float32)
     c = first + tl.arange(0, BLOCK)
@@ -103,10 +106,10 @@ def _meet_part(
 def _join(
     parts, tops, sums, out, head, num_used, D: tl.constexpr, PARTS: tl.constexpr, S: tl.constexpr
 ):
-    """Join what the used parts of one head found, in their order."""
+    """Combine the results of one head's used parts, in order."""
     s, d = tl.arange(0, S), tl.arange(0, D)
     slot_S = head * PARTS + s
-    # Others wrote it, so it is read where they meet, not from this processor's own cache.
+    # Other programs wrote it: read from L2, not from this multiprocessor's L1 cache.
     top_S = tl.load(tops + slot_S, s < num_used, -float("inf"), cache_modifier=".cg")
     sum_S = tl.load(sums + slot_S, s < num_used, 0.0, cache_modifier=".cg")
     place_SD = slot_S[:, None] * D + d[None, :]
@@ -123,9 +126,9 @@ def attend(
     PART: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, S: tl.constexpr,
     P: tl.constexpr, NORM: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Attend by one head to the new token, which is part 0, or to one part of the cache.
+    """Attend with one head to the new token (part 0) or to one part of the cache.
 
-    The program that ends last joins the used parts of its head, in their order.
+    The last program of a head combines its used parts, in order.
     """
     head, part = tl.program_id(0), tl.program_id(1)
     at = tl.load(position)
@@ -134,7 +137,7 @@ def attend(
         return
     group = head // (N // G)
     d = tl.arange(0, D)
-    # Older positions were written by an earlier step, so they may be read before the wait.
+    # Earlier steps wrote the older positions, so they may be read before the wait.
     cos_D, sin_D = tl.load(cos + at * D + d), tl.load(sin + at * D + d)
     first = tl.where(part == 0, at, (part - 1) * PART)
     end = tl.minimum(first + PART, at)
@@ -146,11 +149,11 @@ def attend(
     weight_D, other_weight_D = _weights_of(query_norm, head, D, NORM)
     key_weight_D, other_key_weight_D = _weights_of(key_norm, group, D, NORM)
     wait_for_previous(OVERLAPS)
-    # What is read is asked for at once, before anything is computed: each asking takes a while.
+    # All loads are issued before any arithmetic, to overlap their latency.
     here_D, there_D, whole = _read(row, head, N * D, P, D, NORM)
     new_here_D, new_there_D, new_whole = _read(row + N * D, group, G * D, P, D, NORM)
     new_value_D = tl.load(row + (N + G) * D + group * D + d)
-    # Not sooner: the next kernel reads weights at once, and these few numbers would queue behind.
+    # Not earlier: these small loads would queue behind the next kernel's weights.
     let_next_start(OVERLAPS)
     query_D = _turn(
         here_D, there_D, whole, weight_D, other_weight_D, cos_D, sin_D, eps, N * D, NORM

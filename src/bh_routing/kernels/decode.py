@@ -1,4 +1,4 @@
-"""One decode step in plain torch, and the choice of a faster form of it."""
+"""One decode step in plain torch, and the choice of a faster implementation."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ from bh_routing.kernels.experts import mix_one, mix_torch, read_experts, sparse_
 from bh_routing.kernels.router import RoutedSlots, Router
 
 Step = Callable[[], None]
-"""Reads a state's tokens and writes the next ones, what was kept for them, and the cache."""
+"""Reads a state's tokens, and writes the next ones, the kept experts and the cache."""
 
 DROPPED: Final = -1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class DecodeState:
-    """What a step reads and writes, always in the same memory."""
+    """Buffers of a decode step, at fixed addresses.
+
+    Axes: P positions, B sequences, L layers, K slots, G key heads, D head dimension, V vocabulary.
+    """
 
     token_B: Tensor
-    """int64: the tokens that go in, then those that come out."""
+    """int64: the input tokens, after the step the output tokens."""
     position_1: Tensor
-    """int64: where the tokens that go in stand; one more after the step."""
+    """int64: position of the input tokens; increased by 1 in a step."""
     token_PB: Tensor
-    """int64: for each position, what came out where it went in."""
+    """int64: output tokens by the position of their input token."""
     kept_PLBK: Tensor
     """int16: kept expert of each slot, -1 where dropped."""
     keys: Tensor
@@ -39,13 +42,13 @@ class DecodeState:
     values: Tensor
     logits_BV: Tensor
     top_PB: Tensor
-    """float32: the largest logit that each token was chosen by; NaN or inf if any logit is."""
+    """float32: the largest logit per token; NaN or infinite if any logit is."""
 
     @classmethod
     def empty(
         cls, decoder: Decoder, *, batch: int, num_positions: int, num_slots: int
     ) -> DecodeState:
-        """Make room for texts of equal lengths."""
+        """Allocate a state for sequences of equal lengths."""
         like = decoder.embedding_VH
         shape = (len(decoder.layers), batch, decoder.num_key_heads, num_positions, decoder.head_dim)
         return cls(
@@ -62,7 +65,7 @@ class DecodeState:
         )
 
     def record(self, slots: Sequence[RoutedSlots]) -> None:
-        """Note what all layers kept for the tokens that went in; no host sync."""
+        """Record the kept experts of all layers for the input tokens; no host sync."""
         index_LBK = torch.stack([layer.top_k_index_TK for layer in slots])
         keep_LBK = torch.stack([layer.keep_TK for layer in slots])
         kept_LBK = torch.where(keep_LBK, index_LBK, DROPPED).to(torch.int16)
@@ -70,7 +73,7 @@ class DecodeState:
 
 
 def bind_torch(decoder: Decoder, state: DecodeState, routers: Sequence[Router]) -> Step:
-    """Return the step of a batch; on CUDA it waits for nothing and may be captured in a graph."""
+    """Return a step for a batch; on CUDA it makes no host sync and can be captured in a graph."""
     num_positions = state.keys.shape[3]
     caches = list(zip(state.keys, state.values, strict=True))
     experts = [_bind_experts(layer, state.token_B.is_cuda) for layer in decoder.layers]
@@ -93,7 +96,7 @@ def bind_torch(decoder: Decoder, state: DecodeState, routers: Sequence[Router]) 
         logits_BV = functional.linear(_normalise(hidden_BH, decoder.norm), decoder.head_VH)
         state.logits_BV.copy_(logits_BV)
         state.token_B.copy_(logits_BV.argmax(-1))
-        # For argmax NaN is the largest, so that the chosen logit speaks for all of them.
+        # argmax treats NaN as the largest, so the chosen logit reveals any NaN.
         top_B1 = logits_BV.gather(1, state.token_B.unsqueeze(1))
         state.top_PB.index_copy_(0, state.position_1, top_B1.T.float())
         state.record(slots)
@@ -104,14 +107,14 @@ def bind_torch(decoder: Decoder, state: DecodeState, routers: Sequence[Router]) 
 
 
 class _At(NamedTuple):
-    """What attention needs to know of the position of a step."""
+    """Attention's inputs that depend on the step's position."""
 
     cos_1D: Tensor
     sin_1D: Tensor
     length: int
-    """Positions of the cache that are looked at."""
+    """Positions of the cache that attention reads."""
     seen: Tensor | None
-    """Which of them count; None if all do."""
+    """Mask of the positions attended to; None for all."""
 
 
 def _what_is_written(decoder: Decoder, position: int) -> _At:
@@ -120,7 +123,7 @@ def _what_is_written(decoder: Decoder, position: int) -> _At:
 
 
 def _everything(decoder: Decoder, state: DecodeState, positions_P: Tensor) -> _At:
-    # A graph has one shape: it looks at every place there is, and masks.
+    # A graph's shapes are fixed: it reads the whole cache and masks the rest.
     place = state.position_1
     seen = (positions_P <= place).view(1, 1, 1, -1)
     return _At(decoder.cos_PD[place], decoder.sin_PD[place], len(positions_P), seen)
@@ -137,7 +140,7 @@ def _bind_experts(layer: Layer, is_cuda: bool) -> Callable[[Tensor, RoutedSlots]
             return mix_torch(experts, normed_BH, index_BK, weights_BK)
         expert_K, weights_K = index_BK[0], weights_BK[0]
         count, keep_K = int(count_B), keep_BK[0].numpy()
-        if keep_K[:count].all():  # to slice costs less than to gather, and most rules let it
+        if keep_K[:count].all():  # slicing is cheaper than gathering, and most rules allow it
             expert_K, weights_K = expert_K[:count], weights_K[:count]
         else:
             expert_K, weights_K = expert_K[keep_BK[0]], weights_K[keep_BK[0]]
@@ -177,13 +180,13 @@ def _attend(
 
 
 def _normalise(hidden: Tensor, norm: Norm) -> Tensor:
-    """As the families do: rounded to the model's dtype before the weight, not after."""
+    """Normalise as the models do: rounded to their dtype before the weight is applied."""
     normed: Tensor = functional.rms_norm(hidden.float(), hidden.shape[-1:], None, norm.eps)
     return norm.weight * normed.to(hidden.dtype)
 
 
 def _queries_and_keys(attention: Attention, normed_BH: Tensor, dim: int) -> Tensor:
-    """Return the heads of both, queries first, each normed as the family does."""
+    """Return the heads of queries, then keys, each normalised as in the model."""
     query: Tensor = functional.linear(normed_BH, attention.query)
     key: Tensor = functional.linear(normed_BH, attention.key)
     query_norm, key_norm = attention.query_norm, attention.key_norm
@@ -193,7 +196,7 @@ def _queries_and_keys(attention: Attention, normed_BH: Tensor, dim: int) -> Tens
         query = _normalise(query.unflatten(1, (-1, dim)), query_norm)
         return torch.cat([query, _normalise(key.unflatten(1, (-1, dim)), key_norm)], 1)
     if query.shape == key.shape:
-        # One norm of two rows: on a CPU the operations cost more than the numbers.
+        # One norm of two rows: on a CPU, overhead per operation dominates.
         weights = torch.stack([query_norm.weight, key_norm.weight])
         rows = _normalise(torch.stack([query, key], 1), Norm(weights, query_norm.eps))
         return rows.view(len(query), -1, dim)
@@ -205,14 +208,14 @@ def _rotate(heads: Tensor, at: _At) -> Tensor:
     return heads * at.cos_1D + heads.roll(heads.shape[-1] // 2, -1) * at.sin_1D
 
 
-# Triton is optional, and this module can't be imported without it.
+# Triton is optional, and decode_triton requires it.
 _FEW: Final[Any] = (
     import_module("bh_routing.kernels.decode_triton") if find_spec("triton") else None
 )
 
 
 def bind_step(decoder: Decoder, state: DecodeState, routers: Sequence[Router]) -> Step:
-    """Return the step that is quickest here: for one text on a GPU kernels, else plain torch."""
+    """Return the fastest step: Triton kernels for one sequence on a GPU, else plain torch."""
     if (
         _FEW is not None
         and decoder.embedding_VH.is_cuda

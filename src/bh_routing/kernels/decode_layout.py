@@ -1,8 +1,8 @@
-"""One view of a decoder that writes token by token: its weights, by what they are multiplied with.
+"""The weights that a decode step reads, for all decoders of the common layout.
 
-The layout is that of most families: norm, attention with rotary positions, residual, norm, router
-and experts, residual. What is laid out otherwise is refused by name of what differs; what has the
-names and computes something else is for the caller to find by comparing logits.
+The layout is norm, attention with rotary positions, residual, norm, router and experts, residual.
+Models with another layout are rejected; the error names the difference. A model may match all names
+and still compute something else, which the caller must detect by comparing logits.
 
 Axes: V vocabulary, H hidden, E experts, D head dimension, P positions.
 """
@@ -21,11 +21,11 @@ PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
 HEAD_NORMS: Final = ("q_norm", "k_norm")
 LAYER_NORMS: Final = ("input_layernorm", "post_attention_layernorm")
 ROTARY_TYPES: Final = ("default", "linear", "llama3", "yarn")
-"""Those whose table of angles doesn't depend on how long the text is."""
+"""Rotary embeddings whose table of angles is independent of the sequence length."""
 
 
 class UndecodableError(ModelError):
-    """A step of this model, or of this rule, isn't one that we know how to write."""
+    """The decode engine doesn't support this model or rule."""
 
 
 class Norm(NamedTuple):
@@ -43,7 +43,7 @@ class Attention(NamedTuple):
     value: Tensor
     output: Tensor
     query_norm: Norm | None
-    """Over all heads at once, or over each head, as many weights say; None in most families."""
+    """Over the whole row or over each head, by the number of weights; None in most families."""
     key_norm: Norm | None
 
 
@@ -55,7 +55,7 @@ class Layer(NamedTuple):
     experts_norm: Norm
     gate_EH: Tensor
     experts: Any
-    """The module that follows transformers' experts interface."""
+    """Module with transformers' experts interface."""
 
 
 class Decoder(NamedTuple):
@@ -66,9 +66,9 @@ class Decoder(NamedTuple):
     norm: Norm
     head_VH: Tensor
     cos_PD: Tensor
-    """In the model's dtype, one row for each position."""
+    """In the model's dtype, one row per position."""
     sin_PD: Tensor
-    """The same, its first half of each row negated: x cos + roll(x, D / 2) sin rotates x."""
+    """As cos_PD, with the first half of each row negated: x cos + roll(x, D / 2) sin rotates x."""
     num_heads: int
     num_key_heads: int
     scaling: float
@@ -80,10 +80,10 @@ class Decoder(NamedTuple):
 
 
 def read_decoder(model: Any, blocks: Sequence[nn.Module], num_positions: int) -> Decoder:
-    """Read a transformers decoder whose layers' router blocks are `blocks`, in their order.
+    """Read a transformers decoder whose layers' router blocks are `blocks`, in order.
 
     Raises:
-        UndecodableError: something is laid out otherwise, with its name.
+        UndecodableError: the layout differs; the message names the difference.
     """
     inner: Any = getattr(model, "model", None)
     head: Any = getattr(model, "lm_head", None)
@@ -102,7 +102,7 @@ def read_decoder(model: Any, blocks: Sequence[nn.Module], num_positions: int) ->
         raise UndecodableError("its attention slides")
     if getattr(config, "clip_qkv", None) is not None:
         raise UndecodableError("it clips queries, keys and values")
-    # First: what follows takes names for granted that another attention doesn't have.
+    # Before the code below, which relies on names that another attention may lack.
     read_layers = tuple(
         _read_layer(layer, block) for layer, block in zip(layers, blocks, strict=True)
     )
@@ -127,7 +127,7 @@ def read_decoder(model: Any, blocks: Sequence[nn.Module], num_positions: int) ->
 
 
 def _check_all_is_read(model: nn.Module, decoder: Decoder) -> None:
-    """Refuse a model with a parameter that no step reads, such as an adapter's."""
+    """Reject a model with a parameter that no step reads, such as an adapter's."""
     read = {id(tensor) for tensor in (decoder.embedding_VH, decoder.norm.weight, decoder.head_VH)}
     for layer in decoder.layers:
         norms = (layer.input_norm, layer.experts_norm, *layer.attention[4:])
@@ -174,7 +174,7 @@ def _read_norm(norm: Any) -> Norm:
 
 def _check_children(module: nn.Module, names: set[str]) -> None:
     found = {name for name, _ in module.named_children()}
-    # Activations and the like hold nothing; what they do is part of what logits are compared for.
+    # Modules without parameters, such as activations, are checked by comparing logits.
     parts = {
         name for name in found - names if any(True for _ in module.get_submodule(name).parameters())
     }

@@ -1,12 +1,12 @@
-"""One step of decoding one text on a GPU: four kernels a layer beside the router and the experts.
+"""Decode step for one sequence on a GPU: four kernels per layer besides router and experts.
 
-A token multiplies every matrix by one vector, so the time is that of reading the weights, and what
-comes between is launches and waiting. Hence: a norm and a residual sum are done again by every
-program of the product that needs them, instead of by a kernel before it; and each kernel starts
-while the one before it ends (programmatic dependent launch, from Hopper on) and reads its weights
-before it waits for what that one wrote.
+One token multiplies every matrix by a single vector, so a step is bound by reading the weights;
+launches and waits are overhead. Two measures reduce it. Every program of a product recomputes the
+norm and residual sum that it needs, which saves a kernel. Each kernel starts while the previous one
+ends (programmatic dependent launch, Hopper and newer), and loads its weights before it waits for
+the previous kernel's output.
 
-Rounding is the model's own, except that sums are float32 and attention's probabilities too.
+Rounding follows the model, except that sums and attention probabilities are float32.
 
 Axes: R rows of a matrix that one program multiplies, H hidden, D head dimension, C positions of the
 cache.
@@ -31,12 +31,12 @@ from bh_routing.kernels.router import RoutedSlots, Router
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 
-# Measured on one H100: benchmarks/decode_settings.txt. Attention by 8 warps costs 0.02 ms of 1, in
-# parts of 32 or 128 it costs 0.06.
+# Measured on one H100: benchmarks/decode_settings.txt. Of 1 ms per step, 8 warps for attention cost
+# 0.02 ms more, and parts of 32 or 128 positions 0.06 ms more.
 POSITIONS_IN_A_PART: Final = 64
 ATTEND_WARPS: Final = 4
 MOST_PARTS: Final = 16
-"""Parts of the cache that attention reads side by side, beside the new token."""
+"""Parts of the cache that attention reads in parallel, in addition to the new token."""
 ROWS: Final = {"attention": 4, "output": 8, "gate": 1, "head": 16}
 """Rows that one program multiplies."""
 
@@ -48,15 +48,15 @@ def _project(
     H: tl.constexpr, P: tl.constexpr, R: tl.constexpr, ADDS: tl.constexpr, LOOKS_UP: tl.constexpr,
     PICKS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Multiply up to three matrices, one below the other, by the norm of `stream` + `added`.
+    """Multiply up to three stacked matrices by the norm of `stream` + `added`.
 
-    Where it looks up, `stream` is the embedding and its row that of the token.
+    If LOOKS_UP, `stream` is the embedding matrix, and the token's row is the input.
     """
     let_next_start(OVERLAPS)
     first = tl.program_id(0) * R
     row_R = first + tl.arange(0, R)
     column_P = tl.arange(0, P)
-    # Added to a place, not chosen among pointers, of which the compiler forgets the alignment.
+    # An offset instead of a choice of pointers, for which the compiler would lose the alignment.
     shift = tl.where(first >= FIRST_ROWS + SECOND_ROWS, to_third, to_second)
     shift = tl.where(first >= FIRST_ROWS, shift, 0)
     inside_RP = (row_R < ROWS)[:, None] & (column_P < H)[None, :]
@@ -81,7 +81,7 @@ def _project(
     tl.store(out + row_R, result_R, row_R < ROWS)
     if PICKS:
         value_R = tl.where(row_R < ROWS, result_R.to(tl.float32), -float("inf"))
-        # Whether a maximum passes NaN on differs between devices; infinity is passed on by all.
+        # Whether a maximum propagates NaN depends on the device; all propagate infinity.
         value_R = tl.where(value_R == value_R, value_R, float("inf"))
         largest = tl.max(value_R, 0)
         tl.store(best + tl.program_id(0), largest)
@@ -94,7 +94,7 @@ def _output(
     stream, heads, matrix, out, WIDTH: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
     R: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Multiply the joined heads by the output matrix, and add the residual."""
+    """Multiply the concatenated heads by the output matrix, and add the residual."""
     let_next_start(OVERLAPS)
     row_R = tl.program_id(0) * R + tl.arange(0, R)
     column_P = tl.arange(0, P)
@@ -112,7 +112,7 @@ def _pick(
     best, best_row, token, written, top, position,
     PROGRAMS: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """Take the token with the largest logit, the smaller of equals, and go on to the next place."""
+    """Select the token with the largest logit (ties: smallest id) and increment the position."""
     at = tl.load(position)
     b = tl.arange(0, B)
     value_B = tl.load(best + b, b < PROGRAMS, -float("inf"))
@@ -130,7 +130,7 @@ IS_INTERPRETED: Final = not isinstance(_project, triton.JITFunction)
 
 
 def serves(decoder: Decoder, batch: int) -> bool:
-    """Whether `bind_few` can write these texts."""
+    """Whether `bind_few` supports this decoder and batch size."""
     dim = decoder.head_dim
     rows = [matrix.shape[0] for layer in decoder.layers for matrix in layer.attention[:3]]
     fits = dim & (dim - 1) == 0 and all(count % ROWS["attention"] == 0 for count in rows)
@@ -138,12 +138,12 @@ def serves(decoder: Decoder, batch: int) -> bool:
 
 
 def bind_few(decoder: Decoder, state: DecodeState, routers: Sequence[Router]) -> Step:
-    """Return the step of one text: as `bind_torch`'s, up to rounding; waits for nothing."""
+    """Return a step for one sequence, as `bind_torch` does up to rounding; no host sync."""
     return _FewStep(decoder, state, routers)
 
 
 class _FewStep:
-    """The kernels of a step in their order, with what they hand on always in the same memory."""
+    """The kernels of a step, with intermediate results at fixed addresses."""
 
     def __init__(self, decoder: Decoder, state: DecodeState, routers: Sequence[Router]) -> None:
         self._decoder, self._state, self._routers = decoder, state, routers
@@ -155,7 +155,7 @@ class _FewStep:
         vocabulary, hidden = decoder.head_VH.shape
         self._num_positions = state.keys.shape[3]
         self._part = max(POSITIONS_IN_A_PART, triton.cdiv(self._num_positions, MOST_PARTS))
-        # The new token is a part of its own.
+        # The new token is a separate part.
         self._num_parts = 1 + triton.cdiv(self._num_positions, self._part)
         self._stream = like.new_empty(hidden)
         self._residual = like.new_empty(hidden)
@@ -237,7 +237,7 @@ class _FewStep:
 
 
 class _Recorder:
-    """Notes what was kept beside the last layer's experts, not behind them."""
+    """Records kept experts on a second stream, concurrently with the last layer's experts."""
 
     def __init__(self, state: DecodeState) -> None:
         self._state = state

@@ -1,4 +1,4 @@
-"""Sparse experts, which compute kept slots only: in plain torch, or by the fitting kernel."""
+"""Sparse experts, which compute kept slots only, in plain torch or with a Triton kernel."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class ExpertWeights(NamedTuple):
-    """The two projections of all experts of a layer, and what happens between and after them."""
+    """Both projections of all experts of a layer, with the activation and output norm."""
 
     up: Tensor
-    """(E, N, H). A transposed layout comes as a transposed view, never as a copy."""
+    """(E, N, H); a transposed layout is given as a view, never as a copy."""
     up_bias: Tensor | None
     """(E, N)."""
     down: Tensor
@@ -29,20 +29,20 @@ class ExpertWeights(NamedTuple):
     down_bias: Tensor | None
     """(E, H)."""
     is_silu_gated: bool
-    """The first F rows of `up` are the gate, the step between is silu(gate) * up, and no bias."""
+    """Whether the activation is silu(gate) * up, with the gate in the first F rows, and no bias."""
     activate: Callable[[Tensor], Tensor]
-    """The family's own step between the projections, (..., N) -> (..., F)."""
+    """The family's activation between the projections, (..., N) -> (..., F)."""
     normalize: Callable[[Tensor], Tensor] | None
-    """A norm on each expert's output, before its weight; most families have none."""
+    """Norm of each expert's output, before weighting; None in most families."""
 
 
 def read_experts(experts: Any) -> ExpertWeights:
-    """Read a module that follows transformers' experts interface.
+    """Read the weights of a module with transformers' experts interface.
 
     Raises:
-        ModelError: the weights are stored in a dtype no kernel here multiplies (quantised ones).
+        ModelError: the weights' dtype isn't supported, for example because they are quantised.
     """
-    # Not every supported version of transformers sets every flag; its defaults are these.
+    # Not every supported version of transformers sets every flag; these are its defaults.
     has_gate = getattr(experts, "has_gate", True)
     name = "gate_up_proj" if has_gate else "up_proj"
     up, down = getattr(experts, name), experts.down_proj
@@ -67,7 +67,7 @@ def read_experts(experts: Any) -> ExpertWeights:
 
 
 def runs_on_hopper() -> bool:
-    """Whether the GPU is one of NVIDIA's since Hopper: large shared memory, dependent launches."""
+    """Whether the GPU is NVIDIA Hopper or newer: large shared memory, dependent launches."""
     return (
         torch.cuda.is_available()
         and torch.version.hip is None
@@ -76,7 +76,7 @@ def runs_on_hopper() -> bool:
 
 
 def _is_silu_gated(experts: Any) -> bool:
-    # Names that transformers may change: then the family's own gate runs, slower and as right.
+    # If transformers renames these, the family's own activation runs: slower, but equivalent.
     return (
         type(experts)._apply_gate.__name__ == "_default_apply_gate"
         and getattr(experts, "is_concatenated", True)
@@ -85,7 +85,7 @@ def _is_silu_gated(experts: Any) -> bool:
 
 
 MOST_GATHERED: Final = 64
-"""Kept slots up to which a copy of each slot's weights is quicker than visiting all experts.
+"""Kept slots up to which copying each slot's weights is faster than a grouped product.
 
 Measured on two CPU cores with the demo model (64 experts, 128 x 64).
 """
@@ -99,7 +99,7 @@ def mix_torch(
     Args:
         experts: the layer's weights.
         hidden_TH: (T, H).
-        index_TK: integer, (T, K); a slot that names no expert (>= E) counts as dropped.
+        index_TK: integer, (T, K); a slot with an index >= E counts as dropped.
         weights_TK: (T, K); exactly 0 where a slot was dropped.
     Returns:
         (T, H), in the dtype of `hidden_TH`.
@@ -120,7 +120,7 @@ def mix_torch(
     if experts.normalize is not None:
         outputs_SH = experts.normalize(outputs_SH)
     weighted_SH = outputs_SH * weights_TK[token_S, slot_S].unsqueeze(-1)
-    # Placed, then summed: on a GPU `index_add_` adds in another order each time.
+    # Scatter, then sum: on a GPU the order of `index_add_` isn't deterministic.
     weighted_TKH = weighted_SH.new_zeros(*kept_TK.shape, weighted_SH.shape[1])
     weighted_TKH[token_S, slot_S] = weighted_SH
     return weighted_TKH.sum(1).to(hidden_TH.dtype)
@@ -129,13 +129,13 @@ def mix_torch(
 def mix_one(
     experts: ExpertWeights, hidden_1H: Tensor, expert_S: Tensor, weights_S: Tensor
 ) -> Tensor:
-    """Mix the kept experts of a single token: all their first projections are one product.
+    """Mix the kept experts of a single token, with one product for all first projections.
 
     Args:
         experts: the layer's weights.
         hidden_1H: (1, H).
-        expert_S: the kept ones, integer, (S,).
-        weights_S: (S,).
+        expert_S: kept experts, integer, (S,).
+        weights_S: their weights, (S,).
     Returns:
         (1, H), in the dtype of `hidden_1H`.
     """
@@ -153,7 +153,7 @@ def mix_one(
 def _gathered_linear(
     inputs: Tensor, weight: Tensor, bias: Tensor | None, expert_S: Tensor
 ) -> Tensor:
-    # On a CPU `weight[expert_S]` takes eight times as long.
+    # On a CPU `weight[expert_S]` is eight times slower.
     chosen = weight.index_select(0, expert_S)
     outputs = torch.bmm(inputs.unsqueeze(1), chosen.transpose(1, 2)).squeeze(1)
     return outputs if bias is None else outputs + bias[expert_S]
@@ -168,22 +168,22 @@ def _grouped_linear(
 
 
 def _can_group(experts: ExpertWeights) -> bool:
-    # torch's grouped product wants rows that start on 16 bytes.
+    # torch's grouped product requires rows aligned to 16 bytes.
     _, rows, hidden = experts.up.shape
     sizes = (rows, hidden, experts.down.shape[2])
     return all(size * experts.up.element_size() % 16 == 0 for size in sizes)
 
 
 NAME: Final = "bh_sparse"
-"""The name under which the function is registered."""
+"""Name under which the function is registered in transformers."""
 MOST_FEW_TOKENS: Final = 8
-"""Tokens up to which each slot reads its expert for itself; above, tokens share what is read.
+"""Tokens up to which every slot reads its expert separately; above, tokens share reads.
 
 Measured on one H100 with OLMoE-1B-7B's experts: 6 tokens take 154 us against 160 us, 8 take 185
 against 187, 12 take 238 against 226.
 """
 
-# Triton is optional, and this module can't be imported without it.
+# Triton is optional, and experts_triton requires it.
 _TRITON: Final[Any] = (
     import_module("bh_routing.kernels.experts_triton") if find_spec("triton") else None
 )
@@ -192,13 +192,13 @@ _TRITON: Final[Any] = (
 def sparse_experts_forward(
     experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Mix the kept experts of each token: what the family's own loop computes, up to rounding.
+    """Mix the kept experts of each token, as the model's own loop does up to rounding.
 
-    On a GPU: no host sync, the same bits in every run, safe in a CUDA graph. Where a gradient is
-    wanted, and where there is no Triton, plain torch runs.
+    On a GPU it makes no host sync, is deterministic, and can be captured in a CUDA graph. If
+    gradients are required or Triton isn't available, plain torch runs.
 
     Args:
-        experts: a module that follows transformers' experts interface, unquantised.
+        experts: an unquantised module with transformers' experts interface.
         hidden_states: (T, H).
         top_k_index: integer, (T, K).
         top_k_weights: (T, K); exactly 0 where a slot was dropped.
@@ -212,7 +212,7 @@ def sparse_experts_forward(
         return mix_torch(weights, hidden_states, top_k_index, top_k_weights)
     is_few = hidden_states.shape[0] <= MOST_FEW_TOKENS and weights.normalize is None
     mix = _TRITON.mix_few if is_few else _TRITON.mix_grouped
-    # Triton launches on the current device, which needn't be the layer's.
+    # Triton launches on the current device, which may differ from the layer's.
     is_compiling = torch.compiler.is_compiling()
     with nullcontext() if is_compiling else torch.cuda.device_of(hidden_states):
         mixed: Tensor = mix(weights, hidden_states, top_k_index, top_k_weights)

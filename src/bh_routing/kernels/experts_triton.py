@@ -1,4 +1,4 @@
-"""Triton kernels of the sparse experts: a pair for few tokens, grouped products for many."""
+"""Triton kernels of the sparse experts: two kernels for few tokens, grouped products for many."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bh_routing.kernels.experts import ExpertWeights, runs_on_hopper
 
 
 class Block(NamedTuple):
-    """How much of a matrix one program reads: rows, columns at a time, and slots at a time."""
+    """Rows of a matrix that one program reads, and its columns and slots per iteration."""
 
     rows: int
     columns: int
@@ -24,11 +24,11 @@ class Block(NamedTuple):
     num_warps: int
 
 
-# Measured on one H100 with OLMoE-1B-7B's experts, one and four tokens, 8 and 4 kept, and in a whole
-# step: no other block was quicker there at 8 and at 4.
+# Measured on one H100 with OLMoE-1B-7B's experts, for one and four tokens, 8 and 4 kept, and in a
+# whole step: no other block was faster both at 8 and at 4.
 UP: Final = Block(rows=4, columns=1024, slots=1, num_warps=4)
 DOWN: Final = Block(rows=2, columns=1024, slots=4, num_warps=2)
-# Neighbours in memory are outputs here. Not measured.
+# Here outputs are contiguous in memory. Not measured.
 UP_TRANSPOSED: Final = Block(rows=32, columns=256, slots=1, num_warps=4)
 DOWN_TRANSPOSED: Final = Block(rows=32, columns=128, slots=4, num_warps=4)
 
@@ -41,11 +41,11 @@ def _multiply_up(
     IS_GATED: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
     OVERLAPS: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
-    # In this order, so that the next kernel, which starts when all have waited, may read what came
-    # before this one.
+    # In this order: the next kernel starts after all programs have waited, so it may read the
+    # results of earlier kernels.
     wait_for_previous(OVERLAPS)
     let_next_start(OVERLAPS)
-    # The slot runs fastest: two tokens with one expert read its rows at about the same time.
+    # Slots vary fastest: tokens that share an expert read its rows at about the same time.
     slot = tl.program_id(0)
     expert = tl.load(index + slot).to(tl.int64)
     if (tl.load(weights + slot) != 0) & (expert < E):
@@ -106,7 +106,7 @@ def _multiply_down(
             )
             if begin + left == 0:
                 wait_for_previous(OVERLAPS)
-            # Inner rows of dropped slots were never written: the mask keeps their NaN out.
+            # Inner rows of dropped slots are uninitialised: the mask excludes NaN.
             mask = kept[:, None] & (column < F)[None, :]
             x = tl.load(inner + number[:, None] * F + column[None, :], mask, 0.0).to(tl.float32)
             products += block.to(tl.float32) * x[:, None, :]
@@ -121,9 +121,9 @@ def _multiply_down(
 def mix_few(
     experts: ExpertWeights, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor
 ) -> Tensor:
-    """Mix the kept experts of each token, one program a slot and block of rows.
+    """Mix the kept experts of each token, with one program per slot and block of rows.
 
-    Args, returns: as `mix_torch`; products and sums are float32, in one order.
+    Args, returns: as in `mix_torch`; products and sums are float32, in a fixed order.
     """
     assert experts.normalize is None, "a norm needs each expert's whole output"
     hidden = hidden_TH.to(experts.up.dtype).contiguous()
@@ -132,9 +132,9 @@ def mix_few(
     is_gated = experts.is_silu_gated
     if is_gated:
         num_rows //= 2
-    # Between the two must be nothing, and what torch compiles it launches in its own way.
+    # No kernel may run between the two, and torch.compile launches kernels in its own way.
     overlaps = is_gated and runs_on_hopper() and not torch.compiler.is_compiling()
-    # What a text alone reads is read once, and may leave the cache to what other kernels share.
+    # A single token reads each weight once: evict it first, to keep the cache for other data.
     policy = "evict_first" if num_tokens == 1 else ""
     inner = hidden.new_empty(num_tokens * num_slots, num_rows)
     block = UP if experts.up.stride(2) == 1 else UP_TRANSPOSED
@@ -175,7 +175,7 @@ COLUMNS_AT_A_TIME: Final = 1024
 
 
 class Tile(NamedTuple):
-    """Pairs, outputs and inputs that one program multiplies at a time."""
+    """Pairs, outputs and inputs that one program multiplies per iteration."""
 
     pairs: int
     outputs: int
@@ -188,8 +188,8 @@ class Tile(NamedTuple):
 def _sort_pairs(
     index, weights, pairs, starts, num_pairs, E: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    # Program e finds where expert e starts by counting the pairs of those before it, so none
-    # waits for another. Dropped pairs count as expert E: they come last.
+    # Program e finds the start of expert e by counting the pairs of earlier experts, so no program
+    # waits for another. Dropped pairs count as expert E and come last.
     expert = tl.program_id(0)
     before = tl.zeros([BLOCK], tl.int32)
     for begin in range(0, num_pairs, BLOCK):
@@ -210,13 +210,13 @@ def _expert_of(index, weights, pair, num_pairs, E: tl.constexpr):
     inside = pair < num_pairs
     kept = tl.load(weights + pair, inside, 0.0) != 0
     expert = tl.minimum(tl.load(index + pair, inside, 0), E).to(tl.int32)
-    # Beyond the last pair: an expert that no program stands for.
+    # Beyond the last pair: an expert without a program.
     return tl.where(inside, tl.where(kept, expert, E), E + 1)
 
 
 @triton.jit
 def _find_tile(starts, tile, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Return the tile's expert (E where there is no such tile), its first row and its last + 1."""
+    """Return the tile's expert (E if the tile doesn't exist), first row and last row + 1."""
     number = tl.arange(0, BLOCK_E)
     first = tl.load(starts + number, number < E, 0)
     last = tl.load(starts + number + 1, number < E, 0)
@@ -239,12 +239,12 @@ def _multiply_groups(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Up reads a token's row for each pair and writes rows in sorted order; down reads sorted
-    # rows and writes each to its pair's place.
+    # rows and writes each to the row of its pair.
     expert, begin, end = _find_tile(starts, tl.program_id(1), E, BLOCK_E, BLOCK_P)
     if expert < E:
         sorted_row = begin + tl.arange(0, BLOCK_P)
         is_row = sorted_row < end
-        # Rows past the group are computed from whatever is there, and not stored.
+        # Rows past the group are computed from arbitrary data and not stored.
         safe_row = tl.minimum(sorted_row, num_pairs - 1)
         pair = tl.load(pairs + safe_row)
         source = (pair // K if IS_UP else safe_row).to(tl.int64)
@@ -293,7 +293,7 @@ def _sum_slots(
     pair = token * K + slot
     weight = tl.load(weights + pair, slot < K, 0.0).to(tl.float32)
     kept = (weight != 0) & (tl.load(index + pair, slot < K, E) < E)
-    # The rows of dropped pairs were never written: the mask keeps their NaN out.
+    # Rows of dropped pairs are uninitialised: the mask excludes NaN.
     mask = kept[:, None] & (column < H)[None, :]
     row = tl.load(outputs + pair[:, None] * H + column[None, :], mask, 0.0).to(tl.float32)
     total = tl.sum(row * weight[:, None], 0)
@@ -303,10 +303,10 @@ def _sum_slots(
 def mix_grouped(
     experts: ExpertWeights, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor
 ) -> Tensor:
-    """Mix the kept experts of each token, one program a tile of pairs that share an expert.
+    """Mix the kept experts of each token, with one program per tile of pairs that share an expert.
 
-    Args, returns: as `mix_torch`. Each output is rounded to the weights' dtype before its weight,
-    and each token's are summed in float32, in the order of the slots.
+    Args, returns: as in `mix_torch`. Outputs are rounded to the weights' dtype before weighting,
+    and summed per token in float32, in the order of the slots.
     """
     hidden = hidden_TH.to(experts.up.dtype).contiguous()
     index, weights = index_TK.contiguous(), weights_TK.contiguous()
@@ -349,7 +349,7 @@ def _grouped_linear(
     if is_gated:
         num_rows //= 2
     tile = choose_tile(pairs.numel() // num_experts, weight.dtype, is_gated=is_gated)
-    # Each expert has at most one tile that isn't full.
+    # Each expert has at most one partial tile.
     num_tiles = min(pairs.numel(), pairs.numel() // tile.pairs + num_experts)
     outputs = inputs.new_empty(pairs.numel(), num_rows)
     _multiply_groups[triton.cdiv(num_rows, tile.outputs), num_tiles](
@@ -357,16 +357,16 @@ def _grouped_linear(
         *weight.stride(), num_experts, num_slots, num_rows, num_columns,
         is_up, is_gated, bias is not None, triton.next_power_of_2(num_experts),
         tile.pairs, tile.outputs, tile.inputs, "tf32x3", num_warps=tile.num_warps,
-        # Older GPUs have shared memory for two.
+        # Shared memory of older GPUs suffices for two stages.
         num_stages=tile.num_stages if runs_on_hopper() else 2,
     )  # fmt: skip
     return outputs
 
 
 def choose_tile(pairs_per_expert: int, dtype: torch.dtype, *, is_gated: bool) -> Tile:
-    """Choose a tile by the mean number of pairs an expert would have if none were dropped.
+    """Choose a tile by the mean number of pairs per expert if none were dropped.
 
-    Measured on one H100 with OLMoE-1B-7B's experts, where 8 pairs an expert are 64 tokens. A gated
+    Measured on one H100 with OLMoE-1B-7B's experts, where 8 pairs per expert are 64 tokens. A gated
     product reads two blocks of weights, so its tile is narrower.
     """
     if dtype == torch.float32:

@@ -26,9 +26,9 @@ from bh_routing.rules.mass import MinP, TopP
 from bh_routing.rules.weights import alias_dropped, kept_weights, tempered
 
 Decision = Literal["count", "step_up", "drop", "threshold", "top_p", "min_p"]
-"""count: max_k slots. step_up: as many as ranks of scores reach their line. drop: all but as many
-as ranks of contributions, from the smallest, stay under their line. threshold: contributions above
-a line. top_p, min_p: as the rules."""
+"""Kept slots. count: max_k. step_up: up to the last rank whose score reaches its critical value.
+drop: all but the smallest contributions, up to the last rank below its critical value. threshold:
+contributions above a threshold. top_p, min_p: as in the rules."""
 
 _STUDENTIZED: Final = {
     "background": False,
@@ -37,35 +37,35 @@ _STUDENTIZED: Final = {
     "gaussian": True,
     "background_studentized": True,
 }
-"""Nulls whose score the kernel computes -> whether it is divided by the token's robust scale."""
+"""Nulls with a fused score -> whether it is divided by the token's robust scale."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class RouterPlan:
-    """One layer's decision as numbers, on the layer's device."""
+    """One layer's decision as parameters of a kernel, on the layer's device."""
 
     decision: Decision
     num_slots: int
-    """K: slots that the router proposes."""
+    """Slots that the router proposes, K."""
     min_k: int = 1
     max_k: int = 1
     empty_k: int = 0
-    """What a count of 0 is taken for, before it is limited."""
+    """Replaces a count of 0, before limits apply."""
     is_studentized: bool = False
     """Whether scores are divided by the token's robust scale."""
     lines: Tensor | None = None
-    """float32 (E,) for step_up and (K,) for drop: what a rank must reach; float32 (1,) for
-    threshold; float64 (1,), the share, for top_p and min_p."""
+    """Critical values by rank, float32 (E,) for step_up and (K,) for drop; the threshold, float32
+    (1,); the fraction, float64 (1,), for top_p and min_p."""
     scale_E: Tensor | None = None
-    """float32: a slot's contribution is its weight times this."""
+    """float32: a slot's contribution is its weight times the expert's scale."""
 
 
 @singledispatch
 def plan_of(rule: Rule, context: LayerContext) -> RouterPlan | None:
-    """Turn a rule into a plan; None for a rule that has no fused form.
+    """Return the plan of a rule; None if the rule has no fused form.
 
     Raises:
-        CalibrationError: the rule needs what the context doesn't hold.
+        CalibrationError: the context lacks a reference that the rule needs.
     """
     return None
 
@@ -77,7 +77,7 @@ def _top_k(rule: TopK, context: LayerContext) -> RouterPlan | None:
 
 @plan_of.register
 def _per_layer_top_k(rule: PerLayerTopK, context: LayerContext) -> RouterPlan | None:
-    rule.bind(context)  # refuses a list that doesn't fit the layers
+    rule.bind(context)  # raises if the list doesn't fit the layers
     return _count_plan(rule, context, rule.k[context.layer])
 
 
@@ -88,7 +88,7 @@ def _count_plan(rule: Rule, context: LayerContext, k: int) -> RouterPlan:
 
 @plan_of.register
 def _benjamini_hochberg(rule: BenjaminiHochberg, context: LayerContext) -> RouterPlan | None:
-    # Storey's lines depend on the token, and softmax isn't a null worth a kernel.
+    # Storey's critical values depend on the token, and the softmax null isn't worth a kernel.
     if rule.procedure == "storey" or rule.null not in _STUDENTIZED:
         return None
     null, num_experts = get_null(rule.null), context.num_experts
@@ -156,35 +156,35 @@ def _share_plan(decision: Decision, share: float, context: LayerContext) -> Rout
 
 
 class RoutedSlots(NamedTuple):
-    """The slots of T tokens in one layer, decided and weighted, from the largest logit down."""
+    """Decided and weighted slots of T tokens in one layer, in descending order of logit."""
 
     top_k_index_TK: Tensor
-    """int64; a dropped slot names the expert of the token's best kept one."""
+    """int64; dropped slots hold the expert of the token's best kept slot."""
     top_k_weights_TK: Tensor
-    """The family's dtype; exactly 0 where dropped."""
+    """In the family's dtype; exactly 0 where dropped."""
     keep_TK: Tensor
     """bool."""
     expert_counts_T: Tensor
-    """int32: slots kept."""
+    """int32: number of kept slots."""
 
 
 Router = Callable[[Tensor], RoutedSlots]
-"""Router logits (T, E), as the family's linear layer gives them -> slots; no host sync."""
+"""Router logits (T, E), as returned by the family's linear layer -> slots; no host sync."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SoftmaxFamily:
-    """What a family's router does: softmax in float32 over all experts, then the k largest."""
+    """A router with a float32 softmax over all experts, followed by the k largest weights."""
 
     normalises: bool
-    """Whether the k are then divided by their sum."""
+    """Whether the k weights are divided by their sum."""
     weights_dtype: torch.dtype | None = None
-    """What they are rounded to in the end; None for that of the logits."""
+    """Final dtype of the weights; None for that of the logits."""
 
     def propose(self, router_logits_TE: Tensor, num_slots: int) -> Candidates:
-        """Propose the slots with the largest logits, ties to the smaller expert number.
+        """Propose the slots with the largest logits; ties go to the smaller expert index.
 
-        `torch.topk` breaks ties in any order, so among equal logits another expert may come first.
+        `torch.topk` breaks ties in any order, so its result may differ among equal logits.
         """
         logits_TE = router_logits_TE.float()
         order_TE = logits_TE.argsort(dim=-1, descending=True, stable=True)
@@ -197,9 +197,10 @@ class SoftmaxFamily:
 
 
 def twin_router(rule: Rule, context: LayerContext, family: SoftmaxFamily) -> Router:
-    """Bind any rule that needs no outputs of experts to a layer; torch only, on any device.
+    """Bind a rule to a layer: the reference implementation in torch, for any device.
 
-    Each row of logits is a sequence of its own, as in a decode step.
+    It supports all rules that don't need expert outputs. Each row of logits is a separate sequence,
+    as in a decode step.
 
     Raises:
         InputError: the rule doesn't fit the layer, or lacks a calibration.
@@ -235,11 +236,11 @@ _TINY: Final = np.finfo(np.float32).tiny
 
 
 def sorted_router(rule: Rule, context: LayerContext, family: SoftmaxFamily) -> Router | None:
-    """Bind a rule to a layer in few torch operations; None where only the twin serves.
+    """Bind a rule to a layer in few torch operations; None if it isn't supported.
 
-    That is: rules whose plan is neither a count nor a step-up, and weights other than the model's
-    own, or than its mass shared out at another temperature. Decides as the twin does; weights agree
-    up to rounding.
+    Supported are plans that are a count or a step-up, with the model's own weights or its mass
+    redistributed at another temperature. Decisions equal the reference implementation's; weights
+    agree up to rounding.
 
     Raises:
         InputError: the rule doesn't fit the layer, or lacks a calibration.
@@ -288,7 +289,7 @@ def _bind(
     def alone(rank: int, index_1K: Tensor, weights_1K: Tensor, logits_1K: Tensor) -> RoutedSlots:
         keep_1K, count_1 = keep_by_rank[rank], count_by_rank[rank : rank + 1]
         if counts[rank] < num_slots:
-            # In place: nobody else holds the sort's result.
+            # In place: the sort's result isn't shared.
             index_K = index_1K[0].numpy()
             index_K[counts[rank] :] = index_K[0]
         if counts[rank] < num_slots or is_tempered:
@@ -319,7 +320,7 @@ def _bind(
 def _reached_rank(
     sorted_E: NDArray[np.float32], lines_E: NDArray[np.float32], plan: RouterPlan
 ) -> int | None:
-    """Find the last rank on its line, by the numbers that torch would compare; None: ask torch."""
+    """Return the last rank on its critical value, bit for bit as torch; None if the MAD is 0."""
     middle = len(sorted_E) // 2
     scores_E = sorted_E - _median(sorted_E, middle)
     if plan.is_studentized:
@@ -352,16 +353,17 @@ MAX_SLOTS: Final = 32
 
 
 def fused_router(rule: Rule, context: LayerContext, family: SoftmaxFamily) -> Router | None:
-    """Bind a rule to a layer as one kernel; None where only its twin serves.
+    """Bind a rule to a layer as one kernel; None if it isn't supported.
 
-    That is: off CUDA, without Triton, more than 512 experts or 32 slots, temperature weights "raw"
-    in a family that doesn't normalise, and rules that `plan_of` doesn't know. The slots kept, their
-    experts and the counts are those of `twin_router` bit for bit.
+    Not supported are other devices than CUDA, machines without Triton, more than 512 experts or 32
+    slots, temperature weights "raw" in a family that doesn't normalise, and rules without a plan.
+    Kept slots, experts and counts equal those of `twin_router`, the reference implementation, bit
+    for bit.
 
     Args:
-        rule: which slots stay.
-        context: the layer; its device is where the logits will be.
-        family: how the model's own router makes weights.
+        rule: decides which slots stay.
+        context: the layer; its device is that of the logits.
+        family: defines the model's own weights.
     Returns:
         A function of contiguous logits, bfloat16, float16 or float32, or None.
     Raises:
@@ -376,7 +378,7 @@ def fused_router(rule: Rule, context: LayerContext, family: SoftmaxFamily) -> Ro
         return None
     if context.device.type == "meta" or find_spec("triton") is None:
         return None
-    # Triton takes a while to import, and isn't there on every machine.
+    # Triton is slow to import and optional.
     kernel = import_module("bh_routing.kernels.router_kernel")
     if context.device.type != ("cpu" if kernel.IS_INTERPRETED else "cuda"):
         return None

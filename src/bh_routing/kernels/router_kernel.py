@@ -1,16 +1,16 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""The fused router: a block of tokens is scored, sorted, decided and weighted in registers.
+"""The fused router: one kernel scores, sorts, decides and weights blocks of tokens in registers.
 
-Every comparison that decides is of numbers computed as the twin computes them, so the decisions
-agree bit for bit:
+Decisions equal the reference implementation's bit for bit, because all compared numbers are
+computed in the same way:
 
-- slots are sorted by one integer key a slot, the logit's bits above the expert's number, so equal
-  logits go to the smaller number;
-- scores are one subtraction, and one correctly rounded division where studentized;
-- weights are softmax in the order in which torch adds up a row on CUDA, with the same `expf`, and
-  a correctly rounded division; so keeping every slot leaves a model's weights as they were.
+- slots are sorted by an integer key, the logit's bits above the expert index, so ties go to the
+  smaller index;
+- scores take one subtraction, and one correctly rounded division if studentized;
+- weights are a softmax summed in torch's order on CUDA, with the same `expf` and a correctly
+  rounded division; so keeping every slot leaves the model's weights unchanged.
 
-Axes: B tokens of a program, P experts, padded to a power of two, C slots, likewise.
+Axes: B tokens per program, P experts and C slots, both padded to a power of two.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from bh_routing.rules.base import LayerContext, Rule
 
 @triton.jit
 def _exp(x, LIBDEVICE: tl.constexpr):
-    # tl.exp is an approximation; torch calls the one of libdevice, which the interpreter lacks.
+    # tl.exp is an approximation; torch calls libdevice's, which the interpreter lacks.
     return libdevice.exp(x) if LIBDEVICE else tl.exp(x)
 
 
@@ -41,7 +41,7 @@ def _keys(logits_BP, expert_P, E: tl.constexpr, P: tl.constexpr):
     """Map (logit, expert) to integers of the same order, smaller experts first."""
     if logits_BP.dtype == tl.float32:
         bits_BP = logits_BP.to(tl.int32, bitcast=True)
-        # A negative zero equals a positive one, but its bits don't.
+        # Negative and positive zero are equal, but their bits differ.
         bits_BP = tl.where((bits_BP & 0x7FFFFFFF) == 0, 0, bits_BP)
         ordered_BP = (bits_BP ^ ((bits_BP >> 31) & 0x7FFFFFFF)).to(tl.int64) << 32
         padding = -9223372036854775808
@@ -55,26 +55,26 @@ def _keys(logits_BP, expert_P, E: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def _bit(N: tl.constexpr, i: tl.constexpr):
-    """Bit i of a place, for a tensor of N axes of size 2."""
+    """Return bit i of each index, for a tensor of N axes of size 2."""
     return tl.reshape(tl.arange(0, 2), [1] * (N - 1 - i) + [2] + [1] * i)
 
 
 @triton.jit
 def _swap(cube, i: tl.constexpr, stage: tl.constexpr, N: tl.constexpr, LOG_P: tl.constexpr):
-    """Swap places that differ in bit i where they stand wrongly."""
+    """Swap elements whose indices differ in bit i if they are out of order."""
     partner = tl.sum(cube, axis=N - 1 - i, keep_dims=True) - cube
-    # Runs that a later stage merges go down and up by turns.
+    # Runs that a later stage merges alternate between descending and ascending.
     takes_larger = _bit(N, i) == 0 if stage == LOG_P else _bit(N, i) != _bit(N, stage)
     return tl.where((partner > cube) == takes_larger, partner, cube)
 
 
 @triton.jit
 def _sort_descending(x_BP, LOG_B: tl.constexpr, LOG_P: tl.constexpr, FIRST: tl.constexpr = 1):
-    """Sort rows of integers in registers, largest first: a bitonic network from stage FIRST on.
+    """Sort rows of integers in registers, in descending order: a bitonic network from stage FIRST.
 
-    The last stage alone, LOG_P, sorts what falls and then rises.
+    The last stage alone, LOG_P, sorts rows that descend and then ascend.
     """
-    # As tl.sort, but partners come from a sum: the interpreter takes minutes over its xor.
+    # As tl.sort, but partners come from a sum: its xor takes minutes in the interpreter.
     cube = tl.reshape(x_BP, [2] * (LOG_B + LOG_P))
     for stage in tl.static_range(FIRST, LOG_P + 1):
         for step in tl.static_range(stage):
@@ -84,7 +84,7 @@ def _sort_descending(x_BP, LOG_B: tl.constexpr, LOG_P: tl.constexpr, FIRST: tl.c
 
 @triton.jit
 def _logits_of(keys, DTYPE: tl.constexpr):
-    """Undo `_keys`: the logit, in float32."""
+    """Return the logits of keys, in float32: the inverse of `_keys`."""
     if DTYPE == tl.float32:  # noqa: SIM300
         ordered = (keys >> 32).to(tl.int32)
         return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
@@ -96,8 +96,8 @@ def _logits_of(keys, DTYPE: tl.constexpr):
 
 @triton.jit
 def _row_sum(x_BN):
-    """Add the halves of each row until one number is left, shape (B, 1): torch's order on CUDA."""
-    # Sums of two numbers only, so that no backend can choose another order.
+    """Sum rows by adding their halves repeatedly, as torch does on CUDA, to shape (B, 1)."""
+    # Sums of two numbers only, so no backend can change the order.
     for _ in tl.static_range(5):
         if x_BN.shape[1] > 1:
             x_BN = tl.sum(tl.reshape(x_BN, [x_BN.shape[0], 2, x_BN.shape[1] // 2]), axis=1)
@@ -106,7 +106,7 @@ def _row_sum(x_BN):
 
 @triton.jit
 def _softmax_sum(row_B1, max_B1, E: tl.constexpr, P: tl.constexpr, LIBDEVICE: tl.constexpr):
-    """Sum exp(logit - max) as a warp of torch's softmax does: each lane a stride, then halves."""
+    """Sum exp(logit - max) in the order of torch's softmax: by strided lanes, then by halves."""
     LANES: tl.constexpr = P if P < 32 else 32
     lane_L = tl.arange(0, LANES)[None, :]
     sum_BL = tl.zeros([max_B1.shape[0], LANES], tl.float32)
@@ -119,15 +119,15 @@ def _softmax_sum(row_B1, max_B1, E: tl.constexpr, P: tl.constexpr, LIBDEVICE: tl
 
 @triton.jit
 def _divide(x_BN, by_B1):
-    """Divide rows with one correct rounding; `/` is an approximation."""
+    """Divide rows with correct rounding; `/` is an approximation."""
     return tl.div_rn(x_BN, tl.broadcast_to(by_B1, x_BN.shape))
 
 
 @triton.jit
 def _median(sorted_BP, place_P, E: tl.constexpr):
-    """The mean of the two middle values of each row sorted in either direction, shape (B, 1)."""
+    """Return the median of rows sorted in either direction, shape (B, 1)."""
     is_middle_P = (place_P == E // 2) | (place_P == (E - 1) // 2)
-    # All but the middle are zeros, so that the sum rounds once at most.
+    # All other summands are zeros, so the sum rounds at most once.
     middle_B1 = tl.sum(tl.where(is_middle_P, sorted_BP, 0.0), axis=1, keep_dims=True)
     return middle_B1 * (0.5 if E % 2 == 0 else 1.0)
 
@@ -137,20 +137,20 @@ def _scores(
     sorted_BP, place_P,
     E: tl.constexpr, LOG_B: tl.constexpr, LOG_P: tl.constexpr, STUDENTIZED: tl.constexpr,
 ):  # fmt: skip
-    """The score of each rank: logit - median, or that over the row's robust scale."""
+    """Return the score of each rank: logit - median, divided by the robust scale if studentized."""
     scores_BP = sorted_BP - _median(sorted_BP, place_P, E)
     if STUDENTIZED:
-        # Along sorted logits deviations fall and then rise, and what is no expert is the largest.
-        # Bits of numbers from 0 up are ordered as they are.
+        # Deviations of sorted logits descend, then ascend; padding is set to the largest value.
+        # The bits of non-negative floats are ordered as the floats.
         P: tl.constexpr = 1 << LOG_P
         bits_BP = tl.abs(scores_BP).to(tl.int32, bitcast=True)
         bits_BP = tl.where(place_P < E, bits_BP, 2147483647)
         bits_BP = _sort_descending(bits_BP, LOG_B, LOG_P, FIRST=LOG_P)
         mad_B1 = _median(bits_BP.to(tl.float32, bitcast=True), place_P - (P - E), E)
         scale_B1 = mad_B1 * 1.4826
-        if tl.min((mad_B1 > 0).to(tl.int32)) == 0:  # where most logits are equal
+        if tl.min((mad_B1 > 0).to(tl.int32)) == 0:  # most logits of some row are equal
             deviations_BP = tl.where(place_P < E, tl.abs(scores_BP), 0.0)
-            # float64: rounded once, whatever the order.
+            # float64: rounded once, in any order of summation.
             sum_B1 = tl.sum(deviations_BP.to(tl.float64), axis=1, keep_dims=True)
             mean_B1 = (sum_B1 / E).to(tl.float32)
             scale_B1 = tl.where(mad_B1 > 0, scale_B1, mean_B1 * 1.2533141373155001)
@@ -163,7 +163,7 @@ def _scores(
 def _keep_by_contribution(
     weights_BC, expert_BC, slot_C, lines_ptr, scale_ptr, min_k, K: tl.constexpr, STEP: tl.constexpr
 ):
-    """Drop slots whose weight x scale is small: by step-up over ranks, or by one threshold."""
+    """Drop slots with a small weight x scale, by step-up over ranks or by one threshold."""
     is_slot_C = slot_C < K
     scale_BC = tl.load(scale_ptr + expert_BC, mask=is_slot_C, other=0.0)
     scores_BC = tl.where(is_slot_C, weights_BC * scale_BC, -float("inf"))
@@ -181,8 +181,8 @@ def _keep_by_contribution(
 
 @triton.jit
 def _keep_by_mass(weights_BC, slot_C, share_ptr, TOP_P: tl.constexpr):
-    """Keep slots by their share of the token's mass, or of its largest weight."""
-    # float64: the sum of what came before must not depend on how many slots follow.
+    """Keep slots by their fraction of the token's mass, or of its largest weight."""
+    # float64: the sum of earlier slots must not depend on the number of later ones.
     weights_BC = weights_BC.to(tl.float64)
     share = tl.load(share_ptr)
     if TOP_P:
@@ -200,7 +200,7 @@ def _mix(
     NORMALISES: tl.constexpr, CONVENTION: tl.constexpr, TEMPERED: tl.constexpr,
     LIBDEVICE: tl.constexpr,
 ):  # fmt: skip
-    """Weights of the kept slots, as `rules.weights.kept_weights` defines them."""
+    """Return the weights of the kept slots, as defined by `rules.weights.kept_weights`."""
     kept_BC = tl.where(keep_BC, weights_BC, 0.0)
     sum_B1 = tl.maximum(_row_sum(kept_BC), 1e-30)
     if CONVENTION == "renormalize":
@@ -220,7 +220,7 @@ def _keep_by_count(
     sorted_BP, place_P, slot_C, lines_P, min_k, max_k, empty_k,
     E: tl.constexpr, LOG_B: tl.constexpr, LOG_P: tl.constexpr, STUDENTIZED: tl.constexpr,
 ):  # fmt: skip
-    """Keep as many of the best as the largest rank whose score reaches its line, limited."""
+    """Keep the best slots up to the last rank whose score reaches its critical value, limited."""
     scores_BP = _scores(sorted_BP, place_P, E, LOG_B, LOG_P, STUDENTIZED)
     is_reached_BP = (scores_BP >= lines_P) & (place_P < E)
     count_B1 = tl.max(tl.where(is_reached_BP, place_P + 1, 0), axis=1, keep_dims=True)
@@ -234,7 +234,7 @@ def _slot_weights(
     E: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
     NORMALISES: tl.constexpr, LIBDEVICE: tl.constexpr,
 ):  # fmt: skip
-    """The family's own weights of the slots, rounded to its dtype: what the rule sees."""
+    """Return the family's own slot weights, rounded to its dtype: the rule's input."""
     max_B1 = tl.max(logits_BP.to(tl.float32), axis=1, keep_dims=True)
     sum_B1 = _softmax_sum(row_B1, max_B1, E, P, LIBDEVICE)
     weights_BC = _exp(top_logits_BC - max_B1, LIBDEVICE)
@@ -255,9 +255,10 @@ def _route(
 ):  # fmt: skip
     """Route a block of tokens.
 
-    By hand, 4 experts, 2 slots: logits (0, 3, 1, -1) have the median 0.5 and the scores 2.5, 0.5,
-    -0.5, -1.5 from the best. Under the lines (2, 1, 0, -1) rank 1 is reached and no other: expert
-    1 stays, and the second slot, expert 2, becomes expert 1 with weight 0. The count is 1.
+    Example by hand, 4 experts, 2 slots: logits (0, 3, 1, -1) have the median 0.5 and, in descending
+    order, the scores 2.5, 0.5, -0.5, -1.5. With critical values (2, 1, 0, -1) only rank 1 is
+    reached: expert 1 stays, and the second slot, expert 2, becomes expert 1 with weight 0. The
+    count is 1.
     """
     B: tl.constexpr = 1 << LOG_B
     P: tl.constexpr = 1 << LOG_P
@@ -267,14 +268,14 @@ def _route(
     let_next_start(OVERLAPS)
     wait_for_previous(OVERLAPS)
     token_B1 = (tl.program_id(0) * B + tl.arange(0, B))[:, None]
-    # Programs at the end read the last token again, and write it once.
+    # Surplus rows of the last program read the last token again, but don't write.
     row_B1 = logits_ptr + tl.minimum(token_B1, num_tokens - 1).to(tl.int64) * E
     logits_BP = tl.load(row_B1 + place_P, mask=place_P < E, other=-float("inf"))
     keys_BP = _sort_descending(_keys(logits_BP, place_P, E, P), LOG_B, LOG_P)
-    # The first C of P places: all the others are zeros in the sum.
+    # The first C of P elements: all others are zeros in the sum.
     is_first = tl.arange(0, P // C)[None, :, None] == 0
     keys_BC = tl.sum(tl.where(is_first, tl.reshape(keys_BP, [B, P // C, C]), 0), axis=1)
-    # Not a number sorts anywhere, but never makes an expert that isn't there.
+    # NaN may sort anywhere, but the index stays valid.
     expert_BC = tl.minimum(P - 1 - (keys_BC & (P - 1)).to(tl.int32), E - 1)
     top_logits_BC = _logits_of(keys_BC, logits_BP.dtype)
     weights_BC = _slot_weights(
@@ -318,7 +319,7 @@ DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def bind(plan: RouterPlan, rule: Rule, context: LayerContext, family: SoftmaxFamily) -> Router:
-    """Return the router of a layer: contiguous logits on the layer's device -> slots."""
+    """Return a layer's router: contiguous logits on the layer's device -> slots."""
     num_experts, num_slots = context.num_experts, plan.num_slots
     log_experts = (num_experts - 1).bit_length()
     numbers = (plan.min_k, plan.max_k, plan.empty_k, context.model_top_k, rule.temperature)
@@ -333,7 +334,7 @@ def bind(plan: RouterPlan, rule: Rule, context: LayerContext, family: SoftmaxFam
         "CONVENTION": rule.weights,
         "TEMPERED": rule.temperature != 1.0,
         "LIBDEVICE": not IS_INTERPRETED,
-        # A product and a sum fused into one rounding would differ from the twin's two.
+        # A fused multiply-add rounds once, the reference implementation twice.
         "enable_fp_fusion": False,
         "OVERLAPS": not IS_INTERPRETED and runs_on_hopper(),
     }
@@ -357,7 +358,7 @@ def bind(plan: RouterPlan, rule: Rule, context: LayerContext, family: SoftmaxFam
         )
         if num_tokens:
             log_tokens, num_warps = _tile(num_tokens, log_experts)
-            # Triton launches on the current device, which needn't be the layer's.
+            # Triton launches on the current device, which may differ from the layer's.
             with torch.cuda.device_of(router_logits_TE):
                 _route[(-(-num_tokens >> log_tokens),)](
                     router_logits_TE.contiguous(), *slots, plan.lines, plan.scale_E, num_tokens,
@@ -369,8 +370,8 @@ def bind(plan: RouterPlan, rule: Rule, context: LayerContext, family: SoftmaxFam
 
 
 def _tile(num_tokens: int, log_experts: int) -> tuple[int, int]:
-    """Choose the tokens of a program, as a power of two, and its warps; measured on an H100."""
-    if IS_INTERPRETED:  # it pays by the operation, not by the number
+    """Choose log2 of the tokens per program, and its warps; measured on an H100."""
+    if IS_INTERPRETED:  # its cost is per operation, not per element
         return 5, 1
     if num_tokens < 2_048:
         return 0, max(1, 2**log_experts // 128)

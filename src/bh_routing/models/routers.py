@@ -184,8 +184,8 @@ def find_routers(model: nn.Module) -> Routers:
     until a router, its experts, or one of its settings or tensors is changed or moved.
 
     Raises:
-        ModelError: the model has no router, is spread over devices in an unsupported way, is
-            quantised or of an unsupported family, or a fact about a router can't be established.
+        ModelError: the model has no router, isn't supported (its family, quantisation or spread
+            over devices), or a fact about a router can't be established.
     """
     model = unwrapped(model)
     known, state = _known.get(model, (None, None))
@@ -239,8 +239,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module inside `torch.compile`, `DistributedDataParallel` or `DataParallel`.
 
     Raises:
-        InputError: `model` isn't a module, such as a pipeline.
-        ModelError: `model` is a DataParallel over several GPUs.
+        InputError, ModelError: `model` isn't a module, or is a DataParallel over several GPUs.
     """
     if not isinstance(model, nn.Module):
         raise InputError(
