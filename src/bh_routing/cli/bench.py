@@ -1,4 +1,4 @@
-"""`bh-routing bench`: how fast decoding, prefill or a suite of experiments is on this machine."""
+"""`bh-routing bench`: speed of decoding, prefill or a suite of experiments on this machine."""
 
 from __future__ import annotations
 

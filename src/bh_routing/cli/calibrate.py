@@ -1,4 +1,4 @@
-"""`bh-routing calibrate`: fit the nulls of a model on text and save them to one file."""
+"""`bh-routing calibrate`: fit a model's null distributions on text and save them to one file."""
 
 from __future__ import annotations
 

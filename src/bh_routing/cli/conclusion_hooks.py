@@ -1,4 +1,4 @@
-"""Wire the reading tower into the end of a run; it loads when the experiments are done."""
+"""Connect analysis and reports to the end of a run; they are imported after the experiments."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ if TYPE_CHECKING:
 
 
 def make_hooks(surroundings: Surroundings) -> Hooks:
-    """Return the library's last steps, or the caller's in their place.
+    """Return the library's final steps, replaced by the caller's where given.
 
-    Quality and speed-ups join whatever summary `analyze` returns, so that a caller's own analysis
-    does not lose them.
+    Quality and speed-ups are added to the summary that `analyze` returns, a caller's own included.
     """
     from bh_routing.experiments.run import Hooks
 
@@ -73,7 +72,7 @@ def _more_blocks(results: Results, summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def conclude_sweep(folder: Path, seed: int) -> list[str]:
-    """Make the tables, pictures and report of a sweep; return a sentence if that failed."""
+    """Make the tables, plots and report of a sweep; return a sentence if that fails."""
     from bh_routing.analysis.quality import QualityOptions
     from bh_routing.experiments.conclusion import guard
     from bh_routing.report import sweep

@@ -1,4 +1,4 @@
-"""The terminal: the log without tearing a progress bar, and SIGTERM as an exception."""
+"""The terminal: logging that doesn't break progress bars, and SIGTERM as an exception."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ EXIT_TERMINATED: Final = 143
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived; whatever handles Ctrl-C handles this."""
+    """Raised on SIGTERM; handlers of Ctrl-C handle it too."""
 
 
 @contextmanager
 def interruptible(way_on: str) -> Iterator[None]:
-    """Turn SIGTERM into `Terminated` inside the block, and say how to go on after either signal.
+    """Raise `Terminated` on SIGTERM inside the block; after either signal, say how to resume.
 
-    Elsewhere than in the main thread SIGTERM stays as it is.
+    Outside the main thread the SIGTERM handler is left unchanged.
 
     Args:
-        way_on: the end of the sentence that starts with "interrupted; ".
+        way_on: rest of the sentence that starts with "interrupted; ".
     Raises:
         typer.Exit: with the exit code of the signal.
     """
@@ -62,13 +62,13 @@ class _Console(logging.Handler):
         try:
             tqdm.write(self.format(record), file=sys.stderr)
         except (OSError, ValueError):
-            # A closed terminal must not end a run that still writes its files.
+            # A closed terminal must not end a run that can still write its files.
             self.setLevel(logging.CRITICAL + 1)
 
 
 @contextmanager
 def console_log() -> Iterator[None]:
-    """Show what the package logs inside the block, and first why it is silent for seconds."""
+    """Show log records inside the block, after a message about the seconds that imports take."""
     handler = _Console(level=logging.INFO)
     for name in _SHOWN:
         logging.getLogger(name).addHandler(handler)

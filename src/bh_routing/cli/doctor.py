@@ -1,4 +1,4 @@
-"""`bh-routing doctor`: say what works here, what doesn't, and what to do about it."""
+"""`bh-routing doctor`: check this installation and name remedies."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def doctor(
     ] = 2_000,
     as_json: JsonOption = False,
 ) -> int:
-    """Check versions, devices, memory, the demo model, the hub and the disk; 1 if a run can't."""
+    """Check versions, devices, memory, demo model, hub and disk; exit 1 if a run can't work."""
     with console_log():
         from bh_routing.experiments.doctor import check_statistics, examine
 

@@ -1,4 +1,4 @@
-"""`bh-routing evaluate`: what each rule costs in quality, on text."""
+"""`bh-routing evaluate`: loss of quality per rule, on text."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def _way_on(output: Path | None) -> str:
 def _configs(
     surroundings: Surroundings, config: Path | None, names: str | None, rules: list[str] | None
 ) -> dict[str, Any]:
-    """Return the spec's fields: configurations, and the names of those to run."""
+    """Return fields of the spec: the configurations, and the names of those to run."""
     from bh_routing.experiments.config_file import parse_rule
 
     written = dict(parse_rule(text) for text in rules or [])
@@ -165,7 +165,7 @@ def _write(folder: Path, document: dict[str, Any]) -> None:
 
 
 def _table(document: dict[str, Any]) -> str:
-    """The table for a terminal: what each configuration used, and what it cost."""
+    """Return the terminal's table: experts and loss of quality per configuration."""
     rows = document["rules"]
     width = max(len(row["config_name"]) for row in rows)
     lines = [

@@ -1,4 +1,4 @@
-"""`bh-routing export`: a run's results for a spreadsheet, a paper or a program."""
+"""`bh-routing export`: a run's results for spreadsheets, papers and programs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 
 class Format(StrEnum):
-    """What results can be exported to."""
+    """Formats of exported results."""
 
     XLSX = "xlsx"
     LATEX = "latex"

@@ -1,4 +1,4 @@
-"""`bh-routing lm-eval`: any lm-eval task under any configuration, compared item by item."""
+"""`bh-routing lm-eval`: lm-eval tasks under each configuration, compared item by item."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _require_extra() -> None:
 
 
 def _run(spec: RunSpec, plan: TaskPlan, output: Path | None) -> dict[str, Any]:
-    """Run everything, keep outcomes as they come, and return the summary as plain data."""
+    """Run all tasks, write outcomes as they arrive, and return the summary as plain data."""
     from bh_routing.analysis.task_outcomes import compare_tasks
     from bh_routing.engine.generate import choose_chat_template
     from bh_routing.experiments.calibrating import obtain_calibration
@@ -176,7 +176,7 @@ def _reference(rules: list[NamedRule], model_top_k: int) -> str:
 
 
 def _check_output(output: Path | None) -> None:
-    """Refuse to mix outcomes with an earlier run's."""
+    """Raise ResultsError if the folder has outcomes, which mustn't be mixed with this run's."""
     for name in (TASK_OUTCOMES, TASK_SUMMARY):
         if output is not None and (output / name).exists():
             raise ResultsError(
@@ -185,7 +185,7 @@ def _check_output(output: Path | None) -> None:
 
 
 def _append(output: Path | None, run: TaskRun) -> None:
-    """Write a finished run's outcomes at once: an interruption loses no finished one."""
+    """Write a finished run's outcomes at once, so that an interruption doesn't lose them."""
     from bh_routing.results.files import render_json_lines
 
     if output is None:
@@ -211,7 +211,7 @@ def _run_facts(run: TaskRun) -> dict[str, Any]:
 
 
 def _table(document: dict[str, Any]) -> str:
-    """One block for each metric of a task: experts used, score, and what changed."""
+    """Return one block per metric of a task: experts, score, and change of score."""
     comparisons = {
         (c["task"], c["filter"], c["metric"], c["config_name"]): c for c in document["comparisons"]
     }

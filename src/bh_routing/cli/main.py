@@ -1,6 +1,6 @@
-"""`bh-routing`: find the command, and turn whatever happens into an exit code.
+"""`bh-routing`: run a command and return its exit code.
 
-0 done, 1 some experiments failed, 2 bad input, 130 or 143 interrupted.
+0 success, 1 some experiments failed, 2 invalid input, 130 or 143 interrupted.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ def main(argv: Sequence[str] | None = None, surroundings: Surroundings | None = 
 
     Args:
         argv: the arguments; None: those of the process, or none in a notebook.
-        surroundings: configurations, prompts and functions to use instead of the library's.
+        surroundings: overrides of the library's configurations, prompts and functions.
     """
     arguments = process_arguments() if argv is None else list(argv)
-    # Read when torch loads: threads that spin while they wait for each other take, on a machine
-    # that does something else as well, up to fifty times as long as one thread alone.
+    # Read when torch loads: on a machine with other load, threads that spin while they wait for
+    # each other take up to fifty times as long as a single thread.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         code = app(
@@ -101,12 +101,12 @@ def main(argv: Sequence[str] | None = None, surroundings: Surroundings | None = 
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has gone, as `head` does: nothing is left to say, and the
-        # interpreter must not try again when it flushes at its end.
+        # The reader of our output has exited, as `head` does: the interpreter must not try to
+        # write again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
-    except Exception as error:  # noqa: BLE001  # what is our own mistake is raised again
-        # Typer's own errors; their base class isn't public in every version.
+    except Exception as error:  # noqa: BLE001  # bugs of ours are raised again
+        # Typer's own errors, whose base class isn't public in every version.
         message = getattr(error, "format_message", None)
         if message is None:
             return _explain(error)
@@ -118,9 +118,9 @@ def main(argv: Sequence[str] | None = None, surroundings: Surroundings | None = 
 
 
 def process_arguments() -> list[str]:
-    """Return the process's arguments; none where they belong to a notebook's kernel.
+    """Return the process's arguments; none in a notebook.
 
-    A kernel is started with arguments of its own, such as `-f connection.json`.
+    A notebook's kernel has arguments of its own, such as `-f connection.json`.
     """
     program = os.path.basename(sys.argv[0]) if sys.argv else ""
     arguments = sys.argv[1:]
@@ -131,7 +131,7 @@ def process_arguments() -> list[str]:
 
 
 def _explain(error: Exception) -> int:
-    """Name what the machine, not we, refused, with the remedy; raise what is our own mistake."""
+    """Report errors of the machine, with the remedy; raise those that are bugs of ours."""
     from bh_routing.experiments.experiment import OUT_OF_MEMORY, is_out_of_memory
 
     if is_out_of_memory(error):

@@ -1,4 +1,4 @@
-"""`bh-routing models`: which families of models can be routed, and what one model's routers do."""
+"""`bh-routing models`: supported families of models, and a check of one model's routers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _row(site: RouterSite) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    """Lay rows out in columns."""
+    """Return rows aligned in columns."""
     cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the overrides that a caller of `main` may give."""
+"""Options common to several commands, and the overrides that `main` accepts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Surroundings:
-    """None stands for the library's own."""
+    """Overrides for `main`; None stands for the library's own."""
 
     configs: dict[str, dict[str, Any]] | None = None
     """Name -> configuration."""
@@ -25,7 +25,7 @@ class Surroundings:
     report: Callable[[Any, dict[str, Any], Any], Any] | None = None
     """Table, summary and folder -> report."""
     command: str | None = None
-    """What was typed; `main` fills it in."""
+    """The command line; set by `main`."""
 
 
 ModelOption = Annotated[

@@ -1,4 +1,4 @@
-"""`bh-routing report`: everything that can be read from finished results, made again."""
+"""`bh-routing report`: make the HTML report, REPORT.md and plots of finished results again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bh_routing.errors import InputError
 
 
 class Format(StrEnum):
-    """What plots can be drawn as."""
+    """Formats of plots."""
 
     PNG = "png"
     PDF = "pdf"

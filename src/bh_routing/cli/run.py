@@ -1,4 +1,4 @@
-"""`bh-routing run`: every configuration on every prompt, then analysis, plots and report."""
+"""`bh-routing run`: run every configuration on every prompt, then analyse, plot and report."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def run(
     chat_template: ChatTemplateOption = defaults.CHAT_TEMPLATE,
     as_json: JsonOption = False,
 ) -> int:
-    """Compare routing configurations on prompts; goes on where an earlier run stopped."""
+    """Compare routing configurations on prompts; resumes where an earlier run stopped."""
     surroundings = context.obj
     values: dict[str, Any] = {
         "model": model,
@@ -150,7 +150,7 @@ def choose(
     config: Path | None,
     prompt_items: Sequence[str] | None,
 ) -> Selection:
-    """Take the library's or the caller's configurations and prompts, add a file's.
+    """Return the library's or the caller's configurations and prompts, with a file's appended.
 
     Prompts are selected here, configurations once the model is known.
     """

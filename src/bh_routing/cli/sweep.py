@@ -1,4 +1,4 @@
-"""`bh-routing sweep`: which rule loses least at the same mean number of experts."""
+"""`bh-routing sweep`: compare the perplexity of rules at equal mean numbers of experts."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def sweep(
     workers: WorkersOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Compare rules at equal mean numbers of experts; knobs come from calibration text alone."""
+    """Compare rules at equal mean numbers of experts, tuned on calibration text only."""
     with console_log(), interruptible(f"the same command goes on with what {output} holds"):
         # Inside: importing torch takes seconds, in which Ctrl-C must work too.
         from bh_routing.experiments.specs import make_spec

@@ -1,1 +1,1 @@
-"""Experiments: what to run (spec), one experiment, the loop over all of them, and the store."""
+"""Experiments: the spec of a run, one experiment, the loop over all of them, and the store."""

@@ -65,7 +65,7 @@ def step_cost(decoder: Decoder, kept_SLBK: Tensor, context: float) -> StepCost:
     mean_experts = float(is_kept.sum(-1).float().mean())
     num_layers, batch = kept_SLBK.shape[1:3]
     num_experts = layer.gate_EH.shape[0]
-    # Dropped slots mark a column of their own, which isn't counted.
+    # Dropped slots mark an extra column, which isn't counted.
     marked_SLX = torch.where(is_kept, kept_SLBK, num_experts).flatten(2).long()
     is_read_SLE = marked_SLX.new_zeros(*marked_SLX.shape[:2], num_experts + 1, dtype=torch.bool)
     is_read_SLE = is_read_SLE.scatter(-1, marked_SLX, value=True)[..., :num_experts]
@@ -103,7 +103,7 @@ def random_tokens(model: Any, batch: int, length: int, seed: int = 0) -> Tensor:
 
 
 def rule_at_mean(mean_of: Callable[[Rule], float], mean_experts: float, max_k: int) -> Rule:
-    """Find BH's alpha at which about a mean number of experts is kept, under the Gaussian null.
+    """Find BH's alpha for a mean number of kept experts, under the Gaussian null distribution.
 
     The generated text depends on alpha too, so the mean jumps: the closest alpha tried is returned.
     """
@@ -132,14 +132,14 @@ def bench_decode(
     copied: float,
     is_compiled: bool,
 ) -> list[Row]:
-    """Time the generation of `tokens` tokens after a prompt of PROMPT_TOKENS random ones.
+    """Time the generation of `tokens` tokens after a prompt of PROMPT_TOKENS random tokens.
 
     Args:
         model: not inside `route`.
         batches: batch sizes.
-        tokens: generated per sequence.
+        tokens: tokens generated per sequence.
         rounds: timed rounds.
-        copied: bytes per second moved by a copy.
+        copied: memory bandwidth of a copy, in bytes per second.
         is_compiled: also time transformers' static cache with compilation, at batch size 1.
     """
     top_k = find_routers(model).model_top_k
@@ -193,7 +193,7 @@ def _kept(model: Any, rule: Rule, prompt: Tensor, tokens: int) -> Tensor:
 
 
 def _engine_run(model: Any, prompt: Tensor, rule: Rule, tokens: int) -> Callable[[], float]:
-    """Prefill once: installing a rule discards what transformers has compiled."""
+    """Prefill once: installing a rule discards transformers' compiled code."""
     engine = engine_of(model)
     bound = engine.bind(model, rule, None)
     session = engine.session(bound, len(prompt), prompt.shape[1] + tokens)
@@ -295,7 +295,7 @@ class BenchSpec:
     tokens: int = 200
     rounds: int = 5
     is_compiled: bool = False
-    """Also time transformers' compiled generation, whose start takes a minute or more."""
+    """Also time transformers' compiled generation, which takes a minute or more to compile."""
 
     def __post_init__(self) -> None:
         """Reject values out of range."""
@@ -311,10 +311,10 @@ class BenchSpec:
 
 
 def bench(spec: BenchSpec) -> dict[str, Any]:
-    """Measure one part; the result is plain data with machine and versions.
+    """Measure one part and return plain data, with the machine and library versions.
 
     Raises:
-        InputError: what is asked for isn't there.
+        InputError: the device or the model isn't available.
         ModelError: the model can't be loaded, routed or decoded.
     """
     device = resolve_device(spec.device)

@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 
 
 class Budgeted(NamedTuple):
-    """Rules at a budget, and how they got there."""
+    """Rules at a budget, and the search that led there."""
 
     rules: list[NamedRule]
     settings: list[dict[str, Any]]
-    """For run.json, and to be taken up again from there."""
+    """For run.json, from which a resumed run reads them."""
 
 
 def bring_to_budget(
@@ -34,17 +34,17 @@ def bring_to_budget(
     calibration: Calibration | None,
     known: Sequence[Mapping[str, Any]] = (),
 ) -> Budgeted:
-    """Replace each rule by the one that uses `spec.budget` experts, named `NAME@BUDGET`.
+    """Replace each rule by its variant that uses `spec.budget` experts, named `NAME@BUDGET`.
 
-    Static top-k stays as it is, for it is what the others are compared with, and so does a rule
-    without a knob. Of rules that differ only in their knob the first stays; one that can't meet
-    the budget is left out. Both are logged.
+    Static top-k, the reference of comparisons, is left unchanged, and so is a rule without a tuning
+    parameter. Of rules that differ only in their tuning parameter the first is kept; a rule that
+    can't meet the budget is left out. Both are logged.
 
     Args:
-        spec: the budget, and the text that knobs are found on.
-        rules: what was asked for.
-        model, tokenizer, calibration: what the rules run on.
-        known: settings of an earlier run of the same folder; what fits isn't searched again.
+        spec: the budget, and the text of the search.
+        rules: the requested rules.
+        model, tokenizer, calibration: as for `KnobSearch`.
+        known: settings of an earlier run of the same folder; matching ones aren't searched again.
     Raises:
         InputError: no rule can meet the budget.
     """
@@ -78,14 +78,14 @@ def _stays(named: NamedRule) -> bool:
 
 
 def _goals(rules: Sequence[NamedRule], budget: float) -> dict[str, Goal]:
-    """Make one goal for each rule that differs in more than its knob; name -> goal."""
+    """Make one goal per rule that differs in more than its tuning parameter; name -> goal."""
     goals: dict[str, Goal] = {}
     names: dict[str, str] = {}
     for named in rules:
         if _stays(named):
             continue
         knob, config = named.rule.knob, rule_to_config(named.rule)
-        assert knob is not None  # the rules that stay were skipped
+        assert knob is not None  # rules without one were skipped
         rest = repr({field: value for field, value in config.items() if not knob.sets(field)})
         if rest in names:
             log.info(

@@ -1,4 +1,4 @@
-"""Get the calibration that a run's rules need: from a file, from the folder, or by calibrating."""
+"""Obtain a run's calibration: from a file, from the folder, or by calibrating the model."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 from bh_routing.rules.noise import noise_control
 
 USUAL_NULLS: Final = ("background", "pooled")
-"""Fitted even if no rule asks for them: such a rule can be added to the folder at no cost."""
+"""Fitted even if no rule needs them: such a rule can be added to the folder later at no cost."""
 
 QUOTED_WORDS: Final = 10
-"""Words of a shared passage that an error quotes, so that it can be found."""
+"""Words of a shared passage that an error quotes, enough to find it."""
 
 log = logging.getLogger(__name__)
 
 
 class CalibrationOutcome(NamedTuple):
-    """A calibration and what run.json says of it; both None if no rule needs one."""
+    """A calibration and its entry in run.json; both None if no rule needs one."""
 
     calibration: Calibration | None
     document: dict[str, Any] | None
 
 
 class CalibrationText(NamedTuple):
-    """What a run calibrates on, and what that is called."""
+    """The calibration documents of a run and the name of their source."""
 
     documents: list[Document]
     source: str
@@ -55,7 +55,7 @@ def calibration_documents(spec: RunSpec) -> CalibrationText:
     """Read the calibration text of a run.
 
     Raises:
-        InputError: it can't be read.
+        InputError: the text can't be read.
     """
     if spec.calibration_text is None:
         return CalibrationText(packaged_documents("calibration"), "packaged text")
@@ -65,12 +65,11 @@ def calibration_documents(spec: RunSpec) -> CalibrationText:
 def check_held_out(
     spec: RunSpec, rules: Sequence[NamedRule], documents: Sequence[Document]
 ) -> None:
-    """Raise InputError if a document to score shares a passage with text that a rule is fitted on.
-
+    """Raise InputError if a document to score has a passage of the text that a rule is fitted on.
     Args:
-        spec: names the calibration or its text, and the budget that rules are brought to.
-        rules: what is scored; without a null and a budget nothing is fitted.
-        documents: what they are scored on.
+        spec: names the calibration or its text, and the budget of the rules.
+        rules: the rules; without a null distribution and a budget nothing is fitted.
+        documents: the evaluation text.
     Raises:
         InputError: a passage is in both texts; the error quotes it.
         CalibrationError: the calibration's file can't be read.
@@ -83,15 +82,15 @@ def check_held_out(
 
 
 def check_overlap(documents: Sequence[Document], calibration: Sequence[Document]) -> None:
-    """Raise InputError if a document to score shares a passage with the calibration text."""
+    """Raise InputError if a document to score has a passage of the calibration text."""
     known = passage_hashes(document.text for document in calibration)
     _refuse_shared(documents, find_shared_passages(documents, known), "the calibration text")
 
 
 def check_calibration_overlap(documents: Sequence[Document], path: Path) -> None:
-    """Raise InputError if a document to score shares a passage with the text of a calibration.
+    """Raise InputError if a document to score has a passage of a calibration's text.
 
-    A file of an earlier schema holds no passages; of it only the text as a whole is compared.
+    A file of an earlier schema holds no passages; only its text as a whole is compared.
     """
     calibration = Calibration.load(path)
     if len(calibration.passages):
@@ -129,15 +128,15 @@ def obtain_calibration(
 ) -> CalibrationOutcome:
     """Load or make the calibration of a run.
 
-    A resumed run takes the one in its folder if it was made from the same text, so that its
-    results are those of an uninterrupted run; nulls that it lacks are fitted and added.
+    A resumed run reuses its folder's calibration if that was made from the same text, so that its
+    results equal those of an uninterrupted run; missing null distributions are fitted and added.
 
     Args:
         spec: the model's name, the calibration or its text, the seed and the folder.
-        rules: what needs a calibration.
-        model, tokenizer: what is calibrated.
+        rules: the rules that may need a calibration.
+        model, tokenizer: the model to calibrate.
         stored: run.json of an earlier run or sweep of the folder; empty if there is none.
-        usual_nulls: fitted beside those that the rules need, if they need any.
+        usual_nulls: fitted in addition to those that the rules need, if they need any.
     Raises:
         CalibrationError: a file can't be read, or isn't a calibration.
         InputError: the text can't be read.
@@ -179,7 +178,7 @@ def obtain_calibration(
 def _reuse(
     spec: RunSpec, stored: Mapping[str, Any], text_hash: str, fingerprint: str
 ) -> Calibration | None:
-    """Take the folder's own calibration if the one asked for would have the same tables."""
+    """Return the folder's calibration if a new one would have the same tables."""
     path = spec.output / CALIBRATION
     if not stored.get("calibration") or not path.exists():
         return None
@@ -188,7 +187,7 @@ def _reuse(
     except CalibrationError as error:
         log.warning("calibrating again: %s", error)
         return None
-    # By table, since a run that was killed while it added some may have left either file.
+    # By table: a run that was killed while adding tables may have left either file.
     known = stored["identity"].get("tables", {})
     same = (
         found.model_fingerprint == fingerprint
@@ -218,7 +217,7 @@ def _outcome(calibration: Calibration, source: str, seconds: float) -> Calibrati
 
 
 def save_calibration(calibration: Calibration, folder: Path) -> None:
-    """Keep the calibration beside the results, unless it is there already."""
+    """Save the calibration next to the results, unless the same one is there already."""
     path = folder / CALIBRATION
     if path.exists():
         try:
@@ -232,7 +231,7 @@ def save_calibration(calibration: Calibration, folder: Path) -> None:
 def describe_nulls(
     rules: Sequence[NamedRule], *, num_experts: int, model_top_k: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Say for each null in use what its alpha is, and what each of its rules keeps of noise."""
+    """Return per null in use the meaning of its alpha, and the experts its rules keep of noise."""
     by_null: dict[str, dict[str, BenjaminiHochberg]] = {}
     for named in rules:
         if isinstance(named.rule, BenjaminiHochberg):

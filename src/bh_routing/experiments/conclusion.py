@@ -1,4 +1,4 @@
-"""What is made of the results at the end of a run; a failure here loses none of them."""
+"""Analysis, plots and reports at the end of a run; a failure here loses no results."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ ResultT = TypeVar("ResultT")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hooks:
-    """The reading tower's functions, passed in; None leaves that step out.
+    """Functions that analyse and report results; None skips a step.
 
-    The folder is read once: each step gets the results that `load` returned.
+    The folder is read once: each step receives the results that `load` returned.
     """
 
     load: Callable[[Path], Any] | None = None
@@ -38,7 +38,7 @@ class Hooks:
 
 
 def conclude(folder: Path, hooks: Hooks) -> list[str]:
-    """Analyse, draw and report; return a sentence for each step that failed."""
+    """Analyse, plot and report; return a sentence per failed step."""
     problems: list[str] = []
     if hooks.load is None:
         return problems
@@ -60,10 +60,10 @@ def conclude(folder: Path, hooks: Hooks) -> list[str]:
 
 
 def guard(what: str, problems: list[str], step: Callable[[], ResultT]) -> ResultT | None:
-    """Do one step; if it fails, add a sentence to `problems` and return None."""
+    """Run one step; if it fails, append a sentence to `problems` and return None."""
     try:
         return step()
-    except Exception as error:  # what is finished is on disk: say what failed and go on
+    except Exception as error:  # finished experiments are on disk: report the failure and go on
         log.exception("%s failed", what, extra=FILE_ONLY)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         if is_out_of_memory(error):

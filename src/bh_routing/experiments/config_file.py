@@ -18,10 +18,10 @@ _NAME_LENGTH: Final = 64
 
 
 def parse_rule(text: str) -> tuple[str, dict[str, Any]]:
-    """Turn `method:field=value,…` into a configuration's name and its fields.
+    """Parse `method:field=value,…` into a configuration's name and fields.
 
     Raises:
-        InputError: the text isn't of that form.
+        InputError: the text doesn't have that form.
     Example:
         >>> parse_rule("bh:alpha=0.02,max_k=6")
         ('bh_alpha-0.02_max_k-6', {'method': 'bh', 'alpha': 0.02, 'max_k': 6})
@@ -62,7 +62,7 @@ YAML_ERRORS: Final = (
     AttributeError,
     ArithmeticError,
 )
-"""Beside its own errors PyYAML lets others through, such as KeyError for `!!bool maybe`."""
+"""Besides its own errors PyYAML raises others, such as KeyError for `!!bool maybe`."""
 
 
 class ConfigFile(BaseModel):
@@ -77,7 +77,7 @@ class ConfigFile(BaseModel):
 
 
 class Selection(NamedTuple):
-    """Configurations and prompts, still as the user's plain data."""
+    """Configurations and prompts, as the user's unchecked plain data."""
 
     configs: dict[str, dict[str, Any]]
     prompts: list[dict[str, Any]]
@@ -97,14 +97,14 @@ _TYPES: Final = (
         (*_SIGNED, "."),
     ),
 )
-"""Tag, plain scalars that have it, and how they begin: YAML 1.2's, whatever PyYAML's 1.1 says.
+"""Tag, pattern and first characters of its plain scalars, by YAML 1.2 rather than PyYAML's 1.1.
 
-By 1.1 `1e-2` is a text, `on` and `no` are truth values, 010 is 8 and 2026-01-31 is a date.
+In 1.1 `1e-2` is a string, `on` and `no` are booleans, 010 is 8 and 2026-01-31 is a date.
 """
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader that refuses what would be lost or blown up without a word."""
+    """A safe loader that rejects duplicate keys and aliases."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {  # type: ignore[misc]
         first: [(f"tag:yaml.org,2002:{tag}", form) for tag, form, all_ in _TYPES if first in all_]
@@ -122,14 +122,14 @@ class _Loader(yaml.SafeLoader):
                 )
             if isinstance(key, str):
                 seen.add(key)
-                # A key is a text, whatever it looks like: `null` is a field of rules.
+                # Keys are always strings: `null` is a field of rules.
                 key_node.tag = "tag:yaml.org,2002:str"
         return super().construct_mapping(node, deep=deep)
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()  # type: ignore[no-untyped-call]
-            # Nested aliases make a few lines stand for gigabytes.
+            # Nested aliases can expand a few lines to gigabytes.
             raise RefusedYaml(
                 f"uses a YAML alias (*{event.anchor}, line {event.start_mark.line + 1}), which "
                 "isn't supported; write the value out"
@@ -138,15 +138,15 @@ class _Loader(yaml.SafeLoader):
 
 
 class RefusedYaml(Exception):
-    """The text holds something this loader doesn't take; the message goes on after its name."""
+    """The text holds an unsupported construct; the message continues after the file's name."""
 
 
 def load_yaml(content: str | bytes) -> Any:
-    """Read YAML 1.2's plain types: keys are texts, no key twice, no aliases, no dates.
+    """Load YAML 1.2's plain types, with string keys, and without duplicate keys, aliases or dates.
 
     Raises:
-        RefusedYaml: an alias, or a key twice.
-        YAML_ERRORS: it isn't YAML.
+        RefusedYaml: the content has an alias or a duplicate key.
+        YAML_ERRORS: the content isn't YAML.
     """
     return yaml.load(content, Loader=_Loader)  # derived from SafeLoader
 
@@ -155,7 +155,7 @@ def read_config_file(path: Path) -> ConfigFile:
     """Read and check a YAML file of configurations and prompts.
 
     Raises:
-        InputError: it can't be read, isn't YAML, or holds something unknown.
+        InputError: the file can't be read, isn't YAML, or has an unknown key.
     """
     try:
         with path.open("rb") as file:
@@ -205,10 +205,10 @@ def add_config_file(
     configs: Mapping[str, dict[str, Any]],
     prompts: Sequence[Mapping[str, Any]],
 ) -> Selection:
-    """Add a file's configurations and prompts to others.
+    """Append a file's configurations and prompts to given ones.
 
     Raises:
-        InputError: the file is wrong, or a configuration's name is taken.
+        InputError: the file is invalid, or a configuration's name is taken.
     """
     content = read_config_file(path)
     for name in content.configs:

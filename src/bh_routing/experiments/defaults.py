@@ -1,4 +1,4 @@
-"""What `run` does when nothing else is asked for: every default, written once, as plain data.
+"""Defaults of `run`, as plain data.
 
 Both collections may be changed before a run: add a configuration or append a prompt.
 """
@@ -51,7 +51,7 @@ def standard_configs(top_k: int) -> dict[str, dict[str, Any]]:
 
 
 ROUTING_CONFIGS: dict[str, dict[str, Any]] = standard_configs(STANDARD_TOP_K)
-"""The standard ones as OLMoE has them; on a model with another k they follow it."""
+"""The standard configurations for OLMoE's k; on a model with another k they follow it."""
 
 TEST_PROMPTS: list[dict[str, str]] = [
     {

@@ -1,4 +1,4 @@
-"""Look at everything a run needs before it is started: `bh-routing doctor`."""
+"""Check the prerequisites of a run: `bh-routing doctor`."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ from bh_routing.nulls.laboratory import TRUE_NULL, Row, run_laboratory
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 
 State = Literal["ok", "warning", "problem"]
-"""warning: the main job, an experiment with the demo model, works all the same; problem: it
-doesn't."""
+"""warning: an experiment with the demo model works nevertheless; problem: it doesn't."""
 
 DISTRIBUTION: Final = "bh-routing"
 LABORATORY_TOKENS: Final = 2_000
@@ -41,14 +40,14 @@ class Finding:
     state: State
     text: str
     remedy: str = ""
-    """What to do; empty if nothing needs doing."""
+    """Empty if none is needed."""
 
 
 def examine(output: Path) -> list[Finding]:
     """Check versions, devices, memory, Triton, the routed demo model, the hub and the disk.
 
     Args:
-        output: folder that results would go to; nothing is left in it.
+        output: folder for the results; nothing is left in it.
     """
     return [
         check_versions(importlib.metadata.requires(DISTRIBUTION) or []),
@@ -65,16 +64,16 @@ def check_statistics(
     tokens: int = LABORATORY_TOKENS,
     laboratory: Callable[..., Sequence[Row]] = run_laboratory,
 ) -> tuple[list[Row], list[Finding]]:
-    """Measure BH's false discovery rate where the null is true and experts are independent.
+    """Measure BH's false discovery rate where the null hypothesis is true and experts independent.
 
-    There the theorem promises at most alpha; more than that, beyond the measurement's 95 %
-    interval, means that this installation computes something else.
+    There the theorem bounds the rate by alpha; a measurement whose 95 % interval lies above alpha
+    means that this installation computes a different procedure.
 
     Args:
-        tokens: tokens of each measurement.
-        laboratory: what measures.
+        tokens: tokens per measurement.
+        laboratory: the simulation.
     Returns:
-        What was measured, and a finding a level.
+        The simulation's rows, and one finding per level.
     """
     rows = [
         row
@@ -97,7 +96,7 @@ def _judge(row: Row) -> Finding:
 
 
 def check_versions(requirements: Sequence[str]) -> Finding:
-    """Compare what is installed with what the package asks for, such as "torch>=2.11,<3"."""
+    """Compare installed versions with the package's requirements, such as "torch>=2.11,<3"."""
     wrong, found = [], {}
     for requirement in map(Requirement, requirements):
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
@@ -115,7 +114,7 @@ def check_versions(requirements: Sequence[str]) -> Finding:
         f"{name} {found[name]}" for name in ("torch", "transformers", "numpy") if name in found
     )
     if wrong:
-        # Near versions mostly work; the check of routing says whether these do.
+        # Nearby versions mostly work; the routing check decides whether these do.
         return Finding("versions", "warning", "; ".join(wrong), "run: pip install bh-routing")
     return Finding("versions", "ok", text)
 
@@ -154,7 +153,7 @@ def _check_triton() -> Finding:
 
 
 def _check_routing() -> Finding:
-    """Route one forward pass of the demo model: what every run rests on."""
+    """Route one forward pass of the demo model, as every run does."""
     try:
         model, tokenizer = load_model("demo", device="cpu")
         inputs = tokenizer("The old man", return_tensors="pt")
@@ -162,7 +161,7 @@ def _check_routing() -> Finding:
         with torch.inference_mode(), route(model, rule) as trace:
             model(**inputs, use_cache=False)
         mean = float(trace.expert_counts.float().mean())
-    # Whatever another version of transformers raises here is the finding.
+    # Any error that another version of transformers raises here is the finding.
     except (
         BHRoutingError,
         AttributeError,
@@ -182,7 +181,7 @@ def _check_routing() -> Finding:
 
 
 def check_hub(answers: Callable[[], bool]) -> Finding:
-    """Ask the Hugging Face hub for an answer, 5 s at most."""
+    """Check that the Hugging Face hub answers within 5 s."""
     if answers():
         return Finding("hub", "ok", f"{constants.ENDPOINT} answers")
     reason = "is switched off by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "doesn't answer"
@@ -195,7 +194,7 @@ def check_hub(answers: Callable[[], bool]) -> Finding:
 
 
 def check_writing(output: Path) -> Finding:
-    """Write a file where results would go, and take it away again."""
+    """Write a file to the output folder and remove it."""
     folder = output.absolute()
     while not folder.exists():
         folder = folder.parent

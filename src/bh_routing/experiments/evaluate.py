@@ -1,4 +1,4 @@
-"""Score rules on text, without generating any: `bh-routing evaluate`."""
+"""Score rules on given text, without generation: `bh-routing evaluate`."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateOptions:
-    """What is scored, and how."""
+    """The text to score and its division into windows."""
 
     texts: Sequence[str | Path] = ()
     """Files or datasets; empty: the packaged evaluation text."""
     max_tokens: int | None = None
-    """Scored tokens in all; None for all."""
+    """Total number of scored tokens; None: all."""
     window: int | None = None
-    """Input tokens of a forward pass; None: the model's context, 1,024 at most."""
+    """Input tokens per forward pass; None: the model's context, 1,024 at most."""
     stride: int | None = None
     """Scored tokens of each window after a document's first; None: the window."""
     output: Path | None = None
-    """Folder that keeps every record, so that a stopped evaluation goes on; None keeps nothing."""
+    """Folder that stores every record, so that a stopped evaluation resumes; None: no storage."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """Records of every rule and document, and what they were made with."""
+    """Records of every rule and document, with the model and text that they describe."""
 
     records: list[QualityRecord]
     facts: ModelFacts
     text: QualityText
     left_out: dict[str, str]
-    """Standard configurations that the model can't run, each with the reason."""
+    """Standard configurations that the model can't run -> reason."""
     calibration_tokens: int
     """0 if no rule needed a calibration."""
     seconds: float
@@ -65,7 +65,7 @@ def evaluate(spec: RunSpec, options: EvaluateOptions) -> Evaluation:
 
     Args:
         spec: model, configurations and calibration; prompts and output aren't used.
-        options: what is scored.
+        options: the text, and how it is divided.
     Raises:
         InputError: model, text, calibration or a configuration can't be used.
     """

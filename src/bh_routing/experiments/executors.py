@@ -1,4 +1,4 @@
-"""Executors: where experiments run, on how many threads, and the loop over all of them."""
+"""Executors run experiments in this process; also the choice of threads and the experiment loop."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ from bh_routing.results.records import STATUS_OK, ExperimentRecord, QualityRecor
 from bh_routing.rules.base import Rule
 
 LARGE_MODEL: Final = 500_000_000
-"""Parameters from which every core pays, and timing would take longer than it gains."""
+"""Number of parameters from which all cores pay off and timing costs more than it gains."""
 BATCH_TOKENS: Final = 256
 TIMED_SEC: Final = 0.4
 MOST_TIMED: Final = 9
 GAIN: Final = 0.95
-"""A larger number of threads must take less than this fraction of the smaller one's time."""
+"""More threads must take less than this fraction of the smaller number's time."""
 
 
 class Threads(NamedTuple):
     """Numbers of threads."""
 
     decode: int
-    """For one token after the other."""
+    """For one token per forward pass."""
     batch: int
-    """For many tokens at once: calibration and scoring."""
+    """For many tokens per forward pass: calibration and scoring."""
 
 
 def choose_threads(model: Any) -> Threads:
     """Choose numbers of threads by timing the model's forward pass on a CPU.
 
-    Each operation waits for its slowest thread, so that the best number depends on the model's size
-    and on what else the machine does. A number that the user set (OMP_NUM_THREADS) stays, and
-    torch's own is taken for a large model and on other devices.
+    Each operation waits for its slowest thread, so the best number depends on the model's size and
+    on the machine's load. OMP_NUM_THREADS takes precedence; large models and other devices use
+    torch's default.
     """
     most = torch.get_num_threads()
     is_small = sum(parameter.numel() for parameter in model.parameters()) < LARGE_MODEL
@@ -82,7 +82,7 @@ def _fastest(model: Any, num_tokens: int, most: int) -> int:
 
 
 def _seconds(model: Any, token_1T: torch.Tensor, number: int) -> float:
-    """Median time of a forward pass with some threads; the first pass isn't counted."""
+    """Return the median time of a forward pass on `number` threads, after an untimed pass."""
     seconds: list[float] = []
     with torch_threads(number):
         model(input_ids=token_1T, use_cache=False, logits_to_keep=1)
@@ -95,7 +95,7 @@ def _seconds(model: Any, token_1T: torch.Tensor, number: int) -> float:
 
 @contextmanager
 def torch_threads(number: int) -> Iterator[None]:
-    """Use this many threads inside the block."""
+    """Set torch's number of threads inside the block."""
     earlier = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -108,7 +108,7 @@ log = logging.getLogger(__name__)
 
 
 class Cell(NamedTuple):
-    """One experiment to do."""
+    """One experiment of the grid."""
 
     key: str
     named_rule: NamedRule
@@ -116,7 +116,7 @@ class Cell(NamedTuple):
 
 
 class ScoreSettings(NamedTuple):
-    """How text is scored, as `engine.score.score` takes it."""
+    """Arguments of `engine.score.score`."""
 
     window: int
     stride: int
@@ -124,14 +124,13 @@ class ScoreSettings(NamedTuple):
 
 
 class Executor(Protocol):
-    """Does experiments and scores text; a context manager that closes it. It writes no file.
+    """Runs experiments and scores text, without writing files; a context manager.
 
-    Rows and records are the same wherever they are made, times apart; only the order in which
-    they come may differ.
+    Except for times, rows and records don't depend on the executor; their order may.
     """
 
     def run(self, cells: Sequence[Cell], max_tokens: int) -> Iterator[tuple[Cell, Experiment]]:
-        """Yield each experiment as soon as it is finished; a failure is a failed row."""
+        """Yield each experiment as soon as it is finished; failures yield failed rows."""
         ...
 
     def score(
@@ -140,15 +139,15 @@ class Executor(Protocol):
         rules: Mapping[str, Rule],
         settings: ScoreSettings,
     ) -> Iterator[QualityRecord]:
-        """Yield one record a rule and document, in groups of documents, as they are finished."""
+        """Yield one record per rule and document, as groups of documents are finished."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Say for run.json where work is done."""
+        """Return the executor's entry in run.json."""
         ...
 
     def close(self) -> None:
-        """Let go of whatever is held; harmless when called twice."""
+        """Release all resources; may be called twice."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -162,14 +161,14 @@ class Executor(Protocol):
 
 
 class SerialExecutor:
-    """One experiment after the other, in this process."""
+    """Runs experiments one after another, in this process."""
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
         self._warm = ""
 
     def run(self, cells: Iterable[Cell], max_tokens: int) -> Iterator[tuple[Cell, Experiment]]:
-        """Do the cells in their order; the first of each configuration is warmed up before."""
+        """Run the cells in order, with a warm-up before the first cell of each configuration."""
         for cell in cells:
             if cell.named_rule.name != self._warm:
                 release_memory()
@@ -183,16 +182,16 @@ class SerialExecutor:
         rules: Mapping[str, Rule],
         settings: ScoreSettings,
     ) -> Iterator[QualityRecord]:
-        """Score the documents in their order."""
+        """Score the documents in order."""
         model, tokenizer, calibration = self._subject
         return score(model, tokenizer, documents, rules, calibration, **settings._asdict())
 
     def describe(self) -> dict[str, Any]:
-        """Say that it is this process."""
+        """Return the executor's entry in run.json."""
         return {"name": "local"}
 
     def close(self) -> None:
-        """Give unused memory back."""
+        """Release unused memory."""
         release_memory()
 
     def __enter__(self) -> Self:
@@ -213,7 +212,7 @@ def attempt(
     max_tokens: int,
     experiment: Callable[[Subject, NamedRule, Prompt, int], Experiment] = run_experiment,
 ) -> Experiment:
-    """Do one experiment; out of memory is tried twice, and any failure becomes a failed row."""
+    """Run one experiment, twice if out of memory; any failure becomes a failed row."""
     problem = ""
     for _ in range(2):
         try:
@@ -223,14 +222,14 @@ def attempt(
                 problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 log.debug("traceback of the failure", exc_info=error, extra=FILE_ONLY)
                 break
-        # Out of the except block: the traceback has let go of the tensors by now.
+        # Outside the except block, where the traceback no longer references the tensors.
         problem = OUT_OF_MEMORY.replace(";", ", twice;", 1)
         release_memory()
     return give_up(cell, problem)
 
 
 def give_up(cell: Cell, problem: str) -> Experiment:
-    """Say that an experiment failed, and return its row."""
+    """Log that an experiment failed, and return its row."""
     name = f"{cell.named_rule.name} on {shorten(cell.prompt.text)!r}"
     log.warning("%s failed: %s", name, problem)
     return failed_experiment(cell.named_rule, cell.prompt, problem)
@@ -246,7 +245,7 @@ def _warm_up(subject: Subject, cell: Cell) -> None:
 def make_grid(
     rules: Sequence[NamedRule], prompts: Sequence[Prompt], calibration: Calibration | None = None
 ) -> list[Cell]:
-    """Return every pair, configurations outermost, in the order of the spec."""
+    """Return every pair of configuration and prompt, configurations outermost, in spec order."""
     return [
         Cell(experiment_key(named_rule, prompt, calibration), named_rule, prompt)
         for named_rule in rules
@@ -255,7 +254,7 @@ def make_grid(
 
 
 def run_grid(executor: Executor, grid: Sequence[Cell], max_tokens: int, store: ResultStore) -> int:
-    """Run the experiments that the store lacks, failed ones again; return how many ran."""
+    """Run the missing and the failed experiments of the store; return their number."""
     cells: list[Cell] = []
     means: dict[str, list[float]] = {cell.named_rule.name: [] for cell in grid}
     for cell in grid:

@@ -1,4 +1,4 @@
-"""One experiment: one prompt continued under one rule, measured. Writes no file."""
+"""One experiment: generate from one prompt under one rule and measure it, without writing files."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ OUT_OF_MEMORY: Final = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error means that the device or the machine has no memory left."""
+    """Return whether the error means that the device or the machine is out of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    # On a CPU torch raises a plain RuntimeError, with only its text to go by.
+    # On a CPU torch raises a plain RuntimeError, recognizable only by its message.
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def release_memory() -> None:
-    """Give unused memory back, to the device too."""
+    """Release unused memory of the process and the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -46,11 +46,11 @@ def release_memory() -> None:
 def find_nan(
     model: Any, rule: Rule, calibration: Calibration | None, token_ids: Sequence[int]
 ) -> str:
-    """Run tokens again, and say in one sentence where NaN or infinity begins.
+    """Run a sequence again and return a sentence that names the first router with NaN or infinity.
 
     Args:
-        model, rule, calibration: as `route` takes them.
-        token_ids: a text that gave NaN.
+        model, rule, calibration: as for `route`.
+        token_ids: a sequence that gave NaN.
     """
     bound = bind_rule(model, rule, calibration)
     is_finite: dict[str, Tensor] = {}
@@ -78,14 +78,14 @@ WARM_UP_TOKENS = 2
 
 
 class Experiment(NamedTuple):
-    """What one experiment measured: the row, and what is too long for a row."""
+    """Measurements of one experiment: the row, and details too long for a row."""
 
     record: ExperimentRecord
     detail: ExperimentDetail
 
 
 class Subject(NamedTuple):
-    """What experiments are done on."""
+    """The model under test, with tokenizer and calibration."""
 
     model: Any
     tokenizer: Any
@@ -100,13 +100,13 @@ def run_experiment(
     Args:
         subject: model, tokenizer and calibration.
         named_rule: the configuration.
-        prompt: the text to continue.
-        max_tokens: most tokens to generate.
+        prompt: the prompt.
+        max_tokens: maximum number of generated tokens.
     Returns:
         The record and its detail.
     Raises:
         InputError: the rule doesn't fit the model, or needs a calibration.
-        ExperimentError: the model gave NaN; the text says from which layer on.
+        ExperimentError: the model gave NaN; the message names the first router.
     """
     device = subject.model.device
     if device.type == "cuda":
@@ -120,7 +120,7 @@ def run_experiment(
 
 
 def warm_up(subject: Subject, named_rule: NamedRule, prompt: Prompt) -> None:
-    """Run a rule once, untimed, so that one-off costs don't fall on the first experiment."""
+    """Run a rule once, untimed, to keep one-off costs out of the first experiment."""
     _generate(subject, named_rule, prompt, WARM_UP_TOKENS)
 
 
@@ -132,14 +132,14 @@ def _generate(
 
 
 def failed_experiment(named_rule: NamedRule, prompt: Prompt, error: str) -> Experiment:
-    """Return the row of an experiment that could not be finished."""
+    """Return the row of a failed experiment."""
     record = ExperimentRecord(
         config_name=named_rule.name,
         prompt_text=prompt.text,
         prompt_category=prompt.category,
         prompt_description=prompt.description,
         status=STATUS_FAILED,
-        error=error.encode(errors="backslashreplace").decode(),  # a file's name may be no UTF-8
+        error=error.encode(errors="backslashreplace").decode(),  # file names may be invalid UTF-8
     )
     return Experiment(record, ExperimentDetail())
 

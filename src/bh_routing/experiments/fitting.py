@@ -1,4 +1,4 @@
-"""Fit the configurations of a run to the model: its own k, and what its routers allow."""
+"""Fit the configurations of a run to the model's own k and its routers' limits."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ log = logging.getLogger(__name__)
 
 
 class Fitted(NamedTuple):
-    """A spec whose configurations are those that the model runs."""
+    """A spec whose configurations the model can run."""
 
     spec: RunSpec
     left_out: dict[str, str]
-    """Standard configurations that the model can't run, each with the reason."""
+    """Standard configurations that the model can't run -> reason."""
 
 
 def fit_to_model(fitted: Fitted, outlook: Outlook) -> Fitted:
-    """Let standard configurations follow the model's own k, and leave out what it can't run.
+    """Adapt standard configurations to the model's own k; leave out those that it can't run.
 
-    A configuration is standard as long as nobody has changed it. One that the user wrote or
-    named is never left out. Calling it again, when more is known, keeps what was fitted.
+    A configuration is standard until it is changed. One that the user wrote or named is never left
+    out. A later call, with more known of the model, keeps earlier results.
 
     Args:
-        fitted: what an earlier call returned, or `Fitted(spec, {})`.
-        outlook: what is known of the model; without its k nothing is fitted yet.
+        fitted: result of an earlier call, or `Fitted(spec, {})`.
+        outlook: known properties of the model; without its k nothing is fitted yet.
     Raises:
-        InputError: a name isn't among the configurations, or a configuration of the user's can't
-            run on this model.
+        InputError: a name isn't among the configurations, or a configuration of the user can't run
+            on this model.
     """
     spec, left_out = fitted
     if outlook.top_k is None:
@@ -59,17 +59,17 @@ def fit_to_model(fitted: Fitted, outlook: Outlook) -> Fitted:
 
 
 def fit_to_config(spec: RunSpec) -> Fitted:
-    """Fit a spec to the model's config.json, before anything else of the model is read.
+    """Fit a spec to the model's config.json, before the model is loaded.
 
     Raises:
         ModelError: the model can't be found or reached, or its family isn't supported.
-        InputError: as `fit_to_model` does.
+        InputError: as in `fit_to_model`.
     """
     return fit_to_model(Fitted(spec, {}), read_outlook(spec.model))
 
 
 def fit_to_loaded(fitted: Fitted, model: nn.Module) -> Fitted:
-    """Fit a spec to what the probe finds, and check every rule; no calibration is needed for it.
+    """Fit a spec to a loaded model's probed routers and check every rule, without a calibration.
 
     Raises:
         InputError: a configuration can't run on this model.
@@ -87,10 +87,10 @@ def fit_to_loaded(fitted: Fitted, model: nn.Module) -> Fitted:
 def select_configs(
     configs: Mapping[str, dict[str, Any]], names: Iterable[str] | None
 ) -> dict[str, dict[str, Any]]:
-    """Keep the configurations of these names, in the order of `configs`; None keeps all.
+    """Select configurations by name, in the order of `configs`; None selects all.
 
     Raises:
-        InputError: a name isn't among them; the nearest one is suggested.
+        InputError: a name is unknown; the error suggests the nearest one.
     """
     if names is None:
         return dict(configs)
@@ -102,7 +102,7 @@ def select_configs(
 
 
 def _follow(configs: Mapping[str, dict[str, Any]], top_k: int) -> dict[str, dict[str, Any]]:
-    """Give standard configurations the model's own k; the baseline's name says it."""
+    """Set the model's own k in standard configurations and in the baseline's name."""
     written = standard_configs(STANDARD_TOP_K)
     fitting = dict(zip(written, standard_configs(top_k).items(), strict=True))
     followed: dict[str, dict[str, Any]] = {}
@@ -128,7 +128,7 @@ def _follow(configs: Mapping[str, dict[str, Any]], top_k: int) -> dict[str, dict
 
 
 def _why_not(rule: Rule, outlook: Outlook) -> str:
-    """Return why the model can't run this rule; empty if nothing is known against it."""
+    """Return why the model can't run this rule; empty if no reason is known."""
     if rule.temperature == 1.0 or outlook.takes_temperature is not False:
         return ""
     return (

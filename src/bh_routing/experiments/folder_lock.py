@@ -1,4 +1,4 @@
-"""One writer a folder, and nothing written outside it."""
+"""Locks that allow one writer per folder, and a check against links out of it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ LOCK: Final = ".lock"
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Make a folder and lock it inside the block, for whatever isn't a run.
+    """Create a folder and lock it inside the block; for commands other than `run`.
 
     Raises:
-        ResultsError: somebody else writes to it, or it can't be written.
+        ResultsError: another process writes to the folder, or it isn't writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -40,10 +40,10 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuse a folder in which a name that we write is a symbolic link to somewhere else.
+    """Reject a folder in which a file that we write is a symbolic link.
 
     Raises:
-        ResultsError: names the link.
+        ResultsError: a name is a symbolic link; the error names it.
     """
     for name in (*OWN_NAMES, LOCK, CHECKPOINT):
         path = folder / name
@@ -55,7 +55,7 @@ def refuse_links(folder: Path) -> None:
 
 
 def in_use(folder: Path) -> ResultsError:
-    """Build the error for a folder that another process has locked."""
+    """Return the error for a folder that another process has locked."""
     return ResultsError(
         f"another run is writing to {folder}; wait until it ends, or choose another --output"
     )

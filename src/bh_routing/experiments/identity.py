@@ -1,4 +1,4 @@
-"""Identity and provenance: which runs are comparable, and where a result came from."""
+"""Identity, which decides whether runs are comparable, and provenance of results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _GIT_TIMEOUT_SEC = 5.0
 
 
 def collect_provenance(seed: int) -> dict[str, Any]:
-    """Return versions, machine, seed, revision and start, as in run.json."""
+    """Return versions, machine, seed, revision and start time, for run.json."""
     return {
         **library_versions(),
         "python": platform.python_version(),
@@ -46,14 +46,14 @@ def collect_provenance(seed: int) -> dict[str, Any]:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions that a greedy text may depend on."""
+    """Return the versions on which greedy generation may depend."""
     versions = {name: metadata.version(name) for name in ("torch", "transformers")}
     return {"bh_routing": bh_routing.__version__, **versions}
 
 
 def git_revision(folder: Path) -> str | None:
-    """Return the revision that tracks `folder`, with `-dirty` if changed; None outside git."""
-    # A virtual environment inside somebody else's clone isn't tracked by it.
+    """Return the git revision of `folder`, with `-dirty` if changed; None if untracked."""
+    # A virtual environment inside another project's clone is untracked there.
     if not _git(folder, "ls-files", "__init__.py"):
         return None
     return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*")
@@ -74,10 +74,10 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the product's name; of a CPU whose name isn't known the architecture's."""
+    """Return the device's product name; for an unknown CPU its architecture."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with suppress(OSError):  # Linux alone has this file, and not on every architecture the name
+    with suppress(OSError):  # only Linux has this file, with a name on some architectures
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
@@ -85,7 +85,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the highest memory use so far: of the device, or of this process on a CPU."""
+    """Return the peak memory use so far: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -94,7 +94,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 _KEY_LENGTH: Final = 16
 _MOST_SETTINGS: Final = 3
-"""Settings that a sentence names; of more it says how many."""
+"""Settings that a message names; of more it gives the number."""
 _LABELS: Final = {
     "schema_version": "schema",
     "tokenizer": "tokenizer",
@@ -108,38 +108,38 @@ _LABELS: Final = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunIdentity:
-    """All results of a folder share this; with another one they must not be mixed."""
+    """Properties that all results of a folder share; results with others must not be mixed in."""
 
     schema_version: int = SCHEMA_VERSION
     model: str
-    """Name of the model, for messages."""
+    """Name, for messages."""
     model_fingerprint: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What config.json and generation_config.json say, so that a message can name what differs."""
+    """Content of config.json and generation_config.json, so that messages can name differences."""
     tokenizer: str = ""
     """Fingerprint."""
     dtype: str
     device_type: str
     device_name: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
-    """Libraries that texts and losses depend on."""
+    """Of libraries on which generated text and losses depend."""
     max_tokens: int | None = None
-    """Of an experiment; None where nothing is generated."""
+    """Per experiment; None without generation."""
     chat_template: str | None = None
-    """Hash of the template that prompts are written into; None: they are raw."""
+    """Hash of the template that formats prompts; None: prompts are raw."""
     tables: Mapping[str, str] = field(default_factory=dict)
-    """Null -> fingerprint of its tables; a folder may get further ones, but never others."""
+    """Null -> fingerprint of its tables; a folder may gain nulls, but no fingerprint may change."""
 
     def journal_seed(self) -> str:
-        """What the journal's checksums build on: all but the name and the calibration."""
+        """Return the seed of the journal's checksums, which leaves out name and calibration."""
         return journal_seed(asdict(self))
 
     def of_scores(self) -> dict[str, Any]:
-        """Return what scores of text depend on; the tables are part of each score's key."""
+        """Return the fields on which scores of text depend; tables are part of each score's key."""
         return asdict(replace(self, max_tokens=None, chat_template=None, tables={}))
 
     def differences(self, stored: Mapping[str, Any]) -> list[str]:
-        """Name what differs from the identity stored in a folder, value by value."""
+        """Return the differences from the identity stored in a folder, value by value."""
         if "versions" not in stored:
             return ["an older version of bh-routing noted there less of what results depend on"]
         try:
@@ -161,10 +161,10 @@ class RunIdentity:
         return [*self._model_differences(other), *found]
 
     def _model_differences(self, other: RunIdentity) -> list[str]:
-        """Name the cause, not its consequences: the dtype, too, changes the weights' hash."""
+        """Return causes, not consequences: a different dtype changes the weights' hash too."""
         is_same = self.model_fingerprint == other.model_fingerprint
         changed = list(_changed(self.settings, other.settings))
-        are_few = len(changed) <= _MOST_SETTINGS  # of another model altogether many differ
+        are_few = len(changed) <= _MOST_SETTINGS  # a different model differs in many
         if changed and (is_same or are_few or self.model == other.model):
             shown = "; ".join(changed[:_MOST_SETTINGS])
             more = len(changed) - _MOST_SETTINGS
@@ -187,13 +187,13 @@ def identify(
     max_tokens: int | None = None,
     calibration: Calibration | None = None,
 ) -> RunIdentity:
-    """Say what results of a model depend on here and now.
+    """Return the identity of results made with this model on this machine.
 
     Args:
-        name: the model's, for messages.
-        model, tokenizer: what results are made with.
-        max_tokens: tokens of an experiment; None if none is generated.
-        calibration: None while nothing has needed one.
+        name: the model's name, for messages.
+        model, tokenizer: the loaded model.
+        max_tokens: maximum number of tokens per experiment; None without generation.
+        calibration: None if no rule has needed one so far.
     """
     facts, template = describe_model(model), getattr(tokenizer, "chat_template", None)
     return RunIdentity(
@@ -212,7 +212,7 @@ def identify(
 
 
 def rule_key(rule: Rule, calibration: Calibration | None) -> str:
-    """Fingerprint of what a configuration does: its rule, and the tables that the rule reads."""
+    """Return the fingerprint of a rule and the calibration tables that it reads."""
     known = {} if calibration is None else calibration.table_fingerprints
     tables = known.get(rule.required_null or "")
     return digest([rule_to_config(rule), tables])[:_KEY_LENGTH]
@@ -221,9 +221,9 @@ def rule_key(rule: Rule, calibration: Calibration | None) -> str:
 def experiment_key(
     named_rule: NamedRule, prompt: Prompt, calibration: Calibration | None = None
 ) -> str:
-    """Fingerprint of one experiment within a run: everything its row depends on.
+    """Return the fingerprint of everything on which an experiment's row depends within a run.
 
-    The description of a configuration isn't in the row, so a new wording reuses it.
+    A configuration's description isn't in the row, so rewording it doesn't invalidate the row.
     """
     return digest(
         {
@@ -235,7 +235,7 @@ def experiment_key(
 
 
 def _changed(now: Any, there: Any, path: str = "") -> Iterator[str]:
-    """Yield each setting that differs, by its place in the nested settings."""
+    """Yield the path of each differing entry in nested settings."""
     if isinstance(now, Mapping) and isinstance(there, Mapping):
         for name in sorted({*now, *there}):
             yield from _changed(now.get(name), there.get(name), f"{path}.{name}" if path else name)

@@ -1,4 +1,4 @@
-"""Everything that is loaded and checked before a run writes its first file."""
+"""Load and check the inputs of a run, before it writes its first file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Loaded(NamedTuple):
-    """A model that was loaded for a run."""
+    """A run's loaded model."""
 
     model: Any
     tokenizer: Any
@@ -37,10 +37,10 @@ class Loaded(NamedTuple):
 
 
 def load(spec: RunSpec) -> Loaded:
-    """Load the model of a run and say what it is.
+    """Load the model of a run and log its properties.
 
     Raises:
-        ModelError: it can't be found, loaded or routed.
+        ModelError: the model can't be found, loaded or routed.
     """
     start = time.perf_counter()
     model, tokenizer = load_model(
@@ -69,10 +69,10 @@ def load(spec: RunSpec) -> Loaded:
 
 
 class Preparation:
-    """A run that was found to be sound; making one writes nothing.
+    """A validated run; constructing one writes nothing.
 
     Args:
-        spec: what to run; `fit_to_loaded` has fitted it to the model.
+        spec: the run's spec, from `fit_to_loaded`.
         store: the folder, open for reading.
         loaded: the model.
     Raises:
@@ -110,10 +110,10 @@ class Preparation:
 
 
 def check_prompts(spec: RunSpec, tokenizer: Any, facts: ModelFacts) -> None:
-    """Refuse a prompt that is no token, or leaves no room for the continuation.
+    """Reject a prompt that has no token or leaves no room for the continuation.
 
     Raises:
-        InputError: the prompt's number, its length, the room there is, and what to change.
+        InputError: names the prompt's number, its length, the limit and the remedy.
     """
     for number, prompt in enumerate(spec.prompts, start=1):
         length = len(encode_prompt(tokenizer, prompt.text))
@@ -133,7 +133,7 @@ def check_prompts(spec: RunSpec, tokenizer: Any, facts: ModelFacts) -> None:
 
 @contextmanager
 def _naming(config_name: str) -> Iterator[None]:
-    """Start the text of an error with the configuration it is about."""
+    """Prefix an error's message with the configuration's name."""
     try:
         yield
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Score quality document by document; each result is kept at once."""
+"""Score quality document by document, and store each record at once."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _RECORD: Final = TypeAdapter(QualityRecord)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QualityText:
-    """What is scored, and how; everything that a record depends on beside its rule."""
+    """Tokenized text and its windows: besides its rule, all that a record depends on."""
 
     documents: Sequence[TokenizedDocument]
     sha256: str
@@ -56,7 +56,7 @@ class QualityText:
     window: int
     stride: int
     batch_size: int | None = None
-    """Windows of a forward pass, which records don't depend on; None: what memory bounds allow."""
+    """Windows per forward pass, without effect on records; None: as many as memory bounds allow."""
 
 
 def prepare_text(
@@ -69,19 +69,19 @@ def prepare_text(
     stride: int | None = None,
     batch_size: int | None = None,
 ) -> QualityText:
-    """Tokenize what is to be scored.
+    """Tokenize documents for scoring.
 
     Args:
         tokenizer: the model's tokenizer.
-        facts: the model's, for its context.
+        facts: the model's properties, for its context.
         documents: texts.
-        max_tokens: scored tokens in all, spread over the documents; None for all.
-        window: input tokens of a forward pass; None: the model's context, 1,024 at most.
+        max_tokens: total number of scored tokens, spread over the documents; None: all.
+        window: input tokens per forward pass; None: the model's context, 1,024 at most.
         stride: scored tokens of each window after the first; None: the window, so disjoint.
-        batch_size: as `QualityText` keeps it.
+        batch_size: windows per forward pass, as in `QualityText`.
     Raises:
         InputError: there is nothing to score, window and stride don't fit the model, or the
-            tokenizer has no token to put in front of a document.
+            tokenizer has no token that can start a document.
     """
     prefix_token(tokenizer)
     if window is None:
@@ -99,18 +99,18 @@ def prepare_text(
 
 
 class QualityLedger:
-    """`quality.jsonl`: a header that says what was scored, then a line a rule and document.
+    """`quality.jsonl`: a header that identifies the text, then one line per rule and document.
 
     Opening reads and checks; nothing is written before `begin`.
     """
 
     def __init__(self, folder: Path, text: QualityText, identity: RunIdentity) -> None:
-        """Read what an earlier run scored.
+        """Read the scores of an earlier run.
 
         Args:
             folder: the results folder.
-            text: what is to be scored.
-            identity: what all results of the folder share: the model and so on.
+            text: the text to score.
+            identity: properties that all results of the folder share, such as the model.
         Raises:
             ResultsError: the file holds scores of another text, setting or model, or was edited.
         """
@@ -137,17 +137,17 @@ class QualityLedger:
             self._writer.append({"header": header})
 
     def __contains__(self, key: str) -> bool:
-        """Say whether a rule and document were scored, under whatever name."""
+        """Return whether a rule and document were scored, under any name."""
         return key in self._records
 
     def add(self, key: str, record: QualityRecord) -> None:
-        """Keep one record; it is on disk when this returns."""
+        """Append one record, which is on disk when this returns."""
         assert self._writer is not None, "begin comes first"
         self._writer.append({"key": key, "record": asdict(record)})
         self._remember(key, record)
 
     def labelled(self, key: str, config_name: str, document: TokenizedDocument) -> QualityRecord:
-        """Return a record under the names of today; the file has it under these, too."""
+        """Return a record under its current names, and append it under them if they changed."""
         record = replace(
             self._records[key],
             config_name=config_name,
@@ -213,27 +213,27 @@ def score_missing(
     ledger: QualityLedger,
     executor: Executor | None = None,
 ) -> list[QualityRecord]:
-    """Score every rule on every document that the ledger doesn't have yet.
+    """Score every rule on every document that the ledger lacks.
 
-    A record is known by its rule, the tables that the rule reads, and its document: a name that
-    stands for another rule now is scored anew, a rule that has another name isn't.
+    The key of a record is its rule, the tables that the rule reads, and its document: a name with a
+    new rule is scored again, a rule with a new name isn't.
 
     Args:
-        model, tokenizer: as `score` takes them.
-        text: what is scored.
+        model, tokenizer: as for `score`.
+        text: the text to score.
         rules: configuration name -> rule.
-        calibration: needed if a rule needs one.
-        ledger: open for writing; each record goes there as soon as its document is finished.
-        executor: where it is scored; None: here.
+        calibration: required if a rule needs one.
+        ledger: open for writing; receives each record as soon as its document is finished.
+        executor: where text is scored; None: in this process.
     Returns:
-        One record a rule and document, rules outer, both in their order.
+        One record per rule and document, rules outermost, both in order.
     Raises:
-        ExperimentError: the model gave NaN, and the message says from which layer on; or it gave
-            a token of the text no probability at all.
+        ExperimentError: the model gave NaN, and the message names the first router; or it gave a
+            token of the text probability 0.
     """
     executor = executor or SerialExecutor(Subject(model, tokenizer, calibration))
     rule_keys = {name: rule_key(rule, calibration) for name, rule in rules.items()}
-    once: dict[str, str] = {}  # of equal rules the first is scored
+    once: dict[str, str] = {}  # the first of equal rules is scored
     for name, key in rule_keys.items():
         once.setdefault(key, name)
     keys = {
@@ -264,7 +264,7 @@ def score_missing(
 
 
 def _is_finite(record: QualityRecord) -> bool:
-    """Say whether every number of a record is one that its readers take."""
+    """Return whether every number of a record is finite, as its readers require."""
     numbers = [v for v in asdict(record).values() if isinstance(v, float)]
     return bool(np.isfinite([*numbers, *record.jaccard_sum]).all())
 
@@ -288,10 +288,10 @@ def _why_not_finite(
 
 
 def scored_documents(spec: RunSpec) -> list[Document]:
-    """Read the documents that a run scores.
+    """Read the evaluation documents of a run.
 
     Raises:
-        InputError: they can't be read.
+        InputError: a document can't be read.
     """
     if spec.eval_text is None:
         return packaged_documents("evaluation")
@@ -299,7 +299,7 @@ def scored_documents(spec: RunSpec) -> list[Document]:
 
 
 class QualityPhase:
-    """Text that was read and tokenized before the run began; a mistake in it shows early.
+    """Scoring of a run; the text is read and tokenized before the run begins, to find errors early.
 
     Raises:
         InputError: the text can't be read, or there is nothing to score.
@@ -315,10 +315,10 @@ class QualityPhase:
         )
 
     def ledger(self, folder: Path, identity: RunIdentity) -> QualityLedger:
-        """Read what an earlier run of the folder scored; writes nothing.
+        """Read the scores of an earlier run of the folder, without writing.
 
         Raises:
-            ResultsError: it scored another text or setting, or was edited.
+            ResultsError: they are of another text or setting, or were edited.
         """
         return QualityLedger(folder, self._text, identity)
 
@@ -330,10 +330,10 @@ class QualityPhase:
         rules: Sequence[NamedRule],
         executor: Executor,
     ) -> list[str]:
-        """Score what the folder lacks, then static top-k on both sides of each mean.
+        """Score all missing records, then static top-k below and above each mean.
 
         Returns:
-            Names of the configurations that are scored now, the static ones last.
+            Names of all scored configurations, the static ones last.
         """
         by_name = {named.name: named.rule for named in rules}
         with self.ledger(folder, identity) as ledger:
@@ -357,14 +357,14 @@ class QualityPhase:
 def static_references(
     rules: Mapping[str, Rule], records: Iterable[QualityRecord]
 ) -> dict[str, TopK]:
-    """Return the static top-k rules that the others must be compared with at equal cost.
+    """Return the static top-k rules for comparisons at equal cost.
 
-    For each configuration with a fractional mean k, the whole numbers on both sides of it, but
-    rules that are configured already.
+    For each configuration with a fractional mean k, these are the integers below and above it,
+    without rules that are configured already.
 
     Args:
         rules: configuration name -> rule.
-        records: what was scored under them.
+        records: their scores.
     Returns:
         Name -> rule; `topk_4` for four experts, or `static_4` if that name stands for another rule.
     """

@@ -1,4 +1,4 @@
-"""Experiments on Ray workers that each hold the model; the driver alone writes files."""
+"""Experiments on Ray workers that each hold the model; only the driver writes files."""
 
 from __future__ import annotations
 
@@ -40,52 +40,52 @@ from bh_routing.results.records import QualityRecord
 from bh_routing.rules.base import Rule
 
 MOST_PROMPTS: Final = 8
-"""Experiments of one job: what a dead worker loses, and how late progress is seen."""
+"""Experiments per job: a dead worker loses as many, and progress advances in such steps."""
 JOBS_A_WORKER: Final = 4
-"""Least number of jobs for each worker, so that none waits long for the last."""
+"""Minimum number of jobs per worker, so that none waits long for the last."""
 ROOM_FACTOR: Final = 1.25
 ROOM_BYTES: Final = 2 * 2**30
-"""What a worker takes of a GPU: so many times its weights, and so much for activations, logits
-and CUDA itself."""
+"""GPU memory of a worker: ROOM_FACTOR times the weights' size, and ROOM_BYTES for activations,
+logits and CUDA."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RaySettings:
-    """Where workers run, and what each is given."""
+    """Cluster, number and resources of the workers."""
 
     address: str | None = None
-    """Of a cluster, such as auto or host:6379; None: Ray is started on this machine."""
+    """Address of a cluster, such as auto or host:6379; None: start Ray on this machine."""
     num_workers: int | None = None
-    """None: as many as the cluster has room for, and jobs to do."""
+    """None: as many as the cluster has room for, at most one per job."""
     threads: int = 1
-    """Of each worker, on a CPU."""
+    """Per worker, on a CPU."""
 
 
 class Recipe(NamedTuple):
-    """What a worker makes its model from."""
+    """A worker's instructions to load the driver's model."""
 
     model: str
     dtype: str
     identity: RunIdentity
-    """Of the driver's model and machine."""
+    """The driver's."""
     threads: int
     has_chat_template: bool
-    """Whether the driver writes prompts into the tokenizer's chat template."""
+    """Whether the driver applies the tokenizer's chat template to prompts."""
 
 
 class Worker:
-    """What runs in a worker's process: a model, and the serial executor on it."""
+    """Actor in a worker's process: a model, and a serial executor for it."""
 
     def __init__(self) -> None:
         self._serial: SerialExecutor | None = None
 
     def load(self, recipe: Recipe, calibration: Calibration | None) -> Answer:
-        """Load the model, and see that it is the driver's.
+        """Load the model, and check that it is the driver's.
 
         Raises:
-            InputError: it is another one, can't be loaded, or results of this machine and the
+            InputError: the model differs or can't be loaded, or results of this machine and the
                 driver's can't be mixed.
         """
         torch.set_num_threads(recipe.threads)
@@ -106,7 +106,7 @@ class Worker:
         return Answer([], lines)
 
     def run(self, cells: Sequence[Cell], max_tokens: int) -> Answer:
-        """Do experiments, one after the other."""
+        """Run experiments, one after another."""
         assert self._serial is not None, "load comes first"
         with _collected() as lines:
             return Answer([done for _, done in self._serial.run(cells, max_tokens)], lines)
@@ -117,7 +117,7 @@ class Worker:
         rules: Mapping[str, Rule],
         settings: ScoreSettings,
     ) -> Answer:
-        """Score groups of documents; one list of records a group."""
+        """Score groups of documents; the answer has one list of records per group."""
         assert self._serial is not None, "load comes first"
         with _collected() as lines:
             records = [list(self._serial.score(group, rules, settings)) for group in groups]
@@ -125,17 +125,17 @@ class Worker:
 
 
 class RayExecutor:
-    """Workers of a Ray cluster; an `Executor`.
+    """An `Executor` on workers of a Ray cluster.
 
-    A worker that dies is replaced and its work done again, at most `MAX_DEATHS` times; then its
-    experiment is a failed row. Workers that share a machine share its memory bandwidth, so times
-    of a crowded machine aren't those of a quiet one.
+    A worker that dies is replaced and its job retried; after `MAX_DEATHS` deaths the experiment is
+    a failed row. Workers on one machine compete for its memory bandwidth, so their times may exceed
+    those of a single worker.
 
     Args:
-        model: name, as `load_model` takes it; every machine must find the same one under it.
-        dtype: as `load_model` takes it.
-        subject: the driver's model, which leaves its GPU while workers are on.
-        settings: where and how many.
+        model: name for `load_model`, which must denote the same model on every machine.
+        dtype: as for `load_model`.
+        subject: the driver's model, which is moved off its GPU while workers run.
+        settings: cluster, number and resources of the workers.
     Raises:
         InputError: (on entering) Ray isn't installed, or the cluster has no room for a worker.
     """
@@ -146,7 +146,7 @@ class RayExecutor:
         self._facts = describe_model(subject.model)
         self._bytes = sum(p.numel() * p.element_size() for p in subject.model.parameters())
         path = Path(model).expanduser()
-        # A worker has another working directory.
+        # Workers have a different working directory.
         name = str(path.resolve()) if model != DEMO and path.is_dir() else model
         identity = identify(model, subject.model, subject.tokenizer)
         self._recipe = Recipe(
@@ -177,11 +177,11 @@ class RayExecutor:
         self.close()
 
     def close(self) -> None:
-        """End the workers, and Ray if it was started here; the model returns to its GPU."""
+        """Stop the workers, and Ray if it was started here; move the model back to its GPU."""
         self._exits.close()
 
     def run(self, cells: Sequence[Cell], max_tokens: int) -> Iterator[tuple[Cell, Experiment]]:
-        """Yield experiments in the order in which workers finish them."""
+        """Yield experiments in order of completion."""
         if not cells:
             return
         pool = self._workers(len(cells))
@@ -197,8 +197,8 @@ class RayExecutor:
         rules: Mapping[str, Rule],
         settings: ScoreSettings,
     ) -> Iterator[QualityRecord]:
-        """Yield records, group by group, in the order in which workers finish them."""
-        # The groups of a serial run: another batch would round otherwise.
+        """Yield records, group by group, in order of completion."""
+        # The same groups as in a serial run: another batch would round differently.
         groups = list(document_groups(documents))
         if not groups:
             return
@@ -216,7 +216,7 @@ class RayExecutor:
                 yield from records
 
     def describe(self) -> dict[str, Any]:
-        """Say for run.json where experiments ran."""
+        """Return the executor's entry in run.json."""
         return {
             "name": "ray",
             "version": self._ray.__version__,
@@ -226,14 +226,14 @@ class RayExecutor:
         }
 
     def _demand(self) -> dict[str, float]:
-        """What a worker is given: threads of a CPU, or a GPU or a share of one."""
+        """Return a worker's resources: CPU threads, or a GPU or a fraction of one."""
         if self._facts.device == "cpu":
             return {"num_cpus": self._settings.threads, "num_gpus": 0}
         total = torch.cuda.get_device_properties(0).total_memory
         return {"num_cpus": 1, "num_gpus": gpu_share(self._bytes, total)}
 
     def _count_room(self, resources: Mapping[str, float]) -> int:
-        """How many workers fit; as many as were asked for, or an InputError."""
+        """Return how many workers fit; raise InputError if fewer than requested."""
         needs = {"CPU": self._needs["num_cpus"], "GPU": self._needs["num_gpus"]}
         room = min(
             math.floor(resources.get(name, 0) / amount + 1e-9)
@@ -254,7 +254,7 @@ class RayExecutor:
         return min(self._settings.num_workers or self._room, num_jobs)
 
     def _workers(self, num_jobs: int) -> WorkerPool:
-        """Start as many workers as there is work for; they stay until the executor is left."""
+        """Return the pool; the first call starts its workers, at most one per job."""
         if self._pool is not None:
             return self._pool
         ray, size = self._ray, self._size(num_jobs)
@@ -277,7 +277,7 @@ class RayExecutor:
 
 
 def gpu_share(model_bytes: int, gpu_bytes: int) -> float:
-    """Return how much of a GPU a worker asks for: 1, or 1/n where n of them fit.
+    """Return the fraction of a GPU that a worker requests: 1/n if n workers fit, at most 1.
 
     Example:
         >>> gpu_share(14 * 2**30, 80 * 2**30), gpu_share(60 * 2**30, 80 * 2**30)
@@ -288,7 +288,7 @@ def gpu_share(model_bytes: int, gpu_bytes: int) -> float:
 
 
 def cut_blocks(cells: Sequence[Cell], max_tokens: int, num_workers: int) -> list[Job]:
-    """Cut each configuration's cells into blocks of prompts."""
+    """Split each configuration's cells into blocks of prompts."""
     size = max(1, min(MOST_PROMPTS, len(cells) // (JOBS_A_WORKER * num_workers)))
     by_config: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
@@ -302,7 +302,7 @@ def cut_blocks(cells: Sequence[Cell], max_tokens: int, num_workers: int) -> list
 
 @contextmanager
 def _parked(model: Any) -> Iterator[None]:
-    """Keep a model off its GPU inside the block: workers need the room."""
+    """Move a model off its GPU inside the block, to make room for workers."""
     device = model.device
     if device.type == "cpu":
         yield
@@ -326,7 +326,7 @@ class _Collector(logging.Handler):
 
 @contextmanager
 def _collected() -> Iterator[list[tuple[str, int, str]]]:
-    """Collect what is logged inside the block: a worker's console is far away."""
+    """Collect log records inside the block, since nobody reads a worker's console."""
     lines: list[tuple[str, int, str]] = []
     handler = _Collector(lines)
     loggers = [logging.getLogger(name) for name in SOURCES]
@@ -341,7 +341,7 @@ def _collected() -> Iterator[list[tuple[str, int, str]]]:
 
 
 def make_executor(spec: RunSpec, subject: Subject) -> Executor:
-    """Return the executor that a spec names; nothing is started before it is entered."""
+    """Return the executor that a spec names; entering it starts workers, if any."""
     if spec.executor == "local":
         return SerialExecutor(subject)
     settings = RaySettings(

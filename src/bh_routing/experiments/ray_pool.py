@@ -1,6 +1,6 @@
-"""Workers of a Ray cluster that share a queue of jobs; a dead worker's job is done elsewhere.
+"""A pool of Ray workers that share a queue of jobs; a dead worker's job is retried by another.
 
-Ray itself is imported on first use: whoever runs in one process needs none.
+Ray is imported on first use, since runs in one process don't need it.
 """
 
 from __future__ import annotations
@@ -19,43 +19,43 @@ from typing import Any, Final
 from bh_routing.errors import ExperimentError, InputError
 
 MAX_DEATHS: Final = 3
-"""Workers that one job may take with it, and deaths in a row for each worker of the pool."""
+"""Worker deaths that fail a job, and, times the pool's size, consecutive deaths that end a run."""
 PATIENCE_SEC: Final = 30.0
-"""After this long without any worker, the log says what is waited for."""
+"""Time without any worker after which a warning is logged."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Job:
-    """A call of a worker's method: items first, then settings; it answers an item with a result."""
+    """A call of a worker's method with items, then settings; the answer has one result per item."""
 
     method: str
     items: tuple[Any, ...]
     settings: tuple[Any, ...] = ()
     group: str = ""
-    """A worker that has done a job of a group is given others of it: it has warmed up for it."""
+    """Workers prefer jobs of their last job's group, for which they are warmed up."""
     deaths: int = 0
-    """Workers that died while they did it."""
+    """Number of workers that died during this job."""
 
     def retried(self) -> list[Job]:
-        """What to do instead after a death: each item alone, so that a deadly one is found."""
+        """Return the jobs to retry after a death: one per item, to isolate the fatal one."""
         return [replace(self, items=(item,), deaths=self.deaths + 1) for item in self.items]
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a worker's method returns."""
+    """Return value of a worker's method."""
 
     results: list[Any]
-    """One for each item."""
+    """One per item."""
     log: list[tuple[str, int, str]]
-    """Logger, level and text of what was logged meanwhile."""
+    """Logger, level and message of each record logged during the call."""
 
 
 @dataclass(eq=False, slots=True)
 class _Seat:
-    """One worker, and what it is good at."""
+    """One worker, and the group of its last job."""
 
     number: int
     actor: Any
@@ -63,7 +63,7 @@ class _Seat:
 
 
 class JobQueue:
-    """Jobs that wait, by group."""
+    """Waiting jobs, by group."""
 
     def __init__(self, jobs: Iterable[Job]) -> None:
         self._jobs = list(jobs)
@@ -72,14 +72,14 @@ class JobQueue:
         return len(self._jobs)
 
     def take(self, group: str) -> Job:
-        """Take a job of this group; if there is none, the first of the group with most jobs."""
+        """Remove and return a job of this group, or else the first of the group with most jobs."""
         waiting = Counter(job.group for job in self._jobs)
         wanted = group if group in waiting else max(waiting, key=waiting.__getitem__)
         place = next(i for i, job in enumerate(self._jobs) if job.group == wanted)
         return self._jobs.pop(place)
 
     def put_back(self, jobs: Iterable[Job]) -> None:
-        """Let jobs be taken next."""
+        """Put jobs at the front of the queue."""
         self._jobs[:0] = jobs
 
 
@@ -88,9 +88,9 @@ class WorkerPool:
 
     Args:
         ray: the module.
-        start: starts an actor and returns it with the reference that is there once it is ready.
-        size: how many workers.
-        title: what is waited for, for the log.
+        start: starts an actor; returns it with a reference that resolves when it is ready.
+        size: number of workers.
+        title: description of a worker, for the log.
     """
 
     def __init__(
@@ -107,14 +107,14 @@ class WorkerPool:
             self._add(number)
 
     def map(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, list[Any] | None]]:
-        """Do the jobs, and yield each with its results as soon as they are there.
+        """Run the jobs, and yield each with its results as soon as it is finished.
 
         Yields:
-            A job, perhaps a part of one that was given, and the results of its items; None where
-            `MAX_DEATHS` workers died of it.
+            A job, possibly a part of a given one, and the results of its items, or None after
+            `MAX_DEATHS` workers died during it.
         Raises:
             ExperimentError: workers keep dying.
-            BHRoutingError: what a worker itself raised.
+            BHRoutingError: raised by a worker.
         """
         queue = JobQueue(jobs)
         while queue or any(job for _, job in self._busy.values()):
@@ -127,7 +127,7 @@ class WorkerPool:
                 answer = self._fetch(reference, seat)
                 if answer is not None:
                     self._idle.append(seat)
-                    # First: the worker must not wait while the caller writes.
+                    # Before the yield, so that the worker doesn't wait for the caller.
                     self._hand_out(queue)
                     if job is not None:
                         yield job, answer.results
@@ -137,7 +137,7 @@ class WorkerPool:
                     queue.put_back(job.retried())
 
     def close(self) -> None:
-        """End all workers."""
+        """Stop all workers."""
         for seat in [*self._idle, *(seat for seat, _ in self._busy.values())]:
             self._ray.kill(seat.actor)
         self._idle, self._busy = [], {}
@@ -155,7 +155,7 @@ class WorkerPool:
             self._busy[method.remote(list(job.items), *job.settings)] = (seat, job)
 
     def _fetch(self, reference: Any, seat: _Seat) -> Answer | None:
-        """Return a worker's answer; None if it died, and then another one is started."""
+        """Return a worker's answer; if it died, start another one and return None."""
         exceptions = self._ray.exceptions
         try:
             answer: Answer = self._ray.get(reference)
@@ -184,7 +184,7 @@ class WorkerPool:
 def connected(address: str | None) -> Iterator[Any]:
     """Connect to a Ray cluster, or start Ray on this machine, and yield the module.
 
-    A connection that is there already is used and left open.
+    An existing connection is used and left open.
 
     Raises:
         InputError: Ray isn't installed, or the cluster can't be reached.
@@ -199,9 +199,9 @@ def connected(address: str | None) -> Iterator[Any]:
         ) from None
     is_ours = not ray.is_initialized()
     if is_ours:
-        # On this machine nothing is reported to Ray's makers.
+        # No usage reports to Ray's developers.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Otherwise Ray warns of its own future at every start.
+        # Otherwise Ray logs a deprecation warning at every start.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
         try:
             ray.init(
@@ -216,7 +216,7 @@ def connected(address: str | None) -> Iterator[Any]:
                 f"no Ray cluster answers at {address or 'this machine'} ({reason}); start one "
                 "with `ray start --head`, or leave --ray-address out"
             ) from error
-    # Ray takes SIGTERM over, and would end the process without a word.
+    # Ray replaces the SIGTERM handler, and would end the process silently.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, earlier)
     try:

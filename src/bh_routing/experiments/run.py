@@ -1,4 +1,4 @@
-"""A whole run: check everything, then experiments, then whatever is made from them."""
+"""A complete run: checks, experiments, scoring, timing, analysis and reports."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ __all__ = ["Hooks", "RunOutcome", "run"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunOutcome:
-    """How a run ended."""
+    """Outcome of a run."""
 
     folder: Path
     records: tuple[ExperimentRecord, ...]
-    """One row an experiment of the spec, in the CSV's order."""
+    """One row per experiment of the spec, in the CSV's order."""
     num_run: int
-    """Experiments done now."""
+    """Number of experiments run now."""
     num_reused: int
-    """Experiments that an earlier run of the folder had finished."""
+    """Number of experiments finished by an earlier run of the folder."""
     problems: tuple[str, ...]
-    """One sentence for each failed experiment and each later step that failed."""
+    """One sentence per failed experiment and failed later step."""
 
     @property
     def exit_code(self) -> int:
@@ -55,19 +55,19 @@ class RunOutcome:
 
 
 def run(spec: RunSpec, hooks: Hooks | None = None) -> RunOutcome:
-    """Run every configuration on every prompt, and keep each result as soon as it is there.
+    """Run every configuration on every prompt, and store each result as soon as it is finished.
 
-    A run that was stopped goes on where it was; failed experiments are tried again. What
-    finished is never run twice and never lost.
+    A stopped run resumes where it stopped; failed experiments are retried. Finished experiments are
+    never run twice and never lost.
 
     Args:
-        spec: what to run.
-        hooks: what to make of the results; None: nothing.
+        spec: the run's spec.
+        hooks: steps that analyse and report the results; None: no steps.
     Returns:
-        The rows and what failed.
+        The rows and a sentence per failure.
     Raises:
-        InputError: the spec, model, calibration or folder can't be used; nothing was touched.
-        KeyboardInterrupt: the run was interrupted; what finished is kept.
+        InputError: the spec, model, calibration or folder can't be used; nothing was written.
+        KeyboardInterrupt: the run was interrupted; finished experiments are kept.
     """
     start = time.perf_counter()
     with (
@@ -110,11 +110,11 @@ def _run_begun(
     hooks: Hooks,
     start: float,
 ) -> RunOutcome:
-    """Do the work of a run whose folder is open for writing."""
+    """Carry out a run whose folder is open for writing."""
     grid, folder = prepared.grid, spec.output
     num_reused = _ready_folder(prepared, store)
     _announce(spec, prepared, store, num_reused)
-    # Of experiments that an earlier session finished, only their own time is known.
+    # For experiments from an earlier session only their own time is known.
     earlier_sec = sum(r.inference_time_sec for r in store.records if r.status == STATUS_OK)
     grid_start = time.perf_counter()
     num_run = run_grid(executor, grid, spec.max_tokens, store)
@@ -126,7 +126,7 @@ def _run_begun(
     ]
     quality_start = time.perf_counter()
     quality_sec = _score(prepared, executor, store, problems)
-    executor.close()  # from here on the model is needed in this process
+    executor.close()  # the model is needed in this process from here on
     rounds_start = time.perf_counter()
     _time_side_by_side(spec, prepared, store, problems)
     traces_start = time.perf_counter()
@@ -164,7 +164,7 @@ def _run_begun(
 
 
 def _ready_folder(prepared: Preparation, store: ResultStore) -> int:
-    """Save the calibration, and count the experiments that are reused."""
+    """Save the calibration, and return the number of reused experiments."""
     if prepared.subject.calibration is not None:
         save_calibration(prepared.subject.calibration, store.folder)
     return sum(store.finished_record(cell.key) is not None for cell in prepared.grid)
@@ -173,7 +173,7 @@ def _ready_folder(prepared: Preparation, store: ResultStore) -> int:
 def _score(
     prepared: Preparation, executor: Executor, store: ResultStore, problems: list[str]
 ) -> float | None:
-    """Score quality if the spec asks for it; return how long that took."""
+    """Score quality if the spec asks for it; return the time in seconds."""
     if (quality := prepared.quality) is None:
         return None
     start = time.perf_counter()
@@ -207,7 +207,7 @@ def _time_side_by_side(
 
 
 def _document(spec: RunSpec, prepared: Preparation, store: ResultStore) -> dict[str, Any]:
-    """Content of run.json before the first experiment."""
+    """Return the content of run.json before the first experiment."""
     facts = prepared.loaded.facts
     stored = store.stored.document if store.stored is not None else {}
     threads = prepared.loaded.threads

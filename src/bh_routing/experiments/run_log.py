@@ -1,7 +1,6 @@
-"""experiment_log.txt: everything the console shows, in a file that only grows.
+"""experiment_log.txt: an append-only copy of the console's log.
 
-Records are held back until the results folder is known to be ours: a folder that is refused
-must stay as it was.
+Records are buffered until the results folder is accepted: a rejected folder stays unchanged.
 """
 
 from __future__ import annotations
@@ -16,20 +15,20 @@ from typing import Any, Final
 from bh_routing.results.files import unwritable
 
 SOURCES: Final = ("bh_routing", "py.warnings", "transformers")
-"""Loggers whose records the console shows."""
+"""Loggers shown on the console."""
 FILE_ONLY: Final[dict[str, Any]] = {"file_only": True}
 """`extra` of a record that the console shows in another form, such as a progress bar."""
 
 
 class RunLog:
-    """Collect log records, and write them to a file once there is one; a context manager."""
+    """Buffer log records until a file is given, then write them to it; a context manager."""
 
     def __init__(self) -> None:
         self._handler = _HeldBack()
         self._level = logging.NOTSET
 
     def write_to(self, path: Path) -> None:
-        """Append what was held back to `path`, and from now on each record at once."""
+        """Append buffered records to `path`, and from now on each record at once."""
         self._handler.write_to(path)
 
     def __enter__(self) -> RunLog:
@@ -55,7 +54,7 @@ class RunLog:
 
 
 class _HeldBack(logging.Handler):
-    """A handler that remembers records until it has a file."""
+    """A handler that buffers records until it has a file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +77,7 @@ class _HeldBack(logging.Handler):
         if self._descriptor is None:
             self._held.append(record)
             return
-        # A full disk must not stop what the record is about, nor hide it behind a traceback.
+        # A full disk must neither stop the run nor print a traceback.
         with suppress(OSError):
             os.write(self._descriptor, f"{self.format(record)}\n".encode(errors="replace"))
 

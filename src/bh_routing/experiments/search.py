@@ -29,35 +29,35 @@ from bh_routing.rules.fixed import PerLayerTopK
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Goal:
-    """A variant and the mean number of experts that it is to use."""
+    """A rule variant and its target mean number of experts."""
 
     variant: Variant
     budget: float
 
     @property
     def config_name(self) -> str:
-        """Such as `bh_drop-block-sensitivity@5`."""
+        """For example `bh_drop-block-sensitivity@5`."""
         return f"{self.variant.name}@{self.budget:g}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """The value of a knob that was found for a goal."""
+    """The tuning parameter's value found for a goal."""
 
     goal: Goal
     rule: Rule
     knob: float
     mean_experts: float
-    """On the text of the search, under the rule."""
+    """Measured under the rule on the text of the search."""
     delta_nll: float
-    """There too, against the model's own top-k, in nats a token."""
+    """Difference from the model's own top-k on that text, in nats per token."""
     corrections: int
-    """How often the rule was run and its target shifted before this value was found."""
+    """Number of runs of the rule, each with a shifted target, before this value was found."""
     unreachable: str | None
-    """Why the budget isn't met, with the closest mean; None if it is."""
+    """Why the budget isn't met, with the closest mean; None if it is met."""
 
     def to_document(self, search: str) -> dict[str, Any]:
-        """Return plain data; `search` identifies the model, text and calibration searched on."""
+        """Return plain data; `search` identifies the search's model, text and calibration."""
         variant = self.goal.variant
         return {
             "config_name": self.goal.config_name,
@@ -81,13 +81,13 @@ def recall_settings(
     search_of: Callable[[Variant], str],
     rule_at: Callable[[Variant, float], Rule],
 ) -> dict[str, Setting]:
-    """Find goals among what an earlier search of the same kind wrote; name -> setting.
+    """Return the settings that an earlier search found for these goals; name -> setting.
 
     Args:
-        goals: what is looked for.
-        documents: settings as `Setting.to_document` gives them.
-        search_of: identifies the search for a variant; settings of another one aren't taken.
-        rule_at: the rule that a variant is at a value of its knob.
+        goals: the goals.
+        documents: settings, as returned by `Setting.to_document`.
+        search_of: identifies the search for a variant; settings of other searches are ignored.
+        rule_at: builds a variant's rule for a value of its tuning parameter.
     """
     stored = {entry.get("config_name"): entry for entry in documents}
     found = {}
@@ -121,25 +121,25 @@ def _recall(
 
 
 SEARCH_TOKENS: Final = 4_000
-"""Tokens of calibration text, spread over its documents: enough for a mean to about 0.6 %."""
+"""Tokens of calibration text, spread over its documents: they determine a mean to about 0.6 %."""
 TOLERANCE: Final = 0.02
-"""Share of a budget by which a mean may miss it; beyond, the budget is unreachable."""
+"""Relative difference between mean and budget beyond which the budget counts as unreachable."""
 CLOSE_ENOUGH: Final = 0.005
-"""Share of a budget up to which nothing is corrected."""
+"""Relative difference between mean and budget up to which nothing is corrected."""
 MAX_CORRECTIONS: Final = 2
 _HIT: Final = 5e-4
 _STEP: Final = 1e-4
 
 
 class KnobSearch:
-    """Rules tried on calibration text.
+    """Search for tuning parameters on calibration text.
 
     Args:
-        model, tokenizer: as `score` takes them.
-        documents: calibration text; a search reads the start of each.
-        calibration: needed if a variant needs one.
-        num_tokens: most tokens of the text.
-        batch_size: windows of a forward pass; None: as many as memory bounds allow.
+        model, tokenizer: as for `score`.
+        documents: calibration text; a search reads the start of each document.
+        calibration: required if a variant needs one.
+        num_tokens: maximum number of tokens of the text.
+        batch_size: windows per forward pass; None: as many as memory bounds allow.
     Raises:
         InputError: the text has no tokens.
     """
@@ -178,22 +178,22 @@ class KnobSearch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that a search reads."""
+        """Number of tokens that a search reads."""
         return sum(len(document.ids) for document in self.text.documents)
 
     def find(self, goals: Sequence[Goal], known: Sequence[Mapping[str, Any]] = ()) -> list[Setting]:
-        """Find a setting for every goal, in their order.
+        """Find a setting for every goal, in order.
 
         Args:
             goals: variants and budgets.
-            known: settings as `to_documents` gives them, of this search or another; what fits
-                isn't searched again.
+            known: settings, as returned by `to_documents` of this search or another; matching ones
+                aren't searched again.
         Raises:
             InputError: a variant can't run on this model, or a budget is out of range.
-            CalibrationError: a variant can't run with this calibration, whatever its knob.
+            CalibrationError: a variant can't run with this calibration at any parameter value.
         """
         check_budgets([goal.budget for goal in goals], self._routers.model_top_k)
-        # Losses by layer are measured without any table, as for a rule that reads none.
+        # Losses by layer are measured without tables, as for a rule that reads none.
         self._layer_losses = self._layer_losses or LayerLosses.recall(known, self._key(None))
         found = recall_settings(goals, known, self._key_of, self._at)
         open_goals = {g.config_name: g for g in goals if g.config_name not in found}
@@ -201,7 +201,7 @@ class KnobSearch:
         return [found[goal.config_name] for goal in goals]
 
     def to_documents(self, settings: Iterable[Setting]) -> list[dict[str, Any]]:
-        """Return plain data that `find` takes as `known`, with what sharing out rests on."""
+        """Return plain data for `find`'s `known`, with the layer losses of allocated budgets."""
         losses = self._layer_losses
         kept = {} if losses is None else {"layer_losses": losses.to_document()}
         return [
@@ -211,7 +211,7 @@ class KnobSearch:
         ]
 
     def _key_of(self, variant: Variant) -> str:
-        """Identify what a setting that was found depends on besides its goal."""
+        """Identify everything that a setting depends on besides its goal."""
         return self._key(variant.anywhere().required_null)
 
     def _key(self, null: str | None) -> str:
@@ -219,7 +219,7 @@ class KnobSearch:
         return digest([*self._searched, tables.get(null or "")])
 
     def mean_experts(self, rule: Rule) -> float:
-        """Mean number of experts that a rule keeps of the captured proposals."""
+        """Return the mean number of experts that a rule keeps of the captured proposals."""
         if rule not in self._means:
             key = (rule.num_candidates(self._routers.model_top_k), rule.needs_output_norms)
             if key not in self._proposals:
@@ -293,9 +293,9 @@ class KnobSearch:
         return value_at(min(missed, key=missed.__getitem__))
 
     def _start(self, variant: Variant) -> float:
-        """Find the lowest place on the scale that the calibration can decide.
+        """Find the lowest position on the scale that the calibration can resolve.
 
-        Only levels have such a limit, and a larger level never asks for more than a smaller one.
+        Only levels have such a limit, and a larger level never needs more resolution.
         """
         low, high = variant.knob.scale.ends(self._routers.model_top_k)
         value_at = variant.knob.scale.value_at
@@ -320,7 +320,7 @@ class KnobSearch:
     def _run(
         self, goals: Mapping[str, Goal], values: Mapping[str, float], corrections: int
     ) -> dict[str, Setting]:
-        """Score the rules at these values, in one pass that shares the model's own top-k."""
+        """Score the rules at these values, together with one pass of the model's own top-k."""
         rules = {name: self._at(goals[name].variant, value) for name, value in values.items()}
         records: dict[str, list[QualityRecord]] = defaultdict(list)
         title = f"correction {corrections}" if corrections else "measure"

@@ -1,4 +1,4 @@
-"""Specifications of runs, as typed data that is checked before any work starts."""
+"""Specs of runs: typed data, validated before any work starts."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def describe_error(
     model: type[BaseModel],
     items: Mapping[str, type[BaseModel]] | None = None,
 ) -> str:
-    """Describe one mistake, the most telling.
+    """Describe the most informative of pydantic's errors in one sentence.
 
     Args:
-        error: what pydantic raised.
-        model: what was being built.
-        items: field -> the model of each of its items, for fields that are lists of models.
+        error: pydantic's exception.
+        model: the validated model.
+        items: field -> model of its items, for fields that are lists of models.
     """
     found = error.errors(include_url=False)
-    # A misspelt key is unknown and leaves another one missing: the first explains both.
+    # A misspelt key is unknown and leaves another one missing: the former explains both.
     detail = next((item for item in found if item["type"] == "extra_forbidden"), found[0])
     location = list(detail["loc"])
     owner = model
@@ -69,16 +69,16 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+@-]{0,63}")
 
 
 class Prompt(BaseModel):
-    """One text to continue."""
+    """A text to continue."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     text: str
-    """What the model continues; not empty."""
+    """The text; not empty."""
     category: str = "custom"
-    """The group that reports put it in, and a name that `--prompts` understands."""
+    """Group in reports, and a name that `--prompts` accepts."""
     description: str = ""
-    """One phrase that says what it tests."""
+    """Purpose of the prompt, as a phrase."""
 
     @field_validator("text", "category")
     @classmethod
@@ -98,7 +98,7 @@ class Prompt(BaseModel):
 
 
 class NamedRule(NamedTuple):
-    """A configuration after its fields were checked."""
+    """A configuration with validated fields."""
 
     name: str
     description: str
@@ -106,7 +106,7 @@ class NamedRule(NamedTuple):
 
 
 class RunSpec(BaseModel):
-    """Everything that one run is made of; build it with `make_spec`, which explains mistakes."""
+    """All settings of a run; build it with `make_spec`, which explains errors in one sentence."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -115,55 +115,55 @@ class RunSpec(BaseModel):
     output: Path = Path(defaults.OUTPUT)
     """Folder of the results."""
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = defaults.MAX_TOKENS
-    """Most tokens generated per experiment."""
+    """Maximum number of tokens generated per experiment."""
     checkpoint_interval: Annotated[int, Field(ge=1)] = defaults.CHECKPOINT_INTERVAL
     """Finished experiments between two snapshots in checkpoints/."""
     resume: bool = True
-    """Go on where the folder's run stopped; otherwise move it aside first."""
+    """Resume the folder's run; otherwise move it aside first."""
     device: Literal["auto", "cuda", "cpu"] = defaults.DEVICE
-    """Where the model runs; auto is CUDA where there is one."""
+    """Device of the model; auto is CUDA if available."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = defaults.DTYPE
-    """Type of the parameters; auto is bfloat16 on CUDA and float32 on CPU."""
+    """Data type of the parameters; auto is bfloat16 on CUDA and float32 on CPU."""
     configs: dict[str, dict[str, Any]] = Field(
         default_factory=lambda: dict(defaults.ROUTING_CONFIGS)
     )
-    """Name -> configuration; standard ones follow the model's own k once that is known."""
+    """Name -> configuration; standard ones adapt to the model's own k once that is known."""
     only: list[str] | None = None
     """Names of the configurations to run; None: all that the model can run."""
     prompts: list[Prompt] = Field(
         default_factory=lambda: [Prompt(**prompt) for prompt in defaults.TEST_PROMPTS]
     )
-    """Texts to continue; every configuration continues each."""
+    """Prompts; every configuration continues each."""
     budget: Annotated[float, Field(ge=1)] | None = None
-    """Mean experts a token that every rule but static top-k is brought to; None: as configured."""
+    """Target mean experts per token of every rule but static top-k; None: as configured."""
     calibration: Path | None = None
-    """A file that `bh-routing calibrate` saved; None: calibrate if a rule needs it."""
+    """File saved by `bh-routing calibrate`; None: calibrate if a rule needs it."""
     calibration_text: Path | None = None
     """Text to calibrate on; None: the packaged text."""
     chat_template: Literal["auto", "on", "off"] = defaults.CHAT_TEMPLATE
-    """Whether prompts are messages in the tokenizer's chat template; auto: if it has one."""
+    """Whether to apply the tokenizer's chat template to prompts; auto: if it has one."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = defaults.SEED
-    """Seed of whatever draws at random; greedy generation doesn't."""
+    """Seed of all random draws; greedy generation makes none."""
     executor: Literal["local", "ray"] = defaults.EXECUTOR
-    """Where experiments run and text is scored: in this process, or on workers of Ray."""
+    """Where experiments run and text is scored: in this process, or on Ray workers."""
     ray_address: str | None = None
-    """A Ray cluster, such as auto or host:6379; None: Ray is started on this machine."""
+    """Address of a Ray cluster, such as auto or host:6379; None: start Ray on this machine."""
     workers: Annotated[int, Field(ge=1)] | None = None
-    """Workers of Ray; None: as many as there is room for."""
+    """Number of Ray workers; None: as many as there is room for."""
     device_map: Literal["auto"] | None = None
-    """Spread the layers of a model over all GPUs; None: it is on one device."""
+    """Spread the model's layers over all GPUs; None: use one device."""
     batch_size: Annotated[int, Field(ge=1)] | None = None
-    """Windows of text scored in one forward pass; None: as many as the memory bounds allow."""
+    """Windows of text scored per forward pass; None: as many as memory bounds allow."""
     eval_text: Path | None = None
     """Text that quality is scored on; None: the packaged text."""
     no_eval: bool = False
-    """Leave out the scoring of quality."""
+    """Skip the scoring of quality."""
     eval_tokens: Annotated[int, Field(ge=1)] = defaults.EVAL_TOKENS
-    """Most tokens scored."""
+    """Maximum number of scored tokens."""
     token_traces: Annotated[int, Field(ge=0)] = defaults.TOKEN_TRACES
     """Prompts of each configuration whose tokens are traced for report.html; 0: none."""
     timing_rounds: Annotated[int, Field(ge=0)] = defaults.TIMING_ROUNDS
-    """Rounds in which the configurations are timed side by side; 0: none."""
+    """Rounds of interleaved timing of all configurations; 0: none."""
 
     @model_validator(mode="after")
     def _whole(self) -> RunSpec:
@@ -192,12 +192,12 @@ class RunSpec(BaseModel):
 
 
 def make_spec(**values: Any) -> RunSpec:
-    """Build a RunSpec, or say in one sentence what is wrong with it.
+    """Build a RunSpec.
 
     Args:
-        values: fields of `RunSpec`; what is missing takes its default.
+        values: fields of `RunSpec`; missing ones take their defaults.
     Raises:
-        InputError: a value is outside what is allowed.
+        InputError: a value is invalid; the error describes it in one sentence.
     """
     try:
         spec = RunSpec(**values)
@@ -210,13 +210,13 @@ def make_spec(**values: Any) -> RunSpec:
 def make_rules(
     configs: Mapping[str, Mapping[str, Any]], budget: float | None = None
 ) -> list[NamedRule]:
-    """Turn configurations into rules, in their order.
+    """Make a rule per configuration, in order.
 
     Args:
         configs: name -> configuration.
-        budget: if there is one, a configuration may lack its rule's knob, which will be found.
+        budget: with a budget, a configuration may lack its rule's tuning parameter.
     Raises:
-        InputError: a name or a field isn't allowed; the text starts with the configuration.
+        InputError: a name or a field is invalid; the message starts with the configuration.
     """
     return [_make_rule(name, config, budget is not None) for name, config in configs.items()]
 
@@ -249,9 +249,9 @@ def _placeholder(fields: Mapping[str, Any], may_lack_knob: bool) -> dict[str, An
 
 
 def find_baseline(rules: Sequence[NamedRule], model_top_k: int) -> str | None:
-    """Return the name of the configuration that the others are compared with.
+    """Return the name of the baseline that other configurations are compared with.
 
-    That is the model's own top-k, or else the first static top-k; None without either.
+    It is the model's own top-k, or else the first static top-k; None without either.
     """
     static = [named for named in rules if isinstance(named.rule, TopK)]
     own = [named for named in static if named.rule == TopK(model_top_k)]
@@ -259,7 +259,7 @@ def find_baseline(rules: Sequence[NamedRule], model_top_k: int) -> str | None:
 
 
 def resolved(spec: RunSpec, rules: Sequence[NamedRule]) -> dict[str, Any]:
-    """Return the spec as plain JSON data, each rule with all its fields written out."""
+    """Return the spec as plain JSON data, with all fields of each rule."""
     content = spec.model_dump(mode="json")
     content["configs"] = {
         named.name: {**rule_to_config(named.rule), "description": named.description}
@@ -271,13 +271,13 @@ def resolved(spec: RunSpec, rules: Sequence[NamedRule]) -> dict[str, Any]:
 def select_prompts(
     prompts: Sequence[Mapping[str, Any]], items: Iterable[str] | None
 ) -> list[dict[str, Any]]:
-    """Keep the prompts that `items` name, in the order of `prompts`; None keeps all.
+    """Select the prompts that `items` name, in the order of `prompts`; None selects all.
 
     Args:
         prompts: mappings with a `category`.
         items: each is a number (the first prompt is 1), a range such as 2-4, or a category.
     Raises:
-        InputError: a number is outside the list, or a name is no category.
+        InputError: a number is out of range, or a name isn't a category.
     Example:
         >>> prompts = [{"text": t, "category": c} for t, c in ["ax", "by", "cx"]]
         >>> [p["text"] for p in select_prompts(prompts, ["1", "y"])]
@@ -292,7 +292,7 @@ def select_prompts(
 
 
 def _prompt_numbers(prompts: Sequence[Mapping[str, Any]], item: str) -> list[int]:
-    """Return the numbers, from 1, that one item of `--prompts` stands for."""
+    """Return the prompt numbers, from 1, that one item of `--prompts` denotes."""
     match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", item)
     if match:
         first = int(match[1])
@@ -309,5 +309,5 @@ def _prompt_numbers(prompts: Sequence[Mapping[str, Any]], item: str) -> list[int
 
 
 def shorten(text: str) -> str:
-    """Cut a text that goes into a message."""
+    """Truncate a text for a message."""
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"

@@ -1,7 +1,7 @@
-"""The results folder: one run at a time, nothing finished is ever lost, nothing else touched.
+"""The results folder, with one run at a time: it never loses results nor touches other files.
 
-The journal is the truth; the CSV and the checkpoint are rendered from it. Opening only reads, so
-a folder that is refused stays as it was; `begin` is the first call that writes.
+The journal is authoritative; the CSV and the checkpoint are rendered from it. Opening only reads,
+so a rejected folder stays unchanged; `begin` is the first call that writes.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from bh_routing.results.records import (
 )
 
 REFRESH_SEC: Final = 1.0
-"""Least pause between two renderings of a derived file."""
+"""Minimum pause between two renderings of a derived file."""
 REFRESH_PATIENCE: Final = 20.0
-"""Pauses for each second that the last rendering took: a large grid mustn't wait for its CSV."""
+"""Seconds of pause per second of the last rendering: a large grid mustn't wait for its CSV."""
 
 log = logging.getLogger(__name__)
 
@@ -60,17 +60,17 @@ class ResultStore:
     """The only writer of a results folder; a context manager.
 
     Args:
-        folder: where results go; it need not exist.
-        resume: go on with the run that is there; otherwise `begin` moves it aside.
+        folder: the results folder; it need not exist.
+        resume: resume the folder's run; otherwise `begin` moves it aside.
         checkpoint_interval: finished experiments between two snapshots.
     Raises:
-        ResultsError: the folder is in use, edited, truncated, or holds something else.
+        ResultsError: the folder is in use, was edited or truncated, or holds other files.
     """
 
     def __init__(self, folder: Path, *, resume: bool, checkpoint_interval: int) -> None:
         self.folder = folder
         self.stored: StoredRun | None = None
-        """The run to go on with; None if there is none, or it will be moved aside."""
+        """The run to resume; None if there is none, or if it will be moved aside."""
         self._resume = resume
         self._interval = checkpoint_interval
         self._plan: list[str] = []
@@ -86,10 +86,10 @@ class ResultStore:
         self._open()
 
     def check(self, identity: RunIdentity) -> None:
-        """Refuse to mix results with those of another model, dtype, device or length.
+        """Reject mixing results with those of another model, dtype, device or length.
 
         Raises:
-            ResultsError: the folder's run differs; the text says in what, and the ways out.
+            ResultsError: the folder's run differs; the error names the differences and remedies.
         """
         if self.stored is None:
             return
@@ -102,14 +102,14 @@ class ResultStore:
     def begin(
         self, identity: RunIdentity, document: Mapping[str, Any], plan: Sequence[str]
     ) -> None:
-        """Write run.json and take the folder over: from here on experiments can be added.
+        """Write run.json and open the folder for writing; experiments can be added from here on.
 
         Args:
-            identity: what all experiments of the folder share.
-            document: content of run.json beside identity and plans.
+            identity: properties that all experiments of the folder share.
+            document: content of run.json in addition to identity and plans.
             plan: keys of all experiments, in the CSV's order.
         Raises:
-            ResultsError: the folder can't be written, or another run was faster.
+            ResultsError: the folder isn't writable, or another run has locked it.
         """
         self.check(identity)
         try:
@@ -128,7 +128,7 @@ class ResultStore:
             raise unwritable(self.folder, error) from error
 
     def finished_record(self, key: str) -> ExperimentRecord | None:
-        """Return the row of an experiment that is done; None if it is missing or failed."""
+        """Return the row of a finished experiment; None if it is missing or failed."""
         entry = self._latest.get(key)
         if entry is None or entry.record.status != STATUS_OK:
             return None
@@ -136,16 +136,16 @@ class ResultStore:
 
     @property
     def records(self) -> list[ExperimentRecord]:
-        """Rows of the plan that exist, in the CSV's order."""
+        """Existing rows of the plan, in the CSV's order."""
         return [self._latest[key].record for key in self._plan if key in self._latest]
 
     @property
     def num_unplanned(self) -> int:
-        """Finished experiments of the journal that the plan doesn't ask for."""
+        """Number of finished experiments in the journal that aren't in the plan."""
         return len(self._latest.keys() - set(self._plan))
 
     def add(self, key: str, record: ExperimentRecord, detail: ExperimentDetail) -> None:
-        """Keep one experiment; it is on disk when this returns.
+        """Append one experiment, which is on disk when this returns.
 
         Raises:
             ResultsError: the disk is full, or the folder is gone.
@@ -167,10 +167,10 @@ class ResultStore:
         self._refresh()
 
     def close(self) -> None:
-        """Write the derived files and let go of the folder; harmless when called twice.
+        """Write the derived files and release the folder; may be called twice.
 
         Raises:
-            ResultsError: the derived files can't be written; the journal has everything.
+            ResultsError: the derived files can't be written; the journal is complete.
         """
         began = self._writer is not None
         try:
@@ -196,7 +196,7 @@ class ResultStore:
         except ResultsError as problem:
             if error is None:
                 raise
-            # What ended the run says more than that the CSV lags behind the journal.
+            # The error that ended the run matters more than a CSV behind its journal.
             log.warning("%s", problem)
 
     def _open(self) -> None:
@@ -253,7 +253,7 @@ class ResultStore:
         log.info("moved the earlier run to %s", target)
 
     def _remove_leftovers(self) -> None:
-        """Remove temporary neighbours that a killed run left."""
+        """Remove temporary files that a killed run left."""
         for name in (*OWN_NAMES, CHECKPOINT):
             path = self.folder / name
             for leftover in path.parent.glob(f".{path.name}.*{TEMPORARY_SUFFIX}"):
@@ -271,7 +271,7 @@ class ResultStore:
             tables = {**self.stored.document["identity"]["tables"], **identity.tables}
         identity_document = asdict(replace(identity, tables=tables))
         self._plan = list(plan)
-        # The CSV on disk may still follow an earlier plan when this run is killed.
+        # If this run is killed, the CSV on disk may still follow an earlier plan.
         self._document = {
             **document,
             "identity": identity_document,
@@ -279,9 +279,9 @@ class ResultStore:
         }
         write_atomically(self.folder / RUN_JSON, render_json(self._document))
         if is_changed:
-            # It speaks of other experiments under the names of these, should this run be killed.
+            # If this run is killed, the summary would describe other experiments by these names.
             (self.folder / SUMMARY_JSON).unlink(missing_ok=True)
-        # After run.json: without it, anything else of a run is refused.
+        # After run.json, without which any other file of a run is rejected.
         (self.folder / CHECKPOINT).parent.mkdir(exist_ok=True)
         if content.chain.torn_bytes:
             log.warning(
@@ -305,7 +305,7 @@ class ResultStore:
         self._rows[key] = render_row(record)
 
     def _forget_details(self) -> None:
-        """Keep what is needed later: the details of a large grid would fill the memory."""
+        """Discard details, which would fill the memory for a large grid."""
         nothing = ExperimentDetail()
         self._entries = [replace(entry, detail=nothing) for entry in self._entries]
         self._latest = latest_entries(self._entries)
@@ -313,7 +313,7 @@ class ResultStore:
             self.stored = self.stored._replace(content=JournalContent())
 
     def _refresh(self) -> None:
-        """Render the derived files, each at most about once a second."""
+        """Render the derived files, each at most about once per second."""
         assert self._writer is not None, "begin comes first"
         start = time.monotonic()
         if start >= self._refresh_after:
@@ -343,6 +343,6 @@ class ResultStore:
 
 
 def _end_of_pause(start: float) -> float:
-    """When a file that was rendered since `start` may be rendered again."""
+    """Return the time when a file whose rendering began at `start` may be rendered again."""
     now = time.monotonic()
     return now + REFRESH_SEC * max(1.0, REFRESH_PATIENCE * (now - start))

@@ -1,6 +1,6 @@
-"""Read what an earlier run left in a folder, and refuse it if it isn't what that run wrote.
+"""Read an earlier run's folder, and reject it if its files were changed since.
 
-Nothing here writes. Each refusal says which file, and the ways out.
+Nothing here writes. Each error names the file and the remedies.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from bh_routing.results.records import (
 )
 
 OWN_NAMES: Final = (
-    # First: a move that is cut short then leaves a folder that says what to do.
+    # First: the folder left by an interrupted move then raises an error with the remedy.
     RUN_JSON,
     JOURNAL,
     RESULTS_CSV,
@@ -49,13 +49,13 @@ OWN_NAMES: Final = (
     TIMINGS,
     TOKEN_TRACES,
 )
-"""Everything that a run writes into its folder."""
+"""All files and folders that a run writes into its folder."""
 _PUT_BACK: Final = f"put it back, or {WAYS_OUT}"
 _PLANS: Final = TypeAdapter(list[list[str]])
 
 
 class StoredRun(NamedTuple):
-    """An earlier run that can be gone on with."""
+    """A resumable run."""
 
     document: dict[str, Any]
     """Content of run.json."""
@@ -66,7 +66,7 @@ def read_stored_run(folder: Path) -> StoredRun | None:
     """Read and check an earlier run; None if there is none.
 
     Raises:
-        ResultsError: a file was edited or truncated, or belongs to something else.
+        ResultsError: a file was edited or truncated, or isn't a run's.
     """
     if not (folder / RUN_JSON).exists():
         _refuse_without_run_json(folder)
@@ -101,7 +101,7 @@ def render_row(record: ExperimentRecord) -> str:
 
 
 def latest_entries(entries: Sequence[Entry]) -> dict[str, Entry]:
-    """Return the last entry of each key: a retried experiment has several."""
+    """Return the last entry per key, since a retried experiment has several."""
     return {entry.key: entry for entry in entries}
 
 
@@ -115,7 +115,7 @@ def _refuse_without_run_json(folder: Path) -> None:
 
 
 def _check_checkpoint(path: Path, entries: Sequence[Entry]) -> None:
-    """A checkpoint is written after its lines, so a journal can't be shorter than it says."""
+    """Raise if the journal is shorter than the checkpoint, which is written after its lines."""
     if not path.exists():
         return
     checkpoint = read_json_object(path, _PUT_BACK)
@@ -135,7 +135,7 @@ def _check_checkpoint(path: Path, entries: Sequence[Entry]) -> None:
 
 
 def _check_csv(path: Path, entries: Sequence[Entry], plans: Sequence[Sequence[str]]) -> None:
-    """The CSV lags behind the journal by at most a second, but never says anything else."""
+    """Raise if the CSV contradicts the journal; it may lag behind it by about a second."""
     if not path.exists():
         return
     text = path.read_bytes().decode(errors="replace")

@@ -1,4 +1,4 @@
-"""Rules at equal mean numbers of experts: knobs from calibration text, scores from another."""
+"""Compare rules at equal mean numbers of experts, tuned on calibration text, scored on another."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ from bh_routing.rules.mass import TopP
 KIND: Final = "sweep"
 SWEEP_JSON: Final = "sweep.json"
 CURVES: Final = (TopP.method, PerLayerTopK.method)
-"""Rules that others are compared with at equal cost, beside static top-k."""
+"""Reference rules for comparisons at equal cost, in addition to static top-k."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepOptions:
-    """What is compared, and on which text."""
+    """Variants, budgets and evaluation text of a sweep."""
 
     variants: Sequence[Variant]
     budgets: Sequence[float]
@@ -63,21 +63,21 @@ class SweepOptions:
     texts: Sequence[str | Path] = ()
     """Files or datasets to score on; empty: the packaged evaluation text."""
     max_tokens: int | None = None
-    """Scored tokens in all; None for all."""
+    """Total number of scored tokens; None: all."""
     command: str | None = None
-    """What was typed, for whoever reads the results."""
+    """The command line, for readers of the results."""
 
 
 def sweep(spec: RunSpec, options: SweepOptions) -> dict[str, Any]:
-    """Bring rules to budgets on calibration text, and score them on evaluation text.
+    """Tune rules to budgets on calibration text, and score them on evaluation text.
 
-    A sweep that was stopped goes on where it was: knobs that were found and documents that were
-    scored are read from the folder.
+    A stopped sweep resumes where it stopped: known tuning parameters and scores are read from the
+    folder.
 
     Args:
         spec: model, device, calibration, seed and the folder; configurations and prompts aren't
             used.
-        options: what is compared.
+        options: variants, budgets and evaluation text.
     Returns:
         The content of run.json.
     Raises:
@@ -106,7 +106,7 @@ def sweep(spec: RunSpec, options: SweepOptions) -> dict[str, Any]:
 
 
 class _Prepared(NamedTuple):
-    """A sweep whose model and texts were found to be sound."""
+    """A sweep with validated model and texts."""
 
     spec: RunSpec
     options: SweepOptions
@@ -115,7 +115,7 @@ class _Prepared(NamedTuple):
 
 
 def _sweep_begun(prepared: _Prepared, start: float) -> dict[str, Any]:
-    """Do the work of a sweep whose folder nobody else writes to."""
+    """Carry out a sweep whose folder is locked."""
     spec, options, loaded, text = prepared
     stored = read_stored_sweep(spec.output)
     identity = identify(spec.model, loaded.model, loaded.tokenizer)
@@ -175,10 +175,10 @@ def _sweep_begun(prepared: _Prepared, start: float) -> dict[str, Any]:
 
 
 def default_budgets(model_top_k: int) -> list[float]:
-    """Return the budgets of a sweep that names none.
+    """Return the default budgets of a sweep.
 
     Raises:
-        InputError: the model uses one expert per token, so none can be left out.
+        InputError: the model uses one expert per token, so none can be dropped.
     Example:
         >>> default_budgets(8), default_budgets(2)
         ([6.0, 5.0, 4.0, 3.0], [1.5, 1.25, 1.0])
@@ -192,10 +192,10 @@ def default_budgets(model_top_k: int) -> list[float]:
 
 
 def curve_budgets(budgets: Sequence[float], model_top_k: int) -> list[float]:
-    """Return budgets that a reference curve needs beside those asked for, so that lines are short.
+    """Return the additional budgets of a reference curve, for interpolation over short distances.
 
-    One beyond each end, since a rule's mean on the text falls a little short of its budget or
-    exceeds it, and enough between two to leave no gap wider than one expert.
+    One lies beyond each end, since a rule's mean on the text differs slightly from its budget, and
+    enough lie in between to leave no gap wider than one expert.
 
     Example:
         >>> curve_budgets([6, 4, 3], model_top_k=8)
@@ -219,10 +219,10 @@ def _curve_goals(options: SweepOptions, model_top_k: int) -> list[Goal]:
 
 
 def read_stored_sweep(folder: Path) -> dict[str, Any]:
-    """Return what run.json of a folder says; empty if there is none.
+    """Return the content of a folder's run.json; empty if there is none.
 
     Raises:
-        ResultsError: the folder holds something else than a sweep.
+        ResultsError: the folder doesn't hold a sweep.
     """
     path = folder / RUN_JSON
     if not path.exists():
@@ -265,7 +265,7 @@ def _document(
     about: Mapping[str, Any],
     search: KnobSearch,
 ) -> dict[str, Any]:
-    """Content of run.json before anything is found."""
+    """Return the content of run.json before the search."""
     spec, options, loaded, text = prepared
     return {
         "schema_version": SCHEMA_VERSION,
@@ -307,7 +307,7 @@ def _score(
     curve_settings: Sequence[Setting],
     score_all: Callable[[Mapping[str, Rule]], list[QualityRecord]],
 ) -> dict[str, TopK]:
-    """Score what meets its budget, then static top-k on both sides of each mean and one below."""
+    """Score settings that meet their budgets, then static top-k around each mean and one below."""
     for setting in settings:
         if setting.unreachable is not None:
             log.warning("%s is left out: %s", setting.goal.config_name, setting.unreachable)
@@ -316,7 +316,7 @@ def _score(
     references = static_references(rules, [r for r in records if r.config_name in rules])
     lowest = min((rule.k for rule in references.values()), default=1)
     if lowest > 1:
-        # In some domain and in some resample a mean lies below that of the whole text.
+        # In some domains and resamples the mean is lower than on the whole text.
         references = {f"topk_{lowest - 1}": TopK(k=lowest - 1)} | references
     score_all(references)
     return references

@@ -1,8 +1,8 @@
-"""Time the configurations side by side: the rounds behind every speed-up that is reported.
+"""Interleaved timing of the configurations, on which every reported speed-up is based.
 
-Experiments run one configuration after the other, once each; what a machine does meanwhile would
-look like a difference between rules. Here each round times every configuration on one prompt, in
-an order drawn anew, after a round that isn't counted.
+Experiments run once, one configuration after another, so other load on the machine would look like
+a difference between rules. Here each round times every configuration on one prompt, in a new random
+order, after an untimed round.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bh_routing.results.files import read_csv, render_csv, write_atomically
 from bh_routing.results.records import TIMING_COLUMNS, TIMINGS, RoundTiming
 
 MOST_TOKENS: Final = 16
-"""Tokens written in a round: enough for the time of one, and a run stays short."""
+"""Maximum number of tokens generated per round: enough to time one, without a long run."""
 
 
 def write_timing_rounds(
@@ -37,18 +37,18 @@ def write_timing_rounds(
     max_tokens: int,
     seed: int,
 ) -> None:
-    """Time the configurations of a run into `timings.csv`.
+    """Time the configurations of a run and write `timings.csv`.
 
-    What an earlier run of the folder timed stays, if it was the same experiments in the same
-    rounds: only what was timed side by side can be compared.
+    Earlier timings of the folder are kept if they are of the same experiments and rounds, since
+    only interleaved timings can be compared.
 
     Args:
-        folder: the run's.
+        folder: the run's folder.
         subject: model, tokenizer and calibration.
-        grid: the finished experiments of the run; none takes the file away.
-        num_rounds: rounds that count; 0 takes the file away.
-        max_tokens: most tokens that the run writes after a prompt.
-        seed: of the orders.
+        grid: the finished experiments of the run; an empty grid removes the file.
+        num_rounds: number of timed rounds; 0 removes the file.
+        max_tokens: maximum number of tokens that the run generates per prompt.
+        seed: seed of the orders.
     """
     path = folder / TIMINGS
     if num_rounds == 0 or not grid:
@@ -77,7 +77,7 @@ def time_rounds(
     num_tokens: int,
     seed: int,
 ) -> Iterator[RoundTiming]:
-    """Yield one timing for each round and configuration; the prompts take turns."""
+    """Yield one timing per round and configuration; rounds cycle through the prompts."""
     model, tokenizer, calibration = subject
     generator = random.Random(seed)
     for round_ in range(num_rounds + 1):
@@ -100,11 +100,11 @@ def time_rounds(
 
 
 def _timed(path: Path) -> set[tuple[int, str]]:
-    """Return round and experiment of every row that is there."""
+    """Return round and experiment of every existing row."""
     if not path.is_file():
         return set()
     try:
         rows = read_csv(path, TIMING_COLUMNS)
         return {(int(row["round"]), row["key"]) for row in rows}
     except (ResultsError, ValueError):
-        return set()  # made by something else or an older version, or edited: timed anew
+        return set()  # edited, or of another program or version: time again

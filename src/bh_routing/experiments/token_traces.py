@@ -1,8 +1,7 @@
-"""What every token of an experiment kept, written small: the file behind the token view.
+"""The slots kept for every token of an experiment, in compact form for the report's token view.
 
-Traces are made after the experiments, in one pass over each text: nothing is recorded while a text
-is generated and timed. A rule whose unit isn't the token may decide otherwise in that
-pass than while it generated.
+Traces are made after the experiments, in one pass over each sequence: nothing is recorded during
+timed generation. A rule whose unit isn't the token may decide differently in that pass.
 
 Axes: T tokens, L layers, K slots.
 """
@@ -33,20 +32,20 @@ from bh_routing.results.records import JOURNAL, TOKEN_TRACES, TokenTrace
 from bh_routing.rules.base import Candidates
 
 MAX_TOKENS: Final = 256
-"""Tokens of a text that are traced; the rest is left out."""
+"""Maximum number of traced tokens per sequence."""
 _UNKNOWN: Final = 65_535
 
 
 def write_token_traces(
     folder: Path, subject: Subject, grid: Sequence[Cell], num_prompts: int
 ) -> None:
-    """Trace the first prompts of every configuration into `token_traces.jsonl`.
+    """Trace the first prompts of every configuration and write `token_traces.jsonl`.
 
     Args:
-        folder: the run's; its journal says what was generated.
+        folder: the run's folder; its journal holds the generated tokens.
         subject: model, tokenizer and calibration.
-        grid: the experiments of the run; those not in the journal are passed over.
-        num_prompts: prompts of each configuration; 0 takes the file away.
+        grid: the experiments of the run; those missing from the journal are skipped.
+        num_prompts: prompts per configuration; 0 removes the file.
     """
     path = folder / TOKEN_TRACES
     if num_prompts == 0:
@@ -71,12 +70,12 @@ def write_token_traces(
 
 @torch.inference_mode()
 def trace_tokens(subject: Subject, cell: Cell, token_ids: Sequence[int]) -> TokenTrace | None:
-    """Run the model over a prompt and what it generated, and note every slot.
+    """Run the model over a prompt and its continuation, and record every slot.
 
     Args:
         subject: model, tokenizer and calibration.
         cell: the experiment.
-        token_ids: what it generated; the last was never fed back, and isn't traced.
+        token_ids: generated tokens; the last was never fed back and isn't traced.
     Returns:
         The trace; None for a model whose routers propose different numbers of slots.
     """
@@ -91,7 +90,7 @@ def trace_tokens(subject: Subject, cell: Cell, token_ids: Sequence[int]) -> Toke
             def watch(proposal: Proposal, layer: int = site.layer) -> None:
                 seen[layer] = proposal
 
-            # Before the rule's own hook, so that the proposal is seen as the router made it.
+            # Before the rule's own hook, to record the router's unmodified proposal.
             undo.callback(site.watch(watch))
         trace = undo.enter_context(install(model, bound))
         model(torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=1)
@@ -118,7 +117,7 @@ def trace_tokens(subject: Subject, cell: Cell, token_ids: Sequence[int]) -> Toke
 
 
 def _slots(bound: BoundRule, layer: int, proposal: Proposal) -> tuple[NDArray[Any], ...]:
-    """Expert, share of the weight and p-value of each slot of one layer."""
+    """Return expert, fraction of the weight, and p-value of each slot of one layer."""
     index_TK, weights_TK = proposal.top_k_index_TK, proposal.top_k_weights_TK.float()
     share_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(1e-30)
     p_TK = torch.full_like(share_TK, float("nan"))
@@ -133,13 +132,13 @@ def pack(
     weight_TLK: NDArray[np.floating],
     p_TLK: NDArray[np.floating],
 ) -> str:
-    """Pack slots as `records.TokenTrace.planes` says.
+    """Pack slots in the format of `records.TokenTrace.planes`.
 
     Args:
         expert_TLK: the expert of each slot, best slot first.
-        kept_TLK: whether it was kept.
-        weight_TLK: its share of the candidates' weight, in [0, 1].
-        p_TLK: its p-value, in (0, 1]; NaN where there is none.
+        kept_TLK: whether the slot was kept.
+        weight_TLK: its fraction of the candidates' weight, in [0, 1].
+        p_TLK: its p-value, in (0, 1]; NaN if there is none.
     """
     expert = np.where(kept_TLK, expert_TLK, -1 - expert_TLK).astype("<i2")
     weight = np.rint(np.clip(weight_TLK, 0.0, 1.0) * 65_535).astype("<u2")
@@ -151,7 +150,7 @@ def pack(
 
 
 def _known_traces(path: Path) -> dict[str, dict[str, Any]]:
-    """Traces of an earlier run by key; none if the file is damaged: all are made anew."""
+    """Return the traces of an earlier run by key; none if the file is damaged."""
     try:
         return {trace["key"]: trace for trace in read_json_lines(path).objects}
     except (ResultsError, KeyError):

@@ -1,4 +1,4 @@
-"""Rule variants for a search, and the layers' share of a budget for per-layer top-k."""
+"""Rule variants for a search, and the allocation of per-layer top-k's budget to layers."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ DEFAULT_VARIANTS: Final = (
     "random_k",
 )
 _ALSO: Final = {"contribution_threshold": "population BH"}
-"""What else a rule is: BH over the calibration's slots decides like a fixed threshold."""
+"""Equivalent procedures: BH over the calibration's slots decides like a fixed threshold."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """A rule with everything but its knob."""
+    """A rule without a value of its tuning parameter."""
 
     name: str
-    """Start of a configuration's name."""
+    """Prefix of a configuration's name."""
     config: Mapping[str, Any]
-    """The rule's configuration; the knob in it, if there is one, is replaced."""
+    """The rule's configuration; its tuning parameter, if given, is replaced."""
 
     @property
     def method(self) -> str:
@@ -59,7 +59,7 @@ class Variant:
 
     @property
     def knob(self) -> Knob:
-        """What is turned.
+        """The rule's tuning parameter.
 
         Raises:
             InputError: the rule has none.
@@ -73,26 +73,26 @@ class Variant:
         return knob
 
     def at(self, value: float, num_layers: int = 1) -> Rule:
-        """Return the rule at a value of its knob.
+        """Return the rule for a value of its tuning parameter.
 
         Raises:
-            InputError: a field isn't allowed.
+            InputError: a field is invalid.
         """
         return make_rule({**self.config, **self.knob.fields(value, num_layers)})
 
     def anywhere(self) -> Rule:
-        """Return the rule at some value: for what doesn't depend on the knob."""
+        """Return the rule at an arbitrary value, for properties that don't depend on it."""
         low, high = self.knob.scale.ends(model_top_k=1)
         return self.at(self.knob.scale.value_at((low + high) / 2))
 
 
 def parse_variants(texts: Sequence[str]) -> list[Variant]:
-    """Read `method` or `method:field=value,…`, several separated by commas, without knobs.
+    """Parse `method` or `method:field=value,…`, separated by commas, without tuning parameters.
 
-    Static top-k is left out: it is what the others are compared with.
+    Static top-k, the reference of comparisons, is left out.
 
     Raises:
-        InputError: a rule is unknown, given twice, has no knob or gives its knob a value.
+        InputError: a rule is unknown, given twice, or has no tuning parameter or a value for it.
     Example:
         >>> [v.name for v in parse_variants(["top_p,bh_drop:scope=block,min_k=2,min_p"])]
         ['top_p', 'bh_drop-block-min_k-2', 'min_p']
@@ -120,7 +120,7 @@ def parse_variants(texts: Sequence[str]) -> list[Variant]:
 
 
 def _split(texts: Sequence[str]) -> list[str]:
-    """Split at commas that start a rule: those before a word without `=` or with `:` before it."""
+    """Split at commas that start a rule, before a word that has no `=`, or has `:` before it."""
     found: list[str] = []
     for item in (part.strip() for text in texts for part in text.split(",")):
         method = item.partition("=")[0] if "=" in item else f"{item}:"
@@ -132,7 +132,7 @@ def _split(texts: Sequence[str]) -> list[str]:
 
 
 def _name(config: Mapping[str, Any]) -> str:
-    """Join the method and its fields: words by themselves, numbers with what they are."""
+    """Join the method and its fields: words alone, numbers with the names of their fields."""
     parts = [
         str(value) if isinstance(value, str) else f"{field}-{value}"
         for field, value in config.items()
@@ -141,33 +141,33 @@ def _name(config: Mapping[str, Any]) -> str:
 
 
 LAYER_TOKENS: Final = 2_000
-"""Tokens of calibration text that each pass reads."""
+"""Tokens of calibration text per pass."""
 MAX_PASSES: Final = 120
-"""Passes over them, unless a model has more than half as many layers: two a layer are the least."""
+"""Maximum number of passes; models with more than half as many layers need two per layer."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerLosses:
-    """Losses in nats a token against the model's own top-k."""
+    """Increases in loss over the model's own top-k, in nats per token."""
 
     model_top_k: int
     counts: tuple[int, ...]
-    """Experts that a layer was cut down to, ascending, all below the model's own k."""
+    """Measured values of a layer's k, ascending, all below the model's own k."""
     by_layer: tuple[tuple[float, ...], ...]
-    """Of each layer, the loss at each of these counts."""
+    """For each layer, the loss at each of these counts."""
 
     def share_out(self, mean_experts: float) -> PerLayerTopK:
-        """Return the per-layer top-k of this mean that should lose least if losses add.
+        """Return the per-layer top-k of this mean with the lowest loss, if layers' losses add up.
 
-        Measured losses are smoothed: on few tokens one expert less can seem to cost nothing, and
-        the whole allocation would hang on it.
+        Measured losses are smoothed: on few tokens dropping an expert can seem to cost nothing,
+        which would dominate the whole allocation.
         """
         if not self.counts:
             return PerLayerTopK((1,) * len(self.by_layer))
         measured_LC = np.array(self.by_layer)
-        # Relative errors: a loss at one expert is a hundred times that at one below all.
+        # Relative errors: the loss at k = 1 is a hundred times that at the model's own k less 1.
         scale_C = np.maximum(np.abs(measured_LC).mean(axis=0), 1e-12)
         some_CB = _convex_shapes(np.array(self.counts), self.model_top_k)
         all_KB = _convex_shapes(np.arange(1, self.model_top_k + 1), self.model_top_k)
@@ -184,7 +184,7 @@ class LayerLosses:
 
     @classmethod
     def recall(cls, documents: Iterable[Mapping[str, Any]], search: str) -> LayerLosses | None:
-        """Find the losses that an earlier search of the same kind kept with a setting."""
+        """Return the losses that an earlier search of the same kind stored, if any."""
         for entry in documents:
             try:
                 if entry["search"] == search:
@@ -197,13 +197,13 @@ class LayerLosses:
 
 
 def _convex_shapes(counts_C: NDArray[Any], model_top_k: int) -> NDArray[Any]:
-    """Curves of loss against experts, zero at the model's own k; sums of them are convex too."""
+    """Return convex curves of loss by k, zero at the model's own k; their sums are convex too."""
     powers_B = np.array([1.0, 2.0, 4.0])
     return np.asarray(counts_C[:, None] ** -powers_B - model_top_k**-powers_B)
 
 
 def counts_to_measure(model_top_k: int, num_layers: int) -> tuple[int, ...]:
-    """Spread as many counts as MAX_PASSES allows evenly from 1 to below the model's own k.
+    """Spread as many counts as MAX_PASSES allows evenly from 1 to the model's own k less 1.
 
     Example:
         >>> counts_to_measure(8, num_layers=6), counts_to_measure(8, num_layers=48)
@@ -214,11 +214,11 @@ def counts_to_measure(model_top_k: int, num_layers: int) -> tuple[int, ...]:
 
 
 def measure_layer_losses(model: Any, tokenizer: Any, text: QualityText) -> LayerLosses:
-    """Run the model once for each layer and count, every other layer keeping the model's own k.
+    """Measure the loss for each layer and count, with the model's own k in every other layer.
 
     Args:
-        model, tokenizer: as `score` takes them.
-        text: what is read; LAYER_TOKENS are enough.
+        model, tokenizer: as for `score`.
+        text: calibration text; LAYER_TOKENS are enough.
     """
     routers = find_routers(model)
     num_layers, model_top_k = len(routers.sites), routers.model_top_k

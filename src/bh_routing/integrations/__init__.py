@@ -1,1 +1,1 @@
-"""Other people's programs, under our rules. Each needs its own optional extra."""
+"""Integrations with other programs; each needs its own optional extra."""

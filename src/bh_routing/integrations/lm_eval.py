@@ -1,8 +1,4 @@
-"""Three small lm-eval tasks that need no network: where they lie, and how lm-eval reads them.
-
-`tools/make_lm_eval_tasks.py` makes the data from the demo's held-out evaluation text.
-
-lm-evaluation-harness under a routing rule: a model that it knows as `bh_routing`.
+"""lm-evaluation-harness under a routing rule, as a model named `bh_routing`.
 
     import lm_eval
     import bh_routing.integrations.lm_eval
@@ -10,8 +6,11 @@ lm-evaluation-harness under a routing rule: a model that it knows as `bh_routing
     arguments = {"pretrained": "demo", "method": "bh", "alpha": 0.05}
     lm_eval.simple_evaluate("bh_routing", arguments, tasks=[...])
 
-Requests, batches and scores are made by lm-eval's own Hugging Face model; only the forward passes
-run inside `route`. Scores of the model's own top-k are therefore the same numbers.
+lm-eval's own Hugging Face model makes requests, batches and scores; only the forward passes run
+inside `route`. Scores of the model's own top-k are therefore unchanged.
+
+The package has three small tasks that need no network; `tools/make_lm_eval_tasks.py` makes their
+data from the demo's held-out evaluation text.
 """
 
 from __future__ import annotations
@@ -50,20 +49,19 @@ ROLLING_FILE = "rolling.jsonl"
 
 
 def task_folder() -> Path:
-    """Return the folder to give to lm-eval as its include path."""
+    """Return the folder of the packaged tasks, for lm-eval's include path."""
     return Path(__file__).parent / "tasks"
 
 
 def read_items(*, file: str, **_: object) -> dict[str, datasets.Dataset]:
     """Read one file of items; the tasks' YAML files name this function as their data set.
 
-    lm-eval's own `data_files` are relative to the working folder, so an installed package can't
-    name its files there. In memory: nothing is written to the data-set cache.
+    lm-eval's own `data_files` are relative to the working directory, so an installed package can't
+    name its files there. The data set stays in memory, outside the data-set cache.
 
     Args:
         file: the name of a file in `task_folder()`.
-        _: what lm-eval passes on to every data set: the task's metadata and the model's
-            arguments.
+        _: ignored; lm-eval passes the task's metadata and the model's arguments.
     Returns:
         The items, as the split `test`.
     """
@@ -73,22 +71,22 @@ def read_items(*, file: str, **_: object) -> dict[str, datasets.Dataset]:
 
 @dataclass(frozen=True, slots=True)
 class ExpertUse:
-    """Experts kept over units: pairs of (real token, layer). Padding never counts."""
+    """Experts kept over units, the pairs of token and layer, without padding."""
 
     tokens: int = 0
-    """Real tokens of all forward passes; lm-eval reads a shared context once for each choice."""
+    """Tokens of all forward passes; lm-eval reads a shared context once per choice."""
     units: int = 0
     experts_sum: int = 0
 
     @property
     def mean_experts(self) -> float:
-        """Experts a token and layer; NaN if nothing was run."""
+        """Experts per token and layer; NaN if nothing was run."""
         return self.experts_sum / self.units if self.units else float("nan")
 
 
 @register_model("bh_routing")
 class RoutedModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
-    """A Hugging Face model of lm-eval whose forward passes all run under one rule."""
+    """lm-eval's Hugging Face model, with all forward passes under one rule."""
 
     def __init__(
         self,
@@ -103,14 +101,14 @@ class RoutedModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         max_length: int | None = None,
         add_bos_token: bool | None = None,
         prefix_token_id: int | None = None,
-        # lm-eval hands model arguments over as keywords; the rule's own are in the catalog.
+        # lm-eval passes model arguments as keywords; the rule's own are in the catalog.
         **config: Any,
     ) -> None:
         """Load the model, bind the rule and hand both to lm-eval.
 
         Args:
-            pretrained: `demo`, a folder, a Hugging Face id, or a model already loaded.
-            rule: the rule; instead of `config`.
+            pretrained: `demo`, a folder, a Hugging Face id, or a loaded model.
+            rule: the rule, as an alternative to `config`.
             calibration: a calibration or its file; None: calibrate on the packaged text if the
                 rule needs it.
             device: auto, cuda or cpu.
@@ -122,7 +120,7 @@ class RoutedModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
             prefix_token_id: as in lm-eval.
             config: a configuration of the rule, such as `method="bh", alpha=0.05`.
         Raises:
-            InputError: model, rule or calibration can't be had, or don't fit each other.
+            InputError: model, rule or calibration can't be loaded, or don't fit each other.
         """
         if rule is not None and config:
             raise InputError(f"give a rule or its keys, not both; got both, with {sorted(config)}")
@@ -146,10 +144,10 @@ class RoutedModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         self._calibration = calibration
         self._unread_rows: list[Tensor] = []
         self.expert_use = ExpertUse()
-        """Since the model was made; set a new one to start again."""
+        """Since the construction of the model; assign a new `ExpertUse` to reset it."""
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what lm-eval keeps of the model in its results, with our part in `bh_routing`."""
+        """Return lm-eval's record of the model, with the rule and its use in `bh_routing`."""
         calibration = self._calibration
         return {
             "model_num_parameters": self.model.num_parameters(),
@@ -170,16 +168,16 @@ class RoutedModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
     ) -> Tensor:
         with install(self.model, self._bound) as trace, self._with_mask(inps) as lengths:
             logits: Tensor = super()._model_call(inps, attn_mask, labels)
-        # Which tokens are padding is known when lm-eval picks the rows apart, one call a row.
+        # Padding is known only when lm-eval splits the rows, with one call per row.
         self._unread_rows = list(trace.expert_counts.split(lengths))
         return logits
 
     @contextmanager
     def _with_mask(self, inps: Tensor) -> Iterator[list[int]]:
-        """Tell the model which inputs are padding, where the rule decides tokens together.
+        """Pass the model an attention mask if the rule decides on several tokens jointly.
 
-        lm-eval pads on the right with zeros and gives no mask. Zeros at the end of a text are taken
-        for padding too, in a batch and alone. Yields each row's number of tokens in the trace.
+        lm-eval pads on the right with zeros, without a mask. Zeros at the end of a sequence count
+        as padding too, at any batch size. Yields each row's number of tokens in the trace.
         """
         if self._bound.rule.unit == "token":
             yield [inps.shape[1]] * len(inps)
@@ -216,11 +214,11 @@ class RoutedModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
     def _count_generation(self, trace: ExpertTrace, real_BS: Tensor, generated_BN: Tensor) -> None:
         """Count the prompts, and each row's fed-back tokens until its end-of-text token.
 
-        A row that has met its stop string goes on until the batch's last row has; those tokens
+        A row that has met its stop string continues until the last row of the batch has; its tokens
         count, since they are run.
         """
         is_fed_BN = ~torch.isin(generated_BN, self._end_tokens()).cumsum(1).bool()
-        # Tokens lie in the trace step by step: the prompts without padding, then one of each row.
+        # The trace is ordered by step: the prompts without padding, then one token per row.
         is_real = torch.cat([real_BS[real_BS], is_fed_BN[:, :-1].T.flatten()])
         if len(is_real) != sum(trace.forward_tokens):
             raise InputError(
@@ -244,7 +242,7 @@ class RoutedModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
 
 
 def check_end_token(tokenizer: Any) -> None:
-    """Raise InputError if the tokenizer lacks the token by which lm-eval pads and ends texts."""
+    """Raise InputError if the tokenizer lacks the token with which lm-eval pads and ends texts."""
     if tokenizer.eos_token_id is None:
         raise InputError(
             "the tokenizer has no end-of-text token, by which lm-eval pads and ends texts; set "
@@ -254,7 +252,7 @@ def check_end_token(tokenizer: Any) -> None:
 
 @contextmanager
 def _without_hints() -> Iterator[None]:
-    """Keep back two warnings that tell whoever passes a loaded model not to use `accelerate`."""
+    """Suppress two warnings about loaded models and `accelerate`."""
 
     def is_other(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(("`pretrained` model kwarg", "Passed an already"))
@@ -273,9 +271,9 @@ def find_calibration(
     """Return the calibration that `rule` needs; None if it needs none.
 
     Args:
-        loaded: the model it is for.
+        loaded: the model.
         rule: the rule.
-        given: a calibration, or the file of one; None: fit one on the packaged text.
+        given: a calibration or its file; None: fit one on the packaged text.
     Raises:
         CalibrationError: the file can't be read.
     """

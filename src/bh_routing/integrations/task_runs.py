@@ -1,4 +1,4 @@
-"""Run lm-eval tasks under one configuration after the other, on the same items."""
+"""Run lm-eval tasks under several configurations, on the same items."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ _TASK_ERRORS: Final = (
     ValueError,
     yaml.YAMLError,
 )
-"""What lm-eval raises for a task's file or data set that is wrong or out of reach."""
+"""Errors of lm-eval for an invalid or unreachable task file or data set."""
 _STANDARD_ERROR: Final = "_stderr"
 _WEIGHTED: Final = ("word_perplexity", "byte_perplexity", "bits_per_byte")
-"""Metrics for which an item gives its log-likelihood and its words or bytes."""
+"""Metrics whose items have a log-likelihood and a number of words or bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskPlan:
-    """Which tasks, on how much."""
+    """Tasks, and the number of items."""
 
     tasks: Sequence[str] = TASKS
     """Names of tasks, groups or tags, or YAML files."""
     include_paths: Sequence[Path] = ()
-    """Folders with further tasks; the packaged ones are always known."""
+    """Folders with further tasks; the packaged ones are always available."""
     limit: int | None = None
-    """Items of each task, from its first; None for all."""
+    """Maximum number of items per task, from its first; None: all."""
     num_fewshot: int | None = None
     """None: the task's own."""
     batch_size: int = 1
@@ -59,7 +59,7 @@ class TaskPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskScore:
-    """One number of lm-eval's own table."""
+    """One score of lm-eval's own table."""
 
     task: str
     filter: str
@@ -67,16 +67,16 @@ class TaskScore:
     value: float
     num_items: int
     version: str
-    """Of the task; scores of different versions don't compare."""
+    """Of the task; scores of different versions aren't comparable."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskRun:
-    """What one configuration did on one entry of the plan's tasks."""
+    """Results of one configuration on one entry of the plan's tasks."""
 
     config_name: str
     requested: str
-    """The entry: a group or tag brings several tasks."""
+    """The entry; a group or tag has several tasks."""
     scores: list[TaskScore]
     outcomes: list[TaskOutcome]
     expert_use: ExpertUse
@@ -90,16 +90,16 @@ def run_tasks(
     plan: TaskPlan,
     known: TaskManager,
 ) -> Iterator[TaskRun]:
-    """Run every task under every rule, task by task, so that each comparison is soon whole.
+    """Run every task under every rule, task by task, to complete comparisons early.
 
     Args:
         loaded: model and tokenizer.
         rules: name -> rule.
-        calibration: needed if a rule needs one; None: each such rule calibrates.
+        calibration: for rules that need one; None: each such rule calibrates.
         plan: the tasks.
-        known: what `find_tasks` found for the plan.
+        known: the plan's task manager, from `find_tasks`.
     Yields:
-        One run for each task and rule, as it is finished.
+        One run per task and rule, as it is finished.
     Raises:
         InputError: a rule doesn't fit the model.
     """
@@ -127,12 +127,12 @@ def run_tasks(
 
 
 def find_tasks(plan: TaskPlan) -> TaskManager:
-    """Index the tasks, and load each once: a wrong one shows before the model takes its time.
+    """Index the tasks, and load each once, to find errors before the model is loaded.
 
-    lm-eval's own 14,000 tasks take half a minute, so they are indexed only where one is asked for.
+    lm-eval's own 14,000 tasks take half a minute, so they are indexed only if needed.
 
     Raises:
-        InputError: a task or a folder isn't there or can't be loaded, or the plan has no task.
+        InputError: a task or a folder doesn't exist or can't be loaded, or the plan has no task.
     """
     if not plan.tasks:
         raise InputError(f"no task was given; give at least one, such as {TASKS[0]}")
@@ -178,7 +178,7 @@ def _evaluate(
         tasks=[task],
         num_fewshot=plan.num_fewshot,
         limit=plan.limit,
-        # Configurations are compared item by item; lm-eval's errors are of each alone.
+        # Configurations are compared item by item; lm-eval's errors treat each separately.
         bootstrap_iters=0,
         task_manager=manager,
         apply_chat_template=bool(model.tokenizer.chat_template),
@@ -211,24 +211,24 @@ def _outcomes(config_name: str, results: Mapping[str, Any]) -> Iterator[TaskOutc
                 filter=sample["filter"],
                 item=int(sample["doc_id"]),
                 item_hash=sample["doc_hash"],
-                # Not the number alone: some item's cluster may be called so.
+                # Not only the number, which may be the name of another item's cluster.
                 cluster=str(sample["doc"].get("cluster", f"item {sample['doc_id']}")),
                 metrics={name: value for name, value in values.items() if value is not None},
             )
 
 
 def _plain(metric: str, value: Any) -> float | list[float] | None:
-    """A finite number, or a sum and its weight; None for anything else."""
+    """Return a finite number, or a sum and its weight; None for other values."""
     if metric in _WEIGHTED:
         return [float(part) for part in value]
-    # Other pairs are answers, such as the right and the given class of an F1 score.
+    # Other pairs are answers, such as the true and the predicted class of an F1 score.
     is_number = isinstance(value, bool | int | float) and math.isfinite(value)
     return float(value) if is_number else None
 
 
 @contextmanager
 def _packaged_tasks_without_hint() -> Iterator[None]:
-    """Keep back lm-eval's advice on arguments that data sets of our kind may take."""
+    """Suppress lm-eval's advice on arguments of custom data sets."""
 
     def is_other(record: logging.LogRecord) -> bool:
         return "Custom kwargs can be passed" not in record.getMessage()
