@@ -68,7 +68,9 @@ def mix(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyP
     is_kernel = request.param != "torch"
     if is_kernel and (not find_spec("triton") or is_interpreted != (device == "cpu")):
         pytest.skip("needs Triton: with TRITON_INTERPRET=1 on a CPU, without it on a GPU")
-    module = importlib.import_module(f"bh_routing.kernels.experts_{request.param}")
+    module = importlib.import_module(
+        "bh_routing.kernels.experts_triton" if is_kernel else "bh_routing.kernels.experts"
+    )
     for name, size in SMALL_BLOCKS[request.param].items():
         is_block = isinstance(size, tuple)
         monkeypatch.setattr(module, name, module.Block(*size) if is_block else size)
