@@ -9,7 +9,7 @@
         output = model.generate(**inputs)
     trace.expert_counts
 
-Every name below loads on first use, so that `import bh_routing` costs no torch.
+Every name below loads on first use, so `import bh_routing` doesn't import torch.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its home on first use (PEP 562)."""
+    """Import a public name from its module on first use (PEP 562)."""
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)

@@ -1,10 +1,10 @@
-"""Every error that bh-routing raises on purpose.
+"""Exceptions that bh-routing raises on purpose.
 
 BHRoutingError
 ├── InputError            bad value, file or option; the command line exits with 2
-│   ├── CalibrationError  a calibration that is missing, unfit or of another model
+│   ├── CalibrationError  a calibration that is missing, unsuitable or of another model
 │   ├── ModelError        a model that can't be found, loaded or routed
-│   └── ResultsError      a results folder that must not be touched as asked
+│   └── ResultsError      a results folder that must not be changed as requested
 └── ExperimentError       one experiment failed; the run goes on and exits with 1
 """
 
@@ -15,15 +15,15 @@ from collections.abc import Iterable
 
 
 class BHRoutingError(Exception):
-    """The root of the tree above."""
+    """Base class of all errors of bh-routing."""
 
 
 class InputError(BHRoutingError, ValueError):
-    """A value from the user is outside what is allowed; the text names value, range and remedy."""
+    """A user's value is invalid; the message names the value, the allowed range and the remedy."""
 
 
 class CalibrationError(InputError):
-    """A calibration is missing, was made for another model, or can't reach the alpha asked for."""
+    """A calibration is missing, was made for another model, or can't resolve the given alpha."""
 
 
 class ModelError(InputError):
@@ -31,7 +31,7 @@ class ModelError(InputError):
 
 
 class ResultsError(InputError):
-    """A results folder holds something that this run must not touch."""
+    """A results folder holds files that this run must not change."""
 
 
 class ExperimentError(BHRoutingError):
@@ -39,7 +39,7 @@ class ExperimentError(BHRoutingError):
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
-    """Build the error for a name that isn't in a catalog, with the list and the nearest one.
+    """Build the error for an unknown name; it lists the known names and suggests the nearest.
 
     Example:
         >>> str(unknown_name("null", "gausian", ["gaussian", "pooled"]))

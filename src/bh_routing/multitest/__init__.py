@@ -1,4 +1,4 @@
-"""Multiple testing on tensors of p-values: nothing here knows of routers or models."""
+"""Multiple testing on tensors of p-values, independent of routers and models."""
 
 from bh_routing.multitest.step_up import (
     Procedure,

@@ -14,10 +14,10 @@ from bh_routing.errors import InputError
 
 Procedure = Literal["bh", "by", "storey"]
 """bh: Benjamini-Hochberg; by: Benjamini-Yekutieli, which holds under any dependence; storey:
-Benjamini-Hochberg with the share of true nulls estimated from the large p-values."""
+Benjamini-Hochberg with the fraction of true null hypotheses estimated from the large p-values."""
 
 STOREY_LAMBDA: Final = 0.5
-"""p-values above it are taken for true nulls; none above it is rejected."""
+"""p-values above lambda estimate the number of true null hypotheses; none of them is rejected."""
 
 
 def check_alpha(alpha: float) -> None:
@@ -30,14 +30,14 @@ def check_alpha(alpha: float) -> None:
 
 @cache
 def harmonic_number(num_hypotheses: int) -> float:
-    """Sum 1/i for i from 1 to E, in the order in which scipy adds it up."""
+    """Sum 1/i for i from 1 to E, in the same order as scipy."""
     return float(np.sum(1.0 / np.arange(1, num_hypotheses + 1, dtype=np.float64)))
 
 
 def on_or_below_line(sorted_p_E: Tensor, alpha: float, procedure: Procedure = "bh") -> Tensor:
-    """Say for each rank whether its p-value is on or below the procedure's line.
+    """Return, for each rank, whether its p-value is on or below the procedure's step-up line.
 
-    No validation and no host sync: bound selectors and cut-offs rest on it.
+    No validation and no host sync: selectors and critical values are built on it.
 
     Args:
         sorted_p_E: float64 p-values, ascending along the last axis, shape (..., E).
@@ -51,7 +51,7 @@ def on_or_below_line(sorted_p_E: Tensor, alpha: float, procedure: Procedure = "b
         return on_or_below_storey_line(sorted_p_E, alpha, num_large_1)
     num_hypotheses = sorted_p_E.shape[-1]
     rank_E = torch.arange(1, num_hypotheses + 1, dtype=torch.float64, device=sorted_p_E.device)
-    # Tensor over tensor: number / tensor is computed as number * (1 / tensor), one rounding more.
+    # Tensor over tensor: number / tensor is number * (1 / tensor), with one more rounding.
     scaled_E = sorted_p_E * (torch.full_like(rank_E, num_hypotheses) / rank_E)
     if procedure == "by":
         scaled_E = scaled_E * harmonic_number(num_hypotheses)
@@ -59,15 +59,16 @@ def on_or_below_line(sorted_p_E: Tensor, alpha: float, procedure: Procedure = "b
 
 
 def on_or_below_storey_line(p_E: Tensor, alpha: float, num_large: Tensor) -> Tensor:
-    """Say for each rank whether a p-value is on or below the line of Storey's procedure.
+    """Return, for each rank, whether a p-value is on or below Storey's step-up line.
 
-    The line is that of Benjamini-Hochberg divided by the estimated share of true nulls,
-    (1 + num_large) / (E (1 - lambda)), which may exceed 1; nothing above lambda is rejected.
+    The line is that of Benjamini-Hochberg divided by the estimated fraction of true null
+    hypotheses, (1 + num_large) / (E (1 - lambda)), which may exceed 1; no p-value above lambda is
+    rejected.
 
     Args:
         p_E: float64 p-values by rank, shape (..., E).
         alpha: target false discovery rate, in (0, 1).
-        num_large: how many p-values of the row exceed lambda, shape (..., 1).
+        num_large: number of p-values of the row above lambda, shape (..., 1).
     Returns:
         Bool tensor, the two shapes broadcast.
     Source: Storey, Taylor & Siegmund (2004), equations (6) and (13), theorem 3.
@@ -80,7 +81,7 @@ def on_or_below_storey_line(p_E: Tensor, alpha: float, num_large: Tensor) -> Ten
 
 
 def ranks(num_hypotheses: int, device: torch.device) -> Tensor:
-    """Return 1, 2, ..., E as int64: what `last_true_rank` picks from."""
+    """Return the ranks 1, 2, ..., E as int64, for `last_true_rank`."""
     return torch.arange(1, num_hypotheses + 1, device=device)
 
 
@@ -155,7 +156,7 @@ def benjamini_yekutieli(p_E: Tensor, alpha: float) -> Tensor:
 
 
 def storey(p_E: Tensor, alpha: float) -> Tensor:
-    """Reject hypotheses at false discovery rate alpha, adapting to the share of true nulls.
+    """Reject at false discovery rate alpha, adapting to the fraction of true null hypotheses.
 
     Args:
         p_E: p-values in [0, 1], floating, shape (..., E).
@@ -178,7 +179,7 @@ def _reject(p_E: Tensor, alpha: float, procedure: Procedure) -> Tensor:
     p_E = p_E.to(torch.float64)
     sorted_p_E = p_E.sort(dim=-1).values
     is_below_E = on_or_below_line(sorted_p_E, alpha, procedure)
-    # -1 where nothing is rejected: no p-value is below it.
+    # -1 if nothing is rejected: no p-value is that small.
     last_rejected = torch.where(is_below_E, sorted_p_E, -1.0).amax(dim=-1, keepdim=True)
     return p_E <= last_rejected
 
@@ -207,12 +208,12 @@ def number_blocks(sequence_T: Tensor, position_T: Tensor, block_rows: int) -> Te
     """Number the blocks of `block_rows` consecutive rows of each sequence; no host sync.
 
     Args:
-        sequence_T: int64, number of each row's sequence, whose rows are in order; -1 for a row that
-            belongs to none: it is a block of its own.
-        position_T: int64, rows of the same sequence before each.
-        block_rows: rows of a block, at least 1; a sequence's last block may be shorter.
+        sequence_T: int64, number of each row's sequence, whose rows are in order; -1 for a row of
+            no sequence, which is a block of its own.
+        position_T: int64, number of preceding rows of the same sequence.
+        block_rows: rows per block, at least 1; a sequence's last block may be shorter.
     Returns:
-        int64 (T,): the row that each row's block starts with.
+        int64 (T,): the first row of each row's block.
     Example:
         >>> sequence, position = torch.tensor([-1, 0, 0, 0, 1]), torch.tensor([0, 0, 1, 2, 0])
         >>> number_blocks(sequence, position, block_rows=2).tolist()
@@ -255,7 +256,7 @@ def reject_in_blocks(p_TK: Tensor, alpha: float, block_T: Tensor) -> Tensor:
     return p_TK <= last_T[block_T][:, None]
 
 
-# Keeps the denominator away from 0 where a p-value is 0 or 1, far below any p-value of a table.
+# Keeps the denominator above 0 if a p-value is 0 or 1; far below any p-value of a table.
 _SMALLEST_VARIANCE: Final = 1e-300
 
 
@@ -265,7 +266,7 @@ def higher_criticism(sorted_p_E: Tensor) -> Tensor:
     Args:
         sorted_p_E: p-values in [0, 1], ascending, shape (..., E).
     Returns:
-        float64 tensor of the same shape; at a fixed rank it falls as the p-value rises.
+        float64 tensor of the same shape, decreasing in the p-value at a fixed rank.
     Source: Donoho & Jin (2004), "Higher Criticism for Detecting Sparse Heterogeneous Mixtures",
         equation (1.5) before the maximum is taken.
     Example:
@@ -280,5 +281,5 @@ def higher_criticism(sorted_p_E: Tensor) -> Tensor:
 
 
 def criticism_reaches(sorted_p_E: Tensor, threshold: float) -> Tensor:
-    """Say for each rank whether its criticism is at least `threshold`."""
+    """Return, for each rank, whether its higher criticism is at least `threshold`."""
     return higher_criticism(sorted_p_E) >= threshold

@@ -1,4 +1,4 @@
-"""Nulls: what the scores of experts that do not matter look like, and p-values from that."""
+"""Null distributions of the scores of irrelevant experts, and p-values under them."""
 
 from bh_routing.nulls.base import AlphaMeaning, Null, ReferenceTable, RouterPass
 from bh_routing.nulls.calibration import Calibration

@@ -1,4 +1,4 @@
-"""What a null is: a score, a reference distribution for it, and what its alpha then means.
+"""Base class of null distributions: a score, its reference sample, and the meaning of alpha.
 
 Axes: T tokens, E experts, K slots, H hidden, N reference scores.
 """
@@ -19,18 +19,18 @@ AlphaMeaning = Literal["error rate", "knob", "nothing"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReferenceTable:
-    """The scores of one layer's background, sorted: an empirical null distribution."""
+    """The sorted reference sample of one layer: an empirical null distribution."""
 
     sorted_scores_N: Tensor
     """float32, ascending along the last axis, finite; shape (N,), or (E, N) with one distribution
-    an expert."""
+    per expert."""
 
     @classmethod
     def from_scores(cls, scores: Tensor) -> ReferenceTable:
         """Sort scores of any shape into a table.
 
         Raises:
-            CalibrationError: there is no score, or one of them is NaN or infinite.
+            CalibrationError: there is no score, or a score is NaN or infinite.
         """
         scores_N = scores.detach().to(torch.float32).flatten()
         num_bad = scores_N.numel() - int(scores_N.isfinite().sum())
@@ -45,14 +45,14 @@ class ReferenceTable:
     def by_expert(cls, scores_TE: Tensor) -> ReferenceTable:
         """Sort each expert's scores into a distribution of its own, all of the same size.
 
-        The expert with the fewest scores sets the size, and the others keep as many, the first:
-        with sizes that differ, p-values beyond every reference would be ordered by size.
+        The expert with the fewest scores sets the size, and the others keep their first scores:
+        with different sizes, p-values beyond every reference would be ordered by size.
 
         Args:
-            scores_TE: finite, or NaN where a token is no reference for an expert; rows in an
-                order that has nothing to do with the scores.
+            scores_TE: finite, or NaN where a token is no reference for an expert; the order of
+                rows must be independent of the scores.
         Raises:
-            CalibrationError: some expert has no score.
+            CalibrationError: an expert has no score.
         """
         is_reference_ET = ~scores_TE.isnan().T
         count_ET = is_reference_ET.cumsum(dim=-1)
@@ -74,10 +74,10 @@ class ReferenceTable:
         """Return (1 + #{reference >= s}) / (N + 1) as float64, in the shape of `scores`.
 
         Raises:
-            CalibrationError: there is one distribution an expert, and the scores' last axis isn't
-                as many experts.
+            CalibrationError: there is one distribution per expert, and the length of the scores'
+                last axis isn't the number of experts.
         """
-        # Nothing is copied where a rule has moved its table when it was bound.
+        # No copy if a rule moved its table when it was bound.
         reference = self.sorted_scores_N.to(scores.device)
         if reference.ndim == 1:
             below = torch.searchsorted(reference, scores.contiguous(), side="left")
@@ -98,71 +98,71 @@ class ReferenceTable:
 
 
 class RouterPass(NamedTuple):
-    """What one router saw and gave while the untouched model read calibration text."""
+    """Inputs and outputs of one router of the unmodified model on calibration text."""
 
     router_logits_TE: Tensor
     """float32."""
     top_k_index_TK: Tensor
     hidden_states_TH: Tensor | None = None
-    """The router's input; None where there is no router, as in noise."""
+    """The router's input; None if there is no router, as in noise."""
     gate_EH: Tensor | None = None
-    """The router's weight, one row an expert."""
+    """The router's weight, one row per expert."""
     bias_E: Tensor | None = None
-    """What the router adds to its logits; None if it adds nothing."""
+    """The bias of the router's logits; None if it has none."""
 
 
 class Null(ABC):
-    """One row of the table of nulls. Stateless: calibration data comes in as a table."""
+    """Base class of null distributions. Stateless: calibration data is passed in as a table."""
 
     name: ClassVar[str]
     alpha_is: ClassVar[AlphaMeaning]
     meaning: ClassVar[str]
-    """What alpha is under this null, in one sentence for reports."""
+    """The meaning of alpha under this null distribution, in one sentence for reports."""
     needs_table: ClassVar[bool]
     needs_gate: ClassVar[bool] = False
-    """Whether its reference is made from the router's input and weight."""
+    """Whether its reference sample is computed from the router's input and weight."""
     by_expert: ClassVar[bool] = False
-    """Whether each expert has a reference distribution of its own. p-values then fall with the
-    score of one expert, not across experts: no cut-off serves all, and their order may differ
-    from that of the logits."""
+    """Whether each expert has a reference distribution of its own. p-values then decrease with the
+    score of one expert, not across experts: no critical value holds for all, and their order may
+    differ from that of the logits."""
 
     @abstractmethod
     def score(self, router_logits_TE: Tensor, temperature: float = 1.0) -> Tensor:
-        """Score each expert, larger is stronger; float32, monotone in the logit within a row."""
+        """Score each expert; float32, increasing in the logit within a row."""
 
     @abstractmethod
     def p_from_score(self, scores: Tensor, table: ReferenceTable | None = None) -> Tensor:
-        """Turn scores into p-values, float64, same shape; non-increasing in the score.
+        """Convert scores to p-values, float64, same shape; non-increasing in the score.
 
         Raises:
             CalibrationError: the null needs a table and none was given.
         """
 
     def descending_scores(self, router_logits_TE: Tensor, temperature: float = 1.0) -> Tensor:
-        """Return `score` with each row sorted, largest first: the same bits, for the hot path.
+        """Return the rows of `score` sorted, largest first; bitwise equal, for the hot path.
 
-        A null whose score starts from a sorted row overrides this and sorts only once.
+        A subclass whose score starts from a sorted row overrides this and sorts only once.
         """
         return self.score(router_logits_TE, temperature).sort(dim=-1, descending=True).values
 
     def reference(self, router_logits_TE: Tensor, top_k_index_TK: Tensor) -> Tensor:
-        """The scores among these logits that belong to this null's background, shape (N,).
+        """Return the reference scores among these logits, shape (N,).
 
-        Of a null `by_expert`, shape (T, E), NaN where a token is no reference for an expert.
+        If `by_expert`, the shape is (T, E), with NaN where a token is no reference for an expert.
         """
         raise AssertionError(f"null {self.name!r} needs no reference")  # our own bug
 
     def reference_of(self, seen: RouterPass) -> Tensor:
-        """As `reference`, from all that a router saw; a null that needs more overrides this."""
+        """Return `reference` of a router pass; overridden where other inputs are needed."""
         return self.reference(seen.router_logits_TE, seen.top_k_index_TK)
 
     def table_of(self, seen: RouterPass) -> ReferenceTable:
-        """Make a table from all that a router saw at once."""
+        """Build a table from one router pass."""
         make = ReferenceTable.by_expert if self.by_expert else ReferenceTable.from_scores
         return make(self.reference_of(seen))
 
     def require_table(self, table: ReferenceTable | None) -> ReferenceTable:
-        """Return the table, or raise CalibrationError if there is none."""
+        """Return the table; raise CalibrationError if it is None."""
         if table is None:
             raise CalibrationError(
                 f"null {self.name!r} needs a calibration and none was given; run: bh-routing "

@@ -1,4 +1,4 @@
-"""A frozen calibration: reference tables of one model, where they came from, and one file.
+"""A frozen calibration: reference tables of one model with their provenance, saved in one file.
 
 The file is safetensors: tensors `<null>.<layer>`, `observed.<null>.<layer>`, `contributions.*` and
 `passages`, and JSON facts in its header. Nothing in it is executable. Axes: N reference scores.
@@ -45,7 +45,7 @@ class Calibration:
     """Reference tables for every layer of one model, with their provenance."""
 
     tables: Mapping[str, tuple[ReferenceTable, ...]]
-    """Null -> one table a layer."""
+    """Null -> one table per layer."""
     model_fingerprint: str
     num_layers: int
     """Layers with a router."""
@@ -57,20 +57,20 @@ class Calibration:
     text_sha256: str
     seed: int
     table_capacity: int
-    """Most scores a table was allowed to hold."""
+    """Maximum number of scores per table."""
     contributions: Contributions | None = None
-    """What is known of slots; None unless "needed" was calibrated."""
+    """Statistics of slots; None unless "needed" was calibrated."""
     observed: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
-    """Null -> each layer's scores of a few calibration tokens, float32 (T, E): for pictures, which
-    lay them beside the reference. No rule looks at them."""
+    """Null -> each layer's scores of a few calibration tokens, float32 (T, E), which charts
+    compare with the reference sample. No rule uses them."""
     passages: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    """Hashes of passages of the text that was read, ascending, int64; empty if unknown. Scored
+    """Hashes of passages of the calibration text, ascending, int64; empty if unknown. Evaluation
     text is checked against them."""
     created_at: str = ""
-    """UTC, ISO 8601; no part of the fingerprint."""
+    """UTC, ISO 8601; not part of the fingerprint."""
 
     def __post_init__(self) -> None:
-        """Refuse tables that don't cover the layers."""
+        """Raise CalibrationError unless every null has one table per layer."""
         for null, tables in self.tables.items():
             if len(tables) != self.num_layers:
                 raise CalibrationError(
@@ -79,7 +79,7 @@ class Calibration:
                 )
 
     def table(self, null: str, layer: int) -> ReferenceTable:
-        """Return the reference of a null in a layer.
+        """Return the reference table of a null in a layer.
 
         Raises:
             CalibrationError: the calibration doesn't hold this null or layer.
@@ -93,7 +93,7 @@ class Calibration:
         return tables[layer]
 
     def resolution(self, null: str) -> float:
-        """Return the smallest alpha that every table of this null can decide: 20 * E / n."""
+        """Return the smallest alpha that every table of this null can resolve: 20 * E / n."""
         return DRAWS_ON_FIRST_LINE * self.num_experts / self.table_size(null)
 
     def table_size(self, null: str) -> int:
@@ -107,7 +107,7 @@ class Calibration:
 
     @property
     def nulls(self) -> tuple[str, ...]:
-        """Names of everything that was calibrated, "needed" included."""
+        """Names of all calibrated nulls, including "needed"."""
         needed = [
             null
             for null in NEEDED.values()
@@ -117,9 +117,9 @@ class Calibration:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over tables and facts, in hex; the date is left out."""
+        """SHA-256 over tables and facts, in hex; the date is excluded."""
         digest = hashlib.sha256()
-        # Without defaults: a file of schema 2, which knows none, keeps its fingerprint.
+        # Without defaults: a file of schema 2, which lacks these fields, keeps its fingerprint.
         facts = self._facts().model_dump(mode="json", exclude_defaults=True)
         digest.update(json.dumps(facts, sort_keys=True).encode())
         for null in sorted(self.tables):
@@ -136,7 +136,7 @@ class Calibration:
 
     @cached_property
     def table_fingerprints(self) -> Mapping[str, str]:
-        """Null -> sha256 in hex over what its rules read, whatever other tables there are."""
+        """Null -> SHA-256 in hex over the tables that its rules read, and no others."""
         return {null: self._table_fingerprint(null) for null in self.nulls}
 
     def _table_fingerprint(self, null: str) -> str:
@@ -160,17 +160,17 @@ class Calibration:
         model_top_k: int,
         model_fingerprint: str | None = None,
     ) -> None:
-        """Refuse to serve another model, or an alpha that the tables can't decide.
+        """Check that the calibration is of this model and its tables resolve alpha.
 
         Args:
             null: the null that the rule needs.
             alpha: the rule's target, `Rule.smallest_alpha(num_experts)`; None if it has none.
             num_layers: the model's layers with a router.
-            num_experts: the model's experts a layer.
-            model_top_k: the model's own experts a token.
-            model_fingerprint: the model's, if it is to be compared.
+            num_experts: the model's experts per layer.
+            model_top_k: the model's own experts per token.
+            model_fingerprint: the model's fingerprint; None: it isn't compared.
         Raises:
-            CalibrationError: one sentence with the value, what is needed and the remedy.
+            CalibrationError: either fails; the message gives value, requirement and remedy.
         """
         self.table_size(null)
         for what, ours, theirs in (
@@ -191,10 +191,10 @@ class Calibration:
         self._check_reach(null, alpha)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the calibration to one safetensors file; readers never see half of it.
+        """Write the calibration to one safetensors file, atomically.
 
         Raises:
-            ResultsError: the disk is full, or the file may not be written.
+            ResultsError: the disk is full, or the file isn't writable.
         """
         tensors = {
             f"{null}.{layer}": table.sorted_scores_N.cpu().contiguous()
@@ -226,7 +226,7 @@ class Calibration:
         """Read and validate a calibration.
 
         Raises:
-            CalibrationError: no such file, a foreign or damaged one, or one of another schema.
+            CalibrationError: the file is missing, damaged, no calibration, or of another schema.
         """
         parts = read_calibration(Path(path))
         fields: dict[str, Any] = parts.facts.model_dump(
@@ -257,10 +257,10 @@ class Calibration:
         )
 
     def extended_by(self, other: Calibration) -> Calibration:
-        """Return this calibration with those tables of another one that it lacks.
+        """Return this calibration with the tables that only `other` has.
 
         Raises:
-            CalibrationError: the other is of another model or text, or was drawn with another seed.
+            CalibrationError: the two differ in model, text, seed or table capacity.
         """
         for name in ("model_fingerprint", "text_sha256", "num_tokens", "seed", "table_capacity"):
             ours, theirs = getattr(self, name), getattr(other, name)
@@ -299,7 +299,7 @@ class Calibration:
         return self.tables[null]
 
     def check_text(self) -> None:
-        """Raise CalibrationError if it was made from too little text to serve any rule."""
+        """Raise CalibrationError if the calibration text is too short for any rule."""
         for what, have, need, advice in (
             ("distinct tokens", self.num_tokens, MIN_TOKENS, "longer text, or more tokens of it"),
             ("documents", self.num_documents, MIN_DOCUMENTS, "text of more documents"),
@@ -315,7 +315,7 @@ class Calibration:
         size = self.table_size(null)
         if alpha is None:
             return
-        # The subtrahend undoes rounding: 20 * 64 / 0.01 must ask for 128,000 and no more.
+        # The subtrahend undoes rounding: 20 * 64 / 0.01 must require 128,000 and no more.
         needed = ceil(DRAWS_ON_FIRST_LINE * self.num_experts / alpha - 1e-6)
         if size < needed:
             reach, remedy = _rounded_up(self.resolution(null)), self._way_to_reach(null, needed)
@@ -326,10 +326,10 @@ class Calibration:
             )
 
     def _way_to_reach(self, null: str, needed: int) -> str:
-        """Say how a table of `needed` scores is made, if it can be."""
+        """Return advice for obtaining a table of `needed` scores, if that is possible."""
         size = self.table_size(null)
         if null in NULLS and NULLS[null].by_expert:
-            # A token gives each expert one score at most, fewer to those in its top-k.
+            # A token gives at most one score per expert, and none to the experts of its top-k.
             tokens = ceil(1.05 * needed * self.num_tokens / size)
             if tokens <= row_capacity(self.num_experts):
                 return (
@@ -359,6 +359,6 @@ class Calibration:
 
 
 def _rounded_up(alpha: float) -> float:
-    """Round up to two significant digits, so that following the advice works."""
+    """Round up to two significant digits, so that the advised alpha is large enough."""
     unit = 10.0 ** (floor(log10(alpha)) - 1)
     return ceil(alpha / unit - 1e-9) * unit

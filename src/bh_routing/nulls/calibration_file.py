@@ -1,4 +1,4 @@
-"""The layout of a calibration file, and a reader that trusts none of it.
+"""The layout of a calibration file, and a reader that validates all of it.
 
 Axes: N reference scores.
 """
@@ -21,18 +21,18 @@ from bh_routing.nulls.contributions import Contributions, Definition, Statistic
 FORMAT: Final = "bh_routing.calibration"
 SCHEMA: Final = 4
 _READABLE: Final = ("2", "3", str(SCHEMA))
-"""Schema 3 is schema 4 without passages, schema 2 also without observed scores."""
+"""Schema 3 is schema 4 without passages; schema 2 also lacks observed scores."""
 OBSERVED: Final = "observed"
 CONTRIBUTIONS: Final = "contributions"
 PASSAGES: Final = "passages"
 _RESIDUAL_NORMS: Final = "residual_norms"
 _KINDS: Final = (("scale", 1), ("all", 1), ("needed", 2), ("cut", 1))
-"""Kind of a tensor that describes slots, and how many words follow it."""
+"""Kind of a tensor that describes slots, and the number of words after it."""
 _REMEDY: Final = "run: bh-routing calibrate --model NAME --output FILE"
 
 
 class CalibrationFacts(BaseModel):
-    """Where the tables came from: the part of the header that the fingerprint covers."""
+    """Provenance of the tables: the part of the header that the fingerprint covers."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
@@ -53,7 +53,7 @@ class CalibrationFacts(BaseModel):
 
 
 class CalibrationParts(NamedTuple):
-    """What a file holds, validated but for its fingerprint."""
+    """Contents of a file, validated except for the fingerprint."""
 
     facts: CalibrationFacts
     tables: dict[str, tuple[ReferenceTable, ...]]
@@ -68,7 +68,7 @@ def read_calibration(path: Path) -> CalibrationParts:
     """Read the header and every table.
 
     Raises:
-        CalibrationError: one sentence that says what is wrong with the file.
+        CalibrationError: the file is missing or invalid; the message names the fault.
     """
     if not path.is_file():
         raise CalibrationError(f"calibration {path} does not exist or is no file; {_REMEDY}")
@@ -136,7 +136,7 @@ def _read_facts(path: Path, header: dict[str, str]) -> CalibrationFacts:
 def _take_contributions(
     path: Path, tensors: dict[str, Tensor], facts: CalibrationFacts
 ) -> Contributions:
-    """Remove the tensors that describe slots and return them as what they are."""
+    """Remove the tensors that describe slots from `tensors` and return them as Contributions."""
     scales: dict[Statistic, Tensor] = {}
     all_scores: dict[Statistic, ReferenceTable] = {}
     needed_scores: dict[tuple[Statistic, Definition], ReferenceTable] = {}
@@ -189,7 +189,7 @@ def _take_scale(
 
 
 def _take_observed(path: Path, tensors: dict[str, Tensor], name: str, num_experts: int) -> Tensor:
-    """Remove a sample of scores from `tensors` and return it, if it is one."""
+    """Remove a sample of scores from `tensors`, validate it and return it."""
     scores_TE = tensors.pop(name, torch.empty(0))
     is_shaped = scores_TE.ndim == 2 and scores_TE.shape[-1] == num_experts and len(scores_TE) > 0
     is_sound = scores_TE.dtype == torch.float32 and bool(scores_TE.isfinite().all())
@@ -214,14 +214,14 @@ def _take_passages(path: Path, tensors: dict[str, Tensor]) -> Tensor:
 
 
 def _rows_of(null: str, facts: CalibrationFacts) -> tuple[int, ...]:
-    """The axes of a null's table in front of its scores."""
+    """Return the leading axes of a null's table, before the axis of scores."""
     return (facts.num_experts,) if null in NULLS and NULLS[null].by_expert else ()
 
 
 def _take(
     path: Path, tensors: dict[str, Tensor], name: str, rows: tuple[int, ...] = ()
 ) -> ReferenceTable:
-    """Remove a tensor from `tensors` and return it as a table, if it is one."""
+    """Remove a tensor from `tensors`, validate it and return it as a table."""
     if name not in tensors:
         raise CalibrationError(f"calibration {path} lacks the table {name!r}; {_REMEDY}")
     scores_N = tensors.pop(name)

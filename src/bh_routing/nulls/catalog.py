@@ -1,4 +1,4 @@
-"""Every null by name, and p-values straight from router logits."""
+"""Catalog of null distributions by name, and p-values computed from router logits."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def get_null(name: str) -> Null:
     """Return the null of this name.
 
     Raises:
-        InputError: no null has this name; the text lists them and names the nearest.
+        InputError: the name is unknown; the message lists the names and suggests the nearest.
     Example:
         >>> get_null("gaussian").alpha_is
         'error rate'
@@ -81,12 +81,12 @@ def p_values(
     table: ReferenceTable | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Turn router logits into p-values: the upper tail of a null at each expert's score.
+    """Convert router logits to p-values: the null distribution's upper tail at each score.
 
     Args:
         router_logits: finite logits of any floating dtype, shape (..., E).
-        null: name of the null, such as "gaussian".
-        table: the layer's reference, for a null that needs one.
+        null: name of the null distribution, such as "gaussian".
+        table: the layer's reference table, for a null that needs one.
         temperature: divides the logits; cancels in every null but "softmax".
     Returns:
         float64 tensor of the same shape.

@@ -21,8 +21,8 @@ MEAN_DEVIATION_TO_SIGMA: Final = sqrt(pi / 2)
 def median_of_sorted(sorted_TE: Tensor) -> Tensor:
     """Return the median of rows sorted in either direction, shape (T, 1).
 
-    The mean of the two middle values: `torch.median` returns the lower one, which shifts every
-    score of an even number of experts upwards.
+    With an even number of experts it is the mean of the two middle values: `torch.median` returns
+    the lower one, which would shift every score upwards.
     """
     num_experts = sorted_TE.shape[-1]
     upper = num_experts // 2
@@ -33,12 +33,12 @@ def median_of_sorted(sorted_TE: Tensor) -> Tensor:
 
 
 def _sort_rows(router_logits_TE: Tensor) -> Tensor:
-    # float32: bf16 logits tie in groups, and their median would be rounded to such a group.
+    # float32: bf16 logits tie in groups, and their median would be rounded to one of them.
     return router_logits_TE.to(torch.float32).sort(dim=-1, descending=True).values
 
 
 class CentredNull(Null):
-    """A null whose score is a function of the logit and of the token's sorted row."""
+    """A null whose score is a function of the logit and the token's sorted logits."""
 
     def score(self, router_logits_TE: Tensor, temperature: float = 1.0) -> Tensor:
         """Score each expert against its token's median; the temperature cancels."""
@@ -51,11 +51,11 @@ class CentredNull(Null):
 
     @abstractmethod
     def _scores(self, logits_TE: Tensor, sorted_TE: Tensor) -> Tensor:
-        """Score `logits_TE` by what the sorted row says of its token."""
+        """Score `logits_TE` relative to the token's sorted logits."""
 
 
 def studentize(logits_TE: Tensor, sorted_TE: Tensor) -> Tensor:
-    """Return (logit - median) over a robust scale of the token's row."""
+    """Return (logit - median) / a robust scale of the token's logits."""
     median_T1 = median_of_sorted(sorted_TE)
     sorted_deviations_TE = (sorted_TE - median_T1).abs().sort(dim=-1).values
     mad_T1 = median_of_sorted(sorted_deviations_TE)
@@ -64,15 +64,15 @@ def studentize(logits_TE: Tensor, sorted_TE: Tensor) -> Tensor:
         mad_T1 * MAD_TO_SIGMA,
         sorted_deviations_TE.mean(dim=-1, keepdim=True) * MEAN_DEVIATION_TO_SIGMA,
     )
-    # The smallest float32 instead of 0: where all logits are equal the scores are 0 / tiny.
+    # The smallest float32 instead of 0: if all logits are equal the scores are 0 / tiny.
     return (logits_TE - median_T1) / scale_T1.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 class Gaussian(CentredNull):
-    """Robust z-scores against N(0, 1): no calibration.
+    """Robust z-scores compared with N(0, 1); needs no calibration.
 
-    Where more than half of a token's logits are equal, their MAD is 0 and says nothing of the
-    scale; the mean absolute deviation takes its place. Where all are equal every score is 0.
+    If more than half of a token's logits are equal, their MAD is 0 and the mean absolute deviation
+    gives the scale instead. If all are equal, every score is 0.
 
     Source: Iglewicz & Hoaglin (1993), "How to Detect and Handle Outliers", for both scales.
     """
@@ -87,7 +87,7 @@ class Gaussian(CentredNull):
 
     def p_from_score(self, scores: Tensor, table: ReferenceTable | None = None) -> Tensor:
         """Return the upper tail of N(0, 1) at each score; a table is ignored."""
-        # erfc, not 1 - cdf: the far tail is where BH's lines are.
+        # erfc, not 1 - cdf: BH's critical values lie far in the tail.
         tail: Tensor = torch.special.erfc(scores.to(torch.float64) * sqrt(0.5))
         return 0.5 * tail
 
@@ -96,7 +96,7 @@ class Gaussian(CentredNull):
 
 
 class TabledNull(CentredNull):
-    """logit - median against a table of such scores, gathered on calibration text."""
+    """logit - median, compared with a table of such scores from calibration text."""
 
     needs_table: ClassVar[bool] = True
 
@@ -137,7 +137,7 @@ class Background(TabledNull):
         """Return the scores outside the top-k, shape (T * (E - k),).
 
         Raises:
-            CalibrationError: the model uses all of its experts, so that none is background.
+            CalibrationError: the model uses all of its experts, so none is background.
         """
         return self.score(router_logits_TE)[self._is_outside(router_logits_TE, top_k_index_TK)]
 
@@ -153,7 +153,7 @@ class Background(TabledNull):
 
 
 class BackgroundStudentized(Background):
-    """The same over the token's robust scale: tokens with flat and sharp routers become alike."""
+    """Background scores over a robust scale per token: comparable for flat and sharp routers."""
 
     name: ClassVar[str] = "background_studentized"
 
@@ -162,9 +162,9 @@ class BackgroundStudentized(Background):
 
 
 class PerExpert(Background):
-    """Reference: the same expert on tokens where it was outside the model's own top-k.
+    """Reference: the same expert on tokens for which it was outside the model's own top-k.
 
-    An expert whose logits are high for most tokens must be higher still to stand out, so the
+    An expert with high logits for most tokens needs an even higher one to be selected, so the
     order of p-values may differ from that of the logits.
     """
 
@@ -175,7 +175,7 @@ class PerExpert(Background):
         """Return the scores, shape (T, E), NaN inside the top-k.
 
         Raises:
-            CalibrationError: the model uses all of its experts, so that none is background.
+            CalibrationError: the model uses all of its experts, so none is background.
         """
         is_outside_TE = self._is_outside(router_logits_TE, top_k_index_TK)
         return self.score(router_logits_TE).masked_fill(~is_outside_TE, torch.nan)
@@ -183,14 +183,15 @@ class PerExpert(Background):
 
 NUM_PERMUTATIONS: Final = 4
 LARGEST_DIFFERENCE: Final = 0.02
-"""Of the logits' spread over a token's experts: bfloat16 rounds by less."""
+"""Fraction of the logits' spread over a token's experts, above bfloat16's rounding error."""
 
 
 class Permutation(TabledNull):
     """Reference: logits of the same hidden states under gates whose coordinates are permuted.
 
-    All experts' rows are permuted alike, so norms and angles between experts stay and only the
-    alignment with the hidden state is destroyed. A router's bias is added to both.
+    All experts' rows get the same permutation, which preserves norms and angles between experts
+    and destroys only the alignment with the hidden state. A router's bias is added to both. The
+    permutations' seeds are 0 to NUM_PERMUTATIONS - 1, independent of the calibration's.
     """
 
     name: ClassVar[str] = "permutation"
@@ -233,17 +234,17 @@ class Permutation(TabledNull):
 
 
 def _spread(values_TE: Tensor) -> Tensor:
-    """Return the norm of what is left of each token's values without their mean."""
+    """Return the norm of the values after subtracting each token's mean."""
     spread: Tensor = (values_TE - values_TE.mean(dim=-1, keepdim=True)).norm()
     return spread
 
 
 class Softmax(Null):
-    """p = 1 - softmax(logit / T): no reference distribution at all.
+    """p = 1 - softmax(logit / T), without a reference distribution.
 
-    The probabilities of a token sum to 1, so its p-values sum to E - 1. At most one of them can
-    be on or below BH's line while alpha < 1 - 1/E, and it is only where the largest probability
-    is at least 1 - alpha / E. Usually nothing is rejected, and min_k decides.
+    The probabilities of a token sum to 1, so its p-values sum to E - 1. For alpha < 1 - 1/E, at
+    most one of them can be on or below BH's line, and only if the largest probability is at least
+    1 - alpha / E. Usually nothing is rejected, and min_k decides.
     """
 
     name: ClassVar[str] = "softmax"
@@ -259,5 +260,5 @@ class Softmax(Null):
         return (router_logits_TE.to(torch.float32) / temperature).softmax(dim=-1)
 
     def p_from_score(self, scores: Tensor, table: ReferenceTable | None = None) -> Tensor:
-        """Return 1 - score, no less than 0; a table is ignored."""
+        """Return 1 - score, at least 0; a table is ignored."""
         return (1.0 - scores.to(torch.float64)).clamp(0.0, 1.0)

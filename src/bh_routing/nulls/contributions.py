@@ -1,8 +1,8 @@
-"""What calibration knows of the slots themselves: how much each contributed, and which mattered.
+"""Calibrated contributions of slots, and reference samples of the slots that mattered.
 
-A statistic scores a slot by its routing weight times a scale that belongs to the layer and the
-expert. A definition says which calibration slots mattered ("needed" ones). For each pair the
-scores of needed slots are kept, pooled over layers: the reference for "this slot matters".
+A statistic scores a slot by its routing weight times a scale of the layer and the expert. A
+definition determines which calibration slots mattered ("needed" slots). For each pair, the scores
+of needed slots, pooled over layers, are the reference sample for "this slot matters".
 
 Axes: L layers, E experts, N reference scores.
 """
@@ -22,32 +22,32 @@ from bh_routing.nulls.base import ReferenceTable
 Statistic = Literal["contribution", "weight", "sensitivity", "layer_sensitivity"]
 """contribution: weight x mean output norm of the expert / mean residual norm of the layer.
 weight: the routing weight alone. sensitivity: weight x root mean square of the loss's derivative
-by the weight, an estimate of the loss that dropping the slot costs. layer_sensitivity: weight x
-mean output norm of the expert, scaled in each layer to the layer's mean sensitivity: fewer numbers
-to estimate from gradients, one a layer."""
+with respect to the weight, an estimate of the increase in loss when the slot is dropped.
+layer_sensitivity: weight x mean output norm of the expert, scaled in each layer to the layer's mean
+sensitivity: fewer numbers to estimate from gradients, one per layer."""
 
 BY_LOSS: Final[tuple[Statistic, ...]] = ("sensitivity", "layer_sensitivity")
 """Statistics that need gradients."""
 
 Definition = Literal["norm", "loss"]
 """norm: the slot's true contribution, weight x its own output norm / its token's own residual
-norm, was above the median over all layers' slots. loss: the same of |dL/dw x w|, the first-order
-change of the text's loss if the slot is left out."""
+norm, was above the median over all layers' slots. loss: |dL/dw x w|, the first-order change of the
+text's loss if the slot is dropped, was above its median."""
 
 NEEDED: Final[Mapping[Definition, str]] = {"norm": "needed", "loss": "needed_by_loss"}
-"""Definition -> the name under which a calibration is asked for it."""
+"""Definition -> its name in a calibration."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Contributions:
-    """Scales and reference scores for every statistic that was calibrated."""
+    """Scales and reference samples of every calibrated statistic."""
 
     residual_norms_L: Tensor
-    """Mean norm of the residual stream behind each layer, float32."""
+    """Mean norm of the residual stream after each layer, float32."""
     scales: Mapping[Statistic, Tensor]
     """Statistic -> float32 (L, E): a slot's score is its weight times this."""
     all_scores: Mapping[Statistic, ReferenceTable]
-    """Statistic -> a sample of the scores of all slots of all layers."""
+    """Statistic -> a sample of the scores of all slots in all layers."""
     needed_scores: Mapping[tuple[Statistic, Definition], ReferenceTable]
     """Statistic and definition -> a sample of the scores of the slots that mattered."""
     cuts: Mapping[Definition, float] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class Contributions:
         return self.needed_scores[statistic, definition]
 
     def sizes(self, null: str) -> list[int]:
-        """Return the sizes of the tables behind "needed" or "needed_by_loss"; none if unknown."""
+        """Return the table sizes of "needed" or "needed_by_loss"; empty if not calibrated."""
         return [
             len(table)
             for (_, definition), table in self.needed_scores.items()
@@ -90,7 +90,7 @@ class Contributions:
         return named
 
     def extended_by(self, other: Contributions) -> Contributions:
-        """Return the same with what only `other` knows; of what both know, this one's."""
+        """Return these contributions with the entries that only `other` has."""
         return Contributions(
             residual_norms_L=self.residual_norms_L,
             scales={**other.scales, **self.scales},
@@ -100,7 +100,7 @@ class Contributions:
         )
 
     def to(self, device: torch.device) -> Contributions:
-        """Return the same on `device`."""
+        """Return the contributions with their tensors on `device`."""
         return Contributions(
             residual_norms_L=self.residual_norms_L.to(device),
             scales={name: scale_LE.to(device) for name, scale_LE in self.scales.items()},
@@ -111,12 +111,12 @@ class Contributions:
 
 
 def is_by_loss(name: str) -> bool:
-    """Whether a tensor of `Contributions.tensors` needs gradients."""
+    """Return whether a tensor of `Contributions.tensors` needs gradients."""
     return any(word in (*BY_LOSS, "loss") for word in name.split("."))
 
 
 def remedy(null: str) -> str:
-    """Say what to do where a calibration lacks "needed" or "needed_by_loss"."""
+    """Return the remedy for a calibration without "needed" or "needed_by_loss"."""
     calibrate = f"run: bh-routing calibrate --nulls background,{null} --model NAME --output FILE"
     if null == NEEDED["loss"]:
         return f"{calibrate}, or use statistic: contribution, which needs no gradients"

@@ -1,10 +1,9 @@
-"""How much calibration data is enough to decide at a given alpha, and why.
+"""Critical values of step-up procedures, and the calibration data that they require.
 
-Step-up lines as scores: computed once a layer, so that routing a token only compares.
-
-With one table a layer the p-value is a non-increasing function of the score. The k-th smallest
-p-value of a token therefore belongs to its k-th largest score, and "on or below the line at rank
-k" becomes "score at least c_k". Axes: T tokens, E experts.
+They are computed once per layer, so that routing a token only compares scores. With one table per
+layer the p-value is a non-increasing function of the score. The k-th smallest p-value of a token
+therefore belongs to its k-th largest score, and "on or below the line at rank k" becomes "score at
+least c_k". Axes: T tokens, E experts.
 """
 
 from __future__ import annotations
@@ -20,26 +19,26 @@ from bh_routing.multitest.step_up import STOREY_LAMBDA, last_true_rank, on_or_be
 from bh_routing.nulls.base import Null, ReferenceTable
 
 DRAWS_ON_FIRST_LINE: Final = 20
-"""Reference scores that should lie beyond the first cut-off, whose p-value is alpha / E.
+"""Reference scores that should lie beyond the first critical value, whose p-value is alpha / E.
 
-One expert can be selected only if 1 / (n + 1) <= alpha / E; at that size a single score decides.
-With 20 the cut-off's tail probability has a relative sampling error of 1 / sqrt(20), about 22 %.
-So a table needs n >= 20 * E / alpha.
+An expert can be selected only if 1 / (n + 1) <= alpha / E; at that size a single score decides.
+With 20, the tail probability of the critical value has a relative sampling error of 1 / sqrt(20),
+about 22 %. So a table needs n >= 20 * E / alpha.
 """
 
 BY_EXPERT_ALPHA: Final = 0.05
-"""The level that tables by expert are made for. Each expert needs 20 * E / alpha tokens outside the
-top-k, so memory grows with the square of E: 13 MB a layer of 64 experts, 52 MB of 128."""
+"""The level that tables by expert are sized for. Each expert needs 20 * E / alpha tokens outside
+the top-k, so memory grows with the square of E: 13 MB per layer of 64 experts, 52 MB of 128."""
 
 OBSERVED_TOKENS: Final = 256
-"""Tokens whose scores a calibration keeps for pictures."""
+"""Tokens whose scores a calibration keeps for charts."""
 
 MIN_TOKENS: Final = 5_000
-"""Distinct tokens. The slots of one token share a hidden state: they aren't independent draws, so
-the number of scores overstates how much was seen."""
+"""Distinct tokens. The slots of one token share a hidden state and aren't independent draws, so the
+number of scores overstates the sample size."""
 
 MIN_DOCUMENTS: Final = 20
-"""Documents. Tokens of one document share a topic: fewer documents fit a table to a few topics."""
+"""Documents. Tokens of one document share a topic: fewer documents fit a table to few topics."""
 
 
 _SIGN_BITS: Final = 0x7FFFFFFF
@@ -52,17 +51,17 @@ def cut_offs(
     table: ReferenceTable | None = None,
     procedure: Procedure = "bh",
 ) -> Tensor:
-    """Find, for each rank, the smallest score whose p-value is on or below the line.
+    """Return each rank's critical value: the smallest score with a p-value on or below the line.
 
     Args:
-        null: the null.
+        null: the null distribution.
         alpha: target false discovery rate, in (0, 1).
         num_experts: E.
-        table: the layer's reference, for a null that needs one.
+        table: the layer's reference table, for a null that needs one.
         procedure: "bh" or "by"; the lines of "storey" depend on the token: `storey_cut_offs`.
     Returns:
-        float32 tensor of shape (E,) on the CPU, non-increasing; infinity where no score can be
-        on or below the line.
+        float32 tensor of shape (E,) on the CPU, non-increasing; infinity where no score has a
+        p-value on or below the line.
     Raises:
         InputError: alpha is outside (0, 1).
         CalibrationError: the null needs a table and none was given.
@@ -80,23 +79,22 @@ def cut_offs_where(
     is_rejected: Callable[[Tensor], Tensor],
     table: ReferenceTable | None = None,
 ) -> Tensor:
-    """Find, for each rank, the smallest score whose p-value `is_rejected` accepts.
+    """Find, for each rank, the smallest score for whose p-value `is_rejected` is True.
 
-    The search halves the range of float32 bit patterns, which are ordered like the numbers they
-    stand for, and asks the null's own p-value function and the procedure's own line each time. So
-    the count of a token by cut-offs equals its count by p-values bit for bit, for any null whose
-    p-value never rises with the score.
+    A binary search over float32 bit patterns, which are ordered like the numbers, calls the null's
+    own p-value function and the procedure's own line at each step. So counts by critical values
+    equal counts by p-values exactly, for any null whose p-value never increases with the score.
 
     Args:
-        null: the null.
+        null: the null distribution.
         num_experts: E.
         is_rejected: float64 p-values by rank, shape (..., E) -> bool of that shape or of one it
             broadcasts to; a smaller p-value must never turn True into False.
-        table: the layer's reference, for a null that needs one.
+        table: the layer's reference table, for a null that needs one.
     Returns:
-        float32 tensor on the CPU, of the shape that `is_rejected` gives.
+        float32 tensor on the CPU, of the shape that `is_rejected` returns.
     """
-    assert not null.by_expert  # our own bug: no score is a cut-off for every expert
+    assert not null.by_expert  # our own bug: no score is a critical value for every expert
     cpu_table = None if table is None else table.to(torch.device("cpu"))
     return smallest_scores(
         lambda scores: null.p_from_score(scores, cpu_table), num_experts, is_rejected
@@ -108,7 +106,7 @@ def smallest_scores(
     num_hypotheses: int,
     is_rejected: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Find, for each rank, the smallest score whose p-value is rejected: the search itself."""
+    """Find, for each rank, the smallest score whose p-value is rejected, by binary search."""
     largest = torch.finfo(torch.float32).max
     edge_E = torch.full((num_hypotheses,), largest)
     shape = is_rejected(p_from_score(edge_E)).shape
@@ -124,10 +122,10 @@ def smallest_scores(
 
 
 class StoreyCutOffs(NamedTuple):
-    """Storey's lines as scores: one row for each number of large p-values."""
+    """Critical values of Storey's procedure: one row for each number of large p-values."""
 
     lines_CE: Tensor
-    """float32, shape (E + 1, E), on the CPU: row c serves a token with c large p-values."""
+    """float32, shape (E + 1, E), on the CPU; row c is for tokens with c large p-values."""
     smallest_not_large: Tensor
     """float32 scalar: a score below it has a p-value above lambda."""
 
@@ -135,7 +133,7 @@ class StoreyCutOffs(NamedTuple):
 def storey_cut_offs(
     null: Null, alpha: float, num_experts: int, table: ReferenceTable | None = None
 ) -> StoreyCutOffs:
-    """Find the cut-offs of Storey's procedure; arguments and errors as in `cut_offs`."""
+    """Return the critical values of Storey's procedure; arguments and errors as in `cut_offs`."""
     check_alpha(alpha)
     num_large_C1 = torch.arange(num_experts + 1).unsqueeze(-1)
     lines_CE = cut_offs_where(
@@ -148,7 +146,7 @@ def storey_cut_offs(
 def count_at_storey_cut_offs(
     descending_scores_TE: Tensor, storey: StoreyCutOffs, rank_E: Tensor
 ) -> Tensor:
-    """Count the experts that Storey's procedure selects; as `count_at_cut_offs`."""
+    """Count the experts that Storey's procedure selects, like `count_at_cut_offs`."""
     num_large_T = (descending_scores_TE < storey.smallest_not_large).sum(dim=-1)
     return count_at_cut_offs(descending_scores_TE, storey.lines_CE[num_large_T], rank_E)
 
@@ -159,7 +157,7 @@ def count_at_cut_offs(descending_scores_TE: Tensor, cut_offs_E: Tensor, rank_E: 
     Args:
         descending_scores_TE: scores of each token, largest first.
         cut_offs_E: from `cut_offs`, on the same device.
-        rank_E: 1, 2, ..., E on the same device, made once a layer like the cut-offs.
+        rank_E: 1, 2, ..., E on the same device, created once per layer like the critical values.
     Returns:
         Int64 tensor of shape (T, 1), values 0 to E. No host sync.
     Example:
@@ -171,12 +169,12 @@ def count_at_cut_offs(descending_scores_TE: Tensor, cut_offs_E: Tensor, rank_E: 
 
 
 def _key_of(scores: Tensor) -> Tensor:
-    """Map float32 to int64 so that integers are ordered like the scores."""
+    """Map float32 scores to int64 keys of the same order."""
     bits = scores.view(torch.int32).to(torch.int64)
     return torch.where(bits >= 0, bits, ~(bits & _SIGN_BITS))
 
 
 def _score_of(keys: Tensor) -> Tensor:
-    """Undo `_key_of`; one beyond the largest finite score is infinity."""
+    """Invert `_key_of`; the key after that of the largest finite score is infinity."""
     bits = torch.where(keys >= 0, keys, ~keys | ~_SIGN_BITS)
     return bits.to(torch.int32).view(torch.float32)

@@ -1,4 +1,4 @@
-"""The planted-signal laboratory: false discoveries and power where the truth is known.
+"""Planted-signal simulation: false discovery rate and power with known truth.
 
 Axes: T tokens, E experts, H hidden, K slots.
 """
@@ -20,16 +20,17 @@ from bh_routing.nulls.noise import share_with_interval
 
 Design = Literal["independent", "low rank"]
 """independent: logits N(0, 1), planted ones shifted. low rank: logits = W h with fewer hidden
-coordinates than experts; h is moved towards the planted experts' gates, which moves others too."""
+coordinates than experts; h is shifted towards the planted experts' gates, which also changes the
+other logits."""
 
 NUM_EXPERTS: Final = 64
 MODEL_TOP_K: Final = 8
 NUM_HIDDEN: Final = 32
 SHIFT: Final = 4.0
-"""How far a planted logit lies above the background, in standard deviations."""
+"""Distance of a planted logit above the background, in standard deviations."""
 ALPHAS: Final = (0.05, 0.10)
 TRUE_NULL: Final = "true"
-"""N(0, 1) with the known mean and scale: what the other nulls try to estimate."""
+"""N(0, 1) with known mean and scale, which the other nulls estimate."""
 
 _PROCEDURES: Final[Mapping[str, Callable[[Tensor, float], Tensor]]] = MappingProxyType(
     {"bh": benjamini_hochberg, "by": benjamini_yekutieli, "storey": storey}
@@ -46,19 +47,19 @@ class Row:
     alpha: float
     tokens: int
     fdr: float
-    """Mean over tokens of the share of rejected experts that weren't planted; 0 if none was."""
+    """Mean over tokens of the fraction of rejected experts not planted; 0 without rejections."""
     fdr_low: float
-    """95 % interval of it over tokens, normal approximation."""
+    """95 % interval of `fdr` over tokens, normal approximation."""
     fdr_high: float
     pooled_share: float
-    """Rejected experts that weren't planted over all rejected, of all tokens; NaN if none was."""
+    """Fraction of all tokens' rejected experts that weren't planted; NaN without rejections."""
     power: float
-    """Planted experts that were rejected over all planted."""
+    """Fraction of planted experts that were rejected."""
     mean_rejected: float
     noise_share_any: float
-    """Share of tokens with any rejection when nothing is planted."""
+    """Fraction of tokens with any rejection when nothing is planted."""
     noise_low: float
-    """Wilson 95 % interval of it."""
+    """Wilson 95 % interval of `noise_share_any`."""
     noise_high: float
 
 
@@ -70,15 +71,15 @@ class _Sample(NamedTuple):
 def run_laboratory(
     tokens: int = 10_000, seed: int = 0, nulls: Sequence[str] = (TRUE_NULL, *NULLS)
 ) -> list[Row]:
-    """Measure every null under every procedure on planted signals and on none.
+    """Measure every null under every procedure, with and without planted signals.
 
     Each token has 0 to 7 planted experts. A null that needs a table gets it from other tokens of
-    the same design with their signals in place, as calibration text would have them.
+    the same design, signals included, as in calibration text.
 
     Args:
-        tokens: fresh tokens of each cell.
-        seed: of everything drawn, which is the same whatever the nulls.
-        nulls: `TRUE_NULL` or names of the catalog.
+        tokens: new tokens per cell.
+        seed: seed of all draws, which don't depend on `nulls`.
+        nulls: `TRUE_NULL` or names from the catalog.
     Returns:
         Rows by design, null, procedure and alpha.
     """

@@ -1,4 +1,4 @@
-"""Pure noise as router logits: the reference of a null where there is nothing to select.
+"""Reference tables from pure noise: router logits without any expert to select.
 
 Axes: T tokens, E experts, K slots, H hidden.
 """
@@ -13,21 +13,21 @@ from torch import Tensor
 from bh_routing.nulls.base import Null, ReferenceTable, RouterPass
 
 FIT_TOKENS: Final = 16_384
-"""Noise tokens behind a table: as many as a calibration reads by default."""
+"""Noise tokens per table: as many as a calibration reads by default."""
 
 FIT_TOKENS_BY_EXPERT: Final = 4 * FIT_TOKENS
-"""The same for one table an expert, to which a token gives one score and not E."""
+"""The same with one table per expert, to which a token contributes one score instead of E."""
 
 NOISE_HIDDEN: Final = 512
-"""Width of the random hidden states, for a null whose reference is made from a gate."""
+"""Width of the random hidden states, for a null whose reference is computed from a gate."""
 
 
 def fit_on_noise(
     null: Null, num_experts: int, model_top_k: int, generator: torch.Generator
 ) -> ReferenceTable | None:
-    """Return the null's table of independent N(0, 1) logits; None if it needs none.
+    """Return the null's table from independent N(0, 1) logits; None if it needs none.
 
-    The top-k of that noise takes the place of the model's selection.
+    The top-k of that noise replaces the model's selection.
     """
     if not null.needs_table:
         return None
@@ -41,7 +41,7 @@ def fit_on_noise(
 
 
 def _noise_with_gate(num_experts: int, model_top_k: int, generator: torch.Generator) -> RouterPass:
-    """Random hidden states and a random gate, scaled so that logits have variance 1."""
+    """Draw random hidden states and a random gate, scaled so that logits have variance 1."""
     hidden_TH = torch.randn(FIT_TOKENS, NOISE_HIDDEN, generator=generator)
     gate_EH = torch.randn(num_experts, NOISE_HIDDEN, generator=generator) / NOISE_HIDDEN**0.5
     logits_TE = hidden_TH @ gate_EH.T
@@ -50,7 +50,7 @@ def _noise_with_gate(num_experts: int, model_top_k: int, generator: torch.Genera
 
 
 class Share(NamedTuple):
-    """A share of tokens and its Wilson 95 % interval."""
+    """A fraction of tokens and its Wilson 95 % interval."""
 
     share: float
     low: float
@@ -58,8 +58,8 @@ class Share(NamedTuple):
 
 
 def share_with_interval(is_true_T: Tensor) -> Share:
-    """Return the share of True."""
-    # Loaded here: scipy.stats takes longer to import than everything else in this package.
+    """Return the fraction of True values with its interval."""
+    # Imported here: scipy.stats takes longer to import than everything else in this package.
     from scipy.stats import binomtest
 
     num_true = int(is_true_T.sum())

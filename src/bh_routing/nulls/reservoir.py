@@ -1,4 +1,4 @@
-"""A uniform sample of a stream of scores in fixed memory: what a reference table is made from."""
+"""Reservoir sampling: a uniform sample of a stream of scores in bounded memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bh_routing.nulls.cut_offs import BY_EXPERT_ALPHA, DRAWS_ON_FIRST_LINE
 
 
 def reservoir_capacity(num_experts: int, smallest_alpha: float = 0.005) -> int:
-    """Return how many scores a table needs to decide at this alpha.
+    """Return the number of scores that a table needs to resolve this alpha.
 
     Example:
         >>> reservoir_capacity(64, smallest_alpha=0.01)
@@ -25,10 +25,10 @@ def reservoir_capacity(num_experts: int, smallest_alpha: float = 0.005) -> int:
 
 
 def row_capacity(num_experts: int) -> int:
-    """Return how many tokens' rows are kept where each expert gets a table of its own.
+    """Return the number of tokens whose rows are kept if each expert has its own table.
 
-    Twice what a table needs at `BY_EXPERT_ALPHA`: enough for an expert that is among the model's
-    top-k of half of all tokens.
+    It is twice the size of a table at `BY_EXPERT_ALPHA`: enough for an expert that is in the
+    model's top-k for half of all tokens.
 
     Example:
         >>> row_capacity(64)
@@ -38,13 +38,13 @@ def row_capacity(num_experts: int) -> int:
 
 
 class Reservoir:
-    """Keeps `capacity` scores of a stream, every subset of that size being equally likely.
+    """A sample of `capacity` scores of a stream; every subset of that size is equally likely.
 
     With `row_length` it keeps whole rows of scores instead, such as those of one token.
 
     Each score draws a key and the smallest keys stay, so the sample depends on the seed and the
-    stream but not on how the stream was cut into chunks. Memory never exceeds twice the capacity
-    and one chunk.
+    stream but not on its division into chunks. Memory never exceeds twice the capacity plus one
+    chunk.
 
     Source: Efraimidis & Spirakis (2006), with equal weights.
     """
@@ -52,7 +52,7 @@ class Reservoir:
     def __init__(
         self, capacity: int, seed: int | Sequence[int], row_length: int | None = None
     ) -> None:
-        """Start empty; give each (null, layer) its own seed, such as (seed, null, layer)."""
+        """Start empty; use a different seed per (null, layer), such as (seed, null, layer)."""
         if capacity < 1:
             raise InputError(f"capacity must be at least 1, got {capacity}")
         self.capacity = capacity
@@ -68,14 +68,14 @@ class Reservoir:
         return min(self.num_seen, self.capacity)
 
     def add(self, scores: Tensor) -> None:
-        """Offer scores, of any shape if they aren't kept by row; one copy to the CPU."""
+        """Add scores to the stream, of any shape unless kept by row; one copy to the CPU."""
         offered = scores.detach().to("cpu", torch.float32).numpy().reshape(-1, *self._row)
         keys = self._random.random(len(offered))
         self.num_seen += len(offered)
         is_candidate = keys < self._highest_kept_key
         self._keys = np.concatenate([self._keys, keys[is_candidate]])
         self._scores = np.concatenate([self._scores, offered[is_candidate]])
-        # Selecting costs a pass over what is held, so it waits until that has doubled.
+        # Selecting passes over all stored scores, so it waits until they have doubled.
         if self._keys.size >= 2 * self.capacity:
             self._shrink()
 
@@ -83,13 +83,13 @@ class Reservoir:
         """Return the sample as a reference table.
 
         Raises:
-            CalibrationError: nothing was offered, or a score was NaN or infinite.
+            CalibrationError: no score was added, or a score was NaN or infinite.
         """
         self._shrink()
         return ReferenceTable.from_scores(torch.from_numpy(self._scores.copy()))
 
     def rows(self) -> Tensor:
-        """Return the sample in a random order that doesn't depend on chunks either."""
+        """Return the sample in a random order, which doesn't depend on chunks either."""
         self._shrink()
         return torch.from_numpy(self._scores[self._keys.argsort()])
 

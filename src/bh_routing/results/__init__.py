@@ -1,1 +1,1 @@
-"""Files of a results folder, written and read: the one place where both towers touch the disk."""
+"""Reading and writing of results folders, shared by experiments and analysis."""

@@ -1,4 +1,4 @@
-"""Files that are never seen half written: one writer and one reader per format."""
+"""Atomic file writes, and one writer and one reader per format."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ TEMPORARY_SUFFIX: Final = ".tmp"
 
 
 def write_atomically(path: Path, content: bytes) -> Path:
-    """Put `content` at `path` through a temporary neighbour, fsync and rename.
+    """Write `content` to a temporary file next to `path`, fsync it and rename it to `path`.
 
-    The folder must exist: made again, one that vanished would hold half of a run.
+    The folder must exist: recreating a deleted folder would leave a partial run in it.
 
     Returns:
         The path.
     Raises:
-        ResultsError: the disk is full, or the folder is gone or may not be written to.
+        ResultsError: the disk is full, or the folder is missing or not writable.
     """
     try:
         _write_and_rename(path, content)
@@ -41,7 +41,7 @@ def write_atomically(path: Path, content: bytes) -> Path:
 
 
 def unwritable(path: Path, error: OSError) -> ResultsError:
-    """Build the error for a file that the system doesn't let us write."""
+    """Build the error for a file that can't be written."""
     return ResultsError(
         f"{path} can't be written ({error.strerror or error}); make room, give the right to write "
         "there, or choose another folder: what finished is kept, and the same command goes on "
@@ -50,9 +50,9 @@ def unwritable(path: Path, error: OSError) -> ResultsError:
 
 
 def _write_and_rename(path: Path, content: bytes) -> None:
-    # A short piece of the name: with the suffix a long one would exceed the system's limit.
+    # Only the start of the name: a long name plus the suffix would exceed the system's limit.
     neighbour = path.with_name(f".{path.name[:40]}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}")
-    # Not tempfile: its mode 0600 would hide results from colleagues. open() applies the umask.
+    # Not tempfile: its mode 0600 would hide results from other users. open() applies the umask.
     descriptor = os.open(neighbour, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -67,7 +67,7 @@ def _write_and_rename(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename or a new file in `folder` survive a power cut."""
+    """Fsync `folder`, so that a rename or a new file in it survives a power failure."""
     if os.name != "posix":
         return  # Windows can't open a folder, and renames are journaled there.
     descriptor = os.open(folder, os.O_RDONLY)
@@ -81,19 +81,19 @@ RESTORE = "put the file back as it was, or use another output folder"
 
 
 def to_strict(value: Any) -> Any:
-    """Return `value` as plain dicts, lists, strings, numbers and None; NaN and infinity are None.
+    """Convert `value` to plain JSON data; NaN and infinity become None.
 
     Args:
-        value: mappings, sequences, dataclasses, paths, numpy arrays and scalars, in any nesting.
+        value: mappings, sequences, dataclasses, paths, numpy arrays and scalars, nested freely.
     Returns:
         Data that `json.dumps(..., allow_nan=False)` accepts.
     Raises:
-        TypeError: a value in it has no JSON form.
+        TypeError: a nested value has no JSON form.
     Example:
         >>> to_strict({"p": float("nan"), "n": np.int64(3)})
         {'p': None, 'n': 3}
     """
-    if value is None or isinstance(value, (str, int)):  # most, so first; bool is an int
+    if value is None or isinstance(value, (str, int)):  # most values, so first; bool is an int
         return value
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
@@ -129,7 +129,7 @@ def render_json_lines(values: Iterable[Any]) -> bytes:
 
 
 def _encode(text: str) -> bytes:
-    # A lone surrogate, as in a path that isn't UTF-8, becomes \udcXX: an escape that JSON knows.
+    # A lone surrogate, as in a path that isn't UTF-8, becomes \udcXX, a valid JSON escape.
     return f"{text}\n".encode(errors="backslashreplace")
 
 
@@ -138,9 +138,9 @@ def read_json_object(path: Path, remedy: str = RESTORE) -> dict[str, Any]:
 
     Args:
         path: the file.
-        remedy: advice that ends the error's sentence.
+        remedy: advice at the end of the error message.
     Raises:
-        ResultsError: the file can't be read, or isn't a whole JSON object.
+        ResultsError: the file can't be read, or isn't a complete JSON object.
     """
     try:
         value = json.loads(path.read_bytes())
@@ -154,12 +154,12 @@ def read_json_object(path: Path, remedy: str = RESTORE) -> dict[str, Any]:
 
 
 def find_json_object(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object as `read_json_object` does; None if there is no such file."""
+    """Read a JSON object like `read_json_object`; None if the file doesn't exist."""
     return read_json_object(path) if path.is_file() else None
 
 
 def half_read(path: Path | None, what: str, remedy: str = RESTORE) -> ResultsError:
-    """Build the error for a file that can't be read whole."""
+    """Build the error for a file that can't be read completely."""
     return ResultsError(f"{path or 'the journal'} can't be read whole: {what}; {remedy}")
 
 
@@ -173,8 +173,8 @@ def render_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None 
     """Render a header and rows.
 
     Args:
-        rows: column -> value; numbers are written by `repr`, None as nothing.
-        columns: names of the header, in order; None: those of the first row.
+        rows: column -> value; numbers are written by `repr`, None as an empty cell.
+        columns: names of the header, in order; None: the keys of the first row.
     """
     rows = list(rows)
     names = list(rows[0] if columns is None and rows else columns or ())
@@ -183,7 +183,7 @@ def render_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None 
 
 
 def render_csv_row(values: Iterable[Any]) -> str:
-    """Render one row with its line end; a row may hold quoted line ends.
+    """Render one row with its line ending; a row may hold quoted line endings.
 
     Example:
         >>> render_csv_row([0.5, "=1+1", "red\\x1b[31m", "a, b"])
@@ -191,24 +191,24 @@ def render_csv_row(values: Iterable[Any]) -> str:
     """
     buffer = io.StringIO()
     cells = [_written(value) if isinstance(value, str) else value for value in values]
-    # The writer quotes only the line ends it was told of: name both, then end the line with one.
+    # The writer quotes only the line endings it is given: pass both, then end the line with one.
     csv.writer(buffer, lineterminator="\r\n").writerow(cells)
     return buffer.getvalue().removesuffix("\r\n") + "\n"
 
 
 def read_csv(path: Path, columns: Sequence[str], remedy: str = RESTORE) -> list[dict[str, str]]:
-    """Read every row as the texts that were written.
+    """Read every row as column -> text.
 
     Args:
-        path: a UTF-8 file that `render_csv` made.
+        path: a UTF-8 file written by `render_csv`.
         columns: names that the header must have.
-        remedy: advice that ends an error's sentence.
+        remedy: advice at the end of an error message.
     Raises:
-        ResultsError: the file can't be read, lacks a column, or a row is cut short.
+        ResultsError: the file can't be read, lacks a column, or has an incomplete row.
     """
     try:
         content = path.read_bytes().decode("utf-8")
-        # strict: an open quote at the end of the file is a cut, not the end of a text.
+        # strict: an open quote at the end of the file means truncation, not the end of a text.
         header, *rows = list(csv.reader(io.StringIO(content, newline=""), strict=True)) or [[]]
     except OSError as error:
         raise half_read(path, error.strerror or str(error), remedy) from error
@@ -242,27 +242,27 @@ def _read(cell: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class JsonLines:
-    """The whole lines of a file; the default is a file that doesn't exist yet."""
+    """Complete lines of a JSON lines file; the default stands for a missing file."""
 
     objects: list[dict[str, Any]] = field(default_factory=list)
     """Without their checksums."""
     checksums: list[str] = field(default_factory=list)
     """One per object; empty if the lines have none."""
     valid_bytes: int = 0
-    """Length of the file without a torn last line."""
+    """Length of the file without an incomplete last line."""
     torn_bytes: int = 0
-    """Length of a torn last line, 0 if there is none."""
+    """Length of an incomplete last line, 0 if there is none."""
 
 
 def read_json_lines(path: Path, seed: str | None = None, remedy: str = RESTORE) -> JsonLines:
-    """Read every whole line, and check the checksums if the first line has one.
+    """Read every complete line, and verify the checksums if the first line has one.
 
     Args:
-        path: the file; a missing one is empty.
-        seed: stands in place of a checksum before the first line; None: the first isn't checked.
-        remedy: advice that ends an error's sentence.
+        path: the file; a missing one counts as empty.
+        seed: predecessor of the first line's checksum; None: the first line isn't verified.
+        remedy: advice at the end of an error message.
     Raises:
-        ResultsError: a line isn't a JSON object, has another schema version, or doesn't fit its
+        ResultsError: a line isn't a JSON object, has another schema version, or doesn't match its
             checksum.
     """
     if not path.exists():
@@ -290,9 +290,9 @@ def read_json_lines(path: Path, seed: str | None = None, remedy: str = RESTORE) 
 
 
 def planned_keys(folder: Path) -> frozenset[str] | None:
-    """Return the keys of the experiments that the folder's last run asked for; None if unknown.
+    """Return the keys of the experiments planned by the folder's last run; None if unknown.
 
-    Names can't tell these from experiments of an earlier run: a name may have been redefined.
+    Names can't distinguish these from an earlier run's experiments: a name may be redefined.
     """
     try:
         return frozenset(json.loads((folder / RUN_JSON).read_bytes())["plans"][-1])

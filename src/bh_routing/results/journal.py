@@ -32,7 +32,7 @@ from bh_routing.results.records import (
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a JSON-like value, independent of the order of keys."""
+    """Return the SHA-256 of a JSON-like value, independent of key order."""
     return json_digest(to_strict(value))
 
 
@@ -40,11 +40,11 @@ def read_chained(path: Path, seed: str, remedy: str) -> JsonLines:
     """Read lines that must have checksums.
 
     Args:
-        path: the file; a missing one is empty.
-        seed: stands in place of the checksum before the first line.
-        remedy: advice that ends an error's sentence.
+        path: the file; a missing one counts as empty.
+        seed: predecessor of the first line's checksum.
+        remedy: advice at the end of an error message.
     Raises:
-        ResultsError: a line isn't JSON, is of another schema, or doesn't fit its checksum.
+        ResultsError: a line isn't JSON, has another schema, or doesn't match its checksum.
     """
     lines = read_json_lines(path, seed, remedy)
     if len(lines.checksums) != len(lines.objects):
@@ -53,7 +53,7 @@ def read_chained(path: Path, seed: str, remedy: str) -> JsonLines:
 
 
 class ChainedWriter:
-    """Append lines; each is on disk when `append` returns."""
+    """Append checksummed lines; each is on disk when `append` returns."""
 
     def __init__(self, path: Path, content: JsonLines, seed: str) -> None:
         is_new = not path.exists()
@@ -71,22 +71,22 @@ class ChainedWriter:
             raise unwritable(path, error) from error
 
     def append(self, body: Mapping[str, Any]) -> str:
-        """Write one line, wait until the disk has it, and return its checksum.
+        """Write one line, fsync it, and return its checksum.
 
         Raises:
-            ResultsError: the disk is full, or the file was removed or replaced meanwhile.
+            ResultsError: the disk is full, or the file was removed or replaced.
         """
         plain = {"schema_version": SCHEMA_VERSION, **to_strict(body)}
         checksum = line_checksum(self._last_checksum, plain)
-        # One write call: a signal handler can't come between two halves of a line.
+        # One write call: a signal handler can't interrupt a line.
         data = render_json_line({**plain, "checksum": checksum})
         try:
             if os.write(self._descriptor, data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._descriptor)
         except OSError as error:
-            # Half a line in front of a later one would damage the whole file.
-            with suppress(OSError):  # one that stays torn is dropped when it is read
+            # An incomplete line before a later one would corrupt the whole file.
+            with suppress(OSError):  # readers drop an incomplete last line
                 os.ftruncate(self._descriptor, self._length)
             raise unwritable(self._path, error) from error
         self._length += len(data)
@@ -95,7 +95,7 @@ class ChainedWriter:
         return checksum
 
     def check_place(self) -> None:
-        """Raise ResultsError if the file's name no longer leads to the file being written."""
+        """Raise ResultsError if the path no longer refers to the open file."""
         try:
             is_ours = os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
         except OSError:
@@ -107,7 +107,7 @@ class ChainedWriter:
             )
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         os.close(self._descriptor)
 
 
@@ -132,20 +132,20 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JournalContent:
-    """What is on disk and fits its checksums; the default is a journal that doesn't exist yet."""
+    """The verified entries of a journal; the default stands for a missing file."""
 
     entries: list[Entry] = field(default_factory=list)
     chain: JsonLines = field(default_factory=JsonLines)
 
 
 def read_journal(path: Path, seed: str) -> JournalContent:
-    """Read the entries of a journal and check the chain of checksums.
+    """Read the entries of a journal and verify the chain of checksums.
 
     Args:
-        path: the journal; a missing file is an empty journal.
-        seed: what the first checksum builds on: the run's own fingerprint.
+        path: the journal; a missing file counts as empty.
+        seed: predecessor of the first checksum: the run's own fingerprint.
     Raises:
-        ResultsError: a line doesn't fit its checksum, or isn't a line of a journal.
+        ResultsError: a line doesn't match its checksum, or isn't a line of a journal.
     """
     chain = read_chained(path, seed, WAYS_OUT)
     entries = [
@@ -164,22 +164,22 @@ class JournalWriter:
         self._writer = ChainedWriter(path, content.chain, seed)
 
     def append(self, key: str, record: ExperimentRecord, detail: ExperimentDetail) -> Entry:
-        """Write one line and wait until the disk has it; ResultsError if it can't be written."""
+        """Write one line and fsync it; raise ResultsError if it can't be written."""
         body = {"key": key, "record": to_values(record), "detail": to_values(detail)}
         checksum = self._writer.append(body)
         return Entry(key=key, record=record, detail=detail, checksum=checksum)
 
     def check_place(self) -> None:
-        """Raise ResultsError if the journal was removed or replaced meanwhile."""
+        """Raise ResultsError if the journal was removed or replaced."""
         self._writer.check_place()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._writer.close()
 
 
 def to_values(item: ExperimentRecord | ExperimentDetail) -> dict[str, Any]:
-    """Return field -> value; `asdict` would copy every list number by number."""
+    """Return field -> value without copies; `asdict` would copy every list."""
     return {f.name: getattr(item, f.name) for f in fields(item)}
 
 

@@ -1,7 +1,7 @@
-"""What crosses from running to reading: one record an experiment, and the names of the files.
+"""Records and file names of a results folder.
 
-Both towers import this file and nothing of each other. The texts below the fields are the
-definitions of the CSV's columns; `docs/columns.md` is generated from them.
+Experiments and analysis both import this module and nothing from each other. `docs/columns.md` is
+generated from the definitions of the fields.
 """
 
 from __future__ import annotations
@@ -26,44 +26,43 @@ CALIBRATION: Final = "calibration.safetensors"
 PLOTS: Final = "plots"
 
 BASELINE: Final = "baseline"
-"""In run.json: the configuration that the others are compared with."""
+"""Key in run.json: the configuration that the others are compared with."""
 LEFT_OUT: Final = "left_out"
-"""In run.json: standard configurations that the model can't run -> the reason."""
+"""Key in run.json: standard configurations that the model can't run -> the reason."""
 
 STATUS_OK: Final = "ok"
 STATUS_FAILED: Final = "failed"
 
 
 def json_digest(value: Any) -> str:
-    """SHA-256 of plain JSON data, independent of the order of keys."""
+    """Return the SHA-256 of plain JSON data, independent of key order."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 def line_checksum(previous: str, body: Mapping[str, Any]) -> str:
-    """Checksum of a journal's line: it covers the line and the checksum of the one before it.
+    """Return the checksum over a journal's line and the preceding line's checksum.
 
     Args:
-        previous: the checksum before it; in front of the first line a hash of what all of the
-            file's lines share.
+        previous: the preceding line's checksum; for the first line, the journal's seed.
         body: the line without its own checksum.
     """
     return json_digest([previous, body])
 
 
 def journal_seed(identity: Mapping[str, Any]) -> str:
-    """What the checksums of a run's journal build on: most of run.json's identity.
+    """Return the seed of a journal's checksums: a hash of most of run.json's identity.
 
-    The calibration's tables are left out because a folder may get further ones later, with the
-    first configuration that needs them (an older version called them `calibration`); the model's
-    name because its fingerprint says more.
+    It excludes the calibration's tables (`calibration` in an older version), because the first
+    configuration that needs further tables adds them to the folder, and the model's name, because
+    the fingerprint is more specific.
     """
     left_out = ("tables", "calibration", "model")
     return json_digest({k: v for k, v in identity.items() if k not in left_out})
 
 
 def column(text: str, **kwargs: Any) -> Any:
-    """Declare a field of a record together with its definition."""
+    """Declare a field of a record with its definition."""
     return field(metadata={"definition": text}, **kwargs)
 
 
@@ -123,7 +122,7 @@ class ExperimentRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExperimentDetail:
-    """What the journal keeps beside a row: too long for a CSV, needed by reports."""
+    """Details of an experiment that reports need but that are too long for a CSV row."""
 
     output_token_ids: list[int] = field(default_factory=list)
     """Generated token ids, in order."""
@@ -147,35 +146,35 @@ TIME_COLUMNS: Final = (
 
 
 def column_definitions(record: Any = ExperimentRecord) -> dict[str, str]:
-    """Name -> definition of every column of a record, in the CSV's order."""
+    """Return name -> definition of every column of a record, in the CSV's order."""
     return {f.name: str(f.metadata["definition"]) for f in fields(record)}
 
 
 QUALITY_JOURNAL: Final = "quality.jsonl"
 EARLY_POSITIONS: Final = 128
-"""Positions of a window that count as early: little context, few earlier drops to compound."""
+"""Positions of a window that count as early: they have little context and few preceding drops."""
 KL_BIN_EDGES: Final = tuple(10.0 ** (-8 + i / 8) for i in range(81))
-"""Edges in nats of the KL histogram: eight bins a decade from 1e-8 to 1e2."""
+"""Edges of the KL histogram in nats: eight bins per decade from 1e-8 to 1e2."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QualityRecord:
     """One line of `quality.jsonl`: one configuration on one document, teacher-forced.
 
-    Everything is compared, token by token, with the model's own top-k on the same tokens. Sums
-    are over scored tokens, so documents add up.
+    Every token is compared with the model's own top-k on the same token. Sums are over scored
+    tokens, so they can be added over documents.
     """
 
     config_name: str
-    """For display: one name may have stood for several rules."""
+    """For display only: one name may refer to several rules."""
     rule: dict[str, Any]
-    """The rule with all its fields; with the document's key, what identifies a record."""
+    """The rule with all its fields; with `document_key` it identifies a record."""
     document: str
-    """For display: unique among the documents that were scored together."""
+    """For display only: unique among the documents that were scored together."""
     document_key: str
-    """Hash of the document's text and where in it the scored tokens start."""
+    """Hash of the document's text and of the position at which the scored tokens start."""
     cluster: str
-    """Documents of one cluster aren't independent draws: chapters of one book."""
+    """Documents of one cluster, such as chapters of one book, aren't independent draws."""
     domain: str
     tokens: int
     """Scored tokens."""
@@ -184,19 +183,19 @@ class QualityRecord:
     top_k_nll_sum: float
     """The same under the model's own top-k."""
     kl_sum: float
-    """KL(top-k || rule) over the full vocabulary, float32, in nats; each token clamped at 0."""
+    """KL(top-k || rule) over the full vocabulary, float32, in nats; clamped at 0 per token."""
     kl_max: float
     kl_histogram: list[int]
-    """Tokens by KL: below the first of KL_BIN_EDGES, between each two, above the last."""
+    """Tokens by KL: below the first of KL_BIN_EDGES, between neighbouring edges, above the last."""
     same_top1: int
-    """Tokens at which rule and top-k rank the same token first."""
+    """Tokens for which rule and top-k rank the same token first."""
     delta_p_sum: float
-    """p(correct token) under the rule minus under top-k."""
+    """p(correct token) under the rule minus p under top-k."""
     delta_p_square_sum: float
     early_tokens: int
     """Scored tokens among the first EARLY_POSITIONS of their window."""
     early_delta_nll_sum: float
-    """NLL under the rule minus under top-k, over those."""
+    """NLL under the rule minus NLL under top-k, over the early tokens."""
     experts_sum: int
     """Experts kept, over units: pairs of (scored token, layer)."""
     units: int
@@ -219,15 +218,15 @@ class TaskOutcome:
     config_name: str
     task: str
     filter: str
-    """lm-eval's name of what was done to the answers before they were scored."""
+    """lm-eval's name of the filter applied to the answers before scoring."""
     item: int
-    """lm-eval's number of the item."""
+    """lm-eval's index of the item."""
     item_hash: str
-    """lm-eval's hash of the item: the same for every configuration."""
+    """lm-eval's hash of the item, the same for every configuration."""
     cluster: str
-    """Items of one cluster aren't independent draws: passages of one document."""
+    """Items of one cluster, such as passages of one document, aren't independent draws."""
     metrics: dict[str, float | list[float]]
-    """What lm-eval aggregates: a number an item, or a sum and its weight, such as
+    """Values that lm-eval aggregates: a number per item, or a sum and its weight, such as
     log-likelihood and bytes. Metrics of another shape are left out."""
 
 
@@ -236,7 +235,7 @@ TIMINGS: Final = "timings.csv"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundTiming:
-    """One row of `timings.csv`: one configuration in one round, timed side by side."""
+    """One row of `timings.csv`: one configuration in one round of interleaved timings."""
 
     key: str = column("Key of the experiment in records.jsonl: what was timed, whatever its name.")
     round: int = column(
@@ -260,19 +259,19 @@ class TokenTrace:
     """One line of `token_traces.jsonl`: every slot of one experiment's tokens."""
 
     key: str
-    """The experiment's in the journal."""
+    """Key of the experiment in the journal."""
     config_name: str
     prompt_text: str
     tokens: list[str]
-    """Text of each token that was routed, the prompt's first."""
+    """Text of each routed token, the prompt's first."""
     num_prompt_tokens: int
     layers: int
     slots: int
-    """Candidates of a token and layer, in order of the family's own weight, largest first."""
+    """Candidate slots per token and layer, by the family's own weight, largest first."""
     model_top_k: int
-    """The first so many slots are what the model alone would use."""
+    """The model's own k: it alone would use the first `model_top_k` slots."""
     planes: str
     """Base64 of zlib of three little-endian arrays, each (tokens, layers, slots). int16: the
-    expert e if it was kept, -1 - e if it was dropped. uint16: its share of the candidates' weight
-    times 65,535, rounded.
+    expert e if it was kept, -1 - e if it was dropped. uint16: its fraction of the candidates'
+    weight times 65,535, rounded.
     uint16: -1000 log10 p, rounded, 65,534 at most; 65,535 where the rule has no p-value."""

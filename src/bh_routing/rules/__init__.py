@@ -1,4 +1,4 @@
-"""Rules: which of the slots that a router proposes stay, and what weights they get."""
+"""Rules, which decide the slots of a router that stay, and the weights of the kept slots."""
 
 from bh_routing.rules.base import (
     Candidates,

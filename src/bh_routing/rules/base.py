@@ -1,4 +1,4 @@
-"""What a rule is: it sees the slots that the model's router proposes and says which stay."""
+"""Base classes of rules: a rule decides which of the router's candidate slots stay."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from bh_routing.nulls.contributions import Contributions
 
 
 def check_count(name: str, value: int) -> None:
-    """Raise InputError unless this is a whole number of at least 1."""
+    """Raise InputError unless the value is a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
 def check_share(name: str, value: float) -> None:
-    """Raise InputError unless this is a number in (0, 1]."""
+    """Raise InputError unless the value is a number in (0, 1]."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0.0 < value <= 1.0:
         raise InputError(f"{name} must be a number in (0, 1], got {value!r}")
@@ -37,14 +37,14 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_mixture(weights: str, temperature: float, temperature_weights: str) -> None:
-    """Check the fields that every rule has."""
+    """Raise InputError if a field that every rule has is invalid."""
     check_choice("weights", weights, get_args(WeightConvention))
     check_temperature(temperature)
     check_choice("temperature_weights", temperature_weights, get_args(TemperatureWeights))
 
 
 def check_at_most_experts(name: str, value: int, num_experts: int) -> None:
-    """Raise InputError if a rule asks for more experts than there are."""
+    """Raise InputError if the value exceeds the number of experts."""
     if value > num_experts:
         raise InputError(
             f"{name} must be at most the {num_experts} experts of a layer, got {value}; set "
@@ -53,7 +53,7 @@ def check_at_most_experts(name: str, value: int, num_experts: int) -> None:
 
 
 def check_min_k(min_k: int, most_kept: int) -> None:
-    """Raise InputError if a token is to keep more experts than a rule may keep in this model."""
+    """Raise InputError if min_k exceeds the most experts per token that the rule keeps."""
     if min_k > most_kept:
         raise InputError(
             f"min_k must be at most {most_kept}, the most experts per token that the rule keeps in "
@@ -66,17 +66,17 @@ _REACH: Final = 16.0
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """A line on which a knob is searched: equal steps on it are about equally large changes."""
+    """A search scale for a tuning parameter: equal steps have about equally large effects."""
 
     value_at: Callable[[float], float]
-    """Place on the line -> value of the knob."""
+    """Position on the scale -> value of the tuning parameter."""
     low: float = -_REACH
-    """Where the line starts."""
+    """Lower end of the scale."""
     high: float | None = _REACH
-    """Where it ends; None: at the model's own k."""
+    """Upper end of the scale; None: the model's own k."""
 
     def ends(self, model_top_k: int) -> tuple[float, float]:
-        """Return both ends of the line."""
+        """Return both ends of the scale."""
         return self.low, float(model_top_k) if self.high is None else self.high
 
 
@@ -89,7 +89,7 @@ LOG: Final = Scale(math.exp)
 LOG_ODDS: Final = Scale(_logistic)
 """Numbers between 0 and 1."""
 SIGNED_LOG: Final = Scale(math.sinh)
-"""Any number: about linear near 0, logarithmic far from it."""
+"""Any number: approximately linear near 0, logarithmic far from 0."""
 WHOLE: Final = Scale(round, low=1.0, high=None)
 """Whole numbers of experts."""
 EXPERTS: Final = Scale(float, low=1.0, high=None)
@@ -98,7 +98,7 @@ EXPERTS: Final = Scale(float, low=1.0, high=None)
 
 @dataclass(frozen=True, slots=True)
 class Knob:
-    """Which number of a rule is turned, and which way.
+    """The tuning parameter of a rule, its search scale and its direction.
 
     Example:
         >>> Knob("alpha", LOG_ODDS, keeps_more=True).fields(0.05, num_layers=6)
@@ -106,7 +106,7 @@ class Knob:
     """
 
     name: str
-    """The rule's field, or "mean_experts" where fields are made from a mean."""
+    """The rule's field, or "mean_experts" if the fields are computed from a mean."""
     scale: Scale
     keeps_more: bool
     """Whether a larger value keeps more experts."""
@@ -114,39 +114,39 @@ class Knob:
     """Value and number of layers with a router -> fields; None: the field of the same name."""
 
     def fields(self, value: float, num_layers: int) -> dict[str, Any]:
-        """Return the rule's fields at a value of the knob."""
+        """Return the rule's fields for a value of the tuning parameter."""
         if self.fields_from is None:
             return {self.name: value}
         return dict(self.fields_from(value, num_layers))
 
     def sets(self, field: str) -> bool:
-        """Whether a field of the rule is the knob's to set."""
+        """Return whether the tuning parameter sets a field of the rule."""
         return field in self.fields(1.0, num_layers=1)
 
 
 WeightConvention = Literal["model", "renormalize", "preserve_mass"]
 TemperatureWeights = Literal["mass", "raw"]
 Unit = Literal["token", "block"]
-"""The rows that a rule decides together: each token alone, or blocks of a sequence's tokens."""
+"""The rows that a rule decides jointly: single tokens, or blocks of a sequence's tokens."""
 
 
 class Rows(NamedTuple):
-    """The sequences that the T rows of a forward pass belong to; a sequence's rows are in order.
+    """Sequence and position of each of a forward pass's T rows; a sequence's rows are in order.
 
-    Rows of one position decode together: in a decode step every sequence has one row, position 0.
+    In a decode step every sequence has one row, at position 0.
     """
 
     sequence_T: Tensor
-    """int64: number of the row's sequence, in the order of the batch; -1 at padding."""
+    """int64: number of the row's sequence, in the order of the batch; -1 for padding."""
     position_T: Tensor
-    """int64: rows of the same sequence before this one, in this forward pass, without padding."""
+    """int64: preceding rows of the same sequence in this forward pass, without padding."""
 
     @classmethod
     def of_batch(cls, is_real_BS: Tensor, is_start_BS: Tensor) -> Rows:
         """Number the rows of a batch; no host sync.
 
         Args:
-            is_real_BS: bool, False at padding.
+            is_real_BS: bool, False for padding.
             is_start_BS: bool, True where another sequence starts within a row of the batch.
         Example:
             >>> mask = torch.tensor([[False, True, True], [True, True, True]])
@@ -166,49 +166,49 @@ class Rows(NamedTuple):
 
     @classmethod
     def of_step(cls, num_rows: int, device: torch.device) -> Rows:
-        """Number the rows of a decode step: one row for each sequence."""
+        """Number the rows of a decode step: one row per sequence."""
         numbers_T = torch.arange(num_rows, device=device)
         return cls(numbers_T, torch.zeros_like(numbers_T))
 
     def to(self, device: torch.device) -> Rows:
-        """Return the same on `device`."""
+        """Return the rows with their tensors on `device`."""
         return Rows(self.sequence_T.to(device), self.position_T.to(device))
 
 
 class Candidates(NamedTuple):
-    """The slots of T tokens in one layer, as the model's own router proposes them."""
+    """The slots of T tokens in one layer, as proposed by the model's own router."""
 
     router_logits_TE: Tensor
-    """float32: what the family ranks experts by."""
+    """float32: the scores by which the family ranks experts."""
     top_k_index_TK: Tensor
-    """int64; in the family's order, which need not be by weight."""
+    """int64, in the family's order, which need not be by weight."""
     top_k_weights_TK: Tensor
     """The family's own weights, in the family's dtype."""
     output_norms_TK: Tensor | None = None
-    """float32 norm of each slot's expert output; only for a rule that `needs_output_norms`."""
+    """float32 norm of each slot's expert output; only for rules with `needs_output_norms`."""
     rows: Rows | None = None
-    """The tokens' sequences; only for a rule whose `unit` isn't the token."""
+    """The tokens' sequences; only for rules whose `unit` isn't the token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerContext:
-    """What a rule may know of one layer before the first token."""
+    """Properties of one layer that a rule can use before the first token."""
 
     layer: int
     num_experts: int
     model_top_k: int
-    """The model's own number of experts a token."""
+    """The model's own number of experts per token."""
     device: torch.device
     table: ReferenceTable | None = None
-    """The reference of the rule's null in this layer, on `device`; None if it needs none."""
+    """The reference table of the rule's null in this layer, on `device`; None if not needed."""
     contributions: Contributions | None = None
-    """What is known of slots in all layers, on the CPU; None if the rule needs no such thing."""
+    """Calibrated contributions of all layers, on the CPU; None if the rule doesn't need them."""
     num_layers: int | None = None
-    """Layers of the model that have a router; None if only one layer is known."""
+    """The model's layers with a router; None if only one layer is known."""
 
 
 Selector = Callable[[Candidates], Tensor]
-"""Candidates -> bool tensor (T, K), True where the slot stays; no host sync inside."""
+"""Candidates -> bool tensor (T, K), True where the slot stays; makes no host sync."""
 
 
 class Rule(ABC):
@@ -217,40 +217,40 @@ class Rule(ABC):
     method: ClassVar[str]
     """The rule's name in the catalog."""
     knob: ClassVar[Knob | None] = None
-    """What a search for a mean number of experts turns; None: the rule can't be brought to one."""
+    """The tuning parameter of a search for a mean number of experts; None: no such search."""
     weights: WeightConvention
-    """What the kept slots' weights are; see `weights.kept_weights`."""
+    """Convention for the kept slots' weights; see `weights.kept_weights`."""
     temperature: float
-    """Divides the router logits; 1.0 leaves the model's own."""
+    """Divides the router logits; 1.0 leaves them unchanged."""
     temperature_weights: TemperatureWeights
-    """With another temperature: "mass" keeps the kept slots' sum, "raw" is the ablation."""
+    """For other temperatures: "mass" preserves the kept slots' sum, "raw" is the ablation."""
 
     @property
     def required_null(self) -> str | None:
-        """Name of the null whose table the rule needs, None if it needs none."""
+        """Name of the null whose table the rule needs; None if it needs none."""
         return None
 
     @property
     def keeps_best_by_logit(self) -> bool:
-        """Whether what a token keeps is always a number of its best slots by logit."""
+        """Whether the slots that a token keeps always have its largest logits."""
         return True
 
     @property
     def unit(self) -> Unit:
-        """The rows decided together; a rule of another unit than the token is told its `Rows`."""
+        """The rows decided jointly; a rule whose unit isn't the token gets its `Rows`."""
         return "token"
 
     @property
     def needs_output_norms(self) -> bool:
-        """Whether every candidate expert must be run before the rule can decide."""
+        """Whether the rule needs the output of every candidate expert."""
         return False
 
     def smallest_alpha(self, num_experts: int) -> float | None:
-        """The level that the table of `required_null` must be able to decide, for one expert."""
+        """Return the level that `required_null`'s table must resolve for one expert, if any."""
         return None
 
     def most_kept(self, model_top_k: int) -> int:
-        """Return the most experts per token; more than the model's own k widens its router."""
+        """Return the most experts per token; a value above the model's own k widens its router."""
         return model_top_k
 
     def num_candidates(self, model_top_k: int) -> int:
@@ -263,30 +263,30 @@ class Rule(ABC):
 
     @abstractmethod
     def bind(self, context: LayerContext) -> Selector:
-        """Do the work of one layer that doesn't depend on tokens, and return its selector."""
+        """Return the selector of one layer, with all token-independent work done."""
 
     def slot_p_values(self, context: LayerContext) -> Callable[[Candidates], Tensor] | None:
-        """Return what gives each candidate slot its p-value, float64 (T, K): for reports.
+        """Return candidates -> p-value of each slot, float64 (T, K), for reports.
 
-        None for a rule that has none.
+        None if the rule has no p-values.
         """
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixingRule(Rule):
-    """A rule that chooses among the model's own slots and leaves the mixture to the family."""
+    """Base of rules with a choice of weights for the kept slots; the default is the family's."""
 
     temperature: float = 1.0
     """Divides the router logits; changes the mixture, not the selection."""
     weights: WeightConvention = "model"
-    """What the kept slots' weights are."""
+    """Convention for the kept slots' weights."""
     temperature_weights: TemperatureWeights = "mass"
-    """What another temperature does to the sum of the kept slots' weights."""
+    """Effect of another temperature on the sum of the kept slots' weights."""
 
     def __post_init__(self) -> None:
-        """Refuse a mixture out of range; a subclass checks its own fields and calls this."""
+        """Raise InputError if a field is out of range; subclasses check theirs and call this."""
         check_mixture(self.weights, self.temperature, self.temperature_weights)
 
     def check(self, *, num_experts: int, model_top_k: int) -> None:
-        """Accept any model: no more slots than its own are asked for."""
+        """Accept any model: the rule needs no more slots than the model's own."""

@@ -1,4 +1,4 @@
-"""BH-select: an expert stays if its score stands out of what background experts score.
+"""BH-select: an expert stays if its score is significantly above those of background experts.
 
 Axes: T tokens, E experts, K candidate slots.
 """
@@ -47,10 +47,10 @@ OnEmpty = Literal["min_k", "model_k"]
 class BenjaminiHochberg(Rule):
     """Keep the experts that Benjamini-Hochberg rejects as background, between min_k and max_k.
 
-    The count is taken over all E experts and then limited; the best candidates of that number
-    stay. Under a null with one table an expert, the best are those with the smallest p-values,
-    and a rejected expert that the router didn't propose can't stay. Alpha is a nominal level
-    under the fitted null: see docs/method.md for what it means under each.
+    Rejections are counted over all E experts, the count is limited, and that number of best
+    candidates stays. Under a null with one table per expert, the best have the smallest p-values,
+    and a rejected expert that the router didn't propose can't stay. Alpha is a nominal level under
+    the fitted null distribution; docs/method.md explains its meaning under each.
 
     Example:
         >>> BenjaminiHochberg(alpha=0.05, max_k=10).num_candidates(model_top_k=8)
@@ -63,27 +63,27 @@ class BenjaminiHochberg(Rule):
     knob: ClassVar[Knob | None] = Knob("alpha", LOG_ODDS, keeps_more=True)
 
     alpha: float
-    """Target false discovery rate under the null, in (0, 1); a larger one keeps more experts."""
+    """Target FDR under the null distribution, in (0, 1); a larger one keeps more experts."""
     temperature: float = 1.0
     """Divides the router logits; changes the selection only under the null "softmax"."""
     min_k: int = 1
-    """Fewest experts a token keeps."""
+    """Fewest experts per token."""
     max_k: int | None = None
-    """Most experts a token keeps; None: the model's own k. A larger one widens its router."""
+    """Most experts per token; None: the model's own k. A larger value widens the router."""
     null: str = "background"
-    """What the p-values rest on."""
+    """Null distribution of the p-values."""
     procedure: Procedure = "bh"
-    """"bh"; "by" for the line that holds under any dependence; "storey" for an adaptive one."""
+    """"bh"; "by", which is valid under any dependence; or "storey", which is adaptive."""
     on_empty: OnEmpty = "min_k"
     """A token without any rejection keeps min_k experts, or the model's own k within
     [min_k, max_k]."""
     weights: WeightConvention = "model"
-    """What the kept slots' weights are."""
+    """Convention for the kept slots' weights."""
     temperature_weights: TemperatureWeights = "mass"
-    """What another temperature does to the sum of the kept slots' weights."""
+    """Effect of another temperature on the sum of the kept slots' weights."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Raise InputError if a field is out of range."""
         check_alpha(self.alpha)
         check_count("min_k", self.min_k)
         if self.max_k is not None:
@@ -104,9 +104,9 @@ class BenjaminiHochberg(Rule):
         return self.null if get_null(self.null).needs_table else None
 
     def smallest_alpha(self, num_experts: int) -> float | None:
-        """Alpha; for "by" divided by 1 + 1/2 + ... + 1/E, like its line.
+        """Return alpha; for "by" divided by 1 + 1/2 + ... + 1/E, like its step-up line.
 
-        For "storey" divided by the largest share of nulls that it can estimate.
+        For "storey" it is divided by the largest possible estimate of the fraction of true nulls.
         """
         if self.procedure == "by":
             return self.alpha / harmonic_number(num_experts)
@@ -115,31 +115,31 @@ class BenjaminiHochberg(Rule):
         return self.alpha
 
     def most_kept(self, model_top_k: int) -> int:
-        """Return max_k, or the model's own k where it is None."""
+        """Return max_k, or the model's own k if it is None."""
         return model_top_k if self.max_k is None else self.max_k
 
     def check(self, *, num_experts: int, model_top_k: int) -> None:
-        """Raise InputError for a max_k above the experts, or a min_k above the most kept."""
+        """Raise InputError if most_kept exceeds the number of experts, or min_k most_kept."""
         most_kept = self.most_kept(model_top_k)
         check_at_most_experts("max_k", most_kept, num_experts)
         check_min_k(self.min_k, most_kept)
 
     @property
     def keeps_best_by_logit(self) -> bool:
-        """Not where each expert has a table of its own."""
+        """False if each expert has a table of its own."""
         return not get_null(self.null).by_expert
 
     def count_kept(self, num_rejected: int, model_top_k: int) -> int:
-        """How many experts a token with this many rejections (among its slots) keeps."""
+        """Return the experts kept by a token with `num_rejected` rejections among its slots."""
         is_empty = num_rejected == 0 and self.on_empty == "model_k"
         wanted = model_top_k if is_empty else num_rejected
         return min(max(wanted, self.min_k), self.most_kept(model_top_k))
 
     def bind(self, context: LayerContext) -> Selector:
-        """Compute the layer's cut-offs and return a selector that only compares.
+        """Compute the layer's critical values and return a selector that only compares.
 
         Raises:
-            InputError: max_k exceeds the experts of the layer, or min_k the most kept.
+            InputError: max_k exceeds the experts of the layer, or min_k the most kept per token.
             CalibrationError: the null needs a table and the context has none.
         """
         self.check(num_experts=context.num_experts, model_top_k=context.model_top_k)
@@ -158,7 +158,7 @@ class BenjaminiHochberg(Rule):
         return select
 
     def slot_p_values(self, context: LayerContext) -> Callable[[Candidates], Tensor] | None:
-        """The upper tail of the null at each candidate's score."""
+        """Return the upper tail of the null distribution at each candidate's score."""
         null, temperature = get_null(self.null), self.temperature
         table = null.require_table(context.table).to(context.device) if null.needs_table else None
 
@@ -169,7 +169,7 @@ class BenjaminiHochberg(Rule):
         return p_values
 
     def _select_by_p_values(self, context: LayerContext, kept_by_count: Tensor) -> Selector:
-        """Reject by p-values themselves: no cut-off serves experts with tables of their own."""
+        """Reject by p-values: experts with tables of their own have no common critical values."""
         null = get_null(self.null)
         table = null.require_table(context.table).to(context.device)
         alpha, procedure, temperature = self.alpha, self.procedure, self.temperature
@@ -186,7 +186,7 @@ class BenjaminiHochberg(Rule):
         return select
 
     def _counter(self, context: LayerContext) -> Callable[[Tensor], Tensor]:
-        """Return descending scores (T, E) -> number rejected (T, 1), by cut-offs."""
+        """Return descending scores (T, E) -> number rejected (T, 1), by critical values."""
         null, device = get_null(self.null), context.device
         rank_E = ranks(context.num_experts, device)
         if self.procedure == "storey":

@@ -1,4 +1,4 @@
-"""Every rule by name, from and to plain dictionaries such as YAML gives."""
+"""Catalog of rules by name, and conversion from and to plain dictionaries, as in YAML."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ _ALL: Final[tuple[type[Rule], ...]] = (
 
 RULES: Final[Mapping[str, type[Rule]]] = MappingProxyType({rule.method: rule for rule in _ALL})
 
-# Names that users' own configurations have; what we write always says the catalog's.
+# Names in users' own configurations; our output always has the catalog's names.
 _ALIASES: Final = {"topk": "top_k"}
 
-# Keys of a configuration that aren't the rule's.
+# Keys of a configuration that aren't fields of the rule.
 _NOT_FIELDS: Final = ("method", "description")
 
 
 def get_rule(config: Mapping[str, Any]) -> type[Rule]:
-    """Return the class that a configuration's method names.
+    """Return the rule class of a configuration's method.
 
     Raises:
-        InputError: no or unknown method.
+        InputError: the method is missing or unknown.
     """
     if "method" not in config:
         raise InputError(f"a configuration needs a method; known: {', '.join(RULES)}")
@@ -56,10 +56,10 @@ def get_rule(config: Mapping[str, Any]) -> type[Rule]:
 
 
 def make_rule(config: Mapping[str, Any]) -> Rule:
-    """Build a rule from a configuration: a method, its fields, and perhaps a description.
+    """Build a rule from a configuration: a method, its fields, and optionally a description.
 
     Raises:
-        InputError: no or unknown method, an unknown or missing key, or a value out of range.
+        InputError: the method or a key is missing or unknown, or a value is out of range.
     Example:
         >>> make_rule({"method": "topk", "k": 4, "description": "half of the experts"}).k
         4
@@ -79,9 +79,9 @@ def make_rule(config: Mapping[str, Any]) -> Rule:
 
 
 def rule_to_config(rule: Rule) -> dict[str, Any]:
-    """Return the configuration that `make_rule` turns into an equal rule, defaults included.
+    """Return the configuration from which `make_rule` builds an equal rule, defaults included.
 
-    It is plain JSON data: rules are equal exactly if these are, also after they were read back.
+    It is plain JSON data: rules are equal if and only if these are, also after a JSON round trip.
 
     Example:
         >>> rule_to_config(TopK(8))["method"]

@@ -1,4 +1,4 @@
-"""Rules on a slot's contribution: one threshold on the estimated, or the true, one."""
+"""Rules that threshold a slot's contribution, estimated or true."""
 
 from __future__ import annotations
 
@@ -33,50 +33,50 @@ from bh_routing.rules.base import (
 
 @dataclass(frozen=True, kw_only=True)
 class DroppingRule(MixingRule):
-    """A rule that drops the model's own slots by a score of each slot.
+    """Base of rules that drop the model's own slots by a score per slot.
 
-    It may drop a slot with a larger router logit than one it keeps.
+    A dropped slot may have a larger router logit than a kept one.
     """
 
     min_k: int = 1
-    """Slots with the largest scores that always stay."""
+    """Number of slots with the largest scores that always stay."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Raise InputError if a field is out of range."""
         check_count("min_k", self.min_k)
         super().__post_init__()
 
     @property
     def keeps_best_by_logit(self) -> bool:
-        """No: the expert's scale counts too."""
+        """False: the score also depends on the expert's scale."""
         return False
 
     def check(self, *, num_experts: int, model_top_k: int) -> None:
-        """Raise InputError for a min_k above the model's own k: no other slot is proposed."""
+        """Raise InputError if min_k exceeds the model's own k, the number of candidates."""
         check_min_k(self.min_k, model_top_k)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContributionRule(DroppingRule):
-    """A rule that drops slots by routing weight x calibrated scale."""
+    """Base of rules that drop slots by routing weight x calibrated scale."""
 
     statistic: Statistic = "sensitivity"
-    """The scale: see `nulls.contributions.Statistic`. "contribution" is the choice for a model that
-    gives no gradients, such as a quantised one."""
+    """The scale: see `nulls.contributions.Statistic`. Use "contribution" for a model without
+    gradients, such as a quantised one."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Raise InputError if a field is out of range."""
         check_choice("statistic", self.statistic, get_args(Statistic))
         super().__post_init__()
 
     @property
     def required_null(self) -> str | None:
-        """What calibration must have observed."""
+        """Name of the null that must be calibrated."""
         return needed_null(self.statistic, "norm")
 
 
 def require_contributions(method: str, context: LayerContext) -> Contributions:
-    """Return what is known of slots, or raise CalibrationError."""
+    """Return the context's contributions; raise CalibrationError if it has none."""
     if context.contributions is None:
         raise CalibrationError(
             f"rule {method!r} needs a calibration that observed slots and none was given; "
@@ -86,7 +86,7 @@ def require_contributions(method: str, context: LayerContext) -> Contributions:
 
 
 def layer_scale(method: str, statistic: Statistic, context: LayerContext) -> Tensor:
-    """Return the scale of each expert of the layer on its device, shape (E,)."""
+    """Return the scale of each expert on the layer's device, shape (E,)."""
     contributions = require_contributions(method, context)
     return contributions.scale(statistic, context.layer).to(context.device)
 
@@ -98,10 +98,10 @@ def slot_scores(candidates: Candidates, scale_E: Tensor) -> Tensor:
 
 
 class RankedSlots(NamedTuple):
-    """Slots of each token from the largest score to the smallest."""
+    """Slots of each token by score, largest first."""
 
     scores_TK: Tensor
-    """In that order."""
+    """Largest first."""
     rank_TK: Tensor
     """int64: the rank of each slot, 0 for the largest, in the order of the slots."""
 
@@ -118,12 +118,12 @@ def rank_slots(candidates: Candidates, scores_TK: Tensor) -> RankedSlots:
 
 
 def needed_null(statistic: Statistic, definition: Definition) -> str:
-    """Name what must be calibrated for a statistic and a definition of what mattered."""
+    """Return the name of the null to calibrate for a statistic and a definition of needed slots."""
     return NEEDED["loss" if statistic in BY_LOSS else definition]
 
 
 def check_contribution_threshold(threshold: float) -> None:
-    """Raise InputError unless this is a finite number of at least 0."""
+    """Raise InputError unless the threshold is a finite number of at least 0."""
     is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
     if not is_number or not isfinite(threshold) or threshold < 0:
         raise InputError(f"threshold must be a finite number of at least 0, got {threshold!r}")
@@ -134,7 +134,7 @@ class ContributionThreshold(ContributionRule):
     """Keep the slots whose score is above `threshold`, and the token's min_k best.
 
     With the same statistic this is the same one-parameter family of decisions as
-    BenjaminiHochbergDrop(scope="population"): there alpha picks the threshold.
+    BenjaminiHochbergDrop(scope="population"), where alpha determines the threshold.
 
     Example:
         >>> ContributionThreshold(0.05).required_null
@@ -148,12 +148,12 @@ class ContributionThreshold(ContributionRule):
     """At least 0, in the unit of the statistic; a larger one keeps fewer experts."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Raise InputError if a field is out of range."""
         check_contribution_threshold(self.threshold)
         super().__post_init__()
 
     def bind(self, context: LayerContext) -> Selector:
-        """Look up the layer's scale.
+        """Return a selector with the layer's scale.
 
         Raises:
             CalibrationError: the context has no contributions.
@@ -172,9 +172,9 @@ class ContributionThreshold(ContributionRule):
 class OracleContribution(DroppingRule):
     """Keep the slots whose true contribution is above `threshold`, and the token's min_k best.
 
-    The true contribution is weight x the norm of the expert's own output for this token, over the
-    layer's mean residual norm. Every candidate expert is run to know it: this shows how much a
-    better estimate could gain and saves nothing.
+    The true contribution is weight x the norm of the expert's output for this token / the layer's
+    mean residual norm. It requires running every candidate expert, so it saves nothing; it shows
+    the possible gain from a better estimate.
 
     Example:
         >>> OracleContribution(0.05).needs_output_norms
@@ -185,25 +185,25 @@ class OracleContribution(DroppingRule):
     knob: ClassVar[Knob | None] = Knob("threshold", LOG, keeps_more=False)
 
     threshold: float
-    """At least 0, a share of the residual's norm; a larger one keeps fewer experts."""
+    """At least 0, a fraction of the residual norm; a larger one keeps fewer experts."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Raise InputError if a field is out of range."""
         check_contribution_threshold(self.threshold)
         super().__post_init__()
 
     @property
     def required_null(self) -> str | None:
-        """What calibration must have observed: norms."""
+        """Name of the null that must be calibrated."""
         return NEEDED["norm"]
 
     @property
     def needs_output_norms(self) -> bool:
-        """Yes: the norm of every candidate's output."""
+        """True: the rule needs the norm of every candidate's output."""
         return True
 
     def bind(self, context: LayerContext) -> Selector:
-        """Look up the layer's mean residual norm.
+        """Return a selector with the layer's mean residual norm.
 
         Raises:
             CalibrationError: the context has no contributions.

@@ -1,4 +1,4 @@
-"""BH-drop: a slot goes if its score is small among the scores of slots that mattered.
+"""BH-drop: a slot is dropped if its score is significantly below those of slots that mattered.
 
 Axes: T tokens, E experts, K slots, N reference scores.
 """
@@ -45,22 +45,22 @@ _NOTHING: Final = -float("inf")
 class BenjaminiHochbergDrop(ContributionRule):
     """Drop the slots for which Benjamini-Hochberg rejects "this slot matters".
 
-    A slot's p-value is the share of calibration slots that mattered and scored no higher,
-    (1 + #{needed <= s}) / (n + 1). A flat router keeps its slots, a decisive one drops its tail.
+    A slot's p-value is the fraction of needed calibration slots with no larger score,
+    (1 + #{needed <= s}) / (n + 1). A flat router keeps its slots, a sharp one drops its tail.
 
     - scope "token": BH over each token's candidate slots, in one layer.
     - scope "block": BH over all slots of `block_tokens` consecutive tokens of one sequence and
-      forward pass, in one layer. Blocks end with their sequence and padding is part of none, so
-      neither batch size nor neighbours matter; in a decode step it equals "token".
-    - scope "population": BH once over the calibration's own slots, all layers; its cut-off t is
-      then a fixed threshold: the same decisions as ContributionThreshold(t).
+      forward pass, in one layer. Blocks end with their sequence and exclude padding, so the result
+      doesn't depend on the rest of the batch; in a decode step it equals "token".
+    - scope "population": BH once over the calibration's own slots of all layers; its critical
+      value t is then a fixed threshold: the same decisions as ContributionThreshold(t).
 
     If slots were exchangeable with the calibration's and their p-values independent or PRDS, the
-    expected share of dropped slots that mattered would be at most alpha times the share of slots
-    that matter. Neither is given in a model: see docs/method.md for what was measured.
+    expected fraction of dropped slots that mattered would be at most alpha times the fraction of
+    slots that matter. Models guarantee neither; docs/method.md reports measurements.
 
     Source: Benjamini & Hochberg (1995); Bates et al. (2023) for conformal p-values under BH; Jin &
-        Candès (2023) for the population's variant.
+        Candès (2023) for scope "population".
     Example:
         >>> BenjaminiHochbergDrop(0.2, scope="block", block_tokens=32).required_null
         'needed_by_loss'
@@ -72,14 +72,14 @@ class BenjaminiHochbergDrop(ContributionRule):
     alpha: float
     """Target false discovery rate, in (0, 1); a larger one keeps fewer experts."""
     scope: Scope = "token"
-    """Which slots are tested together."""
+    """The slots that are tested together."""
     needed: Definition = "norm"
-    """Which calibration slots mattered: see `nulls.contributions.Definition`."""
+    """Definition of the slots that mattered: see `nulls.contributions.Definition`."""
     block_tokens: int = 64
-    """Tokens of a block; only for scope "block"."""
+    """Tokens per block; only for scope "block"."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Raise InputError if a field is out of range."""
         check_alpha(self.alpha)
         check_choice("scope", self.scope, get_args(Scope))
         check_choice("needed", self.needed, get_args(Definition))
@@ -88,23 +88,23 @@ class BenjaminiHochbergDrop(ContributionRule):
 
     @property
     def required_null(self) -> str | None:
-        """What calibration must have observed."""
+        """Name of the null that must be calibrated."""
         return needed_null(self.statistic, self.needed)
 
     @property
     def unit(self) -> Unit:
-        """The block where BH runs over blocks."""
+        """The block for scope "block", else the token."""
         return "block" if self.scope == "block" else "token"
 
     def smallest_alpha(self, num_experts: int) -> float | None:
-        """Alpha: there are fewer hypotheses than experts, so this asks for more than enough."""
+        """Return alpha, which is conservative: there are fewer hypotheses than experts."""
         return self.alpha
 
     def bind(self, context: LayerContext) -> Selector:
-        """Prepare the layer's lines.
+        """Compute the layer's critical values and return its selector.
 
         Raises:
-            CalibrationError: the context has no contributions, or not for this statistic.
+            CalibrationError: the context has no contributions, or none for this statistic.
         """
         if self.scope == "token":
             return self._bind_token(context)
@@ -113,21 +113,21 @@ class BenjaminiHochbergDrop(ContributionRule):
         return self._bind_population(context)
 
     def slot_p_values(self, context: LayerContext) -> Callable[[Candidates], Tensor] | None:
-        """The lower tail of the slots that mattered; small where a slot can be left out."""
+        """Return the lower tail of the slots that mattered; small where a slot can be dropped."""
         contributions = require_contributions(self.method, context)
         scale_E = layer_scale(self.method, self.statistic, context)
         needed = contributions.needed(self.statistic, self.needed).to(context.device)
         return lambda candidates: lower_tail(slot_scores(candidates, scale_E), needed)
 
     def cut_offs(self, context: LayerContext) -> Tensor:
-        """Return what the negated score of each rank must reach for scope "token" to drop it.
+        """Return the critical value of each rank for scope "token", on negated scores.
 
         Returns:
             float32 tensor of shape (K,) on the layer's device, smallest score first.
         """
         contributions = require_contributions(self.method, context)
         needed = contributions.needed(self.statistic, self.needed).to(torch.device("cpu"))
-        # A small score is a strong one here: with the sign turned the search is that of BH-select.
+        # Small scores are rejected here: on negated scores the search is that of BH-select.
         return smallest_scores(
             lambda negated: lower_tail(-negated, needed),
             context.model_top_k,
@@ -135,7 +135,7 @@ class BenjaminiHochbergDrop(ContributionRule):
         ).to(context.device)
 
     def cut_off(self, context: LayerContext) -> float:
-        """Return the score up to which scope "population" drops; -inf if nothing is rejected."""
+        """Return the largest score that scope "population" drops; -inf if nothing is rejected."""
         contributions = require_contributions(self.method, context)
         all_N = contributions.all_of(self.statistic).sorted_scores_N
         needed = contributions.needed(self.statistic, self.needed)
@@ -163,7 +163,7 @@ class BenjaminiHochbergDrop(ContributionRule):
 
         def select(candidates: Candidates) -> Tensor:
             scores_TK = slot_scores(candidates, scale_E)
-            assert candidates.rows is not None  # our own bug: whoever runs a rule knows its rows
+            assert candidates.rows is not None  # our own bug: the caller sets them
             block_T = number_blocks(*candidates.rows, block_tokens)
             is_dropped_TK = reject_in_blocks(lower_tail(scores_TK, needed), alpha, block_T)
             return ~is_dropped_TK | (rank_slots(candidates, scores_TK).rank_TK < min_k)

@@ -42,16 +42,16 @@ class TopK(Rule):
     knob: ClassVar[Knob | None] = Knob("k", WHOLE, keeps_more=True)
 
     k: int
-    """Experts a token, from 1 to the experts of a layer."""
+    """Experts per token, from 1 to the experts of a layer."""
     temperature: float = 1.0
     """Divides the router logits; changes the mixture, not the selection."""
     weights: WeightConvention = "model"
-    """What the kept slots' weights are."""
+    """Convention for the kept slots' weights."""
     temperature_weights: TemperatureWeights = "mass"
-    """What another temperature does to the sum of the kept slots' weights."""
+    """Effect of another temperature on the sum of the kept slots' weights."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Raise InputError if a field is out of range."""
         check_count("k", self.k)
         check_mixture(self.weights, self.temperature, self.temperature_weights)
 
@@ -60,11 +60,11 @@ class TopK(Rule):
         return self.k
 
     def check(self, *, num_experts: int, model_top_k: int) -> None:
-        """Refuse more experts than there are."""
+        """Raise InputError if the rule keeps more experts than a layer has."""
         check_at_most_experts("k", self.k, num_experts)
 
     def bind(self, context: LayerContext) -> Selector:
-        """Return the selector; nothing depends on the layer but its device."""
+        """Return the selector; only its device depends on the layer."""
         self.check(num_experts=context.num_experts, model_top_k=context.model_top_k)
         k = self.k
         count_11 = torch.full((1, 1), k, device=context.device)
@@ -79,7 +79,7 @@ class TopK(Rule):
 
 @dataclass(frozen=True)
 class PerLayerTopK(MixingRule):
-    """Keep k[layer] experts of every token.
+    """Keep k[layer] experts per token.
 
     Example:
         >>> PerLayerTopK.at_mean(4.5, layer_order=(2, 0, 3, 1)).k
@@ -95,21 +95,21 @@ class PerLayerTopK(MixingRule):
     )
 
     k: tuple[int, ...]
-    """Experts a token in each layer that has a router, first layer first; a list is taken too."""
+    """Experts per token in each layer with a router, first layer first; may be given as a list."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Raise InputError if a field is out of range."""
         if isinstance(self.k, (str, int)) or not isinstance(self.k, Sequence) or not self.k:
             raise InputError(f"k must be a list with one whole number a layer, got {self.k!r}")
         for layer, k in enumerate(self.k):
             check_count(f"k of layer {layer}", k)
-        # A configuration file gives a list, and a rule must be hashable.
+        # A configuration file gives a list, but a rule must be hashable.
         object.__setattr__(self, "k", tuple(self.k))
         super().__post_init__()
 
     @classmethod
     def at_mean(cls, mean_experts: float, layer_order: Sequence[int]) -> PerLayerTopK:
-        """Share out a mean number of experts: k everywhere, k + 1 in the first layers of an order.
+        """Distribute a mean number of experts: k per layer, k + 1 in the first of `layer_order`.
 
         The mean is met to within half an expert in one layer.
 
@@ -128,14 +128,14 @@ class PerLayerTopK(MixingRule):
 
     @classmethod
     def from_losses(cls, mean_experts: float, losses_LK: Sequence[Sequence[float]]) -> PerLayerTopK:
-        """Share out a mean number of experts so that little is lost, if losses of layers add.
+        """Distribute a mean number of experts at minimal loss, if the layers' losses add up.
 
-        From all experts down, the expert goes whose layer loses least by it, and so on until the
-        total is met to within half an expert: optimal where each layer's losses are convex.
+        Starting from all experts, it repeatedly removes one from the layer whose loss increases
+        least, until the total is met to within half an expert: optimal if losses are convex.
 
         Args:
             mean_experts: mean over layers, at least 1.
-            losses_LK: of each layer, the loss if it alone keeps 1, 2, ... K experts.
+            losses_LK: for each layer, the loss if it alone keeps 1, 2, ... K experts.
         Example:
             >>> PerLayerTopK.from_losses(2.0, [[0.9, 0.4, 0.0], [0.3, 0.1, 0.0]]).k
             (3, 1)
@@ -155,14 +155,14 @@ class PerLayerTopK(MixingRule):
         return max(self.k)
 
     def check(self, *, num_experts: int, model_top_k: int) -> None:
-        """Refuse more experts than there are."""
+        """Raise InputError if the rule keeps more experts than a layer has."""
         check_at_most_experts("the largest k", max(self.k), num_experts)
 
     def bind(self, context: LayerContext) -> Selector:
         """Return the selector of the layer.
 
         Raises:
-            InputError: there is no k for the layer, or a k too many.
+            InputError: the number of k differs from the number of layers.
         """
         num_layers = context.layer + 1 if context.num_layers is None else context.num_layers
         if len(self.k) < num_layers or (context.num_layers and len(self.k) > num_layers):
@@ -179,7 +179,7 @@ class PerLayerTopK(MixingRule):
         return select
 
 
-# Odd constants of splitmix64, as int64; multiplication wraps around, which is what mixes.
+# Odd constants of splitmix64, as int64; the mixing relies on multiplication with wrap-around.
 _GOLDEN: Final = -7046029254386353131
 _MIX_1: Final = -4658895280553007687
 _MIX_2: Final = -7723592293110705685
@@ -189,9 +189,8 @@ _MIX_2: Final = -7723592293110705685
 class RandomK(MixingRule):
     """Keep k experts, k drawn for each token and layer from a given histogram.
 
-    The draw is a hash of the token's router logits, the layer and the seed. So it needs no
-    generator and no host sync, is the same alone and in any batch, and two tokens with equal
-    logits draw alike.
+    The draw is a hash of the token's router logits, the layer and the seed. It needs no generator
+    and no host sync, doesn't depend on the batch, and is equal for tokens with equal logits.
 
     Example:
         >>> RandomK.at_mean(4.25).shares
@@ -207,12 +206,12 @@ class RandomK(MixingRule):
     )
 
     shares: tuple[float, ...]
-    """Share of tokens with 1, 2, ... experts; scaled to sum 1, so counts may be given too."""
+    """Fraction of tokens with 1, 2, ... experts; scaled to sum to 1, so counts are valid too."""
     seed: int = 0
-    """Of the draw."""
+    """Seed of the draw."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Raise InputError if a field is out of range."""
         if isinstance(self.shares, str) or not isinstance(self.shares, Sequence):
             raise InputError(f"shares must be a list of numbers, got {self.shares!r}")
         is_valid = all(isinstance(s, (int, float)) and isfinite(s) and s >= 0 for s in self.shares)
@@ -228,7 +227,7 @@ class RandomK(MixingRule):
 
     @classmethod
     def at_mean(cls, mean_experts: float, seed: int = 0) -> RandomK:
-        """Mix k and k + 1 so that the mean is met: static top-k at a fractional budget."""
+        """Mix k and k + 1 to meet the mean: static top-k with a fractional budget."""
         base = floor(mean_experts)
         share = mean_experts - base
         lower = (0.0,) * (base - 1) + (1.0 - share,)
@@ -239,24 +238,24 @@ class RandomK(MixingRule):
         return max(count for count, share in enumerate(self.shares, start=1) if share > 0)
 
     def check(self, *, num_experts: int, model_top_k: int) -> None:
-        """Refuse more experts than there are."""
+        """Raise InputError if the rule keeps more experts than a layer has."""
         most_kept = self.most_kept(model_top_k)
         check_at_most_experts("the largest count of shares", most_kept, num_experts)
 
     def bind(self, context: LayerContext) -> Selector:
-        """Prepare the layer's hash and the histogram's cumulative shares."""
+        """Return a selector with the layer's hash and the cumulative histogram."""
         self.check(num_experts=context.num_experts, model_top_k=context.model_top_k)
         shares_C = torch.tensor(
             self.shares[: self.most_kept(context.model_top_k)], dtype=torch.float64
         )
-        # The last edge is left out: no draw may fall beyond it by rounding.
+        # Without the last edge: rounding must not put a draw beyond it.
         edges_C = (shares_C.cumsum(0) / shares_C.sum())[:-1].to(context.device)
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + context.layer) % 2**63)
         odd_E = torch.randint(-(2**62), 2**62, (context.num_experts,), generator=generator) * 2 + 1
         odd_E = odd_E.to(context.device)
 
         def select(candidates: Candidates) -> Tensor:
-            # Adding 0 turns a negative zero into the positive one.
+            # Adding 0 converts negative zero to positive zero.
             bits_TE = (candidates.router_logits_TE.float() + 0.0).view(torch.int32).long()
             uniform_T1 = _uniform((bits_TE * odd_E).sum(dim=-1, keepdim=True))
             counts_T1 = 1 + (uniform_T1 >= edges_C).sum(dim=-1, keepdim=True)
@@ -266,7 +265,7 @@ class RandomK(MixingRule):
 
 
 def _uniform(keys: Tensor) -> Tensor:
-    """Mix int64 keys into float64 numbers in [0, 1), as splitmix64 ends.
+    """Mix int64 keys into float64 numbers in [0, 1) by splitmix64's finaliser.
 
     Source: Steele, Lea & Flood (2014), "Fast Splittable Pseudorandom Number Generators".
     """
@@ -278,5 +277,5 @@ def _uniform(keys: Tensor) -> Tensor:
 
 
 def _shift(keys: Tensor, bits: int) -> Tensor:
-    """Shift int64 to the right without dragging the sign along."""
+    """Shift int64 to the right without sign extension."""
     return (keys >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,6 +1,6 @@
-"""BH routing as one function of router logits, for those who have no model at hand.
+"""BH routing as one function of router logits, without a model.
 
-Axes: E experts, K slots; leading axes are free.
+Axes: E experts, K slots; leading axes are arbitrary.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 from bh_routing.rules.weights import kept_weights
 
 OLMOE_TOP_K: Final = 8
-"""Taken for the model's own k where neither it nor max_k is given."""
+"""Default of the model's own k if neither it nor max_k is given."""
 
 FunctionalWeights = Literal["raw", "model", "renormalize", "preserve_mass"]
 
 
 class RoutedExperts(NamedTuple):
-    """What `benjamini_hochberg_routing` returns."""
+    """Experts and weights returned by `benjamini_hochberg_routing`."""
 
     weights: Tensor
-    """(..., K), the logits' dtype, 0 where nothing was selected."""
+    """(..., K), the logits' dtype, 0 in unused slots."""
     experts: Tensor
-    """(..., K), int64, by logit, largest first; -1 where nothing was selected."""
+    """(..., K), int64, by logit, largest first; -1 in unused slots."""
     counts: Tensor
-    """(...), int64: experts selected, from min_k to max_k."""
+    """(...), int64: selected experts, from min_k to max_k."""
 
 
 def benjamini_hochberg_routing(
@@ -51,24 +51,24 @@ def benjamini_hochberg_routing(
     table: ReferenceTable | None = None,
     weights: FunctionalWeights = "raw",
 ) -> RoutedExperts:
-    """Select each token's experts by Benjamini-Hochberg and weigh them by softmax.
+    """Select each token's experts by Benjamini-Hochberg and weight them by softmax.
 
     Args:
         router_logits: finite logits of any floating dtype, shape (..., E).
         alpha: target false discovery rate under the null, in (0, 1).
         temperature: divides the logits, above 0.
-        min_k: fewest experts a token gets.
-        max_k: most experts a token gets, at most E; None: the model's own k.
-        null: the null distribution that p-values are computed from.
-        model_top_k: the model's own k, at most E; None: max_k, or 8 if that is None too.
-        table: the layer's reference, for a null that needs one.
-        weights: "raw" gives softmax(logits / T) of the selected experts as it is; "model" shares
-            the mass they have at T = 1; "renormalize" makes them sum to 1; "preserve_mass" to
-            what the model's own k best experts sum to at T = 1.
+        min_k: fewest experts per token.
+        max_k: most experts per token, at most E; None: the model's own k.
+        null: the null distribution of the p-values.
+        model_top_k: the model's own k, at most E; None: max_k, or 8 if max_k is None too.
+        table: the layer's reference table, for a null that needs one.
+        weights: "raw" gives softmax(logits / T) of the selected experts unchanged; the others
+            scale their sum: "model" to their own sum at T = 1, "renormalize" to 1, "preserve_mass"
+            to the sum of the model's own k best experts at T = 1.
     Returns:
         Weights and experts, padded to K = the larger of max_k and the model's own k, and counts.
     Raises:
-        InputError: a value out of range, or logits that are NaN or infinite.
+        InputError: a value is out of range, or logits are NaN or infinite.
         CalibrationError: the null needs a table and none was given.
     Example:
         >>> logits = torch.tensor([9.0, 0.3, -0.2, 8.0, 0.1, -0.4, 0.2, -0.1])
@@ -108,8 +108,8 @@ def benjamini_hochberg_routing(
 
 
 def _propose(router_logits_TE: Tensor, num_slots: int) -> Candidates:
-    """The best slots with their softmax weights, as a router that doesn't renormalise."""
-    # float64 stays: its weights are then as exact as its logits.
+    """Return the best slots with their softmax weights, like a router without renormalisation."""
+    # float64 is preserved, so that weights are as precise as the logits.
     logits_TE = router_logits_TE.to(torch.promote_types(router_logits_TE.dtype, torch.float32))
     # A stable sort, not topk: ties go to the lower expert on every device.
     index_TK = logits_TE.argsort(dim=-1, descending=True, stable=True)[:, :num_slots]

@@ -1,4 +1,4 @@
-"""Higher Criticism: as many experts as the p-values have in excess of what chance gives.
+"""Higher Criticism: select experts by the excess of small p-values over chance.
 
 Axes: T tokens, E experts, K slots.
 """
@@ -33,11 +33,11 @@ from bh_routing.rules.weights import keep_best
 class HigherCriticism(MixingRule):
     """Keep the k best experts, k the largest rank up to max_k whose criticism is >= threshold.
 
-    The criticism of rank i is sqrt(E) (i/E - p_(i)) / sqrt(p_(i) (1 - p_(i))): how far the number
-    of small p-values exceeds chance. A token in which no rank reaches the threshold keeps one.
+    The criticism of rank i is sqrt(E) (i/E - p_(i)) / sqrt(p_(i) (1 - p_(i))): the standardised
+    excess of small p-values over chance. A token without such a rank keeps one expert.
 
-    Source: Donoho & Jin (2004), equation (1.5), for the statistic. They test whether there is
-    any signal; taking the last crossing as the count is ours, so that the knob covers every mean.
+    Source: Donoho & Jin (2004), equation (1.5), for the statistic. They test for the presence of
+    any signal; counting up to the last crossing is ours, so that thresholds cover every mean.
     Example:
         >>> HigherCriticism(2.0, max_k=10).num_candidates(model_top_k=8)
         10
@@ -49,12 +49,12 @@ class HigherCriticism(MixingRule):
     threshold: float
     """Smallest criticism, any number; a larger one keeps fewer experts."""
     max_k: int | None = None
-    """Most experts a token keeps; None: the model's own k. A larger one widens its router."""
+    """Most experts per token; None: the model's own k. A larger value widens the router."""
     null: str = "background"
-    """What the p-values rest on."""
+    """Null distribution of the p-values."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Raise InputError if a field is out of range."""
         is_number = isinstance(self.threshold, (int, float)) and not isinstance(
             self.threshold, bool
         )
@@ -75,15 +75,15 @@ class HigherCriticism(MixingRule):
         return self.null if get_null(self.null).needs_table else None
 
     def most_kept(self, model_top_k: int) -> int:
-        """Return max_k, or the model's own k where it is None."""
+        """Return max_k, or the model's own k if it is None."""
         return model_top_k if self.max_k is None else self.max_k
 
     def check(self, *, num_experts: int, model_top_k: int) -> None:
-        """Refuse more experts than there are."""
+        """Raise InputError if the rule keeps more experts than a layer has."""
         check_at_most_experts("max_k", self.most_kept(model_top_k), num_experts)
 
     def bind(self, context: LayerContext) -> Selector:
-        """Turn the threshold into one cut-off a rank.
+        """Convert the threshold to a critical value per rank and return the selector.
 
         Raises:
             InputError: max_k exceeds the experts of the layer.

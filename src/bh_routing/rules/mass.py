@@ -24,10 +24,10 @@ from bh_routing.rules.weights import by_slot, keep_best, sort_slots
 
 @dataclass(frozen=True)
 class TopP(MixingRule):
-    """Keep the best slots until they hold the share p of the candidates' mass.
+    """Keep the best slots until they hold the fraction p of the candidates' mass.
 
-    The mass is that of the model's own k slots, not of all experts: p = 1 keeps all of them, and
-    no model needs widening.
+    The mass is that of the model's own k slots, not of all experts: p = 1 keeps all k, and the
+    router needn't be widened.
 
     Source: Huang et al. (2024), "Harder Tasks Need More Experts", there over all experts.
     Example:
@@ -39,20 +39,20 @@ class TopP(MixingRule):
     knob: ClassVar[Knob | None] = Knob("p", LOG_ODDS, keeps_more=True)
 
     p: float
-    """Share of the candidates' mass, in (0, 1]; a larger one keeps more experts."""
+    """Fraction of the candidates' mass, in (0, 1]; a larger one keeps more experts."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Raise InputError if a field is out of range."""
         check_share("p", self.p)
         super().__post_init__()
 
     def bind(self, context: LayerContext) -> Selector:
-        """Return the selector; nothing depends on the layer."""
+        """Return the selector, which doesn't depend on the layer."""
         p = self.p
 
         def select(candidates: Candidates) -> Tensor:
             order_TK, weights_TK = sort_slots(candidates)
-            # float64: the sum of what came before must not depend on how many slots follow.
+            # float64: the sum over preceding slots must not depend on the number of later slots.
             before_TK = weights_TK.cumsum(dim=-1) - weights_TK
             keep_TK = before_TK < p * weights_TK.sum(dim=-1, keepdim=True)
             keep_TK[:, 0] = True
@@ -63,7 +63,7 @@ class TopP(MixingRule):
 
 @dataclass(frozen=True)
 class MinP(MixingRule):
-    """Keep the slots whose weight is at least `share` of the token's largest.
+    """Keep the slots whose weight is at least `share` times the token's largest.
 
     Source: Nguyen et al. (2024), "Turning Up the Heat: Min-p Sampling", there for next tokens.
     Example:
@@ -75,15 +75,15 @@ class MinP(MixingRule):
     knob: ClassVar[Knob | None] = Knob("share", LOG_ODDS, keeps_more=False)
 
     share: float
-    """Of the token's largest weight, in (0, 1]; a larger one keeps fewer experts."""
+    """Fraction of the token's largest weight, in (0, 1]; a larger one keeps fewer experts."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Raise InputError if a field is out of range."""
         check_share("share", self.share)
         super().__post_init__()
 
     def bind(self, context: LayerContext) -> Selector:
-        """Return the selector; nothing depends on the layer."""
+        """Return the selector, which doesn't depend on the layer."""
         share = self.share
 
         def select(candidates: Candidates) -> Tensor:
@@ -95,9 +95,9 @@ class MinP(MixingRule):
 
 @dataclass(frozen=True)
 class Threshold(MixingRule):
-    """Keep the slots whose share of the candidates' mass is at least `threshold`, and the best.
+    """Keep the slots with at least a fraction `threshold` of the candidates' mass, and the best.
 
-    The share, not the raw weight: families that don't renormalise give weights on any scale.
+    The fraction, not the raw weight: without renormalisation, weights may have any scale.
 
     Example:
         >>> Threshold(0.1).num_candidates(model_top_k=8)
@@ -108,15 +108,15 @@ class Threshold(MixingRule):
     knob: ClassVar[Knob | None] = Knob("threshold", LOG_ODDS, keeps_more=False)
 
     threshold: float
-    """Share of the candidates' mass, in (0, 1]; a larger one keeps fewer experts."""
+    """Fraction of the candidates' mass, in (0, 1]; a larger one keeps fewer experts."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Raise InputError if a field is out of range."""
         check_share("threshold", self.threshold)
         super().__post_init__()
 
     def bind(self, context: LayerContext) -> Selector:
-        """Return the selector; nothing depends on the layer."""
+        """Return the selector, which doesn't depend on the layer."""
         threshold = self.threshold
 
         def select(candidates: Candidates) -> Tensor:
@@ -131,8 +131,8 @@ class Threshold(MixingRule):
 class Entropy(MixingRule):
     """Keep k = ceil(scale * exp(H)) experts, at least 1 and at most the model's own k.
 
-    H is the entropy in nats of softmax(router logits) over all experts, so exp(H) is the number
-    of equally likely experts that would be as uncertain. A flat router keeps more.
+    H is the entropy in nats of softmax(router logits) over all experts, so exp(H) is the number of
+    equally likely experts with the same entropy. A flat router keeps more.
 
     Source: Hill (1973), "Diversity and Evenness", for exp(H) as an effective number.
     Example:
@@ -144,21 +144,21 @@ class Entropy(MixingRule):
     knob: ClassVar[Knob | None] = Knob("scale", LOG, keeps_more=True)
 
     scale: float
-    """Experts for each effective one, above 0; a larger one keeps more experts."""
+    """Kept experts per effective expert, above 0; a larger one keeps more experts."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Raise InputError if a field is out of range."""
         is_number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
         if not is_number or not isfinite(self.scale) or self.scale <= 0:
             raise InputError(f"scale must be a finite number above 0, got {self.scale!r}")
         super().__post_init__()
 
     def bind(self, context: LayerContext) -> Selector:
-        """Return the selector; nothing depends on the layer."""
+        """Return the selector, which doesn't depend on the layer."""
         scale = self.scale
 
         def select(candidates: Candidates) -> Tensor:
-            # float64: a rounding error must not lift a token over a whole number.
+            # float64: a rounding error must not lift a count above a whole number.
             log_p_TE = candidates.router_logits_TE.double().log_softmax(dim=-1)
             effective_T1 = (-(log_p_TE.exp() * log_p_TE).sum(dim=-1, keepdim=True)).exp()
             num_slots = candidates.top_k_index_TK.shape[-1]

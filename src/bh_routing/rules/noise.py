@@ -1,4 +1,4 @@
-"""How many experts a rule keeps of pure noise, where there is nothing to select.
+"""Noise control: the number of experts that a rule keeps of pure noise.
 
 Axes: T tokens, E experts, K candidate slots.
 """
@@ -20,13 +20,13 @@ from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NoiseResult:
-    """The experts that one rule selects on noise."""
+    """Statistics of one rule's selections on noise."""
 
     alpha: float
     mean_experts: float
     """Mean number of experts per token that the rule keeps."""
     share_any: float
-    """Share of tokens with any rejection by the rule's procedure."""
+    """Fraction of tokens with any rejection by the rule's procedure."""
     share_any_low: float
     """Wilson 95 % interval of share_any, lower end."""
     share_any_high: float
@@ -44,22 +44,22 @@ def noise_control(
     tokens: int = 10_000,
     seed: int = 0,
 ) -> list[NoiseResult]:
-    """Run rules on router logits that are independent N(0, 1): nothing stands out by construction.
+    """Run rules on router logits that are independent N(0, 1), without any signal.
 
-    A null that needs a table gets one from other noise, with the top-k of that noise in place of
-    the model's selection. Each rejection is false, so the share of tokens with any rejection is
-    the false discovery rate there: alpha is an error rate only if that share is at most alpha.
+    A null that needs a table gets one from other noise, with the top-k of that noise as the
+    model's selection. Every rejection is false, so the fraction of tokens with any rejection is
+    the false discovery rate: alpha is an error rate only if that fraction is at most alpha.
 
     Args:
-        rules: each runs as it is, with its procedure and its limits.
+        rules: rules to run, with their own procedures and limits.
         num_experts: E.
-        model_top_k: the model's own experts per token, which decides what is background.
-        tokens: tokens of fresh noise.
-        seed: of both noises; rules of one null see the same noise.
+        model_top_k: the model's own experts per token; the others are background.
+        tokens: number of tokens of new noise.
+        seed: seed of both kinds of noise; rules with the same null get the same noise.
     Returns:
-        One result per rule, in their order.
+        One result per rule, in the same order.
     Raises:
-        InputError: a rule doesn't fit that many experts.
+        InputError: a rule keeps more experts than `num_experts`.
     """
     contexts: dict[str, LayerContext] = {}
     logits: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""From counts to slots, and the weights of the kept ones by the family's own convention."""
+"""Selection of slots from counts, and weights of the kept slots."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from bh_routing.rules.base import Candidates, TemperatureWeights, WeightConvention
 
-# Below any sum of weights that matters, and large enough that dividing by it stays finite.
+# Below any relevant sum of weights, and large enough for a finite quotient.
 _SMALLEST_SUM: Final = 1e-30
 
 
 class AliasedSlots(NamedTuple):
-    """Slots in which a dropped expert has been replaced by a kept one of weight 0."""
+    """Slots in which dropped experts are replaced by a kept expert with weight 0."""
 
     top_k_index_TK: Tensor
     top_k_weights_TK: Tensor
@@ -32,37 +32,37 @@ def kept_weights(
     model_top_k: int,
     temperature_weights: TemperatureWeights = "mass",
 ) -> Tensor:
-    """Turn the family's weights of all candidate slots into weights of the kept ones.
+    """Compute the weights of the kept slots from the family's weights of all candidates.
 
     Conventions, at temperature 1:
 
     - "model": a family that renormalises does so over the kept slots, w * sum(all) / sum(kept),
-      which keeps any scale it uses; one that doesn't keeps its raw weights.
+      which preserves the family's scale; other families keep their raw weights.
     - "renormalize": the kept weights sum to 1.
-    - "preserve_mass": the kept weights sum to what the model's own top-k sums to; the same as
-      "model" in a family that renormalises.
+    - "preserve_mass": the kept weights have the sum of the model's own top-k; the same as "model"
+      in a family that renormalises.
 
-    At another temperature T the kept slots share the sum they have at T = 1 in proportion to
-    exp(logit / T). "raw" is the ablation without that rescaling: the weights that a softmax
-    family itself would give to logits / T. Both are for softmax-scored families only.
+    At another temperature T the kept slots share their sum at T = 1 in proportion to
+    exp(logit / T). "raw" is the ablation without that rescaling: a softmax family's own weights
+    for logits / T. Both are for softmax-scored families only.
 
     Args:
         top_k_weights_TK: the family's weights of the candidates, at temperature 1.
-        keep_TK: bool, at least one True a token.
+        keep_TK: bool, at least one True per token.
         convention: one of the three above.
-        normalises: whether the family makes its top-k weights sum to a constant.
+        normalises: whether the family's top-k weights sum to a constant.
         temperature: T, above 0.
-        router_logits_TE: what the family ranks by.
+        router_logits_TE: the scores by which the family ranks experts.
         top_k_index_TK: int64 expert of each slot.
-        model_top_k: the model's own k; fewer than K slots if the router was widened.
+        model_top_k: the model's own k; less than K if the router was widened.
         temperature_weights: "mass" or "raw".
     Returns:
-        Weights of the family's dtype, exactly 0 in dropped slots. No host sync.
+        Weights in the family's dtype, exactly 0 in dropped slots. No host sync.
     """
     weights_TK = top_k_weights_TK.to(torch.float32)
     is_tempered = temperature != 1.0
     if is_tempered and temperature_weights == "raw" and not normalises:
-        # A family that normalises undoes the rescaling by itself: there raw equals mass.
+        # A family that normalises undoes the rescaling, so raw equals mass there.
         ratio_TK = _softmax_ratio(router_logits_TE, top_k_index_TK, temperature)
         weights_TK = weights_TK * ratio_TK
         is_tempered = False
@@ -82,12 +82,12 @@ def kept_weights(
 
 
 def tempered(kept_TK: Tensor, keep_TK: Tensor, logits_TK: Tensor, temperature: float) -> Tensor:
-    """Share the sum of the kept weights out in proportion to exp(logit / temperature).
+    """Distribute the sum of the kept weights in proportion to exp(logit / temperature).
 
     Args:
         kept_TK: weights, exactly 0 in dropped slots.
-        keep_TK: bool, at least one True a token.
-        logits_TK: what the family ranks by, at the slots.
+        keep_TK: bool, at least one True per token.
+        logits_TK: the scores by which the family ranks experts, at the slots.
         temperature: above 0.
     Returns:
         Weights in float32, exactly 0 in dropped slots. No host sync.
@@ -98,17 +98,17 @@ def tempered(kept_TK: Tensor, keep_TK: Tensor, logits_TK: Tensor, temperature: f
 
 
 def alias_dropped(top_k_index_TK: Tensor, weights_TK: Tensor, keep_TK: Tensor) -> AliasedSlots:
-    """Give dropped slots weight 0 and the index of the token's own best kept expert.
+    """Give dropped slots weight 0 and the index of the token's best kept expert.
 
-    Every implementation of the experts then computes a weighted sum in which no dropped expert is
-    read: the same expert is met again, with weight 0.
+    Any implementation of the experts then computes the weighted sum without reading a dropped
+    expert: the kept expert is repeated with weight 0.
 
     Args:
         top_k_index_TK: int64 expert of each slot.
         weights_TK: weight of each slot.
-        keep_TK: bool, at least one True a token.
+        keep_TK: bool, at least one True per token.
     Returns:
-        Index and weights of the same shapes and dtypes. No host sync.
+        Index and weights, of the same shapes and dtypes. No host sync.
     Example:
         >>> index, weights = alias_dropped(
         ...     torch.tensor([[7, 3, 5]]),
@@ -132,7 +132,7 @@ def _sum(weights_TK: Tensor) -> Tensor:
 
 
 def _softmax_ratio(router_logits_TE: Tensor, top_k_index_TK: Tensor, temperature: float) -> Tensor:
-    """softmax(logits / T) over softmax(logits), at the slots."""
+    """Return softmax(logits / T) / softmax(logits) at the slots."""
     logits_TE = router_logits_TE.to(torch.float32)
     tempered_TE = (logits_TE / temperature).log_softmax(dim=-1)
     return (tempered_TE - logits_TE.log_softmax(dim=-1)).gather(-1, top_k_index_TK).exp()
@@ -141,7 +141,7 @@ def _softmax_ratio(router_logits_TE: Tensor, top_k_index_TK: Tensor, temperature
 def _own_slots(
     weights_TK: Tensor, router_logits_TE: Tensor, top_k_index_TK: Tensor, model_top_k: int
 ) -> Tensor:
-    """The weights of the slots that the model would have proposed unwidened, 0 elsewhere."""
+    """Return the weights of the model's own top-k slots, 0 elsewhere."""
     num_slots = weights_TK.shape[-1]
     if model_top_k >= num_slots:
         return weights_TK
@@ -156,13 +156,13 @@ def keep_best(
 ) -> Tensor:
     """Keep each token's `count` candidates with the largest logits; no host sync.
 
-    Slots aren't sorted in every family, so ranks come from the logits the family ranks by. A tie
-    goes to the slot that the router put first.
+    Not every family sorts its slots, so slots are ranked by logit. Ties go to the slot that the
+    router put first.
 
     Args:
         candidates: the slots of T tokens.
-        counts_T1: how many to keep, integer, shape (T, 1) or (1, 1), values 1 to K.
-        strength_TK: what ranks slots before their logits do; None if nothing does.
+        counts_T1: number of slots to keep, integer, shape (T, 1) or (1, 1), values 1 to K.
+        strength_TK: primary key of the ranking, with logits as the secondary; None: logits only.
     Returns:
         Bool tensor of shape (T, K).
     Example:
@@ -186,21 +186,21 @@ def keep_best(
 
 
 class SortedSlots(NamedTuple):
-    """Slots from the best to the worst by logit."""
+    """Slots by logit, largest first."""
 
     order_TK: Tensor
-    """int64: which slot stands at each rank."""
+    """int64: the slot at each rank."""
     weights_TK: Tensor
-    """float64, in that order."""
+    """float64, by rank."""
 
 
 def sort_slots(candidates: Candidates) -> SortedSlots:
-    """Sort each token's slots by what the family ranks by, best first; no host sync."""
+    """Sort each token's slots by logit, largest first; no host sync."""
     logits_TK = candidates.router_logits_TE.gather(-1, candidates.top_k_index_TK)
     order_TK = logits_TK.argsort(dim=-1, descending=True, stable=True)
     return SortedSlots(order_TK, candidates.top_k_weights_TK.double().gather(-1, order_TK))
 
 
 def by_slot(order_TK: Tensor, keep_by_rank_TK: Tensor) -> Tensor:
-    """Bring a mask by rank back into the order of the slots."""
+    """Convert a mask by rank to a mask by slot."""
     return torch.zeros_like(keep_by_rank_TK).scatter_(-1, order_TK, keep_by_rank_TK)

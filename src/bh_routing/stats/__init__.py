@@ -1,1 +1,1 @@
-"""Statistics on numpy arrays: nothing here knows of models, files or torch."""
+"""Statistics on numpy arrays, independent of models, files and torch."""

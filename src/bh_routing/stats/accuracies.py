@@ -1,4 +1,4 @@
-"""Two rules on the same questions: who got which right, and is the difference more than chance."""
+"""Paired comparison of the accuracies of two rules on the same questions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bh_routing.stats.paired import check_confidence
 
 
 class AccuracyComparison(NamedTuple):
-    """Paired right-or-wrong outcomes of a rule and the reference."""
+    """Comparison of a rule's paired right-or-wrong outcomes with the reference's."""
 
     n: int
     accuracy: float
@@ -29,7 +29,7 @@ class AccuracyComparison(NamedTuple):
     lost: int
     """Right under the reference, wrong under the rule."""
     share_flipped: float
-    """(gained + lost) / n: equal accuracies can hide many flips."""
+    """(gained + lost) / n; equal accuracies can hide many flips."""
     p: float
     """Exact McNemar test; NaN if nothing flipped."""
     note: str
@@ -40,12 +40,12 @@ def compare_accuracies(
 ) -> AccuracyComparison:
     """Compare outcomes question by question.
 
-    The exact McNemar test asks whether gains and losses among the flips are equally likely. The
-    interval is the adjusted Wald one, which holds its level down to few questions.
+    The exact McNemar test has the null hypothesis that gains and losses are equally likely. The
+    interval is the adjusted Wald interval, which holds its level even for few questions.
 
     Args:
-        right: for each question whether the rule got it right, booleans or 0 and 1.
-        reference_right: the same of the reference, same order.
+        right: whether the rule answered each question correctly, booleans or 0 and 1.
+        reference_right: the same for the reference, in the same order.
         confidence: level of the interval.
     Returns:
         The comparison; p equals `statsmodels.stats.contingency_tables.mcnemar(exact=True)`.

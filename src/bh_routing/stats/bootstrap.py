@@ -1,4 +1,4 @@
-"""Resample whole clusters: intervals for ratios such as nats per token over documents.
+"""Cluster bootstrap: intervals for ratios over documents, such as nats per token.
 
 Axes: D documents, G clusters, R rules (columns), B resamples.
 """
@@ -23,22 +23,22 @@ Floats = NDArray[np.float64]
 
 RESAMPLES: Final = 10_000
 _CHUNK_CELLS: Final = 2_000_000
-"""Cells of the resamples held at a time: 16 MB, however many clusters there are."""
+"""Cells of the resamples held at a time: 16 MB, for any number of clusters."""
 _UNDEFINED_SHARE: Final = 0.02
-"""Resamples without any spread leave t undefined; more of them than this and no tail is known."""
+"""Largest fraction of resamples without spread, whose t is undefined; above it results are NaN."""
 SPREAD_FLOOR: Final = 1e-12
-"""A standard error below this share of the estimate is rounding, not variation."""
+"""A standard error below this fraction of the estimate is rounding, not variation."""
 
 
 class ClusterSums(NamedTuple):
-    """Sums over the documents of each cluster; clusters of weight 0 say nothing and are gone."""
+    """Sums over the documents of each cluster, without clusters of weight 0."""
 
     values_GR: Floats
     weights_G: Floats
 
 
 class Ends(NamedTuple):
-    """Both ends of an interval, one for each column."""
+    """Both ends of an interval for each column."""
 
     low_R: Floats
     high_R: Floats
@@ -72,10 +72,10 @@ def sum_clusters(values: ArrayLike, weights: ArrayLike, clusters: ArrayLike) -> 
 
 
 def cluster_standard_error(sums: ClusterSums) -> Floats:
-    """Cluster-robust standard error of sum(values) / sum(weights), linearised; shape (R,).
+    """Return the linearised cluster-robust standard error of sum(values) / sum(weights), (R,).
 
-    sqrt(G / (G - 1) * sum_g (values_g - ratio * weights_g)^2) / sum(weights): what statsmodels
-    gives for a weighted regression on a constant with `cov_type="cluster"`. NaN under 2 clusters.
+    sqrt(G / (G - 1) * sum_g (values_g - ratio * weights_g)^2) / sum(weights), as statsmodels gives
+    for a weighted regression on a constant with `cov_type="cluster"`. NaN below 2 clusters.
     """
     num_clusters = len(sums.weights_G)
     if num_clusters < 2:
@@ -89,7 +89,7 @@ def cluster_standard_error(sums: ClusterSums) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class ClusterBootstrap:
-    """The resampled ratios of every column; all columns share the resamples, so they pair."""
+    """Resampled ratios of every column; all columns share the resamples, so they are paired."""
 
     estimate_R: Floats
     se_R: Floats
@@ -98,14 +98,14 @@ class ClusterBootstrap:
     t_BR: Floats
     """(resampled ratio - estimate) / its own cluster-robust standard error."""
     jackknife_GR: Floats
-    """The ratio without each cluster."""
+    """The ratio with each cluster left out in turn."""
 
     def interval(self, confidence: float = 0.95, method: Method = "studentized") -> Ends:
-        """Return a two-sided interval of the ratio for each column; NaN where there's no spread."""
+        """Return a two-sided interval of the ratio for each column; NaN without spread."""
         check_confidence(confidence)
         tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
         if method == "studentized":
-            with np.errstate(invalid="ignore"):  # between two infinite t; not known below
+            with np.errstate(invalid="ignore"):  # between two infinite t; set to NaN below
                 t_2R = np.quantile(self.t_BR, tails, axis=0)
                 high_R, low_R = self.estimate_R - t_2R * self.se_R
         elif method == "percentile":
@@ -120,7 +120,7 @@ class ClusterBootstrap:
         return np.asarray((self.se_R > 0) & (undefined_R <= _UNDEFINED_SHARE))
 
     def _bca(self, tails: Floats) -> Floats:
-        # Ties count half, as in scipy: a resample may repeat the sample itself.
+        # Ties count half, as in scipy: a resample may equal the sample itself.
         below_R = (self.ratios_BR < self.estimate_R).mean(axis=0)
         equal_R = (self.ratios_BR == self.estimate_R).mean(axis=0)
         bias_R = stats.norm.ppf(below_R + equal_R / 2)
@@ -137,15 +137,15 @@ class ClusterBootstrap:
         return ends
 
     def p_below(self, bound: float) -> Floats:
-        """One-sided p of "the ratio is `bound` or more", by the studentised resamples.
+        """Return the one-sided p of "the ratio is `bound` or more", by studentised resamples.
 
-        At or under 5 % exactly where the 90 % interval's upper end is at or under the bound, up
+        It is at most 5 % exactly where the upper end of the 90 % interval is at most the bound, up
         to one resample. The smallest possible value is 1 / (B + 1).
         """
         return self._tail(bound, from_below=True)
 
     def p_different(self, value: float = 0.0) -> Floats:
-        """Two-sided p of "the ratio is `value`": twice the smaller tail, at most 1."""
+        """Return the two-sided p of "the ratio is `value`": twice the smaller tail, at most 1."""
         tails = [self._tail(value, from_below=below) for below in (True, False)]
         return np.asarray(np.minimum(1.0, 2 * np.minimum(*tails)))
 
@@ -167,19 +167,19 @@ def cluster_bootstrap(
 ) -> ClusterBootstrap:
     """Bootstrap sum(values) / sum(weights) by drawing whole clusters with replacement.
 
-    Give each document its own cluster for the plain bootstrap over documents, and weights of 1
-    for a mean. Columns of `values` share the draws: differences between rules stay paired.
+    Give each document its own cluster for the ordinary bootstrap over documents, and weights of 1
+    for a mean. Columns of `values` share the draws, so differences between rules stay paired.
 
     Args:
         values: sums over each document's tokens, shape (D,) or (D, R).
         weights: tokens of each document, shape (D,).
         clusters: the cluster of each document, shape (D,).
         resamples: B.
-        seed: of the draws; the same seed gives the same interval.
+        seed: seed of the draws; the same seed gives the same interval.
     Returns:
         The distribution, for intervals and p-values of any level.
     Raises:
-        InputError: fewer than 2 clusters, or the documents don't fit together.
+        InputError: fewer than 2 clusters, or inconsistent documents.
     Source: Efron & Tibshirani (1993), chapters 12 (studentised) and 14 (BCa).
     """
     sums = sum_clusters(values, weights, clusters)
@@ -188,7 +188,7 @@ def cluster_bootstrap(
         raise InputError(f"resampling needs at least 2 clusters, got {num_clusters}")
     y_GR, w_G = sums.values_GR, sums.weights_G
     estimate_R = y_GR.sum(axis=0) / w_G.sum()
-    # Centred: then squares don't cancel when the spread is small beside the ratio.
+    # Centred: squares don't cancel when the spread is small relative to the ratio.
     y_GR = y_GR - estimate_R * w_G[:, None]
     draws = draw_clusters(num_clusters, resamples, seed)
     parts = [_resample(y_GR, w_G, drawn_BG) for drawn_BG in draws]
@@ -204,7 +204,7 @@ def cluster_bootstrap(
 
 
 def _resample(y_GR: Floats, w_G: Floats, drawn_BG: Floats) -> tuple[Floats, Floats]:
-    """Shift of the ratio and its t in each resample, from centred values."""
+    """Return each resample's shift of the ratio and its t, from centred values."""
     num_clusters = len(w_G)
     total_B1 = (drawn_BG @ w_G)[:, None]
     shift_BR = (drawn_BG @ y_GR) / total_B1
@@ -221,7 +221,7 @@ def _resample(y_GR: Floats, w_G: Floats, drawn_BG: Floats) -> tuple[Floats, Floa
 
 
 def draw_clusters(num_clusters: int, resamples: int, seed: int) -> Iterable[Floats]:
-    """How often each resample drew each cluster, in chunks of rows."""
+    """Return how often each resample draws each cluster, in chunks of rows."""
     if num_clusters * resamples <= _CHUNK_CELLS:
         return _small_draws(num_clusters, resamples, seed)
     return _fresh_draws(num_clusters, resamples, seed)
@@ -229,7 +229,7 @@ def draw_clusters(num_clusters: int, resamples: int, seed: int) -> Iterable[Floa
 
 @lru_cache(maxsize=8)
 def _small_draws(num_clusters: int, resamples: int, seed: int) -> tuple[Floats, ...]:
-    # A table asks for the same draws for every rule and metric; making them is most of the work.
+    # A table needs the same draws for every rule and metric, and drawing is most of the work.
     draws = tuple(_fresh_draws(num_clusters, resamples, seed))
     for drawn_BG in draws:
         drawn_BG.setflags(write=False)

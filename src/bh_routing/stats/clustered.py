@@ -1,11 +1,11 @@
-"""What may be said of a ratio over documents, given how many independent clusters there are.
+"""Inference on a ratio over documents, by a method that suits the number of clusters.
 
 20 clusters or more: studentised cluster bootstrap. 3 to 19: cluster-robust t with G - 1 degrees of
-freedom. Fewer: the estimate alone, NaN and a sentence.
+freedom. Fewer: the estimate alone, NaN and a note.
 
-Measured on 9,000 simulated data sets a row, books of 1 to about 4 chapters with log-normal lengths:
-the share of 95 % intervals that hold the truth, and how often harm that lies at the margin is
-claimed harmless (one-sided, nominal 5 %). The tests marked `full` in test_coverage.py repeat it.
+Measured on 9,000 simulated data sets per row, books of 1 to about 4 chapters with log-normal
+lengths: coverage of 95 % intervals, and how often an effect exactly at the margin is claimed to be
+below it (one-sided, nominal 5 %). The tests marked `full` in test_coverage.py repeat it.
 
     clusters   effects by cluster   coverage   claimed at the margin
     40         normal               0.946      0.053
@@ -16,8 +16,8 @@ claimed harmless (one-sided, nominal 5 %). The tests marked `full` in test_cover
     100        log-normal, s 0.8    0.936      0.068
 
 Percentile and BCa intervals are too short at these counts: 0.929 and 0.922 with 40 exponential
-clusters. And whatever the method, a long tail of documents that a rule harms badly makes a claim of
-harmlessness a little too easy.
+clusters. With any method, a long tail of badly harmed documents makes false claims of harmlessness
+slightly too frequent.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from bh_routing.stats.bootstrap import (
 from bh_routing.stats.paired import check_confidence
 
 BOOTSTRAP_CLUSTERS: Final = 20
-"""Below this many clusters resampling them says less than the t distribution does."""
+"""With fewer clusters, the bootstrap is less reliable than the t distribution."""
 MIN_CLUSTERS: Final = 3
 NON_INFERIORITY_MARGIN: Final = math.log(1.01)
-"""One per cent of perplexity, in nats a token."""
+"""One per cent of perplexity, in nats per token."""
 
 STUDENTIZED: Final = "studentised cluster bootstrap"
 CLUSTER_T: Final = "cluster t"
@@ -56,23 +56,23 @@ NO_METHOD: Final = "none"
 
 @dataclass(frozen=True, slots=True)
 class RatioEstimate:
-    """sum(values) / sum(weights) for every column, with what its uncertainty allows.
+    """sum(values) / sum(weights) for every column, with its uncertainty.
 
     Axes: R columns, G clusters.
     """
 
     estimate_R: Floats
     se_R: Floats
-    """Cluster-robust standard error; NaN under 2 clusters."""
+    """Cluster-robust standard error; NaN below 2 clusters."""
     num_documents: int
     num_clusters: int
     method: str
     note: str
-    """Why there is no interval, or why it isn't a bootstrap; empty if it is."""
+    """Reason why there is no interval or it isn't a bootstrap interval; empty if it is."""
     bootstrap: ClusterBootstrap | None
 
     def interval(self, confidence: float = 0.95) -> Ends:
-        """Return both ends for every column; NaN where there are too few clusters or no spread."""
+        """Return both ends for every column; NaN with too few clusters or without spread."""
         check_confidence(confidence)
         if self.bootstrap is not None:
             return self.bootstrap.interval(confidence)
@@ -80,7 +80,7 @@ class RatioEstimate:
         return Ends(self.estimate_R - half_R, self.estimate_R + half_R)
 
     def p_different(self, value: float = 0.0) -> Floats:
-        """Two-sided p of "the ratio is `value`" for every column."""
+        """Return the two-sided p of "the ratio is `value`" for every column."""
         if self.bootstrap is not None:
             return self.bootstrap.p_different(value)
         with np.errstate(invalid="ignore"):
@@ -88,7 +88,7 @@ class RatioEstimate:
         return np.asarray(2 * stats.t.sf(np.abs(t_R), max(1, self.num_clusters - 1)))
 
     def p_below(self, bound: float) -> Floats:
-        """One-sided p of "the ratio is `bound` or more" for every column."""
+        """Return the one-sided p of "the ratio is `bound` or more" for every column."""
         if self.bootstrap is not None:
             return self.bootstrap.p_below(bound)
         with np.errstate(invalid="ignore"):
@@ -96,7 +96,7 @@ class RatioEstimate:
         return np.asarray(stats.t.cdf(t_R, max(1, self.num_clusters - 1)))
 
     def _spread_R(self) -> Floats:
-        """The standard error where tests may use it, else NaN."""
+        """Return the standard error where tests may use it, else NaN."""
         usable_R = (self.se_R > 0) & (self.num_clusters >= MIN_CLUSTERS)
         return np.where(usable_R, self.se_R, np.nan)
 
@@ -112,18 +112,18 @@ def estimate_ratio(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> RatioEstimate:
-    """Estimate sum(values) / sum(weights) over documents, clusters being the independent units.
+    """Estimate sum(values) / sum(weights) over documents, with clusters as independent units.
 
     Args:
         values: sums over each document's tokens, shape (D,) or (D, R).
         weights: tokens of each document, shape (D,); documents of weight 0 are left out.
         clusters: the cluster of each document, shape (D,).
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        resamples: number of bootstrap resamples.
+        seed: seed of the bootstrap.
     Returns:
         The estimate of every column, by the method that the number of clusters allows.
     Raises:
-        InputError: the documents don't fit together, or none has a weight.
+        InputError: the documents are inconsistent, or none has a positive weight.
     Example:
         >>> e = estimate_ratio([3.0, 1.0, 2.0], [10, 10, 20], ["a", "b", "c"])
         >>> e.method, float(e.estimate_R[0])
@@ -157,7 +157,7 @@ def estimate_ratio(
 
 
 class NonInferiority(NamedTuple):
-    """Is the harm below the margin? One entry a column; upper and p are NaN where unknown."""
+    """Non-inferiority test, one entry per column; upper and p are NaN where unknown."""
 
     margin: float
     upper_R: Floats
@@ -165,15 +165,15 @@ class NonInferiority(NamedTuple):
     p_R: Floats
     """One-sided p of "the harm is the margin or more"."""
     is_non_inferior_R: np.ndarray[tuple[int], np.dtype[np.bool_]]
-    """upper <= margin; False where unknown, which isn't a finding of harm."""
+    """upper <= margin; False where unknown, which is no evidence of harm."""
 
 
 def non_inferiority(delta: RatioEstimate, margin: float = NON_INFERIORITY_MARGIN) -> NonInferiority:
-    """Test whether an increase of loss stays within `margin`, at one-sided 5 %.
+    """Test whether an increase in loss stays within `margin`, at the one-sided 5 % level.
 
     Args:
         delta: mean increase over the reference, in the margin's unit; more is worse.
-        margin: largest increase that still counts as none, above 0.
+        margin: largest increase that counts as harmless, above 0.
     Returns:
         Bound, p and verdict of every column.
     Raises:
@@ -188,17 +188,17 @@ def non_inferiority(delta: RatioEstimate, margin: float = NON_INFERIORITY_MARGIN
 def minimum_detectable_effect(
     standard_error: float, num_clusters: int, *, alpha: float = 0.05, power: float = 0.8
 ) -> float:
-    """Smallest true mean that a two-sided t test over clusters finds with probability `power`.
+    """Return the smallest true mean that a two-sided t test over clusters detects with `power`.
 
-    A difference below it may well be there and not be seen: "not significant" then says little.
+    A smaller difference may exist undetected, so "not significant" is weak evidence against it.
 
     Args:
-        standard_error: of the mean, from these data.
-        num_clusters: independent units behind it.
+        standard_error: standard error of the mean in these data.
+        num_clusters: number of independent units.
         alpha: level of the test.
-        power: wished probability of finding it.
+        power: required probability of detection.
     Returns:
-        In the unit of the standard error; NaN under 3 clusters or without spread.
+        The effect in the unit of the standard error; NaN below 3 clusters or without spread.
     Example:
         >>> round(minimum_detectable_effect(1.0, 42), 3)
         2.869

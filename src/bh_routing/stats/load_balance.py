@@ -1,4 +1,4 @@
-"""Load balance: how evenly the experts of each layer are used, against chance."""
+"""Load balance: evenness of expert use in each layer, compared with sampling noise."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from bh_routing.stats.uniform_router import simulate_uniform_router, uniform_cv,
 
 
 class LayerBalance(NamedTuple):
-    """Utilisation of one experiment, per layer and then averaged over layers."""
+    """Load balance of one experiment: each measure per layer, averaged over layers."""
 
     cv: float
     cv_noise: float
     max_min_ratio: float
     note: str
-    """Why the ratio is NaN, empty if it isn't."""
+    """Reason why the ratio is NaN; empty if it isn't."""
 
 
 def utilization_cv(assignments_LE: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Coefficient of variation (std / mean, denominator n) of assignments in each layer.
+    """Return the coefficient of variation (std / mean, denominator n) of each layer's assignments.
 
     Example:
         >>> utilization_cv(np.array([[2, 2, 2, 2], [4, 4, 0, 0]])).tolist()
@@ -39,7 +39,7 @@ def utilization_cv(assignments_LE: NDArray[np.integer]) -> NDArray[np.float64]:
 def uniform_router_cv(
     expert_counts_TL: NDArray[np.integer], num_experts: int
 ) -> NDArray[np.float64]:
-    """Coefficient of variation that a router without preferences shows in each layer.
+    """Return the coefficient of variation of a uniform router's loads in each layer.
 
     A token that keeps c of E experts at random adds a Bernoulli(c/E) to each expert's load, so a
     load has variance sum_t c/E (1 - c/E) around the mean sum_t c/E. The value is the root of the
@@ -64,7 +64,7 @@ def load_balance(
 ) -> LayerBalance:
     """Summarise the load of one experiment: each measure per layer, then the mean over layers.
 
-    Expert 5 of two layers isn't one expert, so layers are never added up.
+    Loads are never summed over layers: expert 5 of one layer isn't expert 5 of another.
     """
     num_experts = assignments_LE.shape[1]
     unused_L = (assignments_LE == 0).sum(axis=1)
@@ -101,15 +101,15 @@ SIMULATIONS: Final = 200
 
 @dataclass(frozen=True, slots=True)
 class BalanceMeasure:
-    """One measure of load, with what sampling noise alone gives at this number of tokens."""
+    """One measure of load, with its value under sampling noise alone at this number of tokens."""
 
     by_layer: tuple[float, ...]
     mean: float
-    """Over layers; NaN if a layer has none."""
+    """Mean over layers; NaN if a layer's value is NaN."""
     pooled: float
-    """Over the loads of all layers side by side."""
+    """Over the concatenated loads of all layers."""
     noise_by_layer: tuple[float, ...]
-    """Expected under a uniform router: closed form for cv and dead_share, else simulated."""
+    """Expected value under a uniform router: closed form for cv and dead_share, else simulated."""
     noise: float
     """Mean of noise_by_layer."""
     noise_pooled: float
@@ -119,14 +119,14 @@ class BalanceMeasure:
 
 @dataclass(frozen=True, slots=True)
 class LoadBalance:
-    """All measures of one configuration's expert use."""
+    """All measures of one configuration's expert load."""
 
     num_tokens: int
     mean_experts: float
     measures: dict[str, BalanceMeasure]
-    """By the names in MEASURES."""
+    """Name in MEASURES -> measure."""
     note: str
-    """Why a measure is NaN; empty if none is."""
+    """Reason why a measure is NaN; empty if none is."""
 
 
 def measure_load(
@@ -136,22 +136,22 @@ def measure_load(
     simulations: int = SIMULATIONS,
     seed: int = 0,
 ) -> LoadBalance:
-    """Measure load balance per layer and pooled, each beside its sampling noise.
+    """Measure load balance per layer and pooled, each with its sampling noise.
 
-    The uniform router keeps as many experts of each token as the rule did, any set of them being
-    equally likely. A load then has variance sum_t c_t/E (1 - c_t/E), and an expert stays unused
-    with probability prod_t (1 - c_t/E): both exact. The other measures are simulated; max_min_ratio
+    The uniform router keeps as many experts per token as the rule did, with equal probability for
+    each set. A load then has variance sum_t c_t/E (1 - c_t/E), and an expert stays unused with
+    probability prod_t (1 - c_t/E): both exact. The other measures are simulated; max_min_ratio
     over the simulations that leave no expert unused, NaN if they are fewer than half.
 
     Args:
         expert_counts: [layer][expert], tokens that kept this expert.
         count_histogram: [layer][c], tokens that kept c experts, c from 0.
         simulations: S.
-        seed: of the simulation.
+        seed: seed of the simulation.
     Returns:
         Every measure; see MEASURES for the definitions.
     Raises:
-        InputError: the two inputs contradict each other, or nothing was assigned in a layer.
+        InputError: the two inputs contradict each other, or a layer has no assignment.
     Example:
         >>> load = measure_load([[4, 4, 0, 0]], [[0, 8]])
         >>> load.measures["cv"].mean, load.measures["dead_share"].mean
@@ -170,7 +170,7 @@ def measure_load(
         "dead_share": uniform_dead_share(histogram_LC, num_experts),
     }
     closed_pooled = {
-        # Layers share the mean load 1, so the pooled variance is the mean of theirs.
+        # Every layer has mean load 1, so the pooled variance is the mean of the layers' variances.
         "cv": float(np.sqrt((closed["cv"] ** 2).mean())),
         "dead_share": float(closed["dead_share"].mean()),
     }
@@ -195,8 +195,8 @@ def measures_of(loads: Floats, mean_experts: Floats | float) -> dict[str, Floats
     """Compute every measure over the last axis of loads or counts.
 
     Args:
-        loads: shape (..., E); any unit, they are divided by their mean.
-        mean_experts: mean experts kept by a token, in the shape of the leading axes.
+        loads: shape (..., E), in any unit; they are divided by their mean.
+        mean_experts: mean experts kept per token, in the shape of the leading axes.
     Returns:
         Name -> values in the shape of the leading axes.
     """
@@ -222,15 +222,15 @@ def measures_of(loads: Floats, mean_experts: Floats | float) -> dict[str, Floats
 
 
 def mean_distinct_experts(expert_counts: ArrayLike, num_tokens: int, batch: int) -> Floats:
-    """Mean number of distinct experts that a step of `batch` random tokens touches, per layer.
+    """Return the mean number of distinct experts in a step of `batch` random tokens, per layer.
 
     Exact over all sets of `batch` of these tokens. Neighbouring tokens of one text are more alike
-    than random ones, so a batch from one text touches fewer.
+    than random tokens, so a batch from one text uses fewer distinct experts.
 
     Args:
         expert_counts: [layer][expert], tokens that kept this expert.
-        num_tokens: tokens behind the counts.
-        batch: tokens of a step, 1 to num_tokens.
+        num_tokens: number of counted tokens.
+        batch: tokens per step, 1 to num_tokens.
     Returns:
         float64, shape (L,).
     Raises:
@@ -249,7 +249,7 @@ def mean_distinct_experts(expert_counts: ArrayLike, num_tokens: int, batch: int)
 
 
 def jaccard(intersection: ArrayLike, size: ArrayLike, other_size: ArrayLike) -> Floats:
-    """Overlap of two sets from counts: shared members over all members; two empty sets give 1.
+    """Return the Jaccard index of two sets, |A and B| / |A or B|; two empty sets give 1.
 
     Example:
         >>> float(jaccard(3, 4, 8).round(4))
@@ -265,14 +265,14 @@ def _log_binomial(n: Floats | float, k: int) -> Floats:
 
 
 def _pool(loads: Floats, kept_L: Floats) -> tuple[Floats, float]:
-    """Loads of all layers side by side; the pooled ceiling is that of the mean experts kept."""
+    """Concatenate the loads of all layers; the pooled ceiling is that of the mean experts kept."""
     even = loads / loads.mean(axis=-1, keepdims=True)
     num_layers = loads.shape[-2]
     return even.reshape(*loads.shape[:-2], -1), float(kept_L.mean()) * num_layers
 
 
 def _mean_known(values_S: Floats) -> Floats:
-    """Mean over simulations of the known values; NaN where fewer than half are known."""
+    """Return the mean of the finite values over simulations; NaN if fewer than half are finite."""
     known_S = np.isfinite(values_S)
     enough = known_S.mean(axis=0) >= 0.5
     total = np.where(known_S, values_S, 0.0).sum(axis=0)

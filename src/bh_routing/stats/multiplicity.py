@@ -1,4 +1,4 @@
-"""Corrections for having asked several questions at once."""
+"""Adjustment of p-values for multiple testing."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ BH_LABEL: Final = (
 
 
 def holm(p: ArrayLike) -> Floats:
-    """Adjust p-values by Holm's step-down rule; NaN stays NaN and isn't counted as a question.
+    """Adjust p-values by Holm's step-down procedure; NaN stays NaN and isn't counted as a test.
 
-    Source: Holm (1979). Written out because statsmodels' `multipletests` collects garbage on every
-    call, which costs more than the rest of a summary.
+    Source: Holm (1979). Implemented here because statsmodels' `multipletests` runs the garbage
+    collector on every call, which takes longer than the rest of a summary.
 
     Example:
         >>> holm([0.01, 0.04, float("nan")]).tolist()
@@ -30,7 +30,7 @@ def holm(p: ArrayLike) -> Floats:
 
 
 def benjamini_hochberg_exploratory(p: ArrayLike) -> Floats:
-    """Adjust p-values by Benjamini-Hochberg, for exploring only (`BH_LABEL`); NaN stays NaN."""
+    """Adjust p-values by Benjamini-Hochberg, for exploration only (`BH_LABEL`); NaN stays NaN."""
     return _adjust(p, lambda known_n: np.asarray(false_discovery_control(known_n, method="bh")))
 
 

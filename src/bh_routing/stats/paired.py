@@ -1,4 +1,4 @@
-"""Two conditions measured on the same things: difference, interval, tests and effect size."""
+"""Paired comparison of two conditions: difference, interval, tests and effect size."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from scipy import stats
 from bh_routing.errors import InputError
 
 MIN_PAIRS: Final = 3
-"""Fewer pairs give no interval and no test: two points fix mean and spread and leave no check."""
+"""Fewer pairs give no interval and no test: two points leave one degree of freedom."""
 
 EXACT_PAIRS: Final = 50
 """Up to this many nonzero differences the signed-rank test is exact."""
 _SPREAD_FLOOR: Final = 1e-12
-"""A spread below this share of the values' size is rounding, not variation."""
+"""A spread below this fraction of the values' magnitude is rounding, not variation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairedEstimate:
-    """The mean of x - y over pairs, and what can be said about it."""
+    """The mean of x - y over pairs, with interval, tests and effect size."""
 
     n: int
     """Pairs with both values finite."""
     left_out: int
-    """Pairs without."""
+    """Pairs with a missing or infinite value."""
     mean: float
     sd: float
     """Standard deviation of the differences, denominator n - 1."""
@@ -50,11 +50,11 @@ class PairedEstimate:
     wilcoxon_floor: float
     """The smallest p an exact signed-rank test can give here: 2 / 2^(nonzero differences)."""
     note: str
-    """A sentence on what is missing and why; empty if nothing is."""
+    """One sentence on missing statistics and the reason; empty if none is missing."""
 
 
 class MeanInterval(NamedTuple):
-    """A mean with its t interval; NaN where there is none."""
+    """A mean with its t interval; NaN if there is none."""
 
     n: int
     mean: float
@@ -74,12 +74,12 @@ class SignedRank(NamedTuple):
 def paired_difference(x: ArrayLike, y: ArrayLike, *, confidence: float = 0.95) -> PairedEstimate:
     """Estimate the mean of x - y over pairs, with interval, paired t, Wilcoxon and Cohen's d_z.
 
-    A pair with a missing value is left out and counted. Differences that are all equal have no
-    spread to compare the mean with, so interval, tests and d are NaN and the note says so.
+    A pair with a missing value is left out and counted. If all differences are equal, they have no
+    spread: interval, tests and d are NaN and the note gives the reason.
 
     Args:
         x: values of the condition of interest, shape (n,).
-        y: values of the reference for the same things in the same order.
+        y: values of the reference for the same units in the same order.
         confidence: level of the interval, in (0, 1).
     Returns:
         The estimate; t and p equal `scipy.stats.ttest_rel`.
@@ -131,7 +131,7 @@ def paired_difference(x: ArrayLike, y: ArrayLike, *, confidence: float = 0.95) -
 def mean_interval(values: ArrayLike, *, confidence: float = 0.95) -> MeanInterval:
     """Return mean, standard deviation (n - 1) and t interval of the mean of the finite values.
 
-    Under 3 values, or where all are equal, the interval is NaN.
+    Below 3 values, or if all are equal, the interval is NaN.
 
     Example:
         >>> mean_interval([1.0, 2.0, 3.0]).sd
@@ -150,10 +150,10 @@ def mean_interval(values: ArrayLike, *, confidence: float = 0.95) -> MeanInterva
 
 
 def signed_rank(difference_n: Sequence[float] | NDArray[np.float64]) -> SignedRank:
-    """Run the two-sided Wilcoxon signed-rank test: exact up to 50 nonzero differences, ties or not.
+    """Run the two-sided Wilcoxon signed-rank test.
 
-    Zeros are dropped (Wilcoxon's own rule) and ties share their mean rank. Beyond 50 it is scipy's
-    normal approximation.
+    It is exact up to 50 nonzero differences, with or without ties; above, it is scipy's normal
+    approximation. Zeros are dropped (Wilcoxon's own rule) and ties get their mean rank.
 
     Example:
         >>> signed_rank([1.0, 2.0, 3.0, 4.0, 5.0])
@@ -172,11 +172,11 @@ def signed_rank(difference_n: Sequence[float] | NDArray[np.float64]) -> SignedRa
 
 
 def _exact_signed_rank(nonzero_n: NDArray[np.float64]) -> float:
-    """Two-sided p by adding up the sign patterns that give each rank sum.
+    """Return the two-sided p by counting the sign patterns that give each rank sum.
 
-    scipy is exact with ties only by walking through all 2^n patterns, seconds for twelve prompts.
+    With ties, scipy is exact only by enumerating all 2^n patterns: seconds for twelve prompts.
     """
-    # Twice the rank: mean ranks of ties are halves, and the sums below must be whole.
+    # Twice the rank: mean ranks of ties are halves, and the sums below must be integers.
     rank_n = np.rint(2 * stats.rankdata(np.abs(nonzero_n))).astype(np.int64)
     share_of_sum = np.ones(1)
     for rank in rank_n:
@@ -190,7 +190,7 @@ def _exact_signed_rank(nonzero_n: NDArray[np.float64]) -> float:
 
 
 def signed_rank_floor(num_nonzero: int) -> float:
-    """Smallest two-sided p of an exact signed-rank test: all differences of one sign.
+    """Return the smallest two-sided p of an exact signed-rank test: all differences of one sign.
 
     Example:
         >>> round(signed_rank_floor(12), 6)
@@ -200,7 +200,7 @@ def signed_rank_floor(num_nonzero: int) -> float:
 
 
 def check_confidence(confidence: float) -> None:
-    """Raise InputError unless the level of an interval is inside (0, 1)."""
+    """Raise InputError unless the level of an interval is in (0, 1)."""
     if not 0 < confidence < 1:
         raise InputError(f"confidence must be in (0, 1), got {confidence}; the usual one is 0.95")
 

@@ -1,8 +1,8 @@
-"""A router without preferences: any set of the size that the rule kept is equally likely.
+"""A uniform router: every set of as many experts as the rule kept is equally likely.
 
-What it shows is sampling noise, and the yardstick for every measure of imbalance.
+Its imbalance is sampling noise, the reference for every measure of load balance.
 
-Axes: S simulations, L layers, E experts, C experts kept by a token (from 0).
+Axes: S simulations, L layers, E experts, C experts kept per token (from 0).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EXACT_KEYS: Final = 10_000_000
 
 
 def uniform_cv(count_histogram: ArrayLike, num_experts: int) -> Floats:
-    """Root of the expected squared CV of each layer's loads: exact.
+    """Return the root of the expected squared CV of each layer's loads, exactly.
 
     A token that keeps c of E adds a Bernoulli(c/E) to each load; tokens are independent.
 
@@ -36,7 +36,7 @@ def uniform_cv(count_histogram: ArrayLike, num_experts: int) -> Floats:
 
 
 def uniform_dead_share(count_histogram: ArrayLike, num_experts: int) -> Floats:
-    """Expected share of each layer's experts that no token keeps: exact.
+    """Return the expected fraction of each layer's experts that no token keeps, exactly.
 
     Example:
         >>> uniform_dead_share([[0, 2]], num_experts=4).tolist()
@@ -50,20 +50,20 @@ def uniform_dead_share(count_histogram: ArrayLike, num_experts: int) -> Floats:
 def simulate_uniform_router(
     count_histogram: ArrayLike, num_experts: int, simulations: int, seed: int
 ) -> Floats:
-    """Draw the loads of every expert, layer by layer.
+    """Simulate the load of every expert in every layer.
 
     With few tokens every token's set is drawn. With many (EXACT_KEYS) each load is drawn from its
-    exact marginal, a sum of binomials, and the loads of a layer are then moved to their exact sum
-    and stretched to their exact variance; ranges of loads are right to about 1 % from 50
-    assignments an expert on.
+    exact marginal, a sum of binomials, and the loads of a layer are then shifted to their exact sum
+    and scaled to their exact variance; ranges of loads are accurate to about 1 % from 50
+    assignments per expert.
 
     Args:
         count_histogram: [layer][c], tokens that kept c experts.
         num_experts: E.
         simulations: S.
-        seed: of the draws.
+        seed: seed of the draws.
     Returns:
-        Loads in assignments, shape (S, L, E); no load is below 0.
+        Loads in assignments, shape (S, L, E), at least 0.
     """
     histogram_LC = np.asarray(count_histogram, dtype=np.int64)
     rng = np.random.default_rng(seed)
@@ -76,7 +76,7 @@ def simulate_uniform_router(
 def _draw_sets(
     rng: np.random.Generator, histogram_C: NDArray[np.int64], num_experts: int, simulations: int
 ) -> NDArray[np.int64]:
-    """Counts of each expert in every simulation of one layer, (S, E)."""
+    """Return the load of each expert in every simulation of one layer, (S, E)."""
     counts_E = np.zeros(simulations * num_experts, dtype=np.int64)
     first_S = num_experts * np.arange(simulations)
     for kept in range(1, len(histogram_C)):
@@ -98,6 +98,6 @@ def _draw_marginals(
             counts_SLE += rng.binomial(tokens_L1, kept / num_experts, size=shape)
     expected_L1 = (histogram_LC @ np.arange(histogram_LC.shape[1]) / num_experts)[:, None]
     away_SLE = counts_SLE - counts_SLE.mean(axis=-1, keepdims=True)
-    # Independent draws lose 1/E of their variance when centred; the true loads have all of it.
+    # Independent draws lose 1/E of their variance when centred; true loads keep all of it.
     loads_SLE = expected_L1 + away_SLE * math.sqrt(num_experts / max(1, num_experts - 1))
     return np.where(counts_SLE == 0, 0.0, np.maximum(loads_SLE, 0.0))
