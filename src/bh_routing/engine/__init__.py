@@ -1,4 +1,4 @@
-"""What is done with a model: calibrate it, let it write."""
+"""Calibration, generation and scoring."""
 
 from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.generate import Generation, generate_greedy

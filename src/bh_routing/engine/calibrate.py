@@ -1,4 +1,4 @@
-"""Fit the nulls' reference distributions on text, in one pass of the untouched model."""
+"""Fit reference distributions of nulls on text, in one pass of the unmodified model."""
 
 from __future__ import annotations
 
@@ -33,24 +33,23 @@ def calibrate(
     max_tokens: int = 16_384,
     seed: int = 0,
 ) -> Calibration:
-    """Collect each null's background scores, layer by layer, on calibration text.
+    """Collect each null's background scores per layer on calibration text.
 
     Args:
         model: a transformers model with routers, not inside `route`.
         tokenizer: its tokenizer.
-        texts: documents; the more different, the better the reference. One that is there twice
-            counts once.
-        nulls: names of the nulls to fit, of those that need a table; "needed" also observes what
-            each slot contributes, which doubles the time, and "needed_by_loss" its gradient too.
-        max_tokens: tokens used in all, spread over the documents as evenly as their lengths
+        texts: documents; more diverse text gives a better reference. Duplicates count once.
+        nulls: names of the nulls to fit, among those that need a table; "needed" also observes each
+            slot's contribution, which doubles the time, and "needed_by_loss" its gradient too.
+        max_tokens: total number of tokens, spread over the documents as evenly as their lengths
             allow.
-        seed: of the sampling that keeps a table at its fixed size.
+        seed: seed of the sampling that keeps a table at its fixed size.
     Returns:
-        A new calibration that fits this model only.
+        A new calibration, valid for this model only.
     Raises:
         InputError: there is no text.
         ModelError: the model has no routers, or they are inside `route`.
-        CalibrationError: router logits aren't finite, with the layer's name.
+        CalibrationError: router logits aren't finite; the message names the router.
     """
     routers = find_routers(model)
     refuse_routed(site.module for site in routers.sites)
@@ -60,7 +59,7 @@ def calibrate(
         raise InputError("the calibration text is empty; give at least one document")
     capacity = reservoir_capacity(routers.num_experts)
     tabled = [name for name in nulls if name not in NEEDED.values()]
-    # By layer, not by null: a table is the same whichever others are fitted along with it.
+    # Seeded by layer, not by null: a table doesn't depend on the nulls fitted with it.
     reservoirs = {
         (name, site.layer): _reservoir(name, routers.num_experts, (seed, 0, site.layer))
         for name in tabled
@@ -107,13 +106,13 @@ def calibrate(
 def _texts_read(
     tokenizer: Any, documents: Sequence[list[int]], taken: Sequence[int]
 ) -> Iterator[str]:
-    """The start of each document that was read, as text."""
+    """Yield the part of each document that was read, as text."""
     for ids, length in zip(documents, taken, strict=True):
         yield tokenizer.decode(ids[:length], skip_special_tokens=True)
 
 
 def _windows(model: Any, documents: Sequence[list[int]], taken: Sequence[int]) -> list[Tensor]:
-    """Cut the start of each document into windows that fit the model's context."""
+    """Cut the start of each document into windows within the model's context."""
     context = int(getattr(text_config(model), "max_position_embeddings", None) or 2048)
     return [
         torch.tensor([ids[start : min(start + context, length)]])
@@ -166,7 +165,7 @@ def _read(
     capacity: int,
     seed: int,
 ) -> Contributions | None:
-    """Run the model over the windows; observe slots and losses only where a null asks for it."""
+    """Run the model over the windows; observe slots and losses only if a null needs them."""
     bar = tqdm(windows, desc="calibration", unit="window")
     if not nulls & set(NEEDED.values()):
         with torch.inference_mode():

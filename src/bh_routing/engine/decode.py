@@ -32,12 +32,12 @@ from bh_routing.rules.base import Rule
 from bh_routing.rules.fixed import TopK
 
 STEPS_IN_A_BURST: Final = 16
-"""Steps between two looks at the tokens: an end of text is noticed that late, and what was written
-after it isn't counted."""
+"""Steps between host syncs: end-of-text tokens are detected only then, and later tokens are
+discarded."""
 
 
 class Steps(NamedTuple):
-    """What a session wrote."""
+    """Output of a session's decode steps."""
 
     token_SB: Tensor
     """int64, on the host."""
@@ -49,14 +49,14 @@ class Steps(NamedTuple):
 
 
 class Session:
-    """One rule at work on B texts of up to P positions; its memory and its graph are reused.
+    """Buffers and graph for one rule, batch size and maximum length, reused between runs.
 
     Args:
         decoder: the model's weights.
         routers: the rule, bound to each layer.
-        num_slots: what each router proposes.
-        batch: B.
-        num_positions: P.
+        num_slots: slots that each router proposes.
+        batch: batch size.
+        num_positions: maximum number of positions per sequence.
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class Session:
         )
         step = bind_step(decoder, self.state, routers)
         self.advance: Callable[[], None] = step
-        """Write one token a text; launches without waiting."""
+        """Generate one token per sequence; on CUDA it launches without a host sync."""
         if self.state.token_B.is_cuda:
             with torch.inference_mode():
                 self.advance = captured(step)
 
     def start(self, cache: Any, token_B: Tensor) -> int:
-        """Take over transformers' cache of a prompt and its first tokens; return their position."""
+        """Copy transformers' cache of a prompt and the first tokens; return their position."""
         length = int(cache.layers[0].keys.shape[2])
         for number, layer in enumerate(cache.layers):
             self.state.keys[number, :, :, :length] = layer.keys
@@ -90,9 +90,9 @@ class Session:
         return length
 
     def run(self, first: int, num_steps: int, end_ids: Collection[int]) -> Steps:
-        """Decode from position `first` on, to the first end token of all texts at most.
+        """Decode from position `first` until the latest tokens of all sequences are end tokens.
 
-        Only after a burst of steps does the host wait for the device.
+        The host waits for the device only after each burst of steps.
         """
         clock = _Clock(self.state.token_B.device)
         burst = STEPS_IN_A_BURST if self.state.token_B.is_cuda else 1
@@ -119,7 +119,7 @@ class Session:
 
 
 class _Clock:
-    """Time until each step was done, by the device's own clock where it has one."""
+    """Time until the end of each step, by CUDA events on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._ticks: list[Any] = []
@@ -146,36 +146,36 @@ FEWEST_POSITIONS: Final = 256
 MOST_POSITIONS: Final = 32_768
 PROBED_TOKENS: Final = 8
 LARGEST_ERROR: Final = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
-"""Root mean square of what logits may differ from the model's own, over theirs: rounding is below,
-which may also exchange two experts that are about equal; another layout is far above."""
+"""Tolerance: RMS difference of logits, relative to the RMS of the model's own. Rounding is below,
+even where it exchanges two nearly equal experts; a different layout is far above."""
 
 
 class Decoded(NamedTuple):
-    """Texts that were continued."""
+    """Generated continuations of a batch."""
 
     token_SB: Tensor
-    """int64, on the host; the first row comes out of the prefill."""
+    """int64, on the host; the first row comes from the prefill."""
     trace: ExpertTrace
     prefill_sec: float
-    """Until the first token was known."""
+    """Until the first token is on the host."""
     decode_sec: float
     has_nan: bool
     """Whether a token was chosen from logits that hold NaN or infinity."""
 
 
 class Engine:
-    """One model's decoder, with a session for each rule, batch and length met so far.
+    """One model's decoder, with cached sessions by rule, batch size and length.
 
     Args:
         model: a transformers model, not inside `route`.
     Raises:
-        UndecodableError: it isn't laid out as `kernels.decode_layout` says, or computes something
-            else; plain `generate` is what remains.
+        UndecodableError: the model's layout differs from that in `kernels.decode_layout`, or its
+            logits from the decoder's; use `generate` instead.
     """
 
     def __init__(self, model: Any) -> None:
         self.startup_sec = 0.0
-        """Time spent on making sessions: compiling kernels, capturing graphs."""
+        """Time to create sessions: compiling kernels, capturing graphs."""
         self._bound: dict[Any, BoundRule] = {}
         self._sessions: dict[Any, Session] = {}
         routers = find_routers(model)
@@ -185,20 +185,20 @@ class Engine:
         self._compare_logits(model, TopK(routers.model_top_k))
 
     def bind(self, model: Any, rule: Rule, calibration: Calibration | None) -> BoundRule:
-        """Bind a rule as `bind_rule` does, once; check its calibration every time."""
+        """Bind a rule as `bind_rule` does, and cache it; check its calibration on every call."""
         key = (rule, calibration)
         if key not in self._bound:
             self._bound[key] = bind_quickest(model, rule, calibration)
         else:
-            # Weights may have been changed in place: trained, or merged with an adapter's.
+            # Weights may have changed in place, by training or by merging an adapter.
             check_calibration(model, self._bound[key].routers, rule, calibration)
         return self._bound[key]
 
     def session(self, bound: BoundRule, batch: int, length: int) -> Session:
-        """Return a session for `batch` texts of up to `length` positions.
+        """Return a session for `batch` sequences of up to `length` positions.
 
         Raises:
-            UndecodableError: the rule, or so long a text, can't be decoded here.
+            UndecodableError: the rule or the length isn't supported.
         """
         most = self.decoder.cos_PD.shape[0]
         if length > most:
@@ -223,7 +223,7 @@ class Engine:
 
     @torch.inference_mode()
     def _compare_logits(self, model: Any, rule: Rule) -> None:
-        """Write one token as the model itself does; names alone don't say what is computed."""
+        """Compare the logits of one decode step with the model's: equal names don't suffice."""
         bound = self.bind(model, rule, None)
         vocabulary = self.decoder.head_VH.shape[0]
         token_1P = torch.arange(1, PROBED_TOKENS + 1, device=model.device).unsqueeze(0)
@@ -240,9 +240,9 @@ class Engine:
 
 
 class _Snapshot(NamedTuple):
-    """Everything of a model that an engine takes over when it is made.
+    """The state of a model that an engine copies on creation.
 
-    Values of parameters aren't among it: the engine reads them where they are.
+    Parameter values aren't included: the engine reads them in place.
     """
 
     config: str
@@ -288,10 +288,10 @@ _engines: Final[WeakKeyDictionary[nn.Module, tuple[_Snapshot, Engine | Undecodab
 
 
 def engine_of(model: Any) -> Engine:
-    """Return the model's engine, made at the first call and whenever the model was changed.
+    """Return the model's cached engine, created anew if the model has changed.
 
     Raises:
-        UndecodableError: there can be none.
+        UndecodableError: the engine doesn't support the model.
     """
     _refuse_hooks(model)
     snapshot, engine = _engines.get(model, (None, None))
@@ -307,7 +307,7 @@ def engine_of(model: Any) -> Engine:
 
 
 def _refuse_hooks(model: Any) -> None:
-    # A step calls no module, so that no hook would see it; transformers' own only collect outputs.
+    # A step calls no module, so hooks wouldn't run; transformers' own only collect outputs.
     for name, module in model.named_modules():
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             if not getattr(hook, "__module__", "").startswith("transformers."):
@@ -315,16 +315,16 @@ def _refuse_hooks(model: Any) -> None:
 
 
 def startup_seconds(model: Any) -> float | None:
-    """Time that the model's engine took for compiling and capturing; None without one."""
+    """Return the compile and capture time of the model's engine; None without an engine."""
     _, engine = _engines.get(model, (None, None))
     return engine.startup_sec if isinstance(engine, Engine) else None
 
 
 def bind_routers(bound: BoundRule) -> list[Router]:
-    """Bind a rule to each layer's logits: in one kernel, else in one sort, else as the twin does.
+    """Bind a rule to each layer: as one kernel, else one sort, else the reference implementation.
 
     Raises:
-        UndecodableError: the rule or the routers need more than logits.
+        UndecodableError: the rule needs expert outputs, or a router isn't a plain softmax.
     """
     if bound.rule.needs_output_norms:
         raise UndecodableError(f"rule {bound.rule.method!r} runs the experts before it decides")
@@ -340,7 +340,7 @@ def bind_routers(bound: BoundRule) -> list[Router]:
 
 
 def _quickest_experts(model: Any) -> AbstractContextManager[None]:
-    # On a CPU the model has its own since it was loaded.
+    # On a CPU, `load_model` has already set the implementation.
     if model.device.type != "cuda":
         return nullcontext()
     return experts_by(model, NAME, sparse_experts_forward)
@@ -356,20 +356,21 @@ def decode_greedily(
     max_new_tokens: int,
     end_ids: Collection[int] = (),
 ) -> Decoded:
-    """Continue texts of equal lengths under a rule.
+    """Continue a batch of prompts of equal length under a rule.
 
     Args:
         model: a transformers model, not inside `route`.
         token_BP: prompts, int64, (B, P), on the model's device.
-        rule: which experts stay.
-        calibration: what the rule's null needs.
-        max_new_tokens: tokens to write, at least 1.
-        end_ids: ends the writing as soon as each text's newest token is one of these.
+        rule: decides which slots stay.
+        calibration: reference distributions, if the rule's null needs a table.
+        max_new_tokens: tokens to generate per sequence, at least 1.
+        end_ids: generation ends once the latest tokens of all sequences are among these.
     Returns:
-        Tokens, what was kept (of the fed-back tokens too, as under `generate`), and times.
+        Tokens, kept experts (of the fed-back tokens too, as in `generate`), and times.
     Raises:
-        UndecodableError: neither model nor rule was run; `generate` under `route` does the same.
-        CalibrationError, InputError: as `route` raises them.
+        UndecodableError: the engine doesn't support the model or rule; nothing was generated. Use
+            `generate` under `route` instead.
+        CalibrationError, InputError: as in `route`.
     """
     engine = engine_of(model)
     bound = engine.bind(model, rule, calibration)

@@ -1,4 +1,4 @@
-"""Generate one sequence, timed: by the decode engine, or by transformers' `generate`."""
+"""Timed generation of one sequence, by the decode engine or by transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ ChatTemplateMode = Literal["auto", "on", "off"]
 
 
 def choose_chat_template(tokenizer: Any, mode: ChatTemplateMode) -> Any:
-    """Return the tokenizer, without its chat template if prompts are to stay as they are.
+    """Return the tokenizer with its chat template, or a copy without it for raw prompts.
 
     Args:
-        tokenizer: a model's; it isn't changed.
-        mode: auto applies the template if there is one; on demands one; off leaves prompts raw.
+        tokenizer: a model's tokenizer; it isn't changed.
+        mode: "auto" applies the template if there is one, "on" requires one, "off" removes it.
     Raises:
-        InputError: an unknown mode, or on where the tokenizer has no template.
+        InputError: the mode is unknown, or it is "on" and the tokenizer has no template.
     """
     if mode not in get_args(ChatTemplateMode):
         raise InputError(f"chat template must be auto, on or off; got {mode!r}")
@@ -46,12 +46,12 @@ def choose_chat_template(tokenizer: Any, mode: ChatTemplateMode) -> Any:
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Return the prompt's token ids, as a user's message if the tokenizer has a chat template.
+    """Return the prompt's token ids, as a user message if the tokenizer has a chat template.
 
-    A template writes the beginning-of-text token itself; none is added to it.
+    A template includes the beginning-of-text token itself; none is added.
 
     Raises:
-        InputError: the template doesn't take a conversation of one message.
+        InputError: the template doesn't accept a single user message.
     """
     if not tokenizer.chat_template:
         raw: list[int] = tokenizer(prompt)["input_ids"]
@@ -76,34 +76,34 @@ GREEDY: Final = {
     "return_dict_in_generate": False,
     "max_length": None,
 }
-"""What is asked of `generate`, whatever a checkpoint's own settings say."""
+"""Arguments of `generate` that override a checkpoint's own settings."""
 KNOWN_CRITERIA: Final = {"EosTokenCriteria", "MaxLengthCriteria"}
 KNOWN_CACHES: Final = {"NoneType", "DynamicCache", "StaticCache"}
-"""Those that keep the very keys and values."""
+"""Caches that store keys and values unchanged."""
 
 
 _told: Final[WeakKeyDictionary[Any, set[str]]] = WeakKeyDictionary()
-"""Why plain `generate` writes a model's texts, as the log says already."""
+"""Reasons for plain `generate`, already logged, by model."""
 
 
 class Generation(NamedTuple):
-    """One greedy continuation and how long it took."""
+    """One greedy continuation and its times."""
 
     text: str
     token_ids: list[int]
-    """Generated ids alone, an end-of-text token included."""
+    """Generated ids only, including an end-of-text token."""
     num_input_tokens: int
     inference_time_sec: float
-    """Prefill and decode; compiling, capturing and tokenizing aren't part of it."""
+    """Prefill and decode, without compiling, capturing and tokenizing."""
     prefill_time_sec: float
-    """Until the first token was known."""
+    """Until the first token is on the host."""
     decode_time_sec: float
     has_nan: bool
     """Whether a token was chosen from logits that hold NaN or infinity."""
 
 
 class RoutedGeneration(NamedTuple):
-    """A continuation and what was kept for it."""
+    """A continuation and the trace of its kept experts."""
 
     generation: Generation
     trace: ExpertTrace
@@ -117,19 +117,19 @@ def generate_routed(
     rule: Rule,
     calibration: Calibration | None = None,
 ) -> RoutedGeneration:
-    """Continue `prompt` greedily under a rule, by the decode engine where there is one.
+    """Continue `prompt` greedily under a rule, by the decode engine if it supports the model.
 
-    Otherwise `generate` runs under `route`, and one line of the log says why.
+    Otherwise `generate` runs under `route`, and the reason is logged once.
 
     Args:
         model: a transformers model with `generate`, not inside `route`.
-        tokenizer: its tokenizer; if it has a chat template, the prompt is a user's message in it.
+        tokenizer: its tokenizer; with a chat template, the prompt becomes a user message.
         prompt: text, at least one token.
-        max_new_tokens: most tokens to generate; an end-of-text token ends earlier.
-        rule: which experts stay.
-        calibration: what the rule's null needs.
+        max_new_tokens: maximum number of generated tokens; an end-of-text token ends earlier.
+        rule: decides which slots stay.
+        calibration: reference distributions, if the rule's null needs a table.
     Raises:
-        CalibrationError, ModelError, InputError: as `route` does.
+        CalibrationError, ModelError, InputError: as in `route`.
     """
     token_1P = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
     try:
@@ -164,17 +164,17 @@ def generate_routed(
 
 
 class TokenClock:
-    """A streamer: `generate` hands it the prompt, then each token as soon as it is on the host."""
+    """A streamer: `generate` passes it the prompt, then each token once it is on the host."""
 
     def __init__(self) -> None:
         self.ticks: list[float] = []
 
     def put(self, _: Tensor) -> None:
-        """Note the time."""
+        """Record the time."""
         self.ticks.append(time.perf_counter())
 
     def end(self) -> None:
-        """Do nothing: the last token was noted."""
+        """Do nothing: the last token is already recorded."""
 
 
 def generate_greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> Generation:
@@ -182,12 +182,12 @@ def generate_greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int
 
     Args:
         model: a transformers model with `generate`.
-        tokenizer: its tokenizer; if it has a chat template, the prompt is a user's message in it.
+        tokenizer: its tokenizer; with a chat template, the prompt becomes a user message.
         prompt: text, at least one token.
-        max_new_tokens: most tokens to generate; an end-of-text token ends earlier.
+        max_new_tokens: maximum number of generated tokens; an end-of-text token ends earlier.
     Returns:
-        The continuation and its times in seconds. The clock is read when `generate` hands a
-        token over, which it does after copying it to the host, so device work is included.
+        The continuation and its times in seconds. The clock is read when `generate` streams a
+        token, after copying it to the host, so device work is included.
     """
     token_1P = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
     num_input_tokens = token_1P.shape[1]
@@ -220,7 +220,7 @@ def generate_greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int
 
 @contextmanager
 def _watch_logits(model: Any) -> Iterator[list[Tensor]]:
-    """Collect the largest logit of each forward call, which NaN is; no host sync."""
+    """Collect the largest logit of each forward call, NaN if any is; no host sync."""
     tops: list[Tensor] = []
 
     def note(_: Any, __: Any, output: Any) -> None:
@@ -234,13 +234,13 @@ def _watch_logits(model: Any) -> Iterator[list[Tensor]]:
 
 
 def _end_ids(model: Any, token_1P: Tensor, max_new_tokens: int) -> set[int]:
-    """Let `generate` prepare what it would do, and return the tokens that end it.
+    """Return the end-of-text tokens of `generate`, from a dry run of its preparation.
 
     Raises:
-        UndecodableError: it would do more than take the largest logit.
+        UndecodableError: its settings ask for more than greedy search.
     """
     end_ids: set[int] = set()
-    # It hands no tokenizer on to a loop that isn't its own.
+    # `generate` doesn't pass its tokenizer to a custom loop.
     unknown = {"stop_strings"} if model.generation_config.stop_strings else set()
 
     def inspect(

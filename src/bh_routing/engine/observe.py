@@ -1,4 +1,4 @@
-"""Observe the untouched model: what its routers propose, and what each slot contributes."""
+"""Observe the unmodified model: its routers' proposals and each slot's contribution."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from bh_routing.nulls.contributions import NEEDED, Contributions, Definition, St
 from bh_routing.rules.base import Candidates, LayerContext, MixingRule, Rows, Rule, Selector, Unit
 
 MEMORY_BYTES: Final = 2**30
-"""Most that the proposals of a text may take."""
+"""Maximum memory for the proposals of a text."""
 _SLOT_BYTES: Final = 16  # index, weight and norm
 _ROW_BYTES: Final = 16  # sequence and position
 
 
 @dataclass(frozen=True, slots=True)
 class Proposals:
-    """The candidates of every layer for the same tokens, each on its layer's device."""
+    """Candidates of every layer for the same tokens, on their layers' devices."""
 
     layers: tuple[Candidates, ...]
     counted_T: Tensor
-    """Bool: False for tokens that are only context."""
+    """Bool: False for tokens that are context only."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Recorder(MixingRule):
-    """Keep everything, and remember what was proposed."""
+    """Keeps all slots and records the proposals."""
 
     method: ClassVar[str] = "recorder"
     seen: tuple[list[Candidates], ...]
@@ -68,7 +68,7 @@ class _Recorder(MixingRule):
 
 
 def tokens_that_fit(routers: Routers) -> int:
-    """Return how many tokens' proposals fit into MEMORY_BYTES."""
+    """Return the number of tokens whose proposals fit into MEMORY_BYTES."""
     layer_bytes = 4 * routers.num_experts + _SLOT_BYTES * routers.model_top_k + _ROW_BYTES
     return MEMORY_BYTES // (len(routers.sites) * layer_bytes)
 
@@ -83,17 +83,17 @@ def capture_proposals(
     num_candidates: int,
     with_norms: bool = False,
 ) -> Proposals:
-    """Run the untouched model over documents and keep what its routers propose.
+    """Run the unmodified model over documents and return its routers' proposals.
 
     Args:
         model: a transformers model with routers, not inside `route`.
         tokenizer: its tokenizer, for the prefix token.
-        documents: text, of no more tokens than `tokens_that_fit` says.
-        window: most input tokens of a forward pass.
-        num_candidates: slots that the routers are to propose, at least the model's own k.
+        documents: text of at most `tokens_that_fit` tokens.
+        window: maximum number of input tokens per forward pass.
+        num_candidates: slots that the routers propose, at least the model's own k.
         with_norms: run every candidate expert and keep the norm of its output.
     Raises:
-        InputError: the tokenizer has no token to put in front of a document.
+        InputError: the tokenizer has no prefix token.
     """
     routers = find_routers(model)
     seen: tuple[list[Candidates], ...] = tuple([] for _ in routers.sites)
@@ -114,13 +114,13 @@ def _join(calls: list[Candidates]) -> Candidates:
         top_k_index_TK=torch.cat([c.top_k_index_TK for c in calls]),
         top_k_weights_TK=torch.cat([c.top_k_weights_TK for c in calls]),
         output_norms_TK=torch.cat(norms) if norms else None,
-        # A call is one window: the rows of a sequence of its own.
+        # Each call is one window, a separate sequence.
         rows=Rows(
             torch.cat([torch.full_like(r.sequence_T, call) for call, r in enumerate(rows)]),
             torch.cat([r.position_T for r in rows]),
         ),
     )
-    calls.clear()  # one layer at a time is there twice
+    calls.clear()  # so that only one layer at a time is in memory twice
     return joined
 
 
@@ -128,12 +128,12 @@ def _join(calls: list[Candidates]) -> Candidates:
 def mean_experts(
     rule: Rule, proposals: Proposals, routers: Routers, calibration: Calibration | None = None
 ) -> float:
-    """Return how many of the proposed slots a rule keeps, on average over counted tokens.
+    """Return the mean number of proposed slots that a rule keeps per counted token and layer.
 
-    The rule is bound as it is: a search asks on its way for levels that `bind_rule` refuses.
+    The rule is bound without checks: a search also tries levels that `bind_rule` rejects.
 
     Raises:
-        CalibrationError: the rule needs a reference that the calibration doesn't hold.
+        CalibrationError: the calibration lacks a reference that the rule needs.
     """
     kept = []
     for layer, candidates in enumerate(proposals.layers):
@@ -175,26 +175,26 @@ _SMALLEST_NORM: Final = 1e-30
 
 
 class LayerSlots(NamedTuple):
-    """Slots of one layer, each field on the host, shape (T, K), or (M,) once they are joined."""
+    """Slots of one layer, on the host; each field has shape (T, K), or (M,) after joining."""
 
     experts: Tensor
     weights: Tensor
     norms: Tensor
-    """The slot's true output norm, at weight 1."""
+    """True output norm of the slot, at weight 1."""
     residuals: Tensor
-    """The norm of its token's residual stream behind the layer."""
+    """Norm of the token's residual stream after the layer."""
     losses: Tensor
     """|dL/dw x w|; empty without gradients."""
 
     def truth(self, definition: Definition) -> Tensor:
-        """Return what each slot contributed: it mattered if this is above the cut."""
+        """Return each slot's contribution; slots above the cut count as needed."""
         if definition == "loss":
             return self.losses
         return self.weights * self.norms / self.residuals.clamp_min(_SMALLEST_NORM)
 
 
 class SlotObserver:
-    """Hooks that see each slot of every layer; memory is 20 bytes a slot on the host."""
+    """Hooks that observe each slot of every layer; they take 20 bytes per slot on the host."""
 
     def __init__(self, model: nn.Module, routers: Routers, *, by_loss: bool) -> None:
         self._model = model
@@ -217,18 +217,18 @@ class SlotObserver:
                 self._undo.callback(site.watch(self._on_router(site)))
 
     def close(self) -> None:
-        """Take every hook out again."""
+        """Remove all hooks."""
         self._undo.close()
 
     def read(self, ids_1S: Tensor) -> list[LayerSlots]:
-        """Run the model over one window, and over its loss if that is asked for.
+        """Run the model over one window, with a backward pass of its loss if requested.
 
         Args:
             ids_1S: token ids on the model's device, shape (1, S).
         Returns:
-            The slots of each layer; nothing if a loss is asked for and there is no next token.
+            The slots of each layer; empty if a loss is requested and there is no next token.
         Raises:
-            CalibrationError: a loss is asked for and the model gives no gradients.
+            CalibrationError: a loss is requested and the model gives no gradients.
         """
         if not self._by_loss:
             with torch.no_grad():
@@ -242,7 +242,7 @@ class SlotObserver:
                     "this model's layers give no gradients, which 'needed_by_loss' is made from; "
                     "calibrate 'needed' and use statistic: contribution"
                 )
-            # Not backward(), which would add to the gradients of the model's own weights.
+            # Not backward(), which would accumulate into the weights' gradients.
             switches = [self._switches[layer] for layer in self._open]
             self._gradients = dict(
                 zip(self._open, torch.autograd.grad(loss, switches), strict=True)
@@ -250,7 +250,7 @@ class SlotObserver:
         return self._take()
 
     def _take(self) -> list[LayerSlots]:
-        """Move what the last forward pass (and its backward pass) left to the host."""
+        """Move the records of the last forward (and backward) pass to the host."""
         taken = []
         for layer, (index_TK, weights_TK, norms_TK) in self._open.items():
             losses_TK = torch.empty(0)
@@ -273,7 +273,7 @@ class SlotObserver:
     def _on_router(self, site: RouterSite) -> Callback:
         def switch(proposal: Proposal) -> Decision:
             weights_TK = proposal.top_k_weights_TK
-            # d loss / d switch at 1 is w * d loss / d w: what leaving the slot out changes.
+            # d loss / d switch at 1 is w * d loss / d w: the effect of leaving the slot out.
             switch_TK = torch.ones_like(weights_TK, requires_grad=True)
             self._switches[site.layer] = switch_TK
             return Decision(
@@ -294,7 +294,7 @@ class SlotObserver:
     def _on_layer(self, site: RouterSite) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             stream = output if isinstance(output, Tensor) else output[0]
-            # A stream of several lanes has one more axis; its norm is that of all lanes.
+            # A stream with several lanes has one more axis; the norm is over all lanes.
             num_tokens = stream.shape[0] * stream.shape[1]
             self._residuals[site.layer] = (
                 stream.detach().float().reshape(num_tokens, -1).norm(dim=-1)
@@ -304,7 +304,7 @@ class SlotObserver:
 
 
 def join_windows(windows: Sequence[list[LayerSlots]]) -> list[LayerSlots]:
-    """Put the slots of all windows together, layer by layer."""
+    """Concatenate the slots of all windows, layer by layer."""
     return [
         LayerSlots(
             *(torch.cat([t.flatten() for t in column]) for column in zip(*seen, strict=True))
@@ -316,17 +316,17 @@ def join_windows(windows: Sequence[list[LayerSlots]]) -> list[LayerSlots]:
 def summarize(
     layers: list[LayerSlots], num_experts: int, capacity: int, seed: int
 ) -> Contributions:
-    """Turn joined slots into scales and reference tables.
+    """Compute scales and reference tables from joined slots.
 
     Args:
         layers: the slots of each layer.
-        num_experts: experts of a layer.
-        capacity: most scores a table holds.
-        seed: of the draw if there are more.
+        num_experts: number of experts per layer.
+        capacity: maximum number of scores in a table.
+        seed: seed of the sample if there are more scores.
     Returns:
-        What rules need to know of slots.
+        Scales, reference scores and cuts for the rules.
     Raises:
-        CalibrationError: something isn't finite.
+        CalibrationError: a value isn't finite; the message names the statistic.
     """
     norms_LE = torch.stack([_mean_by_expert(s, s.norms, num_experts) for s in layers])
     residuals_L = torch.stack([s.residuals.mean() for s in layers]).clamp_min(_SMALLEST_NORM)
@@ -367,7 +367,7 @@ def summarize(
 
 
 def _mean_by_expert(slots: LayerSlots, values: Tensor, num_experts: int) -> Tensor:
-    """Mean over the slots of each expert; the layer's mean for one that was never chosen."""
+    """Return the mean over each expert's slots; the layer's mean if it was never chosen."""
     sums_E = torch.zeros(num_experts, dtype=torch.float64)
     sums_E.index_add_(0, slots.experts, values.double())
     counts_E = torch.bincount(slots.experts, minlength=num_experts)

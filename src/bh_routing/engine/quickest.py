@@ -1,4 +1,4 @@
-"""Bind a rule so that each router decides in one kernel, where there is one for it."""
+"""Bind a rule with fused routers: one kernel per router that supports it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from bh_routing.rules.base import LayerContext, Rule
 
 
 def bind_quickest(model: Any, rule: Rule, calibration: Calibration | None = None) -> BoundRule:
-    """Bind a rule as `bind_rule` does, with kernels for the routers that have one.
+    """Bind a rule as `bind_rule` does, with a fused kernel for each router that supports one.
 
-    What is kept is the same bit for bit, but for logits that are equal: there the smaller expert
-    comes first, and in plain operations any.
+    Kept experts are the same bit for bit, except for ties of logits: the kernel prefers the smaller
+    expert index, plain torch any.
 
     Raises:
         CalibrationError, ModelError, InputError: as `bind_rule` does.
@@ -36,7 +36,7 @@ def bind_quickest(model: Any, rule: Rule, calibration: Calibration | None = None
 
 
 def is_plain_softmax(facts: RouterFacts) -> bool:
-    """Whether a router is a softmax and its k largest, and nothing else."""
+    """Whether a router is a softmax followed by the k largest weights, and nothing else."""
     does_more = facts.bias or facts.groups or facts.has_gains or facts.shares_with or facts.by_token
     is_scaled = facts.scale is None or abs(facts.scale - 1.0) > 1e-3
     return facts.scoring == "softmax" and not (does_more or facts.skips or is_scaled)

@@ -1,4 +1,4 @@
-"""Teacher-forced quality: every rule and the model's own top-k score the same tokens."""
+"""Teacher-forced quality: scores of the same tokens under each rule and the model's own top-k."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Floats = NDArray[np.floating[Any]]
 
 
 class DocumentTally:
-    """Sums over one document's scored tokens under one rule, in float64."""
+    """Float64 sums over one document's scored tokens under one rule."""
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self._num_experts = num_experts
@@ -53,9 +53,9 @@ class DocumentTally:
         kept_index_TLK: Tensor,
         top_k_index_TLK: Tensor,
     ) -> None:
-        """Add the scored tokens of one window, the first of which stands at `first_position`."""
+        """Add the scored tokens of one window; the first is at `first_position`."""
         kl_T = np.maximum(kl_T.astype(np.float64), 0.0)
-        with np.errstate(invalid="ignore"):  # infinite under both: NaN, which the caller finds
+        with np.errstate(invalid="ignore"):  # inf - inf is NaN, which the caller detects
             delta_nll_T = nll_T.astype(np.float64) - top_k_nll_T
         early = max(0, min(EARLY_POSITIONS - first_position, len(nll_T)))
         for name, values in {
@@ -70,7 +70,7 @@ class DocumentTally:
         self._tokens += len(nll_T)
         self._early_tokens += early
         self._same_top1 += int(same_top1_T.sum())
-        self._kl_max = float(kl_T.max(initial=self._kl_max))  # of numpy: NaN stays NaN
+        self._kl_max = float(kl_T.max(initial=self._kl_max))  # numpy's max propagates NaN
         bins = np.searchsorted(KL_BIN_EDGES, kl_T, side="right")
         self._kl_histogram += np.bincount(bins, minlength=len(self._kl_histogram))
         self._add_experts(kept_index_TLK, top_k_index_TLK)
@@ -113,27 +113,27 @@ class DocumentTally:
 
 LOGITS_BYTES = 256 * 2**20
 CHUNK_BYTES = {"cpu": 4 * 2**20}
-"""A chunk makes several passes over its logits: on a CPU it should stay in the cache."""
+"""A chunk's logits are read several times: on a CPU they should fit into the cache."""
 CHUNK_BYTES_ELSEWHERE = 256 * 2**20
 BATCH_TOKENS = 4096
 GROUP_TOKENS = 8192
-"""Documents are finished, and their records handed over, in groups of about this many tokens."""
+"""Documents are scored, and their records yielded, in groups of about this many tokens."""
 
 
 class TokenScores(NamedTuple):
-    """What the comparison knows of each scored token; float32 or bool, shape (T,)."""
+    """Comparison of each scored token; float32 or bool, shape (T,)."""
 
     nll_T: Tensor
     top_k_nll_T: Tensor
     kl_T: Tensor
-    """KL(top-k || rule) in nats, as computed: rounding can leave it a hair below 0."""
+    """KL(top-k || rule) in nats; may be slightly negative due to rounding."""
     same_top1_T: Tensor
     delta_p_T: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Windows of about equal length, padded on the right."""
+    """Windows of similar length, padded on the right."""
 
     windows: list[Window]
     input_ids_BS: Tensor
@@ -142,14 +142,14 @@ class _Batch:
     """True at input positions whose next token is scored."""
     targets_T: Tensor
     position_T: Tensor
-    """Where the scored positions are among all B * S."""
+    """Indices of the scored positions among all B * S."""
 
 
 class _Forward(NamedTuple):
     logits_PV: Tensor
-    """At all positions, P = B * S, in the model's dtype."""
+    """Of all positions, P = B * S, in the model's dtype."""
     kept_index_TLK: Tensor
-    """Kept experts at scored positions, -1 where dropped; on the host."""
+    """Kept experts of scored positions, -1 where dropped; on the host."""
 
 
 def score(
@@ -165,22 +165,23 @@ def score(
 ) -> Iterator[QualityRecord]:
     """Compare rules with the model's own top-k on the same tokens.
 
-    R rules cost at most R + 1 forward passes: the baseline runs once a batch, and a rule that is
+    R rules cost at most R + 1 forward passes per batch: the baseline runs once, and a rule that is
     the model's own top-k costs none.
 
     Args:
         model: a transformers model with routers, not inside `route`.
         tokenizer: its tokenizer, for the prefix token.
-        documents: what to score.
+        documents: documents to score.
         rules: name -> rule.
-        calibration: needed if a rule needs one.
-        window: most input tokens of a forward pass, the prefix token counted.
-        stride: scored tokens of each window after a document's first.
-        batch_size: most windows of a forward pass; None: as many as the bounds above allow.
+        calibration: required if a rule needs one.
+        window: maximum number of input tokens per sequence, including the prefix token.
+        stride: scored tokens per window, except in a document's first window.
+        batch_size: maximum number of windows per forward pass; None: as many as the bounds on
+            tokens and logits allow.
     Yields:
-        One record for each document and rule, in groups of documents, as they are finished.
+        One record per document and rule, in groups of documents.
     Raises:
-        InputError: the tokenizer has no token to put in front of a document.
+        InputError: the tokenizer has no prefix token.
     """
     prefix = prefix_token(tokenizer)
     routers = find_routers(model)
@@ -205,7 +206,7 @@ def score(
 
 
 class Prediction(NamedTuple):
-    """The baseline's view of T tokens, made once and compared with every rule."""
+    """The baseline's prediction of T tokens, computed once and compared with every rule."""
 
     log_probs_TV: Tensor
     """Float32."""
@@ -217,7 +218,7 @@ class Prediction(NamedTuple):
 
 
 def predict(logits_TV: Tensor, targets_T: Tensor) -> Prediction:
-    """Turn logits of any float dtype into what `compare_predictions` takes."""
+    """Return the prediction for logits of any float dtype."""
     log_probs_TV = logits_TV.float().log_softmax(-1)
     return Prediction(
         log_probs_TV,
@@ -232,15 +233,15 @@ def compare_predictions(top_k: Prediction, rule_logits_TV: Tensor) -> TokenScore
     """Compare two predictions of the same tokens over the full vocabulary, in float32.
 
     Args:
-        top_k: what the model's own top-k predicts.
+        top_k: prediction of the model's own top-k.
         rule_logits_TV: logits under the rule, any float dtype, (T, V).
     Returns:
-        Scores of each token; a prediction compared with itself gives a KL of exactly 0.
+        Scores per token; comparing a prediction with itself gives a KL of exactly 0.
     """
     rule_TV = rule_logits_TV.float().log_softmax(-1)
     correct_T = rule_TV.gather(1, top_k.targets_T[:, None]).squeeze(1)
-    # Differences first: summing each side alone would cancel to rounding noise. A token without
-    # probability adds nothing, also where both logits are -inf.
+    # Differences first: separate sums would cancel to rounding noise. A token with probability 0
+    # adds nothing, even if both logits are -inf.
     log_ratio_TV = (top_k.log_probs_TV - rule_TV).masked_fill_(top_k.probs_TV == 0, 0.0)
     return TokenScores(
         nll_T=-correct_T,
@@ -254,7 +255,7 @@ def compare_predictions(top_k: Prediction, rule_logits_TV: Tensor) -> TokenScore
 def document_groups(
     documents: Sequence[TokenizedDocument],
 ) -> Iterator[list[TokenizedDocument]]:
-    """Cut documents into the groups whose windows are batched together."""
+    """Split documents into groups whose windows are batched together."""
     group: list[TokenizedDocument] = []
     for document in documents:
         group.append(document)
@@ -266,7 +267,7 @@ def document_groups(
 
 
 def _batches(windows: list[Window], model: Any, batch_size: int | None) -> Iterator[_Batch]:
-    """Batch windows of about equal length, within the bounds on tokens and on logits."""
+    """Batch windows of similar length, within the bounds on tokens and logits."""
     most = min(BATCH_TOKENS, LOGITS_BYTES // (4 * text_config(model).vocab_size))
     waiting = sorted(windows, key=lambda w: -len(w.ids))
     while waiting:
@@ -307,7 +308,7 @@ def _forward(model: Any, rule: BoundRule, batch: _Batch) -> _Forward:
 
 
 def _chunks(logits_PV: Tensor, batch: _Batch) -> Iterator[Tensor]:
-    """The scored positions' logits, chunk by chunk; copied only if some aren't scored."""
+    """Yield chunks of the scored positions' logits; copies only if some aren't scored."""
     vocabulary = logits_PV.shape[-1]
     size = CHUNK_BYTES.get(logits_PV.device.type, CHUNK_BYTES_ELSEWHERE) // (4 * vocabulary)
     if batch.position_T.numel() == logits_PV.shape[0]:

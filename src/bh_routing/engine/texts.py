@@ -1,4 +1,4 @@
-"""Documents out of files: plain text, the same packed with xz, or JSON lines."""
+"""Read documents from plain text, xz-compressed text, JSON lines or Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from bh_routing.errors import InputError
 SEPARATOR = "<|endoftext|>"
 DATASET_PREFIX = "hf:"
 PASSAGE_WORDS: Final = 24
-"""Words in a row that two texts don't share by chance: the packaged texts share 12, never 16."""
+"""Consecutive words that texts don't share by chance: the packaged texts share 12, never 16."""
 PASSAGE_STRIDE: Final = 9
-"""Of as many passages in a row one is kept at least, so any 32 words in a row are recognised."""
-# Scripts without spaces count each letter as a word: Thai and Lao, Burmese, Khmer, kana, Han.
+"""At least one of this many consecutive passages is kept: any 32 common words are recognised."""
+# In scripts without spaces each letter counts as a word: Thai, Lao, Burmese, Khmer, kana, Han.
 _UNSPACED: Final = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 _WORD: Final = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _SEPARATOR_LINE: Final = re.compile(rf"^[ \t]*{re.escape(SEPARATOR)}[ \t]*$", re.MULTILINE)
@@ -40,36 +40,36 @@ log = logging.getLogger(__name__)
 
 
 class Document(NamedTuple):
-    """One text with what statistics need to know of it."""
+    """A text with its name, cluster and domain."""
 
     name: str
-    """For display; several documents may share one."""
+    """For display; several documents may have the same name."""
     text: str
     cluster: str
-    """Documents of one cluster aren't independent draws: chapters of one book."""
+    """Documents of one cluster, such as chapters of a book, aren't independent draws."""
     domain: str
 
     @property
     def key(self) -> str:
-        """SHA-256 of the text: what identifies the document."""
+        """SHA-256 of the text, which identifies the document."""
         return _key(self.text)
 
 
 def read_documents(sources: Iterable[str | Path]) -> list[Document]:
-    """Read every document of some files or datasets.
+    """Read all documents of files or datasets.
 
-    `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT` is a dataset of the Hugging Face hub, or a folder
-    that `datasets.load_dataset` reads, with a column `text`. A `.jsonl` file holds one object per
+    `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT` is a dataset on the Hugging Face hub, or a folder
+    that `datasets.load_dataset` reads, with a column `text`. A `.jsonl` file has one object per
     line with `text` and, optionally, `name`, `cluster` and `domain`. Any other file is text,
-    `.xz` packed or not, its documents separated by a line that holds only `<|endoftext|>`; a
-    `documents.json` next to it may name them. Files are UTF-8, or say by a byte order mark that
-    they are UTF-16 or UTF-32; line ends of Windows and old Macs count as line ends.
+    optionally `.xz` compressed, with lines of only `<|endoftext|>` between documents; a
+    `documents.json` next to it may label them. Files are UTF-8, or UTF-16 or UTF-32 with a byte
+    order mark; Windows and old Mac line ends are supported.
 
-    A document is its text: documents that share a name both count, and a text that is given twice
-    counts once. Without a `cluster`, a document is a cluster by itself.
+    Documents are identified by their text, not their name: duplicate texts count once. Without a
+    `cluster`, each document is its own cluster.
 
     Raises:
-        InputError: a file is missing, of another encoding, or holds no text.
+        InputError: a file is missing, has another encoding, or holds no text.
     """
     documents = []
     for source in sources:
@@ -98,7 +98,7 @@ def packaged_documents(split: str) -> list[Document]:
 
 
 def text_sha256(texts: Sequence[str]) -> str:
-    """Hash texts in their order, so that two sets can be told apart or found equal."""
+    """Hash texts in order, to compare two sets of texts."""
     digest = hashlib.sha256()
     for text in texts:
         digest.update(bytes.fromhex(_key(text)))
@@ -106,13 +106,13 @@ def text_sha256(texts: Sequence[str]) -> str:
 
 
 def passage_hashes(texts: Iterable[str]) -> NDArray[np.int64]:
-    """Hash enough passages of some texts to recognise any part of them that is 32 words long.
+    """Hash enough passages of texts to recognise any part of 32 words.
 
-    A passage is PASSAGE_WORDS words in a row, or a whole text of fewer words; case, punctuation
-    and white space don't count. Of each PASSAGE_STRIDE passages in a row the smallest hash stays.
+    A passage is PASSAGE_WORDS consecutive words, or a whole shorter text; case, punctuation and
+    white space are ignored. Of every PASSAGE_STRIDE consecutive passages the smallest hash is kept.
 
     Returns:
-        Distinct hashes, ascending: about one for every five words.
+        Distinct hashes, ascending, about one per five words.
     Source: winnowing, Schleimer, Wilkerson & Aiken (2003).
     """
     kept = [np.empty(0, dtype=np.int64)]
@@ -127,10 +127,10 @@ def passage_hashes(texts: Iterable[str]) -> NDArray[np.int64]:
 def find_shared_passages(
     documents: Iterable[Document], known: NDArray[np.int64]
 ) -> list[tuple[str, list[str]]]:
-    """Return the documents that share a passage with `passage_hashes` of other texts.
+    """Find the documents that share a passage with `passage_hashes` of other texts.
 
     Returns:
-        Each document's name and the words of its first shared passage.
+        Each such document's name and the words of its first shared passage.
     """
     shared = []
     for document in documents:
@@ -142,7 +142,7 @@ def find_shared_passages(
 
 
 def _hash_passages(words: Sequence[str]) -> NDArray[np.int64]:
-    """One hash for each start of a passage; axis P."""
+    """Return one hash per passage; axis P."""
     if not words:
         return np.empty(0, dtype=np.int64)
     by_word = {
@@ -177,7 +177,7 @@ def _read_file(path: Path) -> list[Document]:
 
 
 def _decode(path: Path, raw: bytes) -> str:
-    """Decode a text file, and turn every kind of line end into one."""
+    """Decode a text file and normalise its line ends."""
     encoding = next((name for mark, name in _MARKS if raw.startswith(mark)), "UTF-8")
     try:
         content = raw.decode(encoding)
@@ -235,7 +235,7 @@ def _plain(path: Path, content: str) -> list[Document]:
 
 
 def _labels(path: Path, split: str) -> dict[int, dict[str, object]]:
-    """Read the labels that `documents.json` beside a text file has for its documents."""
+    """Read the labels of a text file's documents from `documents.json` next to it."""
     file = path.with_name("documents.json")
     if not file.exists():
         return {}

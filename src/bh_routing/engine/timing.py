@@ -1,4 +1,4 @@
-"""Time contenders side by side: interleaved, in random order, after a round that isn't counted."""
+"""Time contenders in interleaved rounds, in random order, after a warm-up round."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ class Timing(NamedTuple):
 
     median_sec: float
     low_sec: float
-    """The fastest."""
+    """Minimum."""
     high_sec: float
-    """The slowest."""
+    """Maximum."""
     rounds: int
 
 
 def time_interleaved(
     runs: Mapping[str, Callable[[], float]], rounds: int, seed: int = 0
 ) -> dict[str, Timing]:
-    """Run every contender once a round, in an order drawn anew, and summarise its seconds.
+    """Run every contender once per round, in a new random order, and summarise its seconds.
 
-    A machine that slows down slows all of them alike. The first round warms up.
+    A machine that slows down slows all of them alike. An additional first round warms up.
 
     Args:
         runs: each returns the seconds that it took; see `stopwatch`.
-        rounds: rounds that count, at least 1.
-        seed: of the orders.
+        rounds: number of timed rounds, at least 1.
+        seed: seed of the orders.
     """
     generator = random.Random(seed)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -52,10 +52,10 @@ def time_interleaved(
 
 
 def stopwatch(call: Callable[[], Any], device: torch.device, calls: int = 1) -> Callable[[], float]:
-    """Return a function that makes some calls and returns the seconds of one.
+    """Return a function that makes `calls` calls and returns the mean seconds per call.
 
-    On CUDA by the device's clock, which starts behind work that keeps the GPU busy until the host
-    has launched the first call.
+    On CUDA it measures by events, the first after work that keeps the GPU busy until the host has
+    launched the first call.
     """
     if device.type != "cuda":
 
@@ -66,7 +66,7 @@ def stopwatch(call: Callable[[], Any], device: torch.device, calls: int = 1) -> 
             return (time.perf_counter() - start) / calls
 
         return by_clock
-    # Read, not written: nothing of it is in the cache that would be written back meanwhile.
+    # Only read: the cache then holds no dirty lines to write back during the calls.
     filler = torch.zeros(FILLER_VALUES, dtype=torch.bfloat16, device=device)
 
     def by_events() -> float:
@@ -84,7 +84,7 @@ def stopwatch(call: Callable[[], Any], device: torch.device, calls: int = 1) -> 
 
 @dataclass(frozen=True, slots=True)
 class _Replay:
-    """A captured call, which is kept because the graph goes on using the memory that it holds."""
+    """A captured call; it is kept because the graph uses the memory that it holds."""
 
     call: Callable[[], Any]
     graph: torch.cuda.CUDAGraph
@@ -107,7 +107,7 @@ def captured(call: Callable[[], Any]) -> Callable[[], None]:
 
 
 def copied_bytes_per_second(device: torch.device) -> float:
-    """Measure a copy in memory, bytes read and bytes written: the roof of what only moves data."""
+    """Measure memory bandwidth by a copy, bytes read plus written: the memory-bound roof."""
     source = torch.zeros(COPIED_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = stopwatch(lambda: target.copy_(source), device)

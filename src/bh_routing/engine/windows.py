@@ -1,4 +1,4 @@
-"""Cut documents into windows of tokens, and say which tokens of a window are scored."""
+"""Cut documents into windows of tokens, with the scored tokens of each."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from bh_routing.engine.texts import Document
 from bh_routing.errors import InputError
 
 CHAPTER_TOKENS = 4096
-"""Longer documents are cut into chapters: equal units, with the book as their cluster."""
+"""Longer documents are cut into chapters of this length, with the book as their cluster."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizedDocument:
-    """A document, or a chapter of one, as ids without any prefix token."""
+    """A document or chapter as token ids, without a prefix token."""
 
     key: str
-    """Hash of the document's text and where in it the ids start: what identifies it."""
+    """Identifier: hash of the document's text and index of the first token."""
     name: str
-    """For display; unique among the documents that were tokenized together."""
+    """For display; unique among documents tokenized together."""
     cluster: str
     domain: str
     ids: list[int]
@@ -28,7 +28,7 @@ class TokenizedDocument:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Inputs `ids[:-1]`, targets `ids[1:]`; only targets from `first_scored` on count."""
+    """Inputs `ids[:-1]`, targets `ids[1:]`; targets from `first_scored` on are scored."""
 
     document: int
     ids: list[int]
@@ -36,9 +36,9 @@ class Window:
 
 
 def prefix_token(tokenizer: Any) -> int:
-    """Return the token in front of a document: beginning-of-text, else end-of-text.
+    """Return the token prepended to documents: beginning-of-text, else end-of-text.
 
-    The convention of lm-evaluation-harness; with it a document's first token is scored too.
+    As in lm-evaluation-harness; it allows a document's first token to be scored.
 
     Raises:
         InputError: the tokenizer has neither.
@@ -60,13 +60,13 @@ def tokenize_documents(
     Args:
         tokenizer: the model's tokenizer; no special token is added.
         documents: texts with their names, clusters and domains.
-        max_tokens: scored tokens in all, shared out as evenly as the documents' lengths allow,
-            each document from its start; None for all.
+        max_tokens: total number of scored tokens, spread as evenly as the documents' lengths
+            allow, from the start of each document; None for all.
     Returns:
-        Documents of at most CHAPTER_TOKENS tokens; chapters keep their book's cluster. Of a name
-        that several have, the later ones are numbered.
+        Documents of at most CHAPTER_TOKENS tokens; chapters keep their book's cluster. Repeated
+        names are numbered.
     Raises:
-        InputError: nothing is left to score.
+        InputError: there is no token to score.
     """
     all_ids = [
         tokenizer(d.text, add_special_tokens=False, verbose=False)["input_ids"] for d in documents
@@ -107,12 +107,12 @@ def _unlike(name: str, names: set[str]) -> str:
 def cut_windows(
     documents: Sequence[TokenizedDocument], prefix: int, window: int, stride: int
 ) -> Iterator[Window]:
-    """Cut each document, prefix in front, into windows of at most `window` inputs.
+    """Cut each document, after the prefix token, into windows of at most `window` inputs.
 
     Each target is scored exactly once. With `stride` = `window` the scored parts are disjoint;
-    with a smaller stride every window after the first scores `stride` targets behind
-    `window - stride` tokens of context. The last window slides back until it is full, as
-    lm-evaluation-harness's does, so its first targets have all the context there is.
+    with a smaller stride every window after the first scores `stride` targets after
+    `window - stride` tokens of context. As in lm-evaluation-harness, the last window is shifted
+    back until it is full, so its targets have as much context as possible.
 
     Example:
         >>> ids = [1, 2, 3, 4, 5]
@@ -122,7 +122,7 @@ def cut_windows(
     """
     for number, document in enumerate(documents):
         ids = [prefix, *document.ids]
-        scored = 0  # targets scored so far; target t stands at ids[t + 1]
+        scored = 0  # targets scored so far; target t is ids[t + 1]
         while scored < len(document.ids):
             end = min(scored + (stride if scored else window), len(document.ids))
             start = max(0, end - window)
@@ -139,7 +139,7 @@ def check_windows(window: int, stride: int, context: int | None) -> None:
 
 
 def spread_tokens(lengths: Sequence[int], budget: int) -> list[int]:
-    """Share a budget of tokens out as evenly as the documents' lengths allow.
+    """Spread a budget of tokens as evenly as the documents' lengths allow.
 
     Example:
         >>> spread_tokens([10, 100, 100], budget=110)

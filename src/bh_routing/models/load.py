@@ -60,7 +60,7 @@ def load_model(
 ) -> LoadedModel:
     """Load a mixture-of-experts language model; of a multimodal one, all parts.
 
-    FP8 and MXFP4 checkpoints are dequantized to `dtype` on loading. Only safetensors are read,
+    FP8 and MXFP4 checkpoints are dequantised to `dtype` on loading. Only safetensors are read,
     and no code from the checkpoint is run.
 
     Args:

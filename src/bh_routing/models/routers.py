@@ -31,7 +31,7 @@ _WIDENED: Final[dict[str, Any]] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Co
 
 
 def widening_of(name: str, config: Any) -> dict[str, Any]:
-    """Return the arguments for `from_pretrained` that dequantize a checkpoint on loading.
+    """Return the arguments for `from_pretrained` that dequantise a checkpoint on loading.
 
     Args:
         name: name of the model, for the error message.
@@ -56,7 +56,7 @@ def widening_of(name: str, config: Any) -> dict[str, Any]:
 
 
 def widen_what_was_left(model: Any, dtype: torch.dtype) -> None:
-    """Convert remaining bfloat16 weights to float32: older transformers dequantize to bfloat16."""
+    """Convert remaining bfloat16 weights to float32: older transformers dequantise to bfloat16."""
     for parameter in model.parameters():
         if dtype == torch.float32 and parameter.dtype == torch.bfloat16:
             parameter.data = parameter.data.float()
