@@ -176,8 +176,7 @@ def score(
         calibration: required if a rule needs one.
         window: maximum number of input tokens per sequence, including the prefix token.
         stride: scored tokens per window, except in a document's first window.
-        batch_size: maximum number of windows per forward pass; None: as many as the bounds on
-            tokens and logits allow.
+        batch_size: maximum windows per forward pass; None: limited by tokens and logits only.
     Yields:
         One record per document and rule, in groups of documents.
     Raises:

@@ -67,10 +67,7 @@ def _turn(
 
 @triton.jit
 def _meet(query_D, key_CD, value_CD, is_seen_C, scaling, top, total, mixed_D):
-    """Update a query's attention with a block of keys.
-
-    Source: the online softmax of Milakov & Gimelshein (2018).
-    """
+    """Update a query's attention with more keys: online softmax, Milakov & Gimelshein (2018)."""
     score_C = tl.sum(key_CD.to(tl.float32) * query_D[None, :], 1) * scaling
     score_C = tl.where(is_seen_C, score_C, -float("inf"))
     new_top = tl.maximum(top, tl.max(score_C, 0))

@@ -357,8 +357,7 @@ def fused_router(rule: Rule, context: LayerContext, family: SoftmaxFamily) -> Ro
 
     Not supported are other devices than CUDA, machines without Triton, more than 512 experts or 32
     slots, temperature weights "raw" in a family that doesn't normalise, and rules without a plan.
-    Kept slots, experts and counts equal those of `twin_router`, the reference implementation, bit
-    for bit.
+    Kept slots, experts and counts equal those of `twin_router` bit for bit.
 
     Args:
         rule: decides which slots stay.

@@ -255,10 +255,9 @@ def _route(
 ):  # fmt: skip
     """Route a block of tokens.
 
-    Example by hand, 4 experts, 2 slots: logits (0, 3, 1, -1) have the median 0.5 and, in descending
-    order, the scores 2.5, 0.5, -0.5, -1.5. With critical values (2, 1, 0, -1) only rank 1 is
-    reached: expert 1 stays, and the second slot, expert 2, becomes expert 1 with weight 0. The
-    count is 1.
+    By hand, 4 experts, 2 slots: logits (0, 3, 1, -1) have the median 0.5 and the sorted scores 2.5,
+    0.5, -0.5, -1.5. Of the critical values (2, 1, 0, -1) only rank 1's is reached: expert 1 stays,
+    and the second slot, expert 2, becomes expert 1 with weight 0. The count is 1.
     """
     B: tl.constexpr = 1 << LOG_B
     P: tl.constexpr = 1 << LOG_P

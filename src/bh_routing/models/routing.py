@@ -289,10 +289,7 @@ def _make_short_callback(
 
 
 def _sum_ratio(masses_TK: Tensor, keep_TK: Tensor, shared_TS: Tensor | None) -> Tensor:
-    """Return the sum of all masses over that of the kept ones, shape (T, 1).
-
-    Masses of shared experts are added to both sums.
-    """
+    """Return the ratio of all masses to the kept ones, shared experts in both: shape (T, 1)."""
     masses_TK = masses_TK.float()
     all_T1 = masses_TK.sum(-1, keepdim=True)
     kept_T1 = torch.where(keep_TK, masses_TK, 0.0).sum(-1, keepdim=True)
