@@ -1,1 +1,1 @@
-"""The reading tower's numbers: from a results folder to estimates and comparisons. No torch."""
+"""Estimates and comparisons, computed from a results folder without torch."""

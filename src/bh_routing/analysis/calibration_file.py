@@ -1,4 +1,4 @@
-"""Read a calibration file without torch: its reference scores beside those that were observed.
+"""Read the reference scores and the observed scores of a calibration file, without torch.
 
 Axes: N reference scores, M observed scores, T tokens, E experts.
 """
@@ -26,44 +26,44 @@ _NORMAL: Final = "gaussian"
 _NEEDED: Final = {"norm": "needed", "loss": "needed_by_loss"}
 _REMEDY: Final = "run: bh-routing calibrate --model NAME --output FILE"
 NORMAL_QUANTILES: Final = 20_000
-"""Scores that stand for N(0, 1), which has no table."""
+"""Number of quantiles that represent N(0, 1), which has no table."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class NullSample:
-    """One panel: a reference and what was observed, in a layer or, for slots, in all."""
+    """Reference and observed scores of one panel: of a layer or, for slots, of all layers."""
 
     label: str
-    """Which layer, or which statistic of slots."""
+    """Layer, or statistic of the slots."""
     reference_N: Floats
-    """Ascending; of a null by expert, all experts' tables together."""
+    """Ascending; for a per-expert null distribution, the tables of all experts pooled."""
     observed_M: Floats
     p_M: Floats
-    """p-value of each observed score, under its own expert's table if there is one."""
+    """p-value of each observed score, from its own expert's table if there is one."""
 
     @property
     def share_below_05(self) -> float:
-        """Share of observed scores with p <= 0.05; 0.05 if they were distributed as the null."""
+        """Fraction of observed scores with p <= 0.05; 0.05 under the null distribution."""
         return float(np.mean(self.p_M <= 0.05))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class CalibrationSamples:
-    """What pictures need of a calibration."""
+    """The contents of a calibration file that charts need."""
 
     facts: Mapping[str, Any]
-    """Provenance, as the file's header holds it."""
+    """Provenance, from the file's header."""
     samples: Mapping[str, tuple[NullSample, ...]]
-    """Null -> panels; empty of nulls without observed scores, as in a file of schema 2."""
+    """Null distribution -> panels, without those that have no observed scores (schema 2)."""
 
 
 def read_calibration_samples(path: str | Path) -> CalibrationSamples:
-    """Read references and observed scores of every null in a calibration file.
+    """Read reference and observed scores of every null distribution in a calibration file.
 
     Args:
         path: the safetensors file that `bh-routing calibrate` wrote, of schema 2 to 4.
     Raises:
-        CalibrationError: it isn't there, or isn't such a file.
+        CalibrationError: the file is missing, or isn't a calibration file.
     """
     try:
         with safe_open(path, framework="numpy") as file:
@@ -121,7 +121,7 @@ def _of_layer(tensors: Mapping[str, Any], null: str, layer: int) -> NullSample:
 
 
 def _of_slots(tensors: Mapping[str, Any]) -> dict[str, tuple[NullSample, ...]]:
-    """Slots that mattered against all slots, by statistic: the scores that BH-drop compares."""
+    """Pair slots that mattered with all slots, by statistic: the scores that BH-drop compares."""
     found: dict[str, list[NullSample]] = {}
     for name in sorted(tensors):
         if not name.startswith("contributions.needed."):
@@ -133,7 +133,7 @@ def _of_slots(tensors: Mapping[str, Any]) -> dict[str, tuple[NullSample, ...]]:
             label=statistic,
             reference_N=needed_N,
             observed_M=all_M,
-            p_M=upper_tail(-all_M, -needed_N[::-1]),  # a small score is the extreme one here
+            p_M=upper_tail(-all_M, -needed_N[::-1]),  # here small scores are extreme
         )
         found.setdefault(_NEEDED[definition], []).append(sample)
     return {null: tuple(panels) for null, panels in found.items()}

@@ -1,6 +1,6 @@
-"""Every configuration against the Top-K baseline, paired over prompts: `analysis_summary.json`.
+"""Compare every configuration with the Top-K baseline, paired over prompts.
 
-The dict that `analyze_results` returns:
+`analyze_results` returns the content of `analysis_summary.json`:
 
     schema_version, baseline, confidence, significance_level, correction, definitions, notes
     rows            {total, ok, failed}
@@ -14,7 +14,7 @@ The dict that `analyze_results` returns:
                      cohens_d, wilcoxon_p, wilcoxon_method, wilcoxon_floor, reduction,
                      reduction_low, reduction_high, reduction_of_means, significant, note}
 
-A number that can't be had is null, and the note beside it says why.
+An unknown number is null, and the note of its comparison gives the reason.
 """
 
 from __future__ import annotations
@@ -64,18 +64,18 @@ DEFINITIONS: Final = {
 def analyze_results(results: pd.DataFrame, baseline: str | None = None) -> dict[str, Any]:
     """Compare every configuration with the baseline, paired over prompts.
 
-    Rows pair by `prompt_text`. Failed rows leave their pair out, and are counted. A prompt that
-    one configuration ran more than once counts once, with its mean.
+    Rows are paired by `prompt_text`. Pairs with a failed row are left out and counted. Repeated
+    runs of a prompt under one configuration are averaged.
 
     Args:
         results: rows as in `bh_routing_results.csv`; needs config_name, prompt_text and at least
-            one of METRICS; prompt_category and status are used where they are.
-        baseline: name of the reference; by default the one that `load_results` found in run.json
-            (`results.attrs["baseline"]`), else the first configuration called top_k or topk.
+            one of METRICS; prompt_category and status are used if present.
+        baseline: name of the reference; by default the one that `load_results` read from run.json
+            (`results.attrs["baseline"]`), else the first configuration named top_k or topk.
     Returns:
-        The dict at the top of this file, ready for strict JSON (null, never NaN).
+        The dict described at the top of this file, ready for strict JSON (null, never NaN).
     Raises:
-        InputError: a needed column is missing, or the baseline isn't among the results.
+        InputError: a required column is missing, or the baseline isn't among the results.
     Source: paired t and Wilcoxon as in scipy; Holm (1979); d_z in Lakens (2013).
     """
     rows, metrics = _checked(results)
@@ -109,14 +109,14 @@ def analyze_results(results: pd.DataFrame, baseline: str | None = None) -> dict[
 
 
 def choose_baseline(results: pd.DataFrame, wanted: str | None = None) -> str | None:
-    """Return the configuration that the others are compared with; None if there is none.
+    """Return the name of the baseline configuration; None if there is none.
 
-    Results of a run say which one it is (`load_results` keeps that in `results.attrs`). Others,
-    such as a CSV by itself, are judged by name: the first Top-K configuration is taken.
+    Results of a run record their baseline (`load_results` stores it in `results.attrs`). For
+    others, such as a CSV alone, it is the first configuration named top_k or topk.
 
     Args:
         results: rows with a config_name.
-        wanted: the caller's choice, which comes first.
+        wanted: the caller's choice, which takes precedence.
     Raises:
         InputError: `wanted` isn't among the configurations.
     Example:
@@ -153,7 +153,7 @@ def _checked(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
 
 def _by_prompt(ok: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
-    """One row a (configuration, prompt), in the order of first appearance."""
+    """Return one row per (configuration, prompt), in order of first appearance."""
     keys = ["config_name", "prompt_text"]
     means = ok.groupby(keys, sort=False)[metrics].mean()
     categories = ok.groupby(keys, sort=False)["prompt_category"].first()
@@ -163,7 +163,7 @@ def _by_prompt(ok: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
 
 
 def _values(by_prompt: pd.DataFrame, name: str) -> pd.DataFrame:
-    """The rows of one configuration, by prompt; empty if none of them is ok."""
+    """Return the rows of one configuration, by prompt; empty if none of them is ok."""
     here = by_prompt.index.get_level_values("config_name") == name
     return by_prompt[here].droplevel("config_name")
 
@@ -195,7 +195,7 @@ def _configuration(
 
 
 def describe(values: pd.Series | NDArray[np.float64]) -> dict[str, float]:
-    """Return n, mean, sd (n - 1), the 95 % t interval of the mean, min and max; NaN if unknown."""
+    """Return n, mean, sd (n - 1), 95 % t interval of the mean, min and max; NaN if unknown."""
     known_n = np.asarray(values, dtype=np.float64)
     known_n = known_n[np.isfinite(known_n)]
     ends = {"min": float(known_n.min()), "max": float(known_n.max())} if len(known_n) else {}
@@ -204,7 +204,7 @@ def describe(values: pd.Series | NDArray[np.float64]) -> dict[str, float]:
 
 
 def _reductions(mine: pd.DataFrame, base: pd.DataFrame, metric: str) -> MeanInterval:
-    """The mean over shared prompts of 1 - mine / base, with its t interval."""
+    """Return the mean over common prompts of 1 - mine / base, with its t interval."""
     pairs = pd.concat([mine[metric], base[metric]], axis=1, join="inner", keys=["x", "y"])
     pairs = pairs[pairs["y"] != 0]
     share_n = (1.0 - pairs["x"] / pairs["y"]).to_numpy(dtype=np.float64)
@@ -230,7 +230,7 @@ def _comparisons(
 
 
 def _compare(mine: pd.DataFrame, base: pd.DataFrame, metric: str) -> dict[str, Any]:
-    # Outer join: a prompt that only one of the two finished is a pair left out, and is counted.
+    # Outer join: prompts that only one of the two finished count as pairs left out.
     pairs = pd.concat([mine[metric], base[metric]], axis=1, keys=["x", "y"])
     estimate = paired_difference(pairs["x"], pairs["y"], confidence=CONFIDENCE)
     both = pairs.dropna()

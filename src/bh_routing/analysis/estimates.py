@@ -1,10 +1,10 @@
-"""The one place that callers take statistics from: report, summary, command line, lm-eval.
+"""Public statistics, for the report, the summary, the command line and lm-eval.
 
-paired.py        same prompts, two configurations: t, Wilcoxon, d_z
+paired.py        two configurations on the same prompts: t, Wilcoxon, d_z
 clustered.py     ratios over documents: interval, tests, non-inferiority, detectable effect
-bootstrap.py     the resampling behind them, and the cluster-robust standard error
+bootstrap.py     their resampling and the cluster-robust standard error
 accuracies.py    right or wrong on the same questions: McNemar, flips
-multiplicity.py  Holm; Benjamini-Hochberg for exploring
+multiplicity.py  Holm; Benjamini-Hochberg for exploration
 """
 
 from bh_routing.stats.accuracies import AccuracyComparison, compare_accuracies

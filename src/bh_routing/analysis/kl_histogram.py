@@ -1,7 +1,7 @@
 """Quantiles from a histogram over fixed, log-spaced bins.
 
-Interpolation is log-linear within a bin, so a quantile is right to within one bin's width: a factor
-of 10^(1/8) = 1.33 with the eight bins a decade of KL_BIN_EDGES, usually far less.
+Interpolation is log-linear within a bin, so the error of a quantile is at most one bin's width: a
+factor of 10^(1/8) = 1.33 with the eight bins per decade of KL_BIN_EDGES, usually far less.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from bh_routing.errors import InputError
 from bh_routing.results.records import KL_BIN_EDGES
 
 RESOLUTION: Final = KL_BIN_EDGES[1] / KL_BIN_EDGES[0]
-"""Factor between the two edges of a bin: the most that a quantile can be off."""
+"""Ratio of the two edges of a bin: the largest error of a quantile, as a factor."""
 
 
 def histogram_quantile(counts: ArrayLike, level: float, maximum: float) -> float:
-    """Read a quantile of the tokens' KL off a histogram over KL_BIN_EDGES.
+    """Return a quantile of the tokens' KL from a histogram over KL_BIN_EDGES.
 
     Args:
         counts: tokens below the first edge, between each two edges, above the last.
-        level: of the quantile, in [0, 1].
-        maximum: the largest value seen, which is kept exactly; it bounds the answer.
+        level: level of the quantile, in [0, 1].
+        maximum: the largest observed value, stored exactly; it bounds the result.
     Returns:
-        The quantile in nats; between 0 and the first edge linearly; NaN without tokens, or if the
-        largest value is NaN.
+        The quantile in nats, interpolated linearly below the first edge; NaN without tokens, or
+        if the largest value is NaN.
     Raises:
         InputError: the number of bins doesn't fit the edges, or the level isn't in [0, 1].
     Example:

@@ -1,10 +1,10 @@
-"""From scored documents to the quality table: what each rule costs, and how sure that is.
+"""Compute the quality table from scored documents: the cost of each rule, with intervals.
 
-`analyze_quality` returns what `analysis_summary.json` holds under `quality`:
+`analyze_quality` returns the block `quality` of `analysis_summary.json`:
 
     schema_version, margin, confidence, resamples, seed, correction, exploratory, definitions,
     kl_resolution, notes
-    rules           [one dict a configuration, the fields of QualityRow]
+    rules           [one dict per configuration, with the fields of QualityRow]
     static_top_k    {name: the fields of EqualCost against static top-k, and `answer`}
     load_balance    {name: {num_tokens, mean_experts, measures: {measure: {by_layer, mean, pooled,
                     noise_by_layer, noise, noise_pooled, noise_sd}}, note}}
@@ -52,10 +52,10 @@ REFERENCE_NOTE: Final = "The same as the model's own top-k on every token: nothi
 
 
 class QualityOptions(NamedTuple):
-    """How the table is made."""
+    """Options of the quality table."""
 
     margin: float = NON_INFERIORITY_MARGIN
-    """Largest increase of NLL, in nats a token, that still counts as none."""
+    """Non-inferiority margin: largest tolerated increase of NLL, in nats per token."""
     resamples: int = RESAMPLES
     seed: int = 0
 
@@ -69,10 +69,10 @@ def analyze_quality(
     """Build the `quality` block of the summary from scored documents.
 
     Args:
-        records: one for each configuration and document.
+        records: one per configuration and document.
         options: margin, resamples and seed.
     Returns:
-        The dict at the top of this file, ready for strict JSON.
+        The dict described at the top of this file, ready for strict JSON.
     Raises:
         InputError: as `quality_table`.
     """
@@ -125,19 +125,19 @@ def _against_static(
 def quality_table(
     records: Iterable[QualityRecord], options: QualityOptions = DEFAULT_OPTIONS
 ) -> list[QualityRow]:
-    """Compare every rule with the model's own top-k, documents being the units.
+    """Compare every rule with the model's own top-k, with documents as units.
 
-    Rules scored on the same documents share the bootstrap's resamples. A rule whose every token
-    came out as under top-k is the reference: its differences are 0 by definition, with intervals
-    [0, 0], no p, and no part in the corrections.
+    Rules scored on the same documents share bootstrap resamples. A rule that scores every token as
+    top-k does is the reference: its differences are 0 by definition, with intervals [0, 0]; it has
+    no p and takes no part in the corrections.
 
     Args:
-        records: one for each configuration and document; of two for one pair the last counts.
+        records: one per configuration and document; the last of duplicates counts.
         options: margin, resamples and seed.
     Returns:
-        One row a configuration, in the order of first appearance.
+        One row per configuration, in order of first appearance.
     Raises:
-        InputError: a configuration has no scored token or two rules, or the margin isn't above 0.
+        InputError: a configuration has no scored token or two rules, or the margin isn't positive.
     """
     return _table(_by_rule(records), options)
 
@@ -161,7 +161,7 @@ def _table(
 
 
 def _by_rule(records: Iterable[QualityRecord]) -> dict[str, list[QualityRecord]]:
-    """Records with scored tokens by configuration, in order of document: draws then agree."""
+    """Group records with scored tokens by configuration, documents sorted to align the draws."""
     by_rule: dict[str, dict[str, QualityRecord]] = defaultdict(dict)
     rules: dict[str, Mapping[str, Any]] = {}
     for record in records:
@@ -231,7 +231,7 @@ def _row(name: str, records: Sequence[QualityRecord], options: QualityOptions) -
 
 
 def _difference(estimate: RatioEstimate, margin: float) -> dict[str, Any]:
-    """The fields about delta_nll, which is the first column of the estimate."""
+    """Return the fields on delta_nll, the first column of the estimate."""
     delta, se = float(estimate.estimate_R[0]), float(estimate.se_R[0])
     low, high = (float(end[0]) for end in estimate.interval(CONFIDENCE))
     harm = non_inferiority(estimate, margin)
@@ -381,7 +381,7 @@ def _slice(
 
 
 def _total(records: Sequence[QualityRecord], name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Sum a nested field over documents; histograms of kept counts may differ in width."""
+    """Sum a nested field over documents; histograms of expert counts may differ in width."""
     arrays = [np.asarray(getattr(record, name), dtype=np.float64) for record in records]
     widest = max(array.shape[-1] for array in arrays)
     total = np.zeros((*arrays[0].shape[:-1], widest))
@@ -391,10 +391,10 @@ def _total(records: Sequence[QualityRecord], name: str) -> np.ndarray[Any, np.dt
 
 
 def _within(end: float, least: float, most: float) -> float:
-    # An interval can reach past what is possible; NaN stays NaN.
+    # An interval can exceed the possible range; NaN stays NaN.
     return end if math.isnan(end) else min(max(end, least), most)
 
 
 def _exp(value: float) -> float:
-    # Far beyond any real loss; infinity has no place in JSON.
+    # Far beyond any real loss; JSON has no infinity.
     return math.exp(value) if value < 700 else math.nan

@@ -1,4 +1,4 @@
-"""The quality table's rows, and the records that they are computed from."""
+"""Rows of the quality table, and the records that they are computed from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STATIC: Final = "top_k"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QualitySlice:
-    """Loss on a part of the tokens: early or late positions, or one domain."""
+    """Loss on a subset of the tokens: early or late positions, or one domain."""
 
     tokens: int
     documents: int
@@ -29,9 +29,9 @@ class QualitySlice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QualityRow:
-    """What one rule costs beside the model's own top-k, on the same tokens.
+    """Cost of one rule compared with the model's own top-k, on the same tokens.
 
-    NaN means unknown, and `note` says why. Intervals hold over documents, by `method`.
+    NaN means unknown, and `note` gives the reason. Intervals are over documents, by `method`.
     """
 
     config_name: str = column("Name of the routing configuration.")
@@ -95,16 +95,16 @@ class QualityRow:
 
     @property
     def is_static(self) -> bool:
-        """Whether its rule is static top-k: a point of the reference curve."""
+        """Whether the rule is static top-k: a point of the reference curve."""
         return self.rule == STATIC
 
     def loss_at(self, position: str) -> float:
-        """delta_nll at early or late positions of a window; NaN if unknown."""
+        """Return delta_nll at early or late positions of a window; NaN if unknown."""
         return self.by_position[position].delta_nll if position in self.by_position else math.nan
 
 
 def read_rows(records: Iterable[object]) -> list[QualityRow]:
-    """Build rows from their JSON; a column that is missing or null is unknown."""
+    """Build rows from JSON; a missing or null column is unknown."""
     return [_read(record) for record in records if isinstance(record, Mapping)]
 
 
@@ -151,20 +151,20 @@ def _float(value: object) -> float:
 
 
 def quality_definitions() -> dict[str, str]:
-    """Name -> definition of every column of the quality table."""
+    """Map each column of the quality table to its definition."""
     return {f.name: str(f.metadata["definition"]) for f in fields(QualityRow)}
 
 
 def read_quality(path: Path) -> tuple[QualityRecord, ...]:
-    """Read every scored document; of two for one name, rule and document the last counts.
+    """Read every scored document; the last of duplicates (name, rule, document) counts.
 
-    An older file says neither the rule nor the document's key: its records have an empty rule, and
-    the document's name in place of the key.
+    Older files have neither the rule nor the document's key: the rule of their records is empty,
+    and the document's name replaces the key.
 
-    A line is the record's fields, alone or under `record`; a line with a `header` is skipped.
+    A line holds a record's fields, directly or under `record`; lines with a `header` are skipped.
 
     Raises:
-        ResultsError: a line isn't a whole record of this schema.
+        ResultsError: a line isn't a complete record of this schema.
     """
     records: dict[tuple[str, str, str], QualityRecord] = {}
     for number, entry in enumerate(read_json_lines(path).objects, start=1):
@@ -181,7 +181,7 @@ def read_quality(path: Path) -> tuple[QualityRecord, ...]:
 
 
 def in_order(record: QualityRecord) -> tuple[str, str]:
-    """Sort by name, as people do; the key decides between documents of the same name."""
+    """Return a sort key: the document's name, then its key."""
     return record.document, record.document_key
 
 

@@ -1,4 +1,4 @@
-"""Read a results folder: the one door from the files of a run to the reading tower."""
+"""Read a results folder: the single entry point for analysis and report."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from bh_routing.results.records import (
 _log = logging.getLogger(__name__)
 
 TEXT_COLUMNS: Final = tuple(f.name for f in fields(ExperimentRecord) if f.type == "str")
-"""Read as they stand: a prompt `NA` is a prompt, not a missing value."""
+"""Read literally: a prompt `NA` is a prompt, not a missing value."""
 
 
 SHOWN: Final = ("avg_experts_per_token", "tokens_per_sec", "expert_utilization_cv")
@@ -51,24 +51,24 @@ SHOWN: Final = ("avg_experts_per_token", "tokens_per_sec", "expert_utilization_c
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Results:
-    """Everything that a results folder says."""
+    """Contents of a results folder."""
 
     folder: Path
     experiments: pd.DataFrame
-    """One row an experiment, with the CSV's columns; `attrs` name the run's baseline."""
+    """One row per experiment, with the CSV's columns; `attrs` name the run's baseline."""
     details: dict[tuple[str, str], ExperimentDetail]
-    """(config_name, prompt_text) -> what the journal keeps beside the row; may lack rows."""
+    """(config_name, prompt_text) -> the journal's additional fields; may lack rows."""
     run: dict[str, Any]
     """run.json; empty if there is none."""
     summary: dict[str, Any] | None
-    """analysis_summary.json, if there is one."""
+    """analysis_summary.json; None if there is none."""
     quality: tuple[QualityRecord, ...]
-    """Scored documents, one for each configuration and document; empty if nothing was scored."""
+    """Scored documents, one record per configuration and document; empty if none was scored."""
     timings: pd.DataFrame
-    """One row a round and configuration, of what was timed side by side; may be empty."""
+    """Interleaved timings, one row per round and configuration; may be empty."""
 
     def _repr_html_(self) -> str:
-        """Mean of each configuration's finished experiments, as notebooks show it."""
+        """Show the means of each configuration's finished experiments in a notebook."""
         finished = self.experiments[self.experiments["status"] == STATUS_OK]
         means = finished.groupby("config_name", sort=False)[list(SHOWN)].mean()
         means.insert(0, "experiments", finished.groupby("config_name", sort=False).size())
@@ -78,7 +78,7 @@ class Results:
         """Open the run's report.html in the browser.
 
         Returns:
-            The page's path, for where there is no browser.
+            The report's path, for use without a browser.
         Raises:
             ResultsError: the folder has no report.html.
         """
@@ -90,19 +90,19 @@ class Results:
 
 
 def load_results(folder: str | Path) -> Results:
-    """Read the experiments of a run, with their details, run.json and summary.
+    """Read the experiments of a run, with details, run.json and summary.
 
-    The CSV says which rows belong to the run (the journal also keeps those of configurations that
-    were taken out since). Without a CSV the journal's rows are used. A last journal line without
-    its line end is an experiment being written, and is skipped with a warning.
+    The CSV defines which rows belong to the run (the journal also keeps rows of configurations
+    removed since). Without a CSV, the journal's rows are used. A last journal line without a line
+    end is an experiment still being written; it is skipped with a warning.
 
     Args:
         folder: what `bh-routing run --output` wrote.
     Returns:
-        The results, checked to be whole and of this schema.
+        The results, verified to be complete and of this schema.
     Raises:
-        ResultsError: the folder is missing, isn't a results folder, or a file in it is cut short,
-            edited into something else or of another schema version.
+        ResultsError: the folder is missing or isn't a results folder, or one of its files is
+            truncated, invalid or of another schema version.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -146,9 +146,9 @@ def load_results(folder: str | Path) -> Results:
 def _current(
     records: tuple[QualityRecord, ...], run: Mapping[str, Any]
 ) -> tuple[QualityRecord, ...]:
-    """Leave out what an earlier run of the folder scored and the last one didn't ask for.
+    """Drop records that an earlier run of the folder scored and the last run didn't request.
 
-    A configuration stands for the rule that run.json resolved; any other is a static reference.
+    A configuration has the rule resolved in run.json; any other name is a static reference.
     """
     configs = (run.get("spec") or {}).get("configs")
     if configs is None:
@@ -157,7 +157,7 @@ def _current(
     kept = []
     for record in records:
         config = configs.get(record.config_name)
-        # An older run didn't note which rule it had scored, only the names.
+        # Older runs recorded only names, not the rules scored.
         if config is None:
             rule = record.rule or {"method": STATIC}
             is_current = rule["method"] == STATIC and record.config_name in scored
@@ -170,11 +170,10 @@ def _current(
 
 
 def read_experiments(path: Path) -> pd.DataFrame:
-    """Read a results CSV, text as text and numbers as numbers.
+    """Read a results CSV with typed columns.
 
     Raises:
-        ResultsError: a column is missing, a row is cut short, or a cell isn't what its column
-            holds.
+        ResultsError: a column is missing, a row is truncated, or a cell has the wrong type.
     """
     return experiments_frame(read_csv(path, CSV_COLUMNS), path)
 
@@ -182,7 +181,7 @@ def read_experiments(path: Path) -> pd.DataFrame:
 def experiments_frame(
     records: Iterable[Mapping[str, Any]], source: Path | None = None
 ) -> pd.DataFrame:
-    """Build the table of experiments from records, every column with its own type."""
+    """Build the table of experiments from records, with typed columns."""
     frame = pd.DataFrame(list(records), columns=None)
     if frame.empty:
         frame = pd.DataFrame(columns=list(CSV_COLUMNS))
@@ -210,7 +209,7 @@ def _numbers(column: pd.Series, source: Path | None) -> pd.Series:
 def _journal_entries(
     path: Path, seed: str | None, planned: Container[str] | None
 ) -> Iterator[tuple[dict[str, Any], ExperimentDetail]]:
-    """The journal's experiments of the last run in order; of one that ran again the last counts."""
+    """Yield the journal's experiments of the last run, in order; the last of repeats counts."""
     known = {f.name for f in fields(ExperimentDetail)}
     lines = read_json_lines(path, seed)
     if lines.torn_bytes:
@@ -221,7 +220,7 @@ def _journal_entries(
         except (ValueError, KeyError, TypeError) as error:
             raise half_read(path, f"line {number} isn't a record ({error})") from error
         if planned is not None and entry.get("key") not in planned:
-            continue  # of a configuration that was taken out or redefined since
+            continue  # its configuration was removed or redefined since
         missing = [name for name in CSV_COLUMNS if name not in record]
         if missing:
             raise half_read(path, f"line {number} lacks {', '.join(missing)}")

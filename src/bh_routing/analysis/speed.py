@@ -1,4 +1,4 @@
-"""Speed-ups from interleaved rounds, and agreement of generated texts with the baseline's."""
+"""Speed-ups from interleaved rounds, and agreement of generated sequences with the baseline's."""
 
 from __future__ import annotations
 
@@ -22,51 +22,51 @@ NUMBERS = tuple(
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """The baseline's time over a configuration's; above 1 the configuration is faster."""
+    """The baseline's time divided by a configuration's; above 1 the configuration is faster."""
 
     n: int
-    """Rounds."""
+    """Number of rounds."""
     mean: float
-    """Geometric."""
+    """Geometric mean."""
     low: float
     high: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpeedUp:
-    """One configuration's times, and how they compare with the baseline's."""
+    """Times of one configuration, and their ratios to the baseline's."""
 
     prefill_ms: float
-    """Median over rounds of the time until the first token."""
+    """Median over rounds of the time to the first token."""
     decode_ms: float
-    """Median over rounds of the time of a token after the first; NaN if none was generated."""
+    """Median over rounds of the time per token after the first; NaN if none was generated."""
     prefill: Ratio
     decode: Ratio
     whole: Ratio
-    """Of reading the prompt and writing as many tokens as the round's longest text."""
+    """For prefill plus as many tokens as the round's longest sequence has."""
     rounds: tuple[float, ...]
-    """The same of each round: the configuration's time over the baseline's."""
+    """The configuration's time divided by the baseline's, for each round."""
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens after the first per second; NaN where that took no time."""
+        """Tokens per second after the first token; NaN if they took no time."""
         return 1000 / self.decode_ms if self.decode_ms else math.nan
 
     @property
     def change(self) -> MeanInterval:
-        """The whole time over the baseline's, minus 1."""
+        """Relative change of the whole time: its ratio to the baseline's, minus 1."""
         ends = sorted(1 / end - 1 for end in (self.whole.low, self.whole.high))
         return MeanInterval(self.whole.n, 1 / self.whole.mean - 1, math.nan, *ends)
 
 
 def read_timings(path: Path) -> pd.DataFrame:
-    """Read `timings.csv`; a table without rows if there is none.
+    """Read `timings.csv`; return an empty table if there is none.
 
-    Rows of experiments that the folder's last run didn't ask for are left out; a file of an older
-    version doesn't name them, and is taken as it is.
+    Rows of experiments that the folder's last run didn't request are dropped; files of an older
+    version don't name them and are kept unchanged.
 
     Raises:
-        ResultsError: it lacks a column, or a time in it is no positive number.
+        ResultsError: the file lacks a column, or a time isn't a positive number.
     """
     if not path.is_file():
         return pd.DataFrame(columns=list(TIMING_COLUMNS))
@@ -91,14 +91,14 @@ def speed_ups(timings: pd.DataFrame, names: list[str], baseline: str | None) -> 
     """Compare each configuration with the baseline, round by round.
 
     Args:
-        timings: what `read_timings` returned.
-        names: configurations, in the order of the answer; those that weren't timed are left out.
+        timings: the table from `read_timings`.
+        names: configurations, in the order of the result; those without timings are left out.
         baseline: the configuration to compare with.
     Returns:
-        The baseline too, with ratios of 1; nothing without timings of the baseline.
+        Name -> speed-up; 1 for the baseline itself, and empty without its timings.
     """
     steps = timings["num_output_tokens"] - 1
-    # A text of one token says nothing of the time per token after the first.
+    # A sequence of one token has no time per token after the first.
     timed = timings.assign(token_sec=timings["decode_time_sec"] / steps.where(steps > 0))
     if baseline is None or baseline not in set(timed["config_name"]):
         return {}
@@ -133,22 +133,22 @@ def _ratio(baseline_R: pd.Series, own_R: pd.Series) -> Ratio:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextAgreement:
-    """Greedy texts of one configuration beside the baseline's, averaged over prompts."""
+    """Agreement of one configuration's greedy sequences with the baseline's, over prompts."""
 
     config_name: str
     prompts: int
-    """Prompts with tokens on both sides."""
+    """Prompts for which both generated tokens."""
     left_out: int
-    """Prompts of the baseline without."""
+    """The baseline's other prompts."""
     identical: int
-    """Prompts whose texts are the same, token for token."""
+    """Prompts whose sequences agree in every token."""
     prefix_share: float
-    """Longest common prefix over the longer text's tokens."""
+    """Length of the longest common prefix, as a fraction of the longer sequence."""
     prefix_share_low: float
     prefix_share_high: float
-    """Ends of the 95 % t interval over prompts, cut to 0 and 1."""
+    """Ends of the 95 % t interval over prompts, clipped to [0, 1]."""
     agreement_share: float
-    """Positions that hold the same token over the longer text's tokens."""
+    """Positions with the same token, as a fraction of the longer sequence."""
     agreement_share_low: float
     agreement_share_high: float
     prefix_tokens_median: float
@@ -162,10 +162,10 @@ def text_agreement(
 
     Args:
         details: (config_name, prompt_text) -> detail, as in `Results.details`.
-        baseline: name of the configuration to agree with.
+        baseline: name of the configuration to compare with.
     Returns:
-        Configuration -> agreement, without the baseline, in the order of `details`; NaN where no
-        prompt has tokens on both sides.
+        Configuration -> agreement, without the baseline, in the order of `details`; NaN if no
+        prompt has tokens from both.
     """
     reference = {
         prompt: detail.output_token_ids
@@ -184,7 +184,7 @@ def _agreement(
     prefixes, prefix_shares, agreement_shares, identical = [], [], [], 0
     for prompt, expected in reference.items():
         detail = details.get((name, prompt))
-        # A failed experiment has no tokens: that is no text, not a text that disagrees.
+        # A failed experiment has no tokens, which is not disagreement.
         if detail is None or not detail.output_token_ids or not expected:
             continue
         got = detail.output_token_ids

@@ -1,8 +1,8 @@
-"""Which rule loses least at equal cost: the points of a sweep, its domains and its winners.
+"""Find the rule with the lowest loss at equal cost: points, domains and winners of a sweep.
 
-`analyze_sweep` turns a folder that `bh-routing sweep` filled into three tables. Every rule is
-compared with static top-k, with top-p and with per-layer top-k at its own measured mean number of
-experts; see sweep_equal_cost.py for how, and sweep_row.py for the columns.
+`analyze_sweep` turns the folder of a `bh-routing sweep` into three tables. Every rule is compared
+with static top-k, top-p and per-layer top-k at its own measured mean number of experts;
+sweep_equal_cost.py describes the method, sweep_records.py the columns.
 """
 
 from __future__ import annotations
@@ -31,42 +31,42 @@ TOP_P: Final = "top_p"
 PER_LAYER: Final = "per_layer_top_k"
 REFERENCES: Final = (STATIC, TOP_P, PER_LAYER)
 OFF_BUDGET: Final = 0.02
-"""A mean further from its budget than this share is flagged."""
+"""A mean that deviates from its budget by more than this fraction is flagged."""
 ALL_RULES: Final = "all rules"
 BH_RULES: Final = ("bh_drop",)
-"""Rules that get a winner of their own beside the winner of all."""
+"""Rules with a winner of their own, in addition to the overall winner."""
 CONTROLS: Final = ("oracle_contribution", "random_k")
-"""Headroom and a control: they have rows, and can't win."""
+"""Oracle and control: they have rows but can't win."""
 STATIC_STEP: Final = 1.0
-"""Static top-k is a line between k and k + 1, which mixing the two at random comes close to."""
+"""Static top-k is linear between k and k + 1: close to mixing the two at random."""
 CURVE_STEP: Final = 1.25
-"""Points of other curves lie one expert apart, give or take what a mean drifts with the text."""
+"""Points of other curves lie one expert apart, plus the drift of their means between texts."""
 
 Comparisons = Mapping[tuple[str, str], EqualCost]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepTables:
-    """A sweep, analysed."""
+    """Tables of an analysed sweep."""
 
     sweep: Sweep
     rows: tuple[SweepRow, ...]
     domains: tuple[DomainRow, ...]
     winners: tuple[Winner, ...]
     num_tests: int
-    """Tests that Holm's correction and the joint intervals are over."""
+    """Size of the family for Holm's correction and the joint intervals."""
 
 
 def analyze_sweep(folder: Path, options: QualityOptions = DEFAULT_OPTIONS) -> SweepTables:
     """Compare the points of a sweep at equal mean experts.
 
     Args:
-        folder: holds run.json and quality.jsonl.
-        options: resamples and seed; the margin isn't used.
+        folder: contains run.json and quality.jsonl.
+        options: resamples and seed; the margin is ignored.
     Returns:
-        The tables; the same folder gives the same tables.
+        The tables, which are deterministic.
     Raises:
-        ResultsError: the folder isn't a sweep's, or a file can't be read whole.
+        ResultsError: the folder isn't that of a sweep, or one of its files is damaged.
     """
     sweep = read_sweep(folder)
     text = align(sweep.records)
@@ -99,7 +99,7 @@ def analyze_sweep(folder: Path, options: QualityOptions = DEFAULT_OPTIONS) -> Sw
 def _compare(
     sweep: Sweep, text: ScoredText, options: QualityOptions, *, simultaneous: bool
 ) -> Comparisons:
-    # Of a reference that nobody asked for there is nothing to say, not that it lacks points.
+    # A reference that wasn't requested gets no note on missing points.
     rules = {point.rule for point in sweep.points} | {STATIC, TOP_P}
     curves = [
         Curve(
@@ -140,7 +140,7 @@ def _row(
         notes.append(quality.note)
     for name in REFERENCES:
         notes.append(_found(overall, point, name).note)
-    # Of static top-k nothing is tested, and one reason may hold for both references.
+    # Static top-k isn't tested, and both references may have the same reason.
     note = " ".join(dict.fromkeys(filter(None, notes)))
     return SweepRow(
         rule=point.rule,
@@ -177,7 +177,7 @@ def _found(compared: Comparisons, point: SweepPoint, reference: str) -> EqualCos
 def _against(
     point: SweepPoint, overall: Comparisons, by_domain: Mapping[str, Comparisons]
 ) -> dict[str, Any]:
-    """The columns of all references."""
+    """Return the columns of all references."""
     columns: dict[str, Any] = {}
     for name in REFERENCES:
         found = _found(overall, point, name)
@@ -260,7 +260,7 @@ def _winner(budget: float, among: str, rows: Sequence[SweepRow]) -> Winner:
     ]
     if not compared:
         return Winner(budget=budget, among=among)
-    # Not by loss alone: means differ by a few per cent within a budget.
+    # Not by loss alone: means differ by a few percent within a budget.
     ranked = sorted(compared, key=lambda row: -row.top_k_saved)
     best = ranked[0]
     return Winner(

@@ -1,24 +1,24 @@
-"""What a rule loses beside a reference that keeps as many experts.
+"""Compare the loss of a rule with a reference at the same mean number of experts.
 
-The reference is a curve: loss against mean experts, a line between neighbouring points. A rule's
-difference from it is read at the rule's own measured mean, so a rule pays for every expert it
-keeps beyond its budget. Means and losses are ratios of sums over documents, and the difference is
-a smooth function of them: books are drawn with replacement, every mean and every point of the
-curve is computed anew in each resample, and t is the difference's shift over its own linearised
-cluster-robust standard error (delta method). With fewer than 20 books t is Student's.
+The reference is a curve of loss against mean experts, linear between neighbouring points. The
+difference is taken at the rule's own measured mean, so a rule pays for every expert that it keeps
+beyond its budget. Means and losses are ratios of sums over documents, and the difference is a
+smooth function of them. Books are drawn with replacement, every mean and every point of the curve
+is recomputed in each resample, and t is the shift of the difference divided by its linearised
+cluster-robust standard error (delta method). With fewer than 20 books, t is Student's.
 
-Intervals are simultaneous over all tests of a family: the largest t of a resample takes the place
-of a single test's (single-step max-t; Bonferroni where t is Student's). They hold for the test one
-picks after looking. p is two-sided and corrected by Holm.
+Intervals are simultaneous over all tests of a family: the largest t of a resample replaces that of
+a single test (single-step max-t; Bonferroni where t is Student's). They remain valid for a test
+selected after looking at the data. p is two-sided and corrected by Holm.
 
-Measured on 400 simulated sweeps a row, 42 books, 4 rules (test_sweep_coverage.py, marked `full`):
-share of 95 % intervals of the difference that hold the truth, and of sweeps where all four do.
+Coverage of the 95 % intervals of the difference, and fraction of sweeps in which all four cover,
+in 400 simulated sweeps per row, 42 books, 4 rules (test_sweep_coverage.py, marked `full`):
 
     effects by book   one interval   all four
     normal            0.948          0.955
     exponential       0.926          0.908
 
-So with a long tail of books that a rule harms badly, a claim comes a little too easily.
+So with a long tail of books that a rule harms badly, the intervals are slightly too narrow.
 
 Axes: D documents, G clusters, B resamples, K points of the curve, N tests, J ratios: the rule's
 loss, the curve's K losses, the rule's mean experts, the curve's K means.
@@ -48,45 +48,45 @@ from bh_routing.stats.clustered import BOOTSTRAP_CLUSTERS, MIN_CLUSTERS
 from bh_routing.stats.multiplicity import holm
 
 _CLOSEST: Final = 0.25
-"""Points of a curve nearer than this many experts give a slope of noise: the later one goes."""
+"""The later of two points of a curve closer than this is dropped: their slope would be noise."""
 _ROUNDING: Final = 1e-9
 SIGNIFICANCE_LEVEL: Final = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curve:
-    """Configurations whose losses, joined by lines, are a reference."""
+    """Configurations whose losses, interpolated linearly, form a reference."""
 
     name: str
     config_names: tuple[str, ...]
     widest: float
-    """Longest line, in experts. Losses are convex in experts: a longer one flatters the rule."""
+    """Longest segment, in experts. Losses are convex in experts: longer ones favour the rule."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EqualCost:
-    """A rule against a curve at the rule's own mean; NaN is unknown, and `note` says why."""
+    """A rule compared with a curve at the rule's mean; NaN is unknown, `note` gives the reason."""
 
     at_mean: float = math.nan
-    """Loss of the curve there, nats a token."""
+    """Loss of the curve at the rule's mean, in nats per token."""
     geometric: float = math.nan
-    """The same on the line of log losses: below it, so the harder bar, and nearer to a curve whose
-    loss grows by a fixed factor with each expert less."""
+    """The same, interpolated in log loss: lower, so stricter, and closer to a curve whose loss
+    grows by a constant factor with each expert dropped."""
     difference: float = math.nan
-    """Loss of the rule minus at_mean."""
+    """The rule's loss minus at_mean."""
     low: float = math.nan
     high: float = math.nan
     p: float = math.nan
     p_corrected: float = math.nan
     share_saved: float = math.nan
-    """1 - the rule's increase of perplexity over the curve's."""
+    """1 - the rule's increase of perplexity divided by the curve's."""
     share_low: float = math.nan
     share_high: float = math.nan
     note: str = ""
 
     @property
     def answer(self) -> str:
-        """Whether the rule loses less than the curve: yes, no, undecided or unknown.
+        """Whether the rule has a lower loss than the curve: yes, no, undecided or unknown.
 
         Example:
             >>> EqualCost(difference=-0.02, low=-0.03, high=-0.01, p_corrected=0.004).answer
@@ -100,7 +100,7 @@ class EqualCost:
 
 
 class Sampled(NamedTuple):
-    """A function of ratios: its estimate, standard error and resampled t; no t_B, Student's."""
+    """Estimate, standard error and resampled t of a function of ratios; no t_B: Student's."""
 
     estimate: float
     se: float
@@ -108,7 +108,7 @@ class Sampled(NamedTuple):
 
 
 class Value(NamedTuple):
-    """A function of ratios and its derivatives."""
+    """Value and derivatives of a function of ratios."""
 
     value_B: Floats
     gradient_BJ: Floats
@@ -131,18 +131,18 @@ def compare_at_equal_cost(
     confidence: float = 0.95,
     simultaneous: bool = True,
 ) -> dict[tuple[str, str], EqualCost]:
-    """Compare configurations with curves at equal mean experts, all tests as one family.
+    """Compare configurations with curves at equal mean experts, as one family of tests.
 
     Args:
         text: the scored documents.
-        config_names: configurations to compare; one that is part of a curve isn't compared with it.
+        config_names: configurations to compare; none is compared with a curve that contains it.
         curves: the references.
-        resamples: of the bootstrap, at least 100 for each test, so that Holm's p can be small.
-        seed: of the bootstrap.
-        confidence: level of the intervals, jointly over the family.
-        simultaneous: False makes each interval hold by itself.
+        resamples: bootstrap resamples, at least 100 per test, so that Holm's p can be small.
+        seed: seed of the bootstrap.
+        confidence: joint level of the family's intervals.
+        simultaneous: False gives each interval this level individually.
     Returns:
-        The comparison for each (configuration, curve's name).
+        (configuration, curve's name) -> comparison.
     """
     tests = [
         _plan(text, name, curve)
@@ -182,13 +182,13 @@ def compare_at_equal_cost(
 def compare_with_static(
     records: Sequence[QualityRecord], static: Sequence[str], *, resamples: int, seed: int
 ) -> dict[str, EqualCost]:
-    """Compare every other configuration with static top-k at its own mean experts.
+    """Compare every other configuration with static top-k at the configuration's own mean.
 
     Args:
-        records: one for each configuration and document.
-        static: names of the configurations that are static top-k.
-        resamples: as `compare_at_equal_cost`.
-        seed: of the bootstrap.
+        records: one per configuration and document.
+        static: names of the static top-k configurations.
+        resamples: as for `compare_at_equal_cost`.
+        seed: seed of the bootstrap.
     Returns:
         Name -> comparison; empty without a static configuration.
     """
@@ -202,7 +202,7 @@ def compare_with_static(
 
 
 def _plan(text: ScoredText, config_name: str, curve: Curve) -> _Test:
-    """Choose the stretch of the curve that holds the rule's mean, or say why there is none."""
+    """Choose the part of the curve around the rule's mean, or give the reason for none."""
     if config_name not in text.names:
         return _Test(config_name, curve, (), "It wasn't scored on all documents: not compared.")
     mean = _mean_experts(text, config_name)
@@ -240,7 +240,7 @@ def _ratios(text: ScoredText, test: _Test) -> Floats:
 
 
 class _Line(NamedTuple):
-    """Where each resample's mean lies on the curve; d/dJ of the line's loss there."""
+    """Position of each resample's mean on the curve, and d/dJ of the interpolated loss there."""
 
     loss_B: Floats
     gradient_BJ: Floats
@@ -250,8 +250,8 @@ def _line(ratios_BJ: Floats) -> _Line:
     num_knots = ratios_BJ.shape[1] // 2 - 1
     mean_B, knots_BK = ratios_BJ[:, num_knots + 1], ratios_BJ[:, num_knots + 2 :]
     rows_B = np.arange(len(ratios_BJ))
-    # The estimate lies inside. A resample beyond an end continues the last line, else the
-    # distribution would lack just those resamples.
+    # The estimate lies inside. For resamples beyond an end the last segment is extrapolated, else
+    # the distribution would lack exactly those.
     left_B = np.clip((knots_BK <= mean_B[:, None]).sum(axis=1) - 1, 0, num_knots - 2)
     start_B = knots_BK[rows_B, left_B]
     width_B = knots_BK[rows_B, left_B + 1] - start_B
@@ -277,7 +277,7 @@ def _share_saved(ratios_BJ: Floats) -> Value:
     line = _line(ratios_BJ)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         own_B, curve_B = np.expm1(ratios_BJ[:, 0]), np.expm1(line.loss_B)
-        # A curve that loses nothing leaves nothing to save.
+        # Without a loss of the curve there is nothing to save.
         curve_B = np.where(curve_B > 0, curve_B, np.nan)
         gradient_BJ = line.gradient_BJ * (own_B * (curve_B + 1) / curve_B**2)[:, None]
         gradient_BJ[:, 0] -= (own_B + 1) / curve_B
@@ -296,7 +296,7 @@ def _geometric(ratios_1J: Floats) -> float:
 
 
 class _Draws(NamedTuple):
-    """The resamples that all tests share: `draw_clusters(*draws)`."""
+    """Arguments of the resampling that all tests share: `draw_clusters(*draws)`."""
 
     num_clusters: int
     resamples: int
@@ -323,7 +323,7 @@ def _sample(
 def _evaluate(
     function: Callable[[Floats], Value], sums: ClusterSums, drawn_BG: Floats
 ) -> tuple[Floats, Floats]:
-    """The function and its linearised cluster-robust standard error in each resample."""
+    """Evaluate a function and its linearised cluster-robust standard error in each resample."""
     num_clusters = len(sums.weights_G)
     total_B = drawn_BG @ sums.weights_G
     ratios_BJ = (drawn_BG @ sums.values_GR) / total_B[:, None]
@@ -345,7 +345,7 @@ def _intervals(
     resampled = [one.t_B for one in sampled if one.t_B is not None]
     if resampled:
         t_BN = np.stack(resampled, axis=1)
-        # Unknown in a resample counts against both ends.
+        # Resamples with an unknown value count against both ends.
         least_BN, most_BN = np.nan_to_num(t_BN, nan=-np.inf), np.nan_to_num(t_BN, nan=np.inf)
         if simultaneous:
             least_BN = least_BN.min(axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""A sweep's folder and tables: points, scored documents, and the rows that describe them."""
+"""Points and scored documents of a sweep's folder, and the rows of its tables."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _AT_SAME_MEAN = "at this row's own mean experts"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepRow:
-    """One row of `sweep.csv`: a rule with its knob set for one budget.
+    """One row of `sweep.csv`: a rule with its tuning parameter set for one budget.
 
-    Losses are in nats per token against the model's own top-k. NaN means unknown, and `note` says
-    why. Units are documents, the chapters of a book drawn together.
+    Losses are in nats per token relative to the model's own top-k. NaN means unknown, and `note`
+    gives the reason. Units are documents; the chapters of a book are resampled together.
     """
 
     rule: str = column("Name in the catalog of rules; top_k is static top-k.")
@@ -115,9 +115,9 @@ class SweepRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DomainRow:
-    """One row of `sweep_domains.csv`: a point on the documents of one domain.
+    """One row of `sweep_domains.csv`: a point, on the documents of one domain.
 
-    Each interval holds for its row alone: signs over domains are read, not single tests.
+    Each interval holds for its row alone: compare signs across domains, not single tests.
     """
 
     rule: str = column("As in sweep.csv.")
@@ -152,10 +152,10 @@ class DomainRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Winner:
-    """Who loses least at a budget, static top-k's curve being the scale: one row of `winners.csv`.
+    """One row of `winners.csv`: the best rule at a budget, relative to static top-k.
 
     Points of one budget keep slightly different numbers of experts, so they are ranked by the
-    share of static top-k's loss that each saves at its own mean.
+    fraction of static top-k's loss that each saves at its own mean.
     """
 
     budget: float = column("Mean experts that the knobs were set for.")
@@ -167,18 +167,18 @@ class Winner:
         "config_name of the point that saves the next largest share.", default=""
     )
     row: SweepRow | None = None
-    """Its row in sweep.csv; None if no point could be compared."""
+    """The winner's row in sweep.csv; None if no point could be compared."""
 
 
 def winner_columns(winner: Winner) -> dict[str, object]:
-    """One row of `winners.csv`: the winner's own fields, then those of its row in sweep.csv."""
+    """Return one row of `winners.csv`: the winner's fields, then those of its row in sweep.csv."""
     own = {f.name: getattr(winner, f.name) for f in fields(Winner) if f.name != "row"}
     names = (f.name for f in fields(SweepRow) if f.name not in own)
     return own | {name: getattr(winner.row, name, None) for name in names}
 
 
 def sweep_definitions() -> dict[str, str]:
-    """Name -> definition of every column of sweep.csv, sweep_domains.csv and winners.csv."""
+    """Map each column of sweep.csv, sweep_domains.csv and winners.csv to its definition."""
     return {
         f.name: str(f.metadata["definition"])
         for row in (DomainRow, Winner, SweepRow)
@@ -192,34 +192,34 @@ SWEEP: Final = "sweep"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepPoint:
-    """One rule with its knob set for one budget of experts."""
+    """One rule with its tuning parameter set for one budget of experts."""
 
     config_name: str
     config: Mapping[str, Any]
-    """The rule with all its fields."""
+    """All fields of the rule."""
     rule: str
     """Name in the catalog of rules."""
     variant: str
-    """What tells several forms of one rule apart; empty if there is one."""
+    """Distinguishes several forms of one rule; empty if there is only one."""
     knob: float
     knob_field: str
     budget: float
     calibration_mean_experts: float
-    """Mean experts on calibration text at this knob."""
+    """Mean experts on calibration text."""
     corrections: float
-    """Forward passes that corrected the knob."""
+    """Forward passes spent on correcting the tuning parameter."""
     unreachable: str
-    """Why no knob meets the budget; empty if one does."""
+    """Reason why no value meets the budget; empty if one does."""
     is_curve_only: bool = False
-    """Whether nobody asked for the budget: the point only lengthens a reference curve."""
+    """Whether the point only extends a reference curve: its budget wasn't requested."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sweep:
-    """What lies in a sweep's folder."""
+    """Contents of a sweep's folder."""
 
     run: Mapping[str, Any]
-    """run.json as it is."""
+    """Content of run.json."""
     points: tuple[SweepPoint, ...]
     """Static top-k first, then the rules in the order of run.json."""
     records: tuple[QualityRecord, ...]
@@ -230,17 +230,17 @@ class ScoredText:
     """Sums over each document. Axes: D documents, C configurations in the order of `names`."""
 
     names: tuple[str, ...]
-    """Configurations scored on exactly these documents."""
+    """Configurations scored on all these documents."""
     losses_DC: Floats
-    """NLL minus that of the model's own top-k, nats."""
+    """NLL minus that of the model's own top-k, in nats."""
     experts_DC: Floats
-    """Experts kept, averaged over layers."""
+    """Kept experts, averaged over layers."""
     tokens_D: Floats
     clusters_D: NDArray[np.str_]
     domains_D: NDArray[np.str_]
 
     def domain(self, name: str) -> ScoredText:
-        """The documents of one domain."""
+        """Return the sums of one domain's documents."""
         here = self.domains_D == name
         return ScoredText(
             names=self.names,
@@ -256,7 +256,7 @@ def read_sweep(folder: Path) -> Sweep:
     """Read run.json and the scored documents of a sweep.
 
     Raises:
-        ResultsError: a file is missing, is of another kind or schema, or can't be read whole.
+        ResultsError: a file is missing, damaged, or of another kind or schema.
     """
     path = folder / RUN_JSON
     for name in (RUN_JSON, QUALITY_JOURNAL):
@@ -283,7 +283,7 @@ def read_sweep(folder: Path) -> Sweep:
     except (KeyError, TypeError, ValueError) as error:
         raise half_read(path, f"a point of the sweep isn't whole ({error!r})") from error
     configs = {point.config_name: point.config for point in points}
-    # An earlier sweep of the same folder may have scored other points, or these at other knobs.
+    # An earlier sweep of this folder may have scored other points, or these at other values.
     records = tuple(
         record
         for record in read_quality(folder / QUALITY_JOURNAL)
@@ -293,9 +293,9 @@ def read_sweep(folder: Path) -> Sweep:
 
 
 def align(records: Sequence[QualityRecord]) -> ScoredText:
-    """Put documents into arrays, for the configurations that scored all of them.
+    """Arrange documents in arrays, for the configurations that scored all of them.
 
-    A configuration that lacks documents, since the sweep was stopped, isn't among the names.
+    A configuration that lacks documents, because the sweep was stopped, is left out.
 
     Raises:
         ResultsError: no token was scored.
@@ -307,7 +307,7 @@ def align(records: Sequence[QualityRecord]) -> ScoredText:
     if not by_name:
         raise ResultsError("no token was scored in this sweep; run bh-routing sweep again")
     fullest = max(by_name.values(), key=len)
-    # Sorted: the draws of the bootstrap are by position.
+    # Sorted, since the bootstrap draws by position.
     documents = [r.document_key for r in sorted(fullest.values(), key=in_order)]
     size = {key: record.tokens for key, record in fullest.items()}
     names = tuple(n for n, own in by_name.items() if {d: r.tokens for d, r in own.items()} == size)

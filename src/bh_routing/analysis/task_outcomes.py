@@ -1,9 +1,9 @@
-"""lm-eval tasks under several configurations, compared item by item with a reference.
+"""Compare lm-eval tasks under several configurations with a reference, item by item.
 
-A right-or-wrong metric: the exact McNemar test and flips in both directions. Any other: the
-difference of sums over the sum of weights, such as log-likelihood a byte. Intervals of either hold
-over clusters where items of one document are known to belong together. Holm corrects across the
-configurations, for each metric of a task by itself.
+Right-or-wrong metrics: the exact McNemar test and flips in both directions. Others: the difference
+of sums divided by the sum of weights, such as log-likelihood per byte. Intervals are over clusters
+if it is known which items are from one document. Holm's correction is applied over configurations,
+separately for each metric of a task.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bh_routing.results.records import TaskOutcome
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskComparison:
-    """One configuration against the reference on one metric of a task. NaN means unknown."""
+    """One configuration compared with the reference on a metric of a task; NaN means unknown."""
 
     config_name: str
     reference: str
@@ -31,31 +31,31 @@ class TaskComparison:
     filter: str
     metric: str
     kind: str
-    """right_or_wrong, or mean: a sum over a weight, 1 an item where lm-eval gives no other."""
+    """right_or_wrong, or mean: a weighted mean, with weight 1 per item unless lm-eval gives one."""
     num_items: int
     num_clusters: int
     value: float
-    """Mean over items of what lm-eval aggregates: of a perplexity the log-likelihood, in nats."""
+    """Mean over items of lm-eval's per-item values: for perplexity, log-likelihoods in nats."""
     reference_value: float
     difference: float
     low: float
     high: float
-    """Ends of its 95 % interval."""
+    """Ends of the 95 % interval of the difference."""
     gained: int | None
-    """Wrong under the reference, right under the configuration; None if it isn't that kind."""
+    """Items wrong under the reference and right under the configuration; None for a mean."""
     lost: int | None
     share_flipped: float | None
     p: float
-    """Two-sided: exact McNemar, or of a mean difference of 0."""
+    """Two-sided: exact McNemar, or the test of a zero mean difference."""
     p_corrected: float
-    """p after Holm's correction across the configurations."""
+    """p after Holm's correction over the configurations."""
     method: str
-    """What the interval is."""
+    """Method of the interval."""
     note: str
 
 
 class _Pairs(NamedTuple):
-    """The items of one metric that both configurations have, in one order. Axis: N items."""
+    """Items of one metric common to both configurations, in the same order. Axis: N items."""
 
     values_N: np.ndarray[tuple[int], np.dtype[np.float64]]
     reference_N: np.ndarray[tuple[int], np.dtype[np.float64]]
@@ -72,12 +72,12 @@ def compare_tasks(outcomes: Iterable[TaskOutcome], reference: str) -> list[TaskC
     """Compare every configuration with `reference` on every metric of every task.
 
     Args:
-        outcomes: of all configurations, in any order.
+        outcomes: outcomes of all configurations, in any order.
         reference: name of the configuration to compare with.
     Returns:
-        One comparison for each configuration but the reference, and each metric.
+        One comparison per metric and configuration other than the reference.
     Raises:
-        InputError: two configurations answered different items.
+        InputError: two configurations answered different items, or the reference is missing.
     """
     by_config: dict[str, dict[_Key, dict[int, TaskOutcome]]] = {}
     for outcome in outcomes:

@@ -17,7 +17,7 @@ from bh_routing.results.records import PLOTS, STATUS_OK
 
 
 def flatten(prefix: str, value: Any) -> dict[str, Any]:
-    """Return every leaf under its dotted path.
+    """Map the dotted path of every leaf to its value.
 
     Example:
         >>> flatten("spec", {"seed": 0, "configs": {"a": {"k": 8}}})
@@ -34,7 +34,7 @@ def flatten(prefix: str, value: Any) -> dict[str, Any]:
 
 PROJECT: Final = "bh-routing"
 PARAMETER_LIMIT: Final = 500
-"""Characters of a parameter; trackers refuse longer ones."""
+"""Characters of a parameter; trackers reject longer ones."""
 MEASURES: Final = (
     "avg_experts_per_token",
     "tokens_per_sec",
@@ -47,7 +47,7 @@ LEFT_OUT: Final = frozenset({".lock"})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackedRun:
-    """What every tracker is given."""
+    """Content of a run that is logged to every tracker."""
 
     name: str
     parameters: dict[str, str]
@@ -61,13 +61,13 @@ def track_run(folder: str | Path, tracker: str) -> str:
     """Log a results folder to a tracker.
 
     Args:
-        folder: what `bh-routing run` wrote.
-        tracker: mlflow, wandb or tensorboard; where they log to is theirs to configure, such as
-            by MLFLOW_TRACKING_URI or WANDB_MODE. TensorBoard's events go into the folder.
+        folder: output folder of `bh-routing run`.
+        tracker: mlflow, wandb or tensorboard; configure the destination in the tracker, such as by
+            MLFLOW_TRACKING_URI or WANDB_MODE. TensorBoard's events are written to the folder.
     Returns:
-        Where it went.
+        The destination, for display.
     Raises:
-        InputError: the tracker isn't known, isn't installed, or can't be logged to.
+        InputError: the tracker is unknown or not installed, or logging fails.
         ResultsError: the folder isn't a results folder.
     """
     module = find_tracker(tracker)
@@ -75,7 +75,7 @@ def track_run(folder: str | Path, tracker: str) -> str:
     _, log = TRACKERS[tracker]
     try:
         return log(module, tracked(results), results.folder)
-    except Exception as error:  # a tracker raises what it likes
+    except Exception as error:  # trackers raise exceptions of any type
         raise InputError(
             f"logging to {tracker} failed ({_reason(error)}); the results are kept, try again "
             f"with: bh-routing report {results.folder} --track {tracker}"
@@ -83,10 +83,10 @@ def track_run(folder: str | Path, tracker: str) -> str:
 
 
 def find_tracker(tracker: str) -> ModuleType:
-    """Import a tracker's package; ask before a long run, whose results it is to get.
+    """Import a tracker's package; call it before a long run.
 
     Raises:
-        InputError: the tracker isn't known, isn't installed, or its store can't be used.
+        InputError: the tracker is unknown or not installed, or its store can't be used.
     """
     if tracker not in TRACKERS:
         raise InputError(f"tracker must be one of {', '.join(TRACKERS)}; got {tracker!r}")
@@ -104,10 +104,10 @@ def find_tracker(tracker: str) -> ModuleType:
 
 
 def _check_mlflow_store(mlflow: ModuleType) -> None:
-    """Ask the store for an experiment: mlflow-skinny alone can't open MLflow's default, SQLite."""
+    """Query the store: mlflow-skinny alone can't open MLflow's default, SQLite."""
     try:
         mlflow.search_experiments(max_results=1)
-    except Exception as error:  # a store raises what it likes
+    except Exception as error:  # stores raise exceptions of any type
         raise InputError(
             f"MLflow can't use its store {mlflow.get_tracking_uri()} ({_reason(error)}); set "
             "MLFLOW_TRACKING_URI to a server, or install the package mlflow for a local store"
@@ -119,7 +119,7 @@ def _reason(error: Exception) -> str:
 
 
 def tracked(results: Results) -> TrackedRun:
-    """Collect what a tracker is given."""
+    """Collect the content to log."""
     finished = results.experiments[results.experiments["status"] == STATUS_OK]
     means = finished.groupby("config_name", sort=False)[list(MEASURES)].mean()
     metrics = {
@@ -168,7 +168,7 @@ def _to_mlflow(mlflow: ModuleType, run: TrackedRun, folder: Path) -> str:
 
 
 def _mlflow_name(name: str) -> str:
-    """Replace what configurations' names may have and MLflow's may not."""
+    """Replace characters that MLflow doesn't allow in names."""
     return name.replace("@", "_at_").replace("+", "_plus_")
 
 
@@ -204,4 +204,4 @@ TRACKERS: Final[Mapping[str, tuple[str, Log]]] = {
     "wandb": ("wandb", _to_wandb),
     "tensorboard": ("tensorboardX", _to_tensorboard),
 }
-"""Name -> the package it needs, and how it is logged to."""
+"""Name -> required package and logging function."""

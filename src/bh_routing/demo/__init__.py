@@ -1,4 +1,4 @@
-"""The packaged checkpoint: a small OLMoE that was really trained, with its text and its card."""
+"""The packaged checkpoint: a small trained OLMoE, with its text and model card."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ EVALUATION_TEXT = "evaluation.txt.xz"
 
 
 def demo_folder() -> Path:
-    """Return the folder that holds the checkpoint and its two text files."""
+    """Return the folder of the checkpoint and its two text files."""
     return Path(__file__).parent

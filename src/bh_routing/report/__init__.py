@@ -1,4 +1,4 @@
-"""Figures, Markdown and exports, made from a results folder alone. No torch."""
+"""Figures, Markdown and exports, made from a results folder alone, without torch."""
 
 from bh_routing.report.figures import create_visualizations
 from bh_routing.report.markdown import generate_markdown_report

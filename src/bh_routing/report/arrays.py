@@ -1,4 +1,4 @@
-"""Numbers from whatever holds them: lists, arrays, Series, tensors."""
+"""Convert lists, arrays, Series and tensors to numpy arrays."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from bh_routing.errors import InputError
 
 
 def numbers(values: Any, what: str) -> NDArray[np.float64]:
-    """Return counts, means or shares as a float64 array of the same shape.
+    """Return counts, means or fractions as a float64 array of the same shape.
 
-    A tensor is recognised by what it can do, so torch needn't be there.
+    Tensors are recognised by duck typing, so torch isn't required.
 
     Args:
         values: a list, array, Series, DataFrame or tensor, on any device.
-        what: its name in error messages.
+        what: name of the values in error messages.
     Raises:
-        InputError: it holds text, no finite number, or a negative one.
+        InputError: the values include text or a negative number, or none is finite.
     """
     for step in ("detach", "cpu"):
         values = getattr(values, step)() if hasattr(values, step) else values

@@ -1,4 +1,4 @@
-"""Results for a spreadsheet, a paper or a program."""
+"""Export results to a spreadsheet, a paper or another program."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ STEM: Final = "bh_routing_results"
 def export_results(folder: str | Path, to: str, output: str | Path | None = None) -> Path:
     """Write the results of a run in another format.
 
-    Texts that a spreadsheet would run as a formula are written as texts, and control characters
-    are left out of every format; the CSV in the folder stays as it is.
+    Strings that a spreadsheet would run as a formula are exported as text, and control characters
+    are removed in every format; the CSV in the folder is unchanged.
 
     Args:
-        folder: what `bh-routing run --output` wrote.
+        folder: output folder of `bh-routing run`.
         to: xlsx, latex or json.
-        output: file to write; by default bh_routing_results with the format's ending, in `folder`.
+        output: output file; by default bh_routing_results with the format's suffix, in `folder`.
     Returns:
-        The file written.
+        Path of the output file.
     Raises:
-        InputError: an unknown format, a results folder that can't be read, an output that is a
-            folder or a file of the run, or openpyxl isn't installed.
+        InputError: the format is unknown, the results folder can't be read, the output is a folder
+            or a file of the run, or openpyxl isn't installed.
     """
     if to not in ENDINGS:
         raise unknown_name("format", to, ENDINGS)
@@ -77,7 +77,7 @@ def _json(results: Results, facts: Facts) -> bytes:
 
 
 def _visible(value: Any) -> Any:
-    """Drop control characters, line breaks and tabs excepted, from every text."""
+    """Remove control characters other than line breaks and tabs from every string."""
     if isinstance(value, str):
         return "".join(c for c in value if c in "\n\t" or not _is_control(c))
     if isinstance(value, Mapping):

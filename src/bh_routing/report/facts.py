@@ -1,7 +1,7 @@
-"""Everything that a run's reports are made from, read once and looked up by name.
+"""Data of a run's reports, read once and looked up by name.
 
-The summary may come from a user's own `analyze_results`, so nothing in it is taken for granted:
-missing numbers are NaN and print as a dash.
+The summary may come from a user's own `analyze_results`, so any part of it may be absent: missing
+numbers are NaN and are shown as a dash.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ Details = Mapping[tuple[str, str], ExperimentDetail]
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """One run: its experiments, its statistics, and where they come from."""
+    """Experiments, statistics and provenance of one run."""
 
     table: Experiments
     summary: Mapping[str, Any]
     run: Mapping[str, Any]
-    """run.json; empty if there is none."""
+    """Content of run.json; empty if there is none."""
     folder: Path
     details: Details = field(default_factory=dict)
 
@@ -64,7 +64,7 @@ class Facts:
 
     @property
     def baseline(self) -> str | None:
-        """The configuration that the others are compared with."""
+        """Name of the baseline configuration."""
         named = self.summary.get("baseline")
         return str(named) if named in self.table.names else self.table.baseline
 
@@ -75,12 +75,12 @@ class Facts:
 
     @cached_property
     def quality(self) -> QualityFindings:
-        """The quality phase, compared; without rows if it was left out."""
+        """Findings of the quality phase; no rows if it was skipped."""
         return quality_findings(self.summary)
 
     @property
     def margin(self) -> float:
-        """ΔNLL that counts as no loss."""
+        """Non-inferiority margin, as ΔNLL in nats per token."""
         return margin_of(self.summary)
 
     @property
@@ -120,7 +120,7 @@ class Facts:
 
     @property
     def rounds(self) -> str:
-        """How many rounds were timed side by side."""
+        """Number of interleaved timing rounds, for display."""
         return findings.span_of(found.whole.n for found in self.table.speed_ups.values())
 
     @property
@@ -137,12 +137,12 @@ class Facts:
 
     @property
     def expert_sides(self) -> dict[str, list[list[str]]]:
-        """Side -> the configurations there, by experts kept."""
+        """Side -> configurations, by experts kept."""
         return findings.grouped(findings.expert_sides(self.table))
 
     @property
     def balance_sides(self) -> dict[str, list[list[str]]]:
-        """Side -> the configurations there, by load over noise; those without a test left out."""
+        """Side -> configurations, by load relative to noise; those without a test are left out."""
         sides = findings.balance_sides(self.table)
         return findings.grouped({name: s for name, s in sides.items() if s != "unknown"})
 
@@ -153,16 +153,16 @@ class Facts:
 
     @property
     def constant(self) -> list[str]:
-        """Rules other than static top-k that kept one number of experts throughout a prompt."""
+        """Rules other than static top-k with a constant number of experts within each prompt."""
         spreads = {n: self.table.values(n, "std_experts_per_token") for n in self.others}
         static = {n for n in self.others if self.config(n).get("method") == STATIC}
         return [n for n, s_n in spreads.items() if n not in static and len(s_n) and not s_n.any()]
 
     @property
     def categories(self) -> dict[str, tuple[int, dict[str, float]]]:
-        """Category -> its prompts and each configuration's mean experts; empty if it has no name.
+        """Category -> its number of prompts and the mean experts per configuration.
 
-        The first eight; the others are in the CSV.
+        Empty if no category has a name. The first eight; the others are in the CSV.
         """
         groups, frame = self.table.categories, self.table.frame
         found: dict[str, tuple[int, dict[str, float]]] = {}
@@ -177,14 +177,14 @@ class Facts:
 
     @property
     def exact_pairs(self) -> int:
-        """Pairs of the exact signed-rank tests; 0 if they are too many for exact ones."""
+        """Number of pairs in the exact signed-rank tests; 0 if too many for exact tests."""
         pairs = [as_float(self.compare(name, EXPERTS).get("n")) for name in self.others]
         most = max((n for n in pairs if math.isfinite(n)), default=0.0)
         return int(most) if most <= EXACT_PAIRS else 0
 
     @property
     def examples(self) -> list[tuple[str, list[tuple[str, str]]]]:
-        """A prompt of each of some categories, and its continuations."""
+        """One prompt from each of several categories, with its continuations."""
         frame = self.table.frame
         if "generated_text" not in frame.columns:
             return []
@@ -196,39 +196,39 @@ class Facts:
         return found
 
     def mean(self, name: str, metric: str = EXPERTS) -> float:
-        """Mean of a column over the finished experiments of a configuration."""
+        """Return the mean of a column over a configuration's finished experiments."""
         return self.table.mean(name, metric)
 
     def saved(self, name: str) -> float:
-        """Fraction of the baseline's experts that a configuration saves."""
+        """Return the fraction of the baseline's experts that a configuration saves."""
         return self.compared(name, EXPERTS, "reduction")
 
     def range_of_a_unit(self, name: str) -> str:
-        """Fewest and most experts that a token kept in a layer."""
+        """Format the minimum and maximum experts per token and layer."""
         low_n, high_n = (self.table.values(name, f"{end}_experts") for end in ("min", "max"))
         if not (len(low_n) and len(high_n)):
             return number(None)
         return f"{number(low_n.min(), 0)} to {number(high_n.max(), 0)}"
 
     def describe(self, name: str, metric: str) -> Mapping[str, Any]:
-        """{n, mean, sd, low, high, min, max} of a configuration; empty if the summary lacks it."""
+        """Return {n, mean, sd, low, high, min, max}; empty if the summary lacks it."""
         return child(self.summary, "configurations", name, "metrics", metric)
 
     def compare(self, name: str, metric: str) -> Mapping[str, Any]:
-        """The comparison of a configuration with the baseline; empty if the summary lacks it."""
+        """Return the comparison with the baseline; empty if the summary lacks it."""
         return child(self.summary, "comparisons", name, metric)
 
     def compared(self, name: str, metric: str, field: str) -> float:
-        """One number of that comparison; NaN if it isn't there."""
+        """Return one number of that comparison; NaN if missing."""
         return as_float(self.compare(name, metric).get(field))
 
     def config(self, name: str) -> Mapping[str, Any]:
-        """The configuration's fields in run.json."""
+        """Return the configuration's fields in run.json."""
         return child(self.spec, "configs", name)
 
 
 def _extremes(values: Mapping[str, Any], key: Any) -> list[tuple[str, Any]]:
-    """The entries with the lowest and the highest value; one if they are the same."""
+    """Return the entries with the lowest and the highest value; one entry if they coincide."""
     if not values:
         return []
     ends = (pick(values, key=lambda name: key(values[name])) for pick in (min, max))
@@ -236,7 +236,7 @@ def _extremes(values: Mapping[str, Any], key: Any) -> list[tuple[str, Any]]:
 
 
 def child(value: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
-    """Follow keys down; an empty mapping where the way ends."""
+    """Follow a path of keys; an empty mapping if it doesn't exist."""
     for key in path:
         below = value.get(key)
         value = below if isinstance(below, Mapping) else {}
@@ -244,11 +244,11 @@ def child(value: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
 
 
 def facts_of(results: Results, summary: Mapping[str, Any] | None = None) -> Facts:
-    """Gather what a report is made from.
+    """Gather the data of a report.
 
     Args:
-        results: a folder, read.
-        summary: the return value of `analyze_results`; None: that of the folder, or a new one.
+        results: contents of a results folder.
+        summary: return value of `analyze_results`; None: that of the folder, or a new one.
     """
     known = summary if summary is not None else results.summary
     return Facts(
@@ -261,15 +261,15 @@ def facts_of(results: Results, summary: Mapping[str, Any] | None = None) -> Fact
 
 
 def read_facts(experiments: pd.DataFrame, summary: Mapping[str, Any], folder: Path) -> Facts:
-    """Gather the same from a caller's own table, with as much of the folder as can be read.
+    """Gather the same from a caller's table and the readable part of the folder.
 
     Raises:
         InputError: a needed column is missing.
-        ResultsError: the file of timed rounds is damaged.
+        ResultsError: timings.csv is damaged.
     """
     try:
         stored = load_results(folder)
-    except ResultsError:  # the table in hand is whole: only some sections need the folder
+    except ResultsError:  # the table is complete: few sections need the folder
         table = experiments_of(experiments, read_timings(folder / TIMINGS))
         return Facts(table=table, summary=summary, run=read_run(folder), folder=folder)
     return Facts(
@@ -284,9 +284,9 @@ def read_facts(experiments: pd.DataFrame, summary: Mapping[str, Any], folder: Pa
 def _with_quality(
     summary: Mapping[str, Any], records: tuple[QualityRecord, ...]
 ) -> Mapping[str, Any]:
-    """Add the quality block to a summary that lacks it, as a user's own may.
+    """Add the quality block to a summary that lacks it, such as a user's own.
 
-    That of an older run doesn't say which rules are static top-k, and is made again.
+    A block of an older run doesn't mark the static top-k rules, so it is recomputed.
     """
     rows = child(summary, "quality").get("rules") or []
     is_whole = summary.get("quality") is not None and all("rule" in row for row in rows)

@@ -1,4 +1,4 @@
-"""The pictures of a run: `create_visualizations` draws them all into `plots/`."""
+"""Draw all plots of a run into `plots/`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BALANCE_PLOT: Final = "expert_utilization_cv.png"
 CATEGORY_PLOT: Final = "experts_by_category.png"
 LATENCY_PLOT: Final = "experts_vs_latency.png"
 STANDARD: Final = (EXPERTS_PLOT, TIME_PLOT, BALANCE_PLOT, CATEGORY_PLOT, LATENCY_PLOT)
-"""Written by every run, also by one without a finished experiment."""
+"""Plots that every run has, even without a finished experiment."""
 
 
 def create_visualizations(
@@ -34,9 +34,9 @@ def create_visualizations(
 
     Args:
         results: rows as in `bh_routing_results.csv`; failed rows are left out.
-        output_dir: the results folder.
-        summary: the return value of `analyze_results`, for the quality plot; by default the
-            summary in the folder.
+        output_dir: results folder.
+        summary: return value of `analyze_results`, for the quality plot; by default the summary in
+            the folder.
         kind: png, pdf or svg.
     Returns:
         Paths of the plots, in the order of the report.

@@ -1,4 +1,4 @@
-"""Write the files of a report: atomically, and never through a link."""
+"""Write the files of a report atomically, never through a symbolic link."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from bh_routing.results.records import PLOTS, RUN_JSON
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
-    """Write a file, and the folder it goes into if that is missing.
+    """Write a file, and create its folder if missing.
 
     Raises:
-        ResultsError: the folder's plots are a symbolic link to somewhere else, or the file can't
-            be written.
+        ResultsError: the plots folder is a symbolic link to another place, or the file can't be
+            written.
     """
     if path.parent.name == PLOTS and path.parent.is_symlink():
         raise ResultsError(
@@ -30,14 +30,14 @@ def write_bytes(path: Path, content: bytes) -> Path:
 
 
 def write_text(path: Path, content: str) -> Path:
-    """Write UTF-8 the same way; what UTF-8 can't hold becomes a question mark."""
+    """Write UTF-8 text the same way; unencodable characters become question marks."""
     return write_bytes(path, content.encode("utf-8", errors="replace"))
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Read run.json of a results folder; empty if it isn't there.
+    """Read run.json of a results folder; empty if there is none.
 
     Raises:
-        ResultsError: the file isn't a whole JSON object.
+        ResultsError: the file isn't a valid JSON object.
     """
     return find_json_object(folder / RUN_JSON) or {}

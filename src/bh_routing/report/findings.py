@@ -1,4 +1,4 @@
-"""What the numbers show, as typed findings that know how sure they are, and as titles of charts."""
+"""Findings of a run with their certainty, and titles of charts."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from bh_routing.report.text import cut_middle, listed, loss_percent, number, pla
 
 NAME_LIMIT = 24
 UNSTEADY = 0.10
-"""A quiet machine stays within a few percent of its speed."""
+"""The speed of a quiet machine varies by a few percent only."""
 
 Side = Literal["below", "above", "same", "undecided", "unknown"]
-"""Where a configuration lies beside the baseline, as far as the data decide it."""
+"""Position of a configuration relative to the baseline, as far as the data decide it."""
 Steadiness = Literal["steady", "unsteady", "unknown"]
 
 
 class Place(NamedTuple):
-    """Where experiments ran."""
+    """Machine on which experiments ran."""
 
     is_one_machine: bool
     text: str
-    """Completes "on ..."; empty if the run doesn't say."""
+    """Completes "on ..."; empty if unknown."""
 
 
 def place(run: Mapping[str, Any]) -> Place:
-    """Say where the experiments of a run ran."""
+    """Return the machine on which the experiments of a run ran."""
     executor, sessions = run.get("executor"), run.get("sessions")
     if isinstance(executor, Mapping) and executor.get("name") == "ray":
         return Place(False, f"{executor.get('workers')} workers of a Ray cluster")
@@ -47,23 +47,23 @@ def place(run: Mapping[str, Any]) -> Place:
 
 
 def span_of(counts: Iterable[int]) -> str:
-    """One number, or the least and the most."""
+    """Format one number, or the smallest and the largest."""
     known = sorted(counts)
     return str(known[0]) if known[0] == known[-1] else f"{known[0]} to {known[-1]}"
 
 
 def side(change: MeanInterval) -> Side:
-    """Where an interval lies beside 0."""
+    """Return the position of an interval relative to 0."""
     if not (math.isfinite(change.low) and math.isfinite(change.high)):
         return "unknown"
     return "below" if change.high < 0 else "above" if change.low > 0 else "undecided"
 
 
 def expert_sides(table: Experiments) -> dict[str, Side]:
-    """Whether each configuration keeps fewer or more experts than the baseline on these prompts.
+    """Return whether each configuration keeps fewer or more experts than the baseline.
 
-    Decided where every prompt agrees, since counts don't vary between runs, or else by the paired
-    t test, corrected by Holm over the configurations.
+    Decided if all prompts agree, since counts don't vary between runs, or else by the paired t
+    test, corrected by Holm over the configurations.
     """
     names = table.others if table.baseline is not None else []
     pairs = {name: table.paired(name, "avg_experts_per_token") for name in names}
@@ -84,7 +84,7 @@ def expert_sides(table: Experiments) -> dict[str, Side]:
 
 
 def balance_sides(table: Experiments) -> dict[str, Side]:
-    """Whether experts are loaded more evenly (below) than under the baseline, in units of noise."""
+    """Return whether the load is more even (below) than the baseline's, in units of noise."""
     names = table.others if table.baseline is not None else []
     differences = {n: np.subtract(*table.paired(n, "load_over_noise")) for n in names}
     return {
@@ -94,7 +94,7 @@ def balance_sides(table: Experiments) -> dict[str, Side]:
 
 
 def experts(table: Experiments) -> str:
-    """Say how many experts are kept, against the baseline's."""
+    """State the mean experts kept, compared with the baseline."""
     means = {name: table.mean(name, "avg_experts_per_token") for name in table.names}
     means = {name: mean for name, mean in means.items() if math.isfinite(mean)}
     if not means:
@@ -119,7 +119,7 @@ def _baseline(table: Experiments) -> str:
 
 
 def time(table: Experiments) -> str:
-    """Say what a configuration costs in time, prompt by prompt against the baseline."""
+    """State the changes of time against the baseline."""
     changes = time_changes(table)
     if not changes:
         return "Generation time by configuration"
@@ -143,9 +143,9 @@ def time(table: Experiments) -> str:
 
 
 def time_changes(table: Experiments) -> dict[str, MeanInterval]:
-    """The mean relative change of time against the baseline, with its interval.
+    """Return the mean relative change of time against the baseline, with its interval.
 
-    From rounds timed side by side; of an older run, prompt by prompt from one pass over them.
+    From interleaved rounds; for older runs, from one pass over the prompts, paired by prompt.
     """
     changes = {}
     if table.speed_ups:
@@ -163,10 +163,10 @@ def time_changes(table: Experiments) -> dict[str, MeanInterval]:
 
 
 def speed_spread(table: Experiments) -> float:
-    """Standard deviation over mean of the baseline's time per generated token, prompt excluded.
+    """Return the coefficient of variation of the baseline's decode time per token.
 
-    A fixed number of experts is the same work for every token, so what varies between prompts is
-    mostly the machine.
+    With a fixed number of experts every token takes the same work, so variation between prompts is
+    mostly that of the machine.
     """
     mine = table.frame[table.frame["config_name"] == table.baseline]
     steps = (mine["num_output_tokens"] - 1).where(mine["num_output_tokens"] > 1)
@@ -175,7 +175,7 @@ def speed_spread(table: Experiments) -> float:
 
 
 def steadiness(table: Experiments) -> Steadiness:
-    """Whether the machine's own speed stayed the same; unknown of too few or too short texts."""
+    """Return whether the machine's speed was steady; unknown from too few or too short texts."""
     spread = speed_spread(table)
     if not math.isfinite(spread):
         return "unknown"
@@ -183,7 +183,7 @@ def steadiness(table: Experiments) -> Steadiness:
 
 
 def grouped(sides: Mapping[str, str]) -> dict[str, list[list[str]]]:
-    """Side -> a list of the names there; a side without a name is left out."""
+    """Group names by side; sides without names are left out."""
     found: dict[str, list[list[str]]] = {}
     for name, where in sides.items():
         found.setdefault(where, [[]])[0].append(name)
@@ -191,10 +191,10 @@ def grouped(sides: Mapping[str, str]) -> dict[str, list[list[str]]]:
 
 
 def time_sides(table: Experiments) -> dict[str, list[list[str]]]:
-    """Group configurations by time; those that are slower, by whether they keep fewer experts.
+    """Group configurations by time, and slower ones by whether they keep fewer experts.
 
-    Groups are faster, slower_with_fewer, slower, undecided and unknown; `fewer` holds all that keep
-    fewer experts and `faster_with_fewer` the faster ones among them.
+    Groups are faster, slower_with_fewer, slower, undecided and unknown; `fewer` has all that keep
+    fewer experts, and `faster_with_fewer` the faster ones among them.
     """
     experts_kept = expert_sides(table)
     found: dict[str, list[list[str]]] = {}
@@ -211,15 +211,15 @@ def time_sides(table: Experiments) -> dict[str, list[list[str]]]:
 
 
 def is_unsteady(table: Experiments) -> bool:
-    """Whether the machine's own speed varied too much for times to be compared.
+    """Return whether the machine's speed varied too much to compare times.
 
-    What was timed side by side can be: its intervals hold what is left of that.
+    Interleaved timings can always be compared: their intervals cover the remaining variation.
     """
     return not table.speed_ups and steadiness(table) == "unsteady"
 
 
 def balance(table: Experiments) -> str:
-    """Say how much the load of experts varies, and how much of that noise alone would show."""
+    """State the variation of the expert load, and that expected from noise alone."""
     means = {name: table.mean(name, "expert_utilization_cv") for name in table.names}
     means = {name: mean for name, mean in means.items() if math.isfinite(mean)}
     if not means:
@@ -234,7 +234,7 @@ def balance(table: Experiments) -> str:
 
 
 def by_category(table: Experiments) -> str:
-    """Say how far the categories of prompts lie apart, where they lie furthest apart."""
+    """State the largest spread between categories of prompts."""
     means = table.frame.groupby(["config_name", "prompt_category"], sort=False)
     by_pair = means["avg_experts_per_token"].mean().dropna()
     if by_pair.empty:
@@ -254,7 +254,7 @@ def by_category(table: Experiments) -> str:
 
 
 def latency(table: Experiments) -> str:
-    """Say whether keeping fewer experts went along with less time."""
+    """State whether fewer experts coincided with less time."""
     changes, experts_kept = time_changes(table), expert_sides(table)
     fewer = {n: side(change) for n, change in changes.items() if experts_kept.get(n) == "below"}
     if not fewer:
@@ -273,12 +273,12 @@ def latency(table: Experiments) -> str:
 
 
 def show(name: object) -> str:
-    """A configuration's name in a sentence of a title."""
+    """Format a configuration's name for a title."""
     return cut_middle(plain(name), NAME_LIMIT) or "(no name)"
 
 
 def quality(found: QualityFindings) -> str:
-    """Say what the configurations cost, and whether static top-k costs less at the same mean."""
+    """State the configurations' losses, and whether static top-k loses less at the same mean."""
     tested = found.whole
     if not tested:
         return "Perplexity of static top-k by number of experts"

@@ -1,6 +1,6 @@
-"""Compare a run with what was expected of BH routing beforehand: `expectations.yaml`.
+"""Compare a run with prior expectations of BH routing (`expectations.yaml`).
 
-A verdict is `met`, `not met` or `not comparable`; the last two always say why.
+A verdict is `met`, `not met` or `not comparable`; the last two always have a reason.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One expectation and the measurement of this run; every text is Markdown."""
+    """One expectation and this run's measurement; all strings are Markdown."""
 
     subject: Markup
     expected: Markup
@@ -47,14 +47,14 @@ class Line:
 
 @cache
 def expected() -> Mapping[str, Any]:
-    """The expectations, as data."""
+    """Return the parsed expectations."""
     text = (files("bh_routing.report") / "expectations.yaml").read_text(encoding="utf-8")
     content: Mapping[str, Any] = yaml.safe_load(text)
     return content
 
 
 def compare_expectations(facts: Facts) -> list[Line]:
-    """Judge every expectation, in the order of the report."""
+    """Judge all expectations, in the order of the report."""
     given = expected()
     base = given["baseline"]
     return [
@@ -77,13 +77,13 @@ def compare_expectations(facts: Facts) -> list[Line]:
 
 
 def count_verdicts(lines: Iterable[Line]) -> dict[str, int]:
-    """How many lines have each verdict."""
+    """Count the lines with each verdict."""
     found = Counter(line.verdict for line in lines)
     return {verdict: found[verdict] for verdict in ("met", "not met", "not comparable")}
 
 
 def judge(value: float, ends: Range, digits: int) -> tuple[Verdict, str]:
-    """Compare at the precision that is shown, so that the table never contradicts itself."""
+    """Compare at the displayed precision, so that the table never contradicts itself."""
     shown, (low, high) = round(value, digits), ends
     if low <= shown <= high:
         return "met", ""
@@ -98,7 +98,7 @@ def _line(subject: str, wanted: str, measured: str, verdict: Verdict, why: str) 
 def _judged(
     subject: str, wanted: str, measured: str, value: float, ends: Range, digits: int, why_not: str
 ) -> Line:
-    """Judge one number, unless it is missing or can't be compared."""
+    """Judge one number, unless it is missing or not comparable."""
     why_not = why_not or ("" if math.isfinite(value) else "not measured in this run")
     if why_not:
         return _line(subject, wanted, measured, "not comparable", why_not)
@@ -173,7 +173,7 @@ def _time(facts: Facts) -> Line:
 
 
 def _off(values: Mapping[str, float], ends: Range, digits: int) -> list[str]:
-    """The names below and above a range, as clauses."""
+    """List the names below and above a range, as clauses."""
     reasons: dict[str, list[str]] = {}
     for name, value in values.items():
         verdict, why = judge(value, ends, digits)
@@ -221,12 +221,12 @@ def _memory(facts: Facts) -> Line:
 
 
 def _bh(facts: Facts) -> list[str]:
-    """The standard BH configurations that this run has, as they were expected to be."""
+    """Return the run's standard BH configurations that have the expected settings."""
     return [name for name in expected()["saved"] if not _deviation(facts, name)]
 
 
 def _deviation(facts: Facts, name: str) -> str:
-    """Why a configuration of this name isn't the one that was expected; empty if it is."""
+    """Return why the configuration of this name isn't the expected one; empty if it is."""
     wanted = list(map(float, expected()["shape"].values()))
     shape = [as_float(facts.model.get(key)) for key in expected()["shape"]]
     if all(map(math.isfinite, shape)) and shape != wanted:
@@ -279,7 +279,7 @@ def _compared(facts: Facts, field: str) -> dict[str, float]:
 
 
 def _no_test(facts: Facts) -> str:
-    """Why no BH configuration could be compared."""
+    """Return why no BH configuration could be compared."""
     notes = [str(facts.compare(name, EXPERTS).get("note") or "") for name in _bh(facts)]
     reason = next((note for note in notes if note), "")
     why = markdown(reason.rstrip(".")) or "no standard BH configuration could be compared"

@@ -1,7 +1,7 @@
-"""REPORT.md: a run in plain words, with its tables, plots, tests and limits, from templates.
+"""Render REPORT.md from templates: findings, tables, plots, tests and limitations of a run.
 
-The templates hold the words and the findings the numbers. Whatever a template prints is escaped
-for Markdown, unless a filter of this module made it; a text of a user or a model is data there.
+Templates contain the sentences, findings the numbers. All output of a template is escaped for
+Markdown unless a filter of this module made it: texts of users and models are data.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RULE_FIELDS: Final = (
     "alpha", "null", "temperature", "min_k", "max_k", "k", "procedure", "on_empty", "weights",
 )  # fmt: skip
 LISTED: Final = 6
-"""More configurations than this are counted, not listed."""
+"""Above this number, configurations are counted instead of listed."""
 
 
 def generate_markdown_report(
@@ -40,12 +40,12 @@ def generate_markdown_report(
 
     Args:
         results: rows as in `bh_routing_results.csv`.
-        summary: the return value of `analyze_results`; missing numbers print as a dash.
-        output_dir: the results folder; run.json and records.jsonl in it are used if present.
+        summary: return value of `analyze_results`; missing numbers are shown as a dash.
+        output_dir: results folder; its run.json and records.jsonl are used if present.
     Returns:
-        The report's path.
+        Path of the report.
     Raises:
-        InputError: a needed column is missing.
+        InputError: a required column is missing.
     """
     return write_report(read_facts(results, summary, Path(output_dir)))
 
@@ -56,7 +56,7 @@ def write_report(facts: Facts) -> Path:
 
 
 def context(facts: Facts) -> dict[str, Any]:
-    """What the templates of a run may name."""
+    """Return the variables of a run's templates."""
     lines = compare_expectations(facts)
     tally = ", ".join(f"{count} {verdict}" for verdict, count in count_verdicts(lines).items())
     return {
@@ -78,14 +78,14 @@ def context(facts: Facts) -> dict[str, Any]:
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill a template and join its wrapped lines, so that a paragraph is one line."""
+    """Fill a template and join wrapped lines, so that each paragraph is one line."""
     return flow(_environment().get_template(template).render(values))
 
 
 def flow(rendered: str) -> str:
-    """Join the lines of each paragraph and list item; tables, headings and code stay as they are.
+    """Join the lines of each paragraph and list item; tables, headings and code are unchanged.
 
-    List items without a text are dropped, as of a sentence that has nothing to say.
+    Empty list items are dropped.
 
     Example:
         >>> flow("- a\\n  b\\n- \\n\\n\\n\\n| x |\\n| y |")
@@ -125,14 +125,14 @@ def _environment() -> Environment:
 
 
 def _escaped(value: Any) -> Any:
-    """Escape what no filter made; a misspelt name is an error, not an empty text."""
+    """Escape values that no filter made; undefined names raise instead of printing nothing."""
     if isinstance(value, Undefined):
         value._fail_with_undefined_error()
     return value if isinstance(value, Markup) else Markup(text.markdown(value))
 
 
 def _safe(function: Callable[..., str]) -> Callable[..., Markup]:
-    """A filter whose text is Markdown already; a key that isn't there counts as no value."""
+    """Make a filter whose result is already Markdown; a missing key counts as no value."""
 
     def call(value: Any, *arguments: Any) -> Markup:
         known = [None if isinstance(given, Undefined) else given for given in (value, *arguments)]
@@ -160,7 +160,7 @@ def _verb(items: Sequence[Any], one: str, more: str) -> str:
 
 
 def _clauses(rendered: str) -> list[str]:
-    """The clauses of a filtered block, each ended by a mark."""
+    """Split a filtered block into its clauses, each of which ends with a marker."""
     clauses = (" ".join(clause.split()) for clause in re.split("[¦‖]", rendered))
     return [clause for clause in clauses if clause and clause != MISSING]
 

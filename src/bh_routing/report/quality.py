@@ -1,4 +1,4 @@
-"""The quality phase as findings: losses, and whether they differ from static top-k's."""
+"""Findings of the quality phase: losses, and comparisons with static top-k."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from bh_routing.analysis.quality_row import QualityRow, read_rows
 from bh_routing.report.text import as_float
 
 Answer = Literal["yes", "no", "undecided", "unknown"]
-"""Whether a rule loses less than static top-k with as many experts: decided by the interval of the
-difference, never by its sign."""
+"""Whether a rule loses less than static top-k with the same number of experts: decided by the
+interval of the difference, never by its sign."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QualityFindings:
-    """Rows of the quality table, and what follows from them."""
+    """Rows of the quality table, and conclusions from them."""
 
     rows: Sequence[QualityRow]
     answers: Mapping[str, Answer]
@@ -28,23 +28,23 @@ class QualityFindings:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the whole text."""
+        """Number of tokens of the whole text."""
         return max((row.tokens for row in self.rows), default=0)
 
     @property
     def documents(self) -> int:
-        """Documents of the whole text."""
+        """Number of documents of the whole text."""
         return max((row.documents for row in self.rows), default=0)
 
     @cached_property
     def comparable(self) -> list[QualityRow]:
-        """Rows that were scored on the whole text."""
+        """Rows scored on the whole text."""
         most = max(((row.tokens, row.documents) for row in self.rows), default=None)
         return [row for row in self.rows if (row.tokens, row.documents) == most]
 
     @property
     def partial(self) -> list[QualityRow]:
-        """Rows scored on less text, as in an unfinished run: not to be compared with others."""
+        """Rows scored on less text, as in an unfinished run: not comparable with others."""
         return [row for row in self.rows if row not in self.comparable]
 
     @property
@@ -54,29 +54,29 @@ class QualityFindings:
 
     @property
     def whole(self) -> list[QualityRow]:
-        """Those of them that were scored on the whole text."""
+        """Tested rows scored on the whole text."""
         return [row for row in self.comparable if not row.is_static]
 
     @property
     def least(self) -> QualityRow:
-        """The lowest estimate of these."""
+        """Row of `whole` with the lowest estimate."""
         return min(self.whole, key=lambda row: row.delta_nll)
 
     @property
     def most(self) -> QualityRow:
-        """The highest."""
+        """Row of `whole` with the highest estimate."""
         return max(self.whole, key=lambda row: row.delta_nll)
 
     @property
     def near(self) -> list[QualityRow]:
-        """Rows whose interval isn't clear of the lowest estimate's."""
+        """Other rows whose interval isn't entirely above that of the lowest estimate."""
         best = self.least
         return [row for row in self.whole if row is not best
                 and not row.delta_nll_low > best.delta_nll_high]  # fmt: skip
 
     @property
     def against(self) -> dict[str, list[list[QualityRow]]]:
-        """Answer -> a list of the rows with it, for answers that are known and that any row has."""
+        """Known answer -> a list with the group of rows that have it; empty answers left out."""
         found: dict[str, list[list[QualityRow]]] = {}
         for answer in ("no", "yes", "undecided"):
             rows = [row for row in self.whole if self.answers.get(row.config_name) == answer]
@@ -86,7 +86,7 @@ class QualityFindings:
 
     @property
     def verdicts(self) -> dict[str, list[list[QualityRow]]]:
-        """Verdict on the margin -> a list of the rows with it."""
+        """Verdict on the margin -> a list with the group of rows that have it."""
         found: dict[str, list[list[QualityRow]]] = {}
         for row in self.tested:
             found.setdefault(row.verdict, [[]])[0].append(row)
@@ -99,18 +99,18 @@ class QualityFindings:
 
     @property
     def noted(self) -> list[QualityRow]:
-        """Rows with a remark other than that they are the reference; ten at most."""
+        """Rows with a note other than that they are the reference; at most ten."""
         return [row for row in self.rows if row.note and not row.is_reference][:10]
 
     def static_there(self, row: QualityRow) -> float:
-        """The ratio of perplexities of static top-k at a row's mean; NaN where it is unknown."""
+        """Return static top-k's ratio of perplexities at a row's mean; NaN if unknown."""
         if row.is_static or row not in self.comparable:
             return math.nan
         return math.exp(reference_at(self.comparable, row.mean_experts))
 
 
 def quality_findings(summary: Mapping[str, Any] | None) -> QualityFindings:
-    """Read the quality block of a summary; without rows if quality was not measured."""
+    """Read the quality block of a summary; no rows if quality wasn't measured."""
     block = _block(summary)
     records = block.get("rules")
     rows = [row for row in read_rows(records or []) if math.isfinite(row.delta_nll)]
@@ -121,7 +121,7 @@ def quality_findings(summary: Mapping[str, Any] | None) -> QualityFindings:
 
 
 def margin_of(summary: Mapping[str, Any] | None) -> float:
-    """The non-inferiority margin in nats; the usual one unless the summary names another."""
+    """Return the non-inferiority margin in nats: that of the summary, or the default."""
     margin = as_float(_block(summary).get("margin"))
     return margin if margin > 0 else NON_INFERIORITY_MARGIN
 
@@ -129,21 +129,21 @@ def margin_of(summary: Mapping[str, Any] | None) -> float:
 def reference_at(
     rows: Sequence[QualityRow], mean_experts: float, field: str = "delta_nll"
 ) -> float:
-    """The delta_nll of static top-k at this mean, on the line between its neighbours.
+    """Return the delta_nll of static top-k at this mean, by linear interpolation.
 
-    Between k and k + 1 the line is the loss of mixing the two at random per token. NaN outside the
-    numbers of experts that were scored.
+    Between k and k + 1 this is the loss of choosing between the two at random per token. NaN
+    outside the range of the scored numbers of experts.
     """
     curve = sorted((row.mean_experts, getattr(row, field)) for row in rows if row.is_static)
     for (x0, y0), (x1, y1) in pairwise(curve):
-        # Wider gaps aren't bridged: the curve bends, and a chord would flatter whatever is above.
+        # No interpolation over wider gaps: the curve is convex, so the reference would be too high.
         if x0 <= mean_experts <= x1 and 0 < x1 - x0 <= 1.0 + 1e-9:
             return float(y0 + (y1 - y0) * (mean_experts - x0) / (x1 - x0))
     return math.nan
 
 
 def _answer(row: QualityRow, rows: Sequence[QualityRow], tested: Mapping[str, Any]) -> Answer:
-    """Take the paired test of the analysis; without one, compare intervals, which is stricter."""
+    """Return the paired test's answer; without a test compare intervals, which is stricter."""
     if row.config_name in tested:
         found = tested[row.config_name]
         answer = found.get("answer") if isinstance(found, Mapping) else None

@@ -1,4 +1,4 @@
-"""The conclusions of a sweep: tables, pictures and `SWEEP.md`, from its folder alone."""
+"""Write tables, charts and `SWEEP.md` of a sweep, from its folder alone."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ SWEEP_MD: Final = "SWEEP.md"
 
 
 def conclude_sweep(folder: Path, options: QualityOptions | None = None) -> list[Path]:
-    """Write the tables, pictures and the report of a sweep into its folder.
+    """Write the tables, charts and report of a sweep into its folder.
 
-    The same records give the same bytes.
+    The output is deterministic.
 
     Args:
-        folder: holds run.json and quality.jsonl.
+        folder: contains run.json and quality.jsonl.
         options: resamples and seed of the bootstrap.
     Returns:
-        Paths of sweep.csv, sweep_domains.csv, winners.csv, SWEEP.md and the two pictures.
+        Paths of sweep.csv, sweep_domains.csv, winners.csv, SWEEP.md and the two charts.
     Raises:
-        ResultsError: the folder isn't a sweep's, or a file can't be read whole.
+        ResultsError: the folder isn't that of a sweep, or one of its files is damaged.
     """
     tables = analyze_sweep(folder, options or QualityOptions())
     whole = pareto(tables.rows, pareto_title(tables.winners))

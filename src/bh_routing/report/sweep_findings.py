@@ -1,4 +1,4 @@
-"""The statistics of a sweep as findings: answers against each reference, and titles of charts."""
+"""Findings of a sweep: comparisons with each reference, and titles of charts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES: Final = {STATIC: "static top-k", TOP_P: "top-p", PER_LAYER: "per-layer to
 
 
 class Against(NamedTuple):
-    """A row of a sweep against one reference."""
+    """Comparison of a sweep's row with one reference."""
 
     difference: float
     low: float
@@ -33,18 +33,18 @@ class Against(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SweepFacts:
-    """What SWEEP.md is made from."""
+    """Data of SWEEP.md."""
 
     tables: SweepTables
 
     @property
     def model(self) -> object:
-        """The model's name."""
+        """Name of the model."""
         return child(self.tables.sweep.run, "model").get("name")
 
     @property
     def overall(self) -> list[Winner]:
-        """The winner of all rules at each budget."""
+        """Overall winner at each budget."""
         return [w for w in self.tables.winners if w.among == ALL_RULES]
 
     @property
@@ -54,28 +54,28 @@ class SweepFacts:
 
     @property
     def references(self) -> list[tuple[str, str]]:
-        """Names of the references; per-layer top-k only where it was asked for."""
+        """Names of the references; per-layer top-k only if requested."""
         asked = {row.rule for row in self.tables.rows} | {STATIC, TOP_P}
         return [(name, shown) for name, shown in NAMES.items() if name in asked]
 
     @property
     def curves(self) -> list[tuple[str, str]]:
-        """Those of them beside static top-k."""
+        """References other than static top-k."""
         return [reference for reference in self.references if reference[0] != STATIC]
 
     @property
     def bh(self) -> list[Winner]:
-        """The best BH variant at each budget."""
+        """Best BH variant at each budget."""
         return [w for w in self.tables.winners if w.among != ALL_RULES]
 
     @property
     def bh_rows(self) -> list[SweepRow]:
-        """Its rows, where it could be compared."""
+        """Rows of the best BH variants that could be compared."""
         return [winner.row for winner in self.bh if winner.row]
 
     @property
     def bh_answers(self) -> list[tuple[str, list[tuple[str, list[Winner]]]]]:
-        """Less or more -> references -> the budgets at which it clearly loses less or more."""
+        """Less or more -> reference -> budgets with a clearly lower or higher loss."""
         found = []
         for answer, how in (("yes", "less"), ("no", "more")):
             parts = [
@@ -94,7 +94,7 @@ class SweepFacts:
 
     @property
     def harder_bar(self) -> list[tuple[int, int, str]]:
-        """How many wins remain where the reference is joined on a log scale."""
+        """(remaining wins, wins, reference) if the reference is interpolated in log loss."""
         found = []
         for name, shown in NAMES.items():
             won = [row for row in self.tables.rows if self.against(row, name).answer == "yes"]
@@ -105,33 +105,33 @@ class SweepFacts:
 
     @property
     def compared(self) -> list[SweepRow]:
-        """Rows of rules at the budgets asked for, by budget."""
+        """Rows of rules at the requested budgets, by budget."""
         rows = [r for r in self.tables.rows if r.rule != STATIC and not r.is_curve_only]
         return sorted(rows, key=lambda row: -row.budget)
 
     @property
     def scored(self) -> list[SweepRow]:
-        """Rows that were scored."""
+        """Scored rows."""
         return [row for row in self.tables.rows if math.isfinite(row.mean_experts)]
 
     @property
     def off_budget(self) -> list[SweepRow]:
-        """Rows whose mean is away from their budget."""
+        """Rows whose mean deviates from their budget."""
         return [row for row in self.tables.rows if row.off_budget]
 
     @property
     def domains(self) -> list[DomainRow]:
-        """Rows by domain, static top-k left out."""
+        """Rows by domain, without static top-k."""
         return [row for row in self.tables.domains if row.rule != STATIC]
 
     @property
     def used(self) -> SweepRow:
-        """The row that was scored on most text."""
+        """The row scored on the most text."""
         return max(self.tables.rows, key=lambda row: row.clusters)
 
     @property
     def provenance(self) -> list[tuple[str, list[tuple[str, str | int]]]]:
-        """Blocks of run.json with their plain values."""
+        """Blocks of run.json with their scalar values."""
         found = []
         for block in ("model", "text", "calibration", "provenance", "timing"):
             scalars = [
@@ -146,7 +146,7 @@ class SweepFacts:
 
     @property
     def command(self) -> str:
-        """What was typed, or a command that makes the same sweep; safe to show as it is."""
+        """The command as typed, or an equivalent one; safe to show verbatim."""
         run = self.tables.sweep.run
         stored = child(run, "provenance").get("command")
         if isinstance(stored, str) and stored.isprintable():
@@ -159,13 +159,13 @@ class SweepFacts:
         return f"bh-routing sweep --model {quoted} --budgets {budgets}{size} --output FOLDER"
 
     def against(self, row: SweepRow, name: str) -> Against:
-        """A row against one reference."""
+        """Return the comparison of a row with one reference."""
         fields = ("difference", "low", "high", "saved", "saved_low", "saved_high", "p_corrected")
         values = [getattr(row, f"{name}_{field}") for field in fields]
         return Against._make([*values, getattr(row, f"beats_{name}")])
 
     def by_answer(self, winners: Sequence[Winner], name: str) -> dict[str, list[list[Winner]]]:
-        """Answer -> a list of the winners with it, those that are the reference left out."""
+        """Group winners by answer, without those that are the reference itself."""
         found: dict[str, list[list[Winner]]] = {}
         for winner in winners:
             if winner.row and winner.row.rule != name:
@@ -175,7 +175,7 @@ class SweepFacts:
 
 
 def series_label(row: SweepRow | DomainRow) -> str:
-    """Name a rule and its variant, once each.
+    """Return the names of a rule and its variant, without repetition.
 
     A variant's label may begin with the rule's own name.
     """
@@ -185,19 +185,19 @@ def series_label(row: SweepRow | DomainRow) -> str:
 
 
 def budgets_of(winners: Sequence[Winner]) -> str:
-    """The budgets of winners, as in a sentence."""
+    """List the budgets of winners, as in a sentence."""
     return f"{listed(f'{w.budget:g}' for w in winners)} experts"
 
 
 def span_saved(winners: Sequence[Winner], name: str = STATIC) -> str:
-    """The smallest and the largest fraction saved of a reference's increase."""
+    """Format the range of fractions saved of a reference's increase."""
     shares = [getattr(w.row, f"{name}_saved") for w in winners if w.row]
     shares = sorted(share for share in shares if math.isfinite(share))
     return " to ".join(dict.fromkeys(percent(share) for share in (shares[:1] + shares[-1:])))
 
 
 def pareto_title(winners: Sequence[Winner]) -> str:
-    """State who beats static top-k at equal cost, and by how much."""
+    """State which rules beat static top-k at equal cost, and by how much."""
     known = [w for w in winners if w.among == ALL_RULES and w.row]
     clear = [w for w in known if w.beats_top_k == "yes"]
     if not known:
@@ -228,14 +228,14 @@ def domains_title(winners: Sequence[Winner], domains: Sequence[DomainRow]) -> st
 
 
 def clear_domains(rows: Sequence[SweepRow], domains: Sequence[DomainRow]) -> list[int]:
-    """Count for each row the domains whose interval against static top-k lies below 0."""
+    """Count, for each row, the domains whose interval against static top-k is below 0."""
     return [
         sum(d.config_name == row.config_name and d.top_k_high < 0 for d in domains) for row in rows
     ]
 
 
 def is_kept_on_the_harder_bar(row: SweepRow, reference: str) -> bool:
-    """Whether a clear win stays one where the reference's losses are joined on a log scale."""
+    """Return whether a clear win remains if the reference is interpolated in log loss."""
     gap = getattr(row, f"{reference}_at_mean") - getattr(row, f"{reference}_geometric")
     high, p = getattr(row, f"{reference}_high"), getattr(row, f"{reference}_p_corrected")
     return bool(high + gap < 0 and p < SIGNIFICANCE_LEVEL)

@@ -1,4 +1,4 @@
-"""The experiments that finished, ready to draw and to describe."""
+"""Finished experiments, prepared for charts and tables."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ class Experiments:
     failures: list[tuple[str, str, str]]
     """Configuration, prompt and reason of each failed experiment."""
     speed_ups: Mapping[str, SpeedUp] = field(default_factory=dict)
-    """From rounds that were timed side by side; empty if there were none."""
+    """Speed-ups from interleaved rounds; empty if there were none."""
 
     @property
     def num_failed(self) -> int:
-        """Experiments that failed."""
+        """Number of failed experiments."""
         return len(self.failures)
 
     @property
     def others(self) -> list[str]:
-        """The configurations that are compared with the baseline."""
+        """Configurations other than the baseline."""
         return [name for name in self.names if name != self.baseline]
 
     @property
@@ -59,17 +59,17 @@ class Experiments:
         return [str(category) for category in self.frame["prompt_category"].drop_duplicates()]
 
     def values(self, name: str, column: str) -> NDArray[np.float64]:
-        """The finite values of one configuration."""
+        """Return the finite values of one configuration."""
         mine = self.frame.loc[self.frame["config_name"] == name, column]
         return mine.dropna().to_numpy(dtype=np.float64)
 
     def mean(self, name: str, column: str) -> float:
-        """The mean of one configuration; NaN without values."""
+        """Return the mean of one configuration; NaN without values."""
         values_n = self.values(name, column)
         return float(values_n.mean()) if len(values_n) else float("nan")
 
     def paired(self, name: str, column: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The values of a configuration and of the baseline on the prompts both finished."""
+        """Return the values of a configuration and the baseline on prompts that both finished."""
         pairs = pd.concat(
             [self._by_prompt(name, column), self._by_prompt(self.baseline or "", column)],
             axis=1,
@@ -84,11 +84,11 @@ class Experiments:
 
 
 def experiments_of(results: pd.DataFrame, timings: pd.DataFrame | None = None) -> Experiments:
-    """Take the finished rows of a results table; measures it lacks are NaN.
+    """Select the finished rows of a results table; missing columns become NaN.
 
     Args:
         results: rows as in `bh_routing_results.csv`.
-        timings: rounds that were timed side by side, as `load_results` reads them; None: none.
+        timings: interleaved rounds, as in `Results.timings`; None: none.
     Raises:
         InputError: config_name, prompt_text or avg_experts_per_token is missing.
     """

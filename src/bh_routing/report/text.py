@@ -1,7 +1,7 @@
-"""Make any text safe for the place where it is shown: a picture, Markdown, LaTeX, a spreadsheet.
+"""Escape and format any text for plots, Markdown, LaTeX and spreadsheets.
 
-Prompts and generated texts are whatever a user or a model wrote: markup, control characters,
-right-to-left marks, ten thousand characters. They are data here and never become structure.
+Prompts and generated texts are arbitrary: markup, control characters, right-to-left marks, ten
+thousand characters. They are data here and never become structure.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 CUT_MARK = "…"
 MISSING = "–"
 
-# What has a meaning inside a line: emphasis, code, links, tables, strikes, formulas.
+# Markup inside a line: emphasis, code, links, tables, strikethrough, formulas.
 _MARKDOWN = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)")
-# What has a meaning at its start only: lists, headings, quotes, rules.
+# Markup at the start of a line: lists, headings, quotes, rules.
 _MARKDOWN_START = re.compile(r"^(?:[-+=#>]|\d{1,9}(?=[.)](?:\s|$)))")
-# GitHub links addresses, mentions and issue numbers by itself, and has no backslash for them.
+# GitHub links addresses, mentions and issue numbers automatically; backslashes don't prevent it.
 _AUTOLINK = re.compile(r"@(?=\w)|:(?=//)|(?<=www)\.|#(?=\d)", re.IGNORECASE)
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -42,11 +42,11 @@ _LATEX = {
 }
 _LINE_BREAKS = re.compile(r"[\r\n\t\v\f\x1c-\x1e\x85\u2028\u2029]+")
 _FORMULA_START = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%", "＝", "＋", "－", "＠")
-_SPREADSHEET_CELL = 32_767  # UTF-16 units that one cell of a workbook can hold
+_SPREADSHEET_CELL = 32_767  # UTF-16 code units per cell
 
 
 def plain(text: object, limit: int | None = None) -> str:
-    """Return one line of visible characters, cut with a mark at `limit`.
+    """Return one line of visible characters, truncated with an ellipsis at `limit`.
 
     Line breaks become spaces; control characters, direction marks, unpaired surrogates and
     unassigned code points are dropped.
@@ -61,14 +61,14 @@ def plain(text: object, limit: int | None = None) -> str:
 
 
 def cut(text: str, limit: int | None) -> str:
-    """Shorten a text to `limit` characters, the last of which is then the mark."""
+    """Truncate a text to `limit` characters, the last of which is then an ellipsis."""
     if limit is None or len(text) <= limit:
         return text
     return text[: max(limit - len(CUT_MARK), 0)].rstrip() + CUT_MARK
 
 
 def cut_middle(text: str, limit: int) -> str:
-    """Shorten a name and keep its end, which is where the names of a series differ.
+    """Shorten a name in the middle, since the names of a series differ at the end.
 
     Example:
         >>> cut_middle("a_long_name_1", 7)
@@ -79,7 +79,7 @@ def cut_middle(text: str, limit: int) -> str:
 
 
 def markdown(text: object, limit: int | None = 200) -> str:
-    """Escape a text for one line or one table cell of Markdown, HTML included.
+    """Escape a text, including HTML, for one line or one table cell of Markdown.
 
     Example:
         >>> markdown("a|b <script>")
@@ -96,7 +96,7 @@ def _escape_start(found: re.Match[str]) -> str:
 
 
 def code(text: object, limit: int | None = 60) -> str:
-    """Show a name as Markdown code, or as escaped text where it holds what code can't.
+    """Format a name as Markdown code, or as escaped text if code can't represent it.
 
     Example:
         >>> code("bh_strict")
@@ -121,9 +121,9 @@ def latex(text: object, limit: int | None = 200) -> str:
 
 
 def spreadsheet(text: object) -> str:
-    """Return what a spreadsheet shows and never runs, free of control characters.
+    """Escape a text so that a spreadsheet never runs it, without control characters.
 
-    A text that begins like a formula gets an apostrophe in front, also behind leading blanks,
+    A text that begins like a formula is prefixed with an apostrophe, also after leading blanks,
     because programs strip those.
 
     Example:
@@ -141,18 +141,18 @@ def spreadsheet(text: object) -> str:
 
 
 def for_plot(text: object, limit: int | None = None) -> str:
-    """Return one line that the plot font can draw; other characters become a box."""
+    """Return one line that the plot font can draw; other characters become boxes."""
     return "".join(c if ord(c) in _drawable() else "□" for c in plain(text, limit))
 
 
 @cache
 def _drawable() -> frozenset[int]:
-    """Code points of the font that matplotlib brings along."""
+    """Return the code points of matplotlib's bundled font."""
     return frozenset(get_font(findfont(FontProperties(family=["DejaVu Sans"]))).get_charmap())
 
 
 def short_labels(names: Sequence[str], limit: int = 22) -> list[str]:
-    """Cut names for an axis and keep them distinct, by their ends or else by a number.
+    """Shorten names for an axis, kept distinct by their ends or else by a number.
 
     Example:
         >>> short_labels(["a_long_name_1", "a_long_name_2", "b"], limit=7)
@@ -172,7 +172,7 @@ def short_labels(names: Sequence[str], limit: int = 22) -> list[str]:
 
 
 def number(value: object, digits: int = 2) -> str:
-    """Format a finite number with fixed decimals; anything else is a dash.
+    """Format a finite number with fixed decimals, and anything else as a dash.
 
     Example:
         >>> number(3.14159), number(float("nan")), number(-0.001)
@@ -187,13 +187,13 @@ def number(value: object, digits: int = 2) -> str:
 
 
 def signed(value: object, digits: int = 2) -> str:
-    """Format a finite number with its sign, also a plus."""
+    """Format a finite number with an explicit sign."""
     text = number(value, digits)
     return text if text[0] in "−–" or not float(text) else "+" + text
 
 
 def percent(share: object, digits: int = 0) -> str:
-    """Format a share as percent without a plus.
+    """Format a fraction as a percentage.
 
     Example:
         >>> percent(0.386)
@@ -204,13 +204,13 @@ def percent(share: object, digits: int = 0) -> str:
 
 
 def signed_percent(share: object, digits: int = 0) -> str:
-    """Format a relative change as percent with its sign."""
+    """Format a relative change as a signed percentage."""
     text = signed(as_float(share) * 100, digits)
     return text if text == MISSING else text + " %"
 
 
 def loss_percent(ratio: object) -> str:
-    """Format a ratio of perplexities as a change; past +100 % a decimal would only feign care.
+    """Format a ratio of perplexities as a relative change, without decimals beyond +100 %.
 
     Example:
         >>> loss_percent(1.0474), loss_percent(3.4196)
@@ -221,7 +221,7 @@ def loss_percent(ratio: object) -> str:
 
 
 def p_value(value: object) -> str:
-    """Format a p-value: three decimals, small ones with more or in powers of ten.
+    """Format a p-value with three decimals; small ones with more, or as powers of ten.
 
     Example:
         >>> p_value(0.0321), p_value(0.00049), p_value(2.4e-9)
@@ -239,13 +239,13 @@ def p_value(value: object) -> str:
 
 
 def interval(low: object, high: object, digits: int = 2) -> str:
-    """Format an interval; a dash if an end is missing."""
+    """Format an interval, or a dash if an end is missing."""
     ends = number(low, digits), number(high, digits)
     return MISSING if MISSING in ends else f"[{ends[0]}, {ends[1]}]"
 
 
 def as_float(value: object) -> float:
-    """Read a number from JSON or a table; what isn't one is NaN."""
+    """Convert a value of JSON or a table to float; NaN if it isn't a number."""
     try:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -253,7 +253,7 @@ def as_float(value: object) -> float:
 
 
 def listed(items: Iterable[str]) -> str:
-    """Join as in a sentence.
+    """Join items as in a sentence.
 
     Example:
         >>> listed(["a", "b", "c"])

@@ -1,4 +1,4 @@
-"""Every chart of the package, each defined once: as PNG, PDF and SVG, and inside report.html."""
+"""Charts of the package, each defined once for PNG, PDF, SVG and report.html."""
 
 from bh_routing.report.charts import experiments, layers, quality
 from bh_routing.report.charts.chart import Chart, draw_charts

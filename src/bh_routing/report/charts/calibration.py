@@ -1,4 +1,4 @@
-"""Charts of a calibration: do the observed scores look like the null distribution?
+"""Charts of a calibration: observed scores compared with the null distribution.
 
 Axes: N reference scores, M observed scores.
 """
@@ -39,10 +39,10 @@ _SLOTS: Final = ("needed", "needed_by_loss")
 
 
 def null_charts(path: str | Path) -> dict[str, Chart]:
-    """Make one chart per null distribution of a calibration file, of a few layers over the depth.
+    """Make one chart per null distribution of a calibration file, of a few layers across the depth.
 
     Raises:
-        CalibrationError: it is no calibration, or an old one without observed scores.
+        CalibrationError: the file isn't a calibration, or an old one without observed scores.
     """
     charts = {}
     for null, panels in _samples(path).items():
@@ -68,12 +68,12 @@ def plot_calibration(path: str | Path, folder: str | Path) -> list[Path]:
 
     Args:
         path: the safetensors file that `bh-routing calibrate` wrote.
-        folder: where the pages go, as `calibration_<null>.png`; more than `PANELS_A_PAGE` layers
-            go on over further pages.
+        folder: output folder for `calibration_<null>.png`; more than `PANELS_A_PAGE` layers are
+            split over several pages.
     Returns:
         Paths of the pages.
     Raises:
-        CalibrationError: it is no calibration, or an old one without observed scores.
+        CalibrationError: the file isn't a calibration, or an old one without observed scores.
     """
     written = []
     for null, panels in _samples(path).items():
@@ -120,7 +120,7 @@ def draw_null(null: str, panels: Sequence[NullSample]) -> Picture:
 
 
 def finding(null: str, panels: Sequence[NullSample]) -> str:
-    """Say in one sentence how far the observed scores are from the null distribution.
+    """State in one sentence how far the observed scores are from the null distribution.
 
     Example:
         >>> import numpy as np
@@ -141,7 +141,7 @@ def _draw_density(axes: Any, panel: NullSample, *, is_log: bool) -> None:
     ends = np.array([np.quantile(scores, (0.002, 0.998)) for scores in both])
     space = np.geomspace if is_log else np.linspace
     bins = space(ends[:, 0].min(), ends[:, 1].max(), _NUM_BINS + 1)
-    # Of log scores, the density by log: equal bins on the axis are compared as they look.
+    # For log scores, density per log unit, so that equal bins on the axis are comparable.
     heights = [np.histogram(scores, bins)[0] / scores.size for scores in both]
     axes.stairs(heights[0], bins, fill=True, color=BASELINE, alpha=0.35, label="reference")
     axes.stairs(heights[1], bins, color=BLUE, linewidth=1.6, label="observed")

@@ -1,7 +1,7 @@
-"""A chart of a run is one function: it takes the run's facts and returns a `Chart`.
+"""Registry of a run's charts: each is one function from the run's facts to a `Chart`.
 
-`@chart(section)` puts what the function returns into that section of report.html and, under the
-function's name, into the run's `plots/`. docs/adding-a-chart.md shows one.
+`@chart(section)` adds the chart to that section of report.html and, under the function's name, to
+the run's `plots/`. docs/adding-a-chart.md has an example.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from bh_routing.report.charts.style import Picture, look, set_title
 from bh_routing.report.facts import Facts
 
 SECTIONS: Final = ("quality", "layers", "time")
-"""Where a chart can stand, in the order of the report."""
+"""Sections with charts, in the order of the report."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chart:
-    """One chart, in one view or in several to choose from."""
+    """One chart, with one view or several to choose from."""
 
     finding: str
-    """The title: one sentence on what the numbers show."""
+    """Title: the finding in one sentence."""
     description: str
-    """What is drawn, for readers who can't see it."""
+    """Alternative text."""
     views: Mapping[str, Callable[[], Picture]]
-    """Name -> the function that draws it; `plots/` holds the first."""
+    """Name -> drawing function; `plots/` contains the first."""
     table: Sequence[Sequence[str]] = ()
-    """The drawn numbers, the header first."""
+    """The plotted numbers, header first."""
 
     def picture(self) -> Picture:
         """Draw the first view under the finding."""
@@ -44,10 +44,10 @@ CHARTS: Final[dict[str, tuple[str, ChartFunction]]] = {}
 
 
 def chart(section: str) -> Callable[[ChartFunction], ChartFunction]:
-    """Make a function one of the run's charts; it returns None where the run lacks the data.
+    """Register a function as a chart of a run; it returns None if the run lacks the data.
 
     Args:
-        section: one of `SECTIONS`, the part of report.html that shows it.
+        section: section of report.html, one of `SECTIONS`.
     """
     assert section in SECTIONS, f"{section!r} is none of the sections {', '.join(SECTIONS)}"
 
@@ -59,7 +59,7 @@ def chart(section: str) -> Callable[[ChartFunction], ChartFunction]:
 
 
 def draw_charts(facts: Facts) -> dict[str, dict[str, Chart]]:
-    """Return every chart that the run has data for: section -> name -> chart."""
+    """Return all charts for which the run has data: section -> name -> chart."""
     made = {name: function(facts) for name, (_, function) in CHARTS.items()}
     return {
         section: {name: c for name, c in made.items() if c and CHARTS[name][0] == section}

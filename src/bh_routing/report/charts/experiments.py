@@ -1,4 +1,4 @@
-"""Charts of a run's experiments: experts, load and time, by configuration."""
+"""Charts of experts, load and time by configuration."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LOAD = "Variation of expert load (SD / mean)"
 
 
 def _means(table: Experiments, column: str, reference: str = "") -> list[Bar]:
-    """One bar per configuration: its mean over prompts, and each prompt as a dot."""
+    """Return one bar per configuration: its mean over prompts, and each prompt as a dot."""
     return [
         Bar(
             name,
@@ -67,14 +67,14 @@ def experts_by_category(facts: Facts) -> Chart:
 
 @chart("layers")
 def expert_utilization_cv(facts: Facts) -> Chart:
-    """Variation of expert load by configuration, with the sampling noise in it."""
+    """Variation of expert load by configuration, with its sampling noise."""
     bars = _means(facts.table, BALANCE, f"{BALANCE}_noise")
     return bar_chart(findings.balance(facts.table), bars, LOAD, dots="prompts", lines=NOISE)
 
 
 @chart("layers")
 def load_on_evaluation_text(facts: Facts) -> Chart | None:
-    """The same on the evaluation text, which is long enough for little noise."""
+    """The same on the evaluation text, whose length keeps noise low."""
     measured = child(facts.summary, "quality", "load_balance")
     found = {str(name): child(measured, name, "measures", "cv") for name in measured}
     grey = {row.config_name: BASELINE for row in facts.quality.rows if row.is_static}
@@ -99,10 +99,10 @@ def load_on_evaluation_text(facts: Facts) -> Chart | None:
 
 
 def _times(table: Experiments) -> tuple[list[Bar], str, str]:
-    """Bars of time with their label, and what their dots are.
+    """Return bars of time, their axis label, and the meaning of their dots.
 
-    From rounds in which all configurations were timed, in percent of the baseline's time in the
-    same round; of an older run per prompt.
+    From interleaved rounds, in percent of the baseline's time in the same round; for older runs per
+    prompt.
     """
     rounds = {
         name: found
@@ -121,7 +121,7 @@ def _times(table: Experiments) -> tuple[list[Bar], str, str]:
             for name, found in rounds.items()
         ]
         return bars, f"Generation time (% of {findings.show(table.baseline)})", "rounds"
-    # Per token: prompts differ in how soon the model ends, and that isn't the rule's doing.
+    # Per token: the length of a generated sequence depends on the prompt, not on the rule.
     tokens = table.frame["num_output_tokens"].where(table.frame["num_output_tokens"] > 0)
     frame = table.frame.assign(latency=1000.0 * table.frame[SECONDS] / tokens)
     values = {n: frame.loc[frame["config_name"] == n, "latency"].dropna() for n in table.names}
@@ -131,7 +131,7 @@ def _times(table: Experiments) -> tuple[list[Bar], str, str]:
 
 @chart("time")
 def inference_time_comparison(facts: Facts) -> Chart:
-    """Time by configuration, against the baseline's where rounds were timed."""
+    """Time by configuration, relative to the baseline if rounds were timed."""
     bars, label, dots = _times(facts.table)
     return bar_chart(findings.time(facts.table), bars, label, dots=dots)
 
@@ -170,7 +170,7 @@ def experts_vs_latency(facts: Facts) -> Chart:
 
 @chart("time")
 def prefill_and_decode(facts: Facts) -> Chart | None:
-    """Time per prompt in one pass over the prompts, with its split."""
+    """Time per prompt in one pass over the prompts, split into prefill and decoding."""
     frame = facts.table.frame
     if "prefill_time_sec" not in frame.columns:
         return None

@@ -1,4 +1,4 @@
-"""Where experts are kept: by layer, how many, which, and how evenly.
+"""Charts of kept experts by layer: mean, distribution and load.
 
 Axes: L layers, E experts, C counts, N configurations.
 """
@@ -20,7 +20,7 @@ from bh_routing.results.records import ExperimentDetail
 def _summed(
     facts: Facts, table: Callable[[ExperimentDetail], list[list[int]]]
 ) -> dict[str, Floats]:
-    """Add a table of whole numbers over each configuration's prompts; short rows end in zeros."""
+    """Sum a table of integers over each configuration's prompts; short rows are zero-padded."""
     tables = {
         name: [np.array(table(d), float) for (own, _), d in facts.details.items() if own == name]
         for name in facts.names
@@ -62,7 +62,7 @@ def experts_by_layer(facts: Facts) -> Chart | None:
 
 @chart("layers")
 def expert_counts(facts: Facts) -> Chart | None:
-    """How often a token keeps each number of experts, by configuration and by layer."""
+    """Distribution of the number of experts per token, by configuration and by layer."""
     counts = _summed(facts, lambda detail: detail.count_histogram)
     if not counts:
         return None
@@ -95,7 +95,7 @@ def _percent(counts_YC: Floats) -> Floats:
 
 @chart("layers")
 def expert_load(facts: Facts) -> Chart | None:
-    """How often each expert was kept, as a multiple of an even load, by configuration."""
+    """Load of each expert, as a multiple of an even load, by configuration."""
     loads = _summed(facts, lambda detail: detail.expert_counts)
     if not loads:
         return None

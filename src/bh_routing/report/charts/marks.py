@@ -1,4 +1,4 @@
-"""What charts are made of: bars, heat maps, points with intervals, legends and axes.
+"""Elements of charts: bars, heat maps, points with intervals, legends and axes.
 
 Axes: Y rows, X columns, n values.
 """
@@ -25,27 +25,27 @@ Looks = Mapping[str, tuple[str, str]]
 """Name -> colour and marker."""
 CELLS_WITH_NUMBERS: Final = 100
 CELLS_WITH_TIPS: Final = 2048
-"""More cells than this would make report.html large."""
+"""Above this number of cells, tips would make report.html large."""
 MAX_LOSS_TICKS: Final = 11
 
 
 class Bar(NamedTuple):
-    """One bar with what is drawn on and below it; NaN is left out."""
+    """One bar with its dots and reference; NaN is left out."""
 
     name: str
     value: float
     dots: Sequence[float] = ()
-    """Single values."""
+    """Individual values."""
     low: float = math.nan
     high: float = math.nan
     reference: float = math.nan
-    """A value to compare with, as a line across the bar."""
+    """Value for comparison, drawn as a line across the bar."""
     colour: str = ""
-    """The name's own unless given."""
+    """Colour of the bar; by default that of its name."""
 
 
 class Point(NamedTuple):
-    """One marker with its interval; an unknown end leaves the interval out."""
+    """One marker with its interval, which is left out if an end is unknown."""
 
     name: str
     x: float
@@ -58,11 +58,11 @@ class Point(NamedTuple):
 def bar_chart(
     finding: str, bars: Sequence[Bar], label: str, *, dots: str = "", lines: str = ""
 ) -> Chart:
-    """Make a chart of horizontal bars, the first on top, with their single values as dots below.
+    """Make a chart of horizontal bars, first on top, with individual values as dots below.
 
     Args:
-        label: of the value axis, with its unit.
-        dots, lines: what the bars' dots and references are.
+        label: label of the value axis, with unit.
+        dots, lines: descriptions of the dots and references.
     """
     notes = [f"dots: {dots}"] * any(bar.dots for bar in bars)
     notes += [f"lines: {lines}"] * any(math.isfinite(bar.reference) for bar in bars)
@@ -107,7 +107,7 @@ def _draw_bars(bars: Sequence[Bar], label: str) -> Picture:
 
 
 def spread(count: int, half_width: float) -> Floats:
-    """Offsets that keep dots apart: the same at every call, evenly filling the strip."""
+    """Return deterministic offsets that spread dots evenly over a strip."""
     golden = 0.618_033_988_75
     return np.asarray((((np.arange(count) * golden) % 1.0) * 2.0 - 1.0) * half_width)
 
@@ -118,11 +118,11 @@ def draw_heat_map(
     columns: Sequence[str] | range,
     labels: tuple[str, str, str],
 ) -> Picture:
-    """Draw a table of numbers as colours, with the numbers where they fit.
+    """Draw a table of numbers as colours, with the numbers shown if they fit.
 
     Args:
         rows, columns: names, or a range of numbers.
-        labels: of the columns' axis, the rows' axis and the colours.
+        labels: labels of the columns' axis, the rows' axis and the colour bar.
     """
     height, width = values_YX.shape
     figure, axes = new_figure(1.2 + min((0.2 if isinstance(rows, range) else 0.3) * height, 6.0))
@@ -160,7 +160,7 @@ def draw_heat_map(
 def table_of(
     values_YX: Floats, rows: Sequence[str], columns: Iterable[object]
 ) -> list[tuple[str, ...]]:
-    """The numbers of a heat map for `Chart.table`."""
+    """Return the numbers of a heat map for `Chart.table`."""
     return [
         ("configuration", *(plain(column, 40) for column in columns)),
         *((plain(name, 40), *map(number, row)) for name, row in zip(rows, values_YX, strict=True)),
@@ -168,14 +168,14 @@ def table_of(
 
 
 def looks_of(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Give each name its colour and its marker."""
+    """Assign a colour and a marker to each name."""
     known = list(names)
     colours, markers = colours_of(known), markers_of(known)
     return {name: (colours[name], markers[name]) for name in known}
 
 
 def draw_points(figure: Picture, axes: Axes, points: Iterable[Point], looks: Looks) -> None:
-    """Draw each point as its name's marker with its interval."""
+    """Draw each point with its interval, as the marker of its name."""
     for point in points:
         if math.isfinite(point.low) and math.isfinite(point.high):
             axes.vlines(
@@ -187,7 +187,7 @@ def draw_points(figure: Picture, axes: Axes, points: Iterable[Point], looks: Loo
 
 
 def add_legend(figure: Figure, looks: Looks, *others: Line2D) -> None:
-    """List names by their markers below the axes, after other lines with their labels."""
+    """Add a legend of markers below the axes, after other labelled lines."""
     handles = [*others, *(Line2D([], [], **_marker(look)) for look in looks.values())]
     labels = [*(str(line.get_label()) for line in others), *short_labels(list(looks), 60)]
     figure.legend(
@@ -208,12 +208,12 @@ def _marker(look: tuple[str, str]) -> dict[str, Any]:
 
 
 def loss_axis(axes: Axes, losses: Iterable[float]) -> None:
-    """Give the vertical axis, in percent, a scale on which 1 % and 500 % are both readable.
+    """Scale the vertical axis, in percent, so that 1 % and 500 % are both legible.
 
-    It is linear around 0 and logarithmic beyond (asinh), also below 0.
+    The scale is linear around 0 and logarithmic beyond (asinh), also below 0.
 
     Args:
-        losses: the percentages to be seen; NaN doesn't count.
+        losses: percentages to show; NaN is ignored.
     """
     seen = [loss for loss in losses if math.isfinite(loss)] or [0.0]
     unit = 1.0 if max(map(abs, seen)) > 5.0 else 0.1
@@ -234,7 +234,7 @@ def loss_axis(axes: Axes, losses: Iterable[float]) -> None:
 
 
 def percent_change(delta_nll: float) -> float:
-    """Change in perplexity, in percent, that a difference in NLL is.
+    """Convert a difference in NLL to a change in perplexity, in percent.
 
     Example:
         >>> round(percent_change(0.0953), 2)
@@ -244,7 +244,7 @@ def percent_change(delta_nll: float) -> float:
 
 
 def from_zero(axes: Axes, *, x: float = math.nan, y: float = math.nan) -> None:
-    """Start an axis at 0 and leave room behind its largest value."""
+    """Start an axis at 0 and leave room beyond its largest value."""
     if math.isfinite(x) and x > 0:
         axes.set_xlim(0.0, 1.06 * x)
     if math.isfinite(y) and y > 0:

@@ -1,4 +1,4 @@
-"""Quality lost against experts kept: the chart that decides whether anything was saved."""
+"""Charts of quality lost against experts kept."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def quality_vs_experts(facts: Facts) -> Chart | None:
 
 
 def compared_quality(runs: Mapping[str, Facts]) -> Chart | None:
-    """The same of several runs: every configuration's marker is its run's."""
+    """The same for several runs: a configuration has the marker of its run."""
     rows = [(run, row) for run, facts in runs.items() for row in facts.quality.rows]
     if not rows:
         return None

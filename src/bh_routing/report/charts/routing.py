@@ -1,6 +1,6 @@
-"""Charts of any routing: how many experts tokens keep, where, and which ones.
+"""Charts of any routing: number of experts per token, by layer, and expert load.
 
-Every function takes arrays, Series or tensors, returns the figure, and saves it if asked to.
+Every function takes arrays, Series or tensors, returns the figure, and optionally saves it.
 Axes: T tokens, L layers, E experts, A alphas.
 """
 
@@ -47,20 +47,20 @@ def plot_expert_count_distribution(
     alpha: float | None = None,
     save_path: PathLike | None = None,
 ) -> Figure:
-    """Draw how the number of experts kept is distributed.
+    """Draw the distribution of the number of experts kept.
 
-    Whole numbers are counts and get one bar each; other numbers are means, such as one a prompt,
+    Integers are counts and get one bar each; other numbers are means, such as one per prompt,
     and get a histogram with every value as a point.
 
     Args:
         counts: experts kept, of any shape; `trace.expert_counts` or a column of the results.
         method_name: shown in the title, such as the configuration's name.
         alpha: shown in the title if given.
-        save_path: where to write the figure, ending in .png, .pdf, .svg or .jpg.
+        save_path: output file, ending in .png, .pdf, .svg or .jpg.
     Returns:
         The figure.
     Raises:
-        InputError: there is no finite value, or a value is negative.
+        InputError: no value is finite, or a value is negative.
     Example:
         >>> figure = plot_expert_count_distribution([1, 4, 4, 8], method_name="bh", alpha=0.05)
     """
@@ -92,12 +92,12 @@ def plot_alpha_sensitivity(
     """Draw mean experts against alpha.
 
     Args:
-        alphas: the values tried, in (0, 1), shape (A,).
-        mean_experts: means of experts kept, shape (A,), or (A, prompts) to show each prompt.
+        alphas: values of alpha in (0, 1), shape (A,).
+        mean_experts: mean experts kept, shape (A,), or (A, prompts) to show each prompt.
         method_name: shown in the title.
         top_k: the model's own number of experts, drawn as a line.
         noise: mean experts on pure noise at the same alphas, shape (A,), drawn as a second line.
-        save_path: where to write the figure.
+        save_path: output file.
     Raises:
         InputError: lengths differ, or an alpha is outside (0, 1).
     """
@@ -144,15 +144,15 @@ def plot_routing_heatmap(
     tokens: Sequence[str] | None = None,
     save_path: PathLike | None = None,
 ) -> Figure:
-    """Draw how many experts each token keeps in each layer.
+    """Draw the number of experts kept per token and layer.
 
     Args:
         expert_counts: shape (T, L), such as `trace.expert_counts`.
         method_name: shown in the title.
-        tokens: the tokens' texts, T of them; written below if they are few enough to read.
-        save_path: where to write the figure.
+        tokens: texts of the T tokens, shown on the axis if legible.
+        save_path: output file.
     Raises:
-        InputError: not two-dimensional, or the number of tokens differs.
+        InputError: the array isn't two-dimensional, or the number of tokens differs.
     """
     counts_TL = _two_axes(numbers(expert_counts, "expert_counts"), "expert_counts (tokens, layers)")
     num_tokens, num_layers = counts_TL.shape
@@ -179,15 +179,15 @@ def plot_routing_heatmap(
 def plot_expert_utilization(
     utilization: Any, method_name: str = "", save_path: PathLike | None = None
 ) -> Figure:
-    """Draw each layer's load, experts sorted by it, as a multiple of an even load.
+    """Draw each layer's sorted expert load, as a multiple of an even load.
 
     Args:
         utilization: tokens that kept each expert, shape (L, E) or (E,), such as
             `trace.utilization`.
         method_name: shown in the title.
-        save_path: where to write the figure.
+        save_path: output file.
     Raises:
-        InputError: wrong number of axes, a negative number, or no assignment at all.
+        InputError: the number of axes is wrong, a number is negative, or all are 0.
     """
     load_LE = _two_axes(np.atleast_2d(numbers(utilization, "utilization")), "utilization")
     load_LE = np.nan_to_num(load_LE)
@@ -223,14 +223,14 @@ def plot_layerwise_counts(
 ) -> Figure:
     """Draw the mean experts kept in each layer.
 
-    A single method also shows the middle 80 % of its tokens as a band.
+    For a single method, a band also shows the middle 80 % of its tokens.
 
     Args:
-        counts: shape (T, L), or means of shape (L,), or a mapping from a name to either.
+        counts: shape (T, L), or means of shape (L,), or a mapping from names to either.
         method_name: shown in the title; names a single array.
-        save_path: where to write the figure.
+        save_path: output file.
     Raises:
-        InputError: an array has neither shape, or the mapping is empty.
+        InputError: an array has another shape, or the mapping is empty.
     """
     named = counts if isinstance(counts, Mapping) else {method_name or "experts": counts}
     if not named:
@@ -327,7 +327,7 @@ def _one_a_row(array: Floats, rows: int, what: str) -> Floats:
 
 
 def _row_means(array: Floats) -> Floats:
-    """Mean over finite values of each row; NaN for a row without any."""
+    """Return the mean over finite values of each row; NaN for rows without any."""
     finite = np.isfinite(array)
     known = finite.sum(axis=1)
     sums = np.where(finite, array, 0.0).sum(axis=1)

@@ -1,6 +1,6 @@
-"""The look of every chart: fonts, colours, sizes, and how a figure becomes a file.
+"""Style of all charts (fonts, colours, sizes), and export of figures to files.
 
-Figures are made without pyplot, so nobody's backend, open windows or settings change.
+Figures are made without pyplot, so the caller's backend, windows and settings don't change.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bh_routing.errors import InputError
 from bh_routing.report.files import write_bytes
 from bh_routing.report.text import for_plot
 
-# A figure of this width keeps its text at about 7 points when printed half a page wide.
+# At this width, text is about 7 points high when printed half a page wide.
 WIDTH_INCHES: Final = 5.4
 DPI: Final = 150
 MAX_HEIGHT_INCHES: Final = 14.0
@@ -38,8 +38,8 @@ PAPER: Final = "#ffffff"
 BASELINE: Final = "#4d4d4d"
 BLUE: Final = "#0072b2"
 ORANGE: Final = "#e69f00"
-# Okabe & Ito (2008), told apart with every common form of colour blindness. The five
-# configurations of the standard run keep theirs in every chart and every run.
+# Okabe & Ito (2008), distinguishable with all common forms of colour blindness. The five
+# configurations of the standard run have the same colours in every chart and run.
 FIXED_COLOURS: Final = {
     "topk_8": BASELINE,
     "bh_strict": BLUE,
@@ -67,7 +67,7 @@ DARK: Final = {
     "#332288": "#9485ee",
     "#882255": "#d56c9d",
 }
-"""Colours that would be too dark on the HTML report's dark theme, and what replaces them."""
+"""Colours too dark for the HTML report's dark theme -> their replacements."""
 
 SETTINGS: Final[Any] = {
     "font.family": ["DejaVu Sans"],
@@ -108,7 +108,7 @@ _UNUSED: Final = re.compile(
 
 @contextmanager
 def look() -> Iterator[None]:
-    """Apply the settings above inside the block and restore the caller's after it."""
+    """Apply the settings above inside the block, then restore the caller's."""
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(SETTINGS)
@@ -116,12 +116,12 @@ def look() -> Iterator[None]:
 
 
 class Picture(Figure):
-    """A figure that notebooks show by themselves, with texts for readers who point at it."""
+    """Figure that notebooks display, with tooltips for report.html."""
 
     tips: list[tuple[Axes, float, float, str]]
 
     def tip(self, axes: Axes, x: float, y: float, text: str) -> None:
-        """Show a text where a reader of report.html points near (x, y), in data coordinates."""
+        """Add a tooltip for report.html at (x, y), in data coordinates."""
         self.tips.append((axes, x, y, text))
 
     def _repr_png_(self) -> bytes:
@@ -131,11 +131,11 @@ class Picture(Figure):
 def new_figure(
     height_inches: float, *, width_inches: float = WIDTH_INCHES, **grid: Any
 ) -> tuple[Picture, Any]:
-    """Make a figure and its axes, laid out so that nothing is cut off.
+    """Make a figure and its axes, with a layout that cuts nothing off.
 
     Args:
-        height_inches: at most `MAX_HEIGHT_INCHES` are used.
-        grid: arguments of `Figure.subplots`, which also decide if one or an array is returned.
+        height_inches: height, limited to `MAX_HEIGHT_INCHES`.
+        grid: arguments of `Figure.subplots`, which determine whether axes or an array is returned.
     """
     height = min(height_inches, MAX_HEIGHT_INCHES)
     figure = Picture(figsize=(width_inches, height), dpi=DPI, layout="constrained")
@@ -145,26 +145,26 @@ def new_figure(
 
 
 def set_title(figure: Figure, finding: str) -> None:
-    """Put the finding on top, wrapped to the figure's width and flush left."""
-    # A number and its percent sign stay on one line.
+    """Set the finding as title, wrapped to the figure's width and left-aligned."""
+    # Keep a number and its percent sign on one line.
     text = for_plot(finding).replace(" %", "\u00a0%")
     width = int(10.2 * figure.get_figwidth())
     figure.suptitle(textwrap.fill(text, width), x=0.012, ha="left")
 
 
 def rendered(figure: Figure, kind: str, **options: Any) -> bytes:
-    """Draw the figure into the bytes of a file of this kind."""
+    """Render the figure to the bytes of a file of this kind."""
     buffer = io.BytesIO()
-    with look():  # ticks are made while drawing, and take their looks from the settings then
+    with look():  # ticks are created and styled while drawing
         figure.savefig(buffer, format=kind, dpi=DPI, **options)
     return buffer.getvalue()
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write the figure so that a reader sees the old file or the new one, never half of one.
+    """Write the figure atomically.
 
     Raises:
-        InputError: the file's ending isn't one that figures can be written as.
+        InputError: the file's suffix isn't a supported format.
     """
     kind = path.suffix.lstrip(".").lower()
     if kind not in FIGURE_KINDS:
@@ -173,13 +173,13 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def inline_svg(figure: Picture, salt: str) -> str:
-    """Draw the figure as an SVG element for an HTML page, which scales and follows its theme.
+    """Render the figure as an SVG element for HTML, which scales and follows the theme.
 
-    `data-tips` of the element holds [x, y, text] of each tip, x and y in thousandths of the
+    Its attribute `data-tips` has [x, y, text] of each tooltip, x and y in thousandths of the
     figure's width and height from the upper left corner.
 
     Args:
-        salt: keeps the ids of several figures on one page apart.
+        salt: makes the ids of several figures in one document distinct.
     """
     with look():
         mpl.rcParams["svg.hashsalt"] = salt
@@ -200,23 +200,23 @@ def inline_svg(figure: Picture, salt: str) -> str:
 
 
 def _short(attribute: str) -> str:
-    """Name the colours that the theme changes, and drop decimals that nobody sees."""
+    """Replace themed colours by CSS variables, and round coordinates to visible precision."""
     text = re.sub(r"(\.\d\d)\d+", r"\1", " ".join(attribute.split()))
     return re.sub(r"#([0-9a-f]{6})\b", lambda c: f"var(--c{c[1]})" if c[0] in DARK else c[0], text)
 
 
 def theme(*, dark: bool) -> str:
-    """The CSS declarations of the charts' colours in a theme."""
+    """Return the CSS declarations of the charts' colours in a theme."""
     return "".join(f"--c{c[1:]}:{DARK[c] if dark else c};" for c in DARK)
 
 
 def colours_of(names: Sequence[str]) -> dict[str, str]:
-    """Give each configuration its colour: fixed for the standard five, then in order."""
+    """Assign a colour to each configuration: fixed for the standard five, then in order."""
     return _assign(names, FIXED_COLOURS, OTHER_COLOURS)
 
 
 def markers_of(names: Sequence[str]) -> dict[str, str]:
-    """Give each configuration a marker, so that colour is never the only difference."""
+    """Assign a marker to each configuration, so that colour is never the only difference."""
     return _assign(names, FIXED_MARKERS, OTHER_MARKERS)
 
 

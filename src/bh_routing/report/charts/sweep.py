@@ -1,4 +1,4 @@
-"""Loss against experts, one line per rule: which rules are below static top-k, and by how much."""
+"""Charts of loss against mean experts, with one line per rule."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from bh_routing.report.text import for_plot
 PARETO_PLOT: Final = "pareto.png"
 DOMAINS_PLOT: Final = "pareto_domains.png"
 LEAST_SAVED: Final = -40.0
-"""A rule that saves less, in percent, is a small triangle at the lower edge."""
+"""Rules that save less, in percent, are shown as small triangles at the lower edge."""
 
 Rows = Sequence[SweepRow | DomainRow]
 
 
 def pareto(rows: Sequence[SweepRow], finding: str) -> Chart:
-    """Increase in perplexity against mean experts, and the part of it that each rule saves.
+    """Increase in perplexity against mean experts, and the percentage of it that each rule saves.
 
-    Above, static top-k is the grey line: below it is better. Intervals are each point's own.
-    Below, the same points against static top-k at the same mean, its line being 0: the paired
-    comparison, with intervals that hold for all points together.
+    In the upper panel static top-k is the grey line; lower is better, and intervals are pointwise.
+    The lower panel has the paired comparison of the same points with static top-k at the same mean,
+    which is the line at 0, with simultaneous intervals.
     """
 
     def draw() -> Picture:
@@ -58,7 +58,7 @@ def pareto(rows: Sequence[SweepRow], finding: str) -> Chart:
 
 
 def domains(rows: Sequence[DomainRow], finding: str) -> Chart:
-    """The increase in perplexity against mean experts in each domain of the text."""
+    """Increase in perplexity against mean experts, in each domain of the text."""
 
     def draw() -> Picture:
         names, looks = list(dict.fromkeys(row.domain for row in rows)), _looks(rows)
@@ -82,7 +82,7 @@ def domains(rows: Sequence[DomainRow], finding: str) -> Chart:
 
 
 def _looks(rows: Rows) -> Looks:
-    """Colour and marker of each rule and variant, none of which is the baseline's."""
+    """Return colour and marker of each rule and variant, distinct from the baseline's."""
     labels = dict.fromkeys(series_label(row) for row in rows if row.rule != STATIC)
     looks = looks_of([*list(FIXED_COLOURS)[1:], *(f"rule {i}" for i in range(len(labels)))])
     return dict(zip(labels, looks.values(), strict=False))
@@ -104,7 +104,7 @@ def _draw_losses(figure: Picture, axes: Axes, rows: Rows, looks: Looks) -> None:
         line = [(point.x, point.y) for point in points if point.name == name] or [(math.nan,) * 2]
         axes.plot(*zip(*line, strict=True), color=colour, linewidth=1.2)
     draw_points(figure, axes, points, looks)
-    # Static top-k goes on to either side; its points there don't set the scale.
+    # Static top-k extends to both sides; its points there don't set the scale.
     means = [point.x for point in points or static] or [0.0, 1.0]
     left, right = min(means) - 0.25, max(means) + 0.25
     seen = [*points, *(point for point in static if left <= point.x <= right)]

@@ -1,1 +1,1 @@
-"""report.html: one file that opens from disk, made from the files of a run."""
+"""report.html: a single self-contained file, made from the files of a run."""

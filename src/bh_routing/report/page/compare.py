@@ -1,4 +1,4 @@
-"""Several runs on one page: what differs in how they were made, then what came out."""
+"""Compare several runs in one HTML file: differing settings, then results."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from bh_routing.report.page.page import Section, render, to_html
 
 COMPARED: Final = ("spec", "model", "calibration", "provenance")
 UNCOMPARED: Final = frozenset({"spec.output", "spec.resume", "provenance.started_at"})
-"""Always different, and no reason for results to differ."""
+"""Fields that always differ and don't affect results."""
 
 
 def write_comparison(folders: Sequence[Path], output: Path) -> Path:
-    """Write one page about several runs.
+    """Write an HTML comparison of several runs.
 
     Args:
-        folders: results folders, two or more.
-        output: the page.
+        folders: two or more results folders.
+        output: HTML file.
     Raises:
         InputError: fewer than two folders.
         ResultsError: one of them isn't a results folder.
@@ -54,7 +54,7 @@ def write_comparison(folders: Sequence[Path], output: Path) -> Path:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, with as much of the path as tells them apart."""
+    """Return the folders' names, with as much of their paths as makes them distinct."""
     resolved = [folder.resolve() for folder in folders]
     if len(set(resolved)) < len(resolved):
         twice = next(f for f in resolved if resolved.count(f) > 1)
@@ -67,7 +67,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _differences(runs: Mapping[str, Facts]) -> list[tuple[str, list[Any]]]:
-    """Setting -> its value in each run, where they differ."""
+    """Return the settings that differ, with the value in each run."""
     flat = [
         {k: v for part in COMPARED for k, v in flatten(part, facts.run.get(part)).items()}
         for facts in runs.values()

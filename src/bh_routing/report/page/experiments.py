@@ -1,4 +1,4 @@
-"""Every experiment as a row that the page can sort, filter and open."""
+"""The HTML report's table of experiments, which can be sorted, filtered and expanded."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ NUMBERS: Final = {
 
 
 def experiment_table(facts: Facts, configs: list[str], prompts: list[str]) -> dict[str, Any]:
-    """Return the finished experiments, names and prompts by their number.
+    """Return the finished experiments, with configurations and prompts by index.
 
     Args:
         facts: the run.
-        configs, prompts: what the numbers stand for.
+        configs, prompts: names and texts that the indices refer to.
     """
     frame = facts.table.frame
     columns = {name: label for name, label in NUMBERS.items() if name in frame.columns}

@@ -1,4 +1,4 @@
-"""Write report.html: gather what the folder holds, and fill the template."""
+"""Write report.html: gather the contents of the folder and fill the template."""
 
 from __future__ import annotations
 
@@ -39,34 +39,34 @@ _PICTURE = re.compile(r"^!\[[^\n]*$", re.MULTILINE)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
-    """One part of the page."""
+    """One section of the HTML report."""
 
     key: str
     title: str
     charts: Mapping[str, Chart]
-    """Id on the page -> chart."""
+    """HTML id -> chart."""
     text: Markup
     """Tables and sentences below the charts."""
     widget: str = ""
-    """Name of the interactive part, if the section has one."""
+    """Name of the section's interactive part, if any."""
 
 
 def write_page(folder: str | Path, output: Path | None = None) -> Path:
     """Write `report.html` from the files of a run.
 
     Args:
-        folder: what `bh-routing run --output` wrote.
-        output: the page; None: report.html in the folder.
+        folder: output folder of `bh-routing run`.
+        output: HTML file; None: report.html in the folder.
     Returns:
-        The page's path.
+        Path of the HTML file.
     Raises:
-        ResultsError: the folder isn't a results folder, or a file in it is damaged.
+        ResultsError: the folder isn't a results folder, or one of its files is damaged.
     """
     return write_page_of(facts_of(load_results(folder)), output)
 
 
 def write_page_of(facts: Facts, output: Path | None = None) -> Path:
-    """Write the same from results that were read already."""
+    """Write the same from results already read."""
     parts = _sections(facts)
     configs = facts.names
     prompts = list(dict.fromkeys(facts.table.frame["prompt_text"]))
@@ -87,7 +87,7 @@ def write_page_of(facts: Facts, output: Path | None = None) -> Path:
 
 
 def _sections(facts: Facts) -> list[Section]:
-    """The sections of REPORT.md, below the charts on the same matter."""
+    """Return the sections of REPORT.md, each with its charts on top."""
     _, *pieces = _HEADING.split(render_markdown("REPORT.md.j2", **context(facts)))
     texts = dict(zip(pieces[::2], pieces[1::2], strict=True))
     shown = _charts(facts)
@@ -114,7 +114,7 @@ def _sections(facts: Facts) -> list[Section]:
 
 
 def _charts(facts: Facts) -> dict[str, dict[str, Chart]]:
-    """Section -> name -> chart."""
+    """Return section -> name -> chart."""
     shown = draw_charts(facts) if facts.names else {}
     if (facts.folder / CALIBRATION).is_file():
         try:
@@ -126,15 +126,15 @@ def _charts(facts: Facts) -> dict[str, dict[str, Chart]]:
 
 
 def to_html(text: str) -> Markup:
-    """Render the report's Markdown; HTML in it stays text, pictures are left to the charts."""
+    """Render the report's Markdown; embedded HTML is escaped, images give way to charts."""
     html = _markdown().render(_PICTURE.sub("", text))
-    # A wide table scrolls by itself, also with the keyboard, and never widens the page.
+    # Wide tables scroll on their own, also by keyboard, and never widen the HTML report.
     html = html.replace("<table>", '<div class="scroll" tabindex="0" role="group"><table>')
     return Markup(html.replace("</table>", "</table></div>"))
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill a template of this package; scripts and styles go into the page itself."""
+    """Fill a template of this package; scripts and styles are inlined."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True,
                               lstrip_blocks=True)  # fmt: skip
     environment.filters["json"] = _json
@@ -153,7 +153,7 @@ def _draw(view: Callable[[], Picture], salt: str) -> Markup:
 
 
 def _json(value: Any) -> Markup:
-    """JSON that can't end the script element it stands in, whatever it holds."""
+    """Serialise to JSON that can't close its enclosing script element."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in ("<", ">", "&", "\u2028", "\u2029"):
         text = text.replace(character, f"\\u{ord(character):04x}")

@@ -1,4 +1,4 @@
-"""Token by token: what a trace holds, unpacked for whoever computes, packed for the page."""
+"""Token traces, unpacked into arrays or packed for the HTML report."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from bh_routing.results.files import half_read, planned_keys, read_json_lines
 from bh_routing.results.records import TOKEN_TRACES, TokenTrace
 
 PAGE_BYTES: Final = 3_000_000
-"""Traces that a page carries, in bytes of text; the first prompts of every configuration."""
+"""Limit on the embedded traces, in bytes of text; the first prompts of every configuration fit."""
 
 
 class Slots(NamedTuple):
-    """One experiment's slots, best first: arrays of shape (tokens, layers, slots)."""
+    """Slots of one experiment, best first: arrays of shape (tokens, layers, slots)."""
 
     expert: NDArray[np.int64]
     kept: NDArray[np.bool_]
     weight: NDArray[np.float64]
     p: NDArray[np.float64]
-    """NaN where the rule has no p-value."""
+    """p-values; NaN if the rule has none."""
 
 
 def read_traces(folder: Path) -> list[TokenTrace]:
-    """Read the traces of the folder's last run; none if it recorded none.
+    """Read the traces of the folder's last run; empty if it recorded none.
 
     Raises:
-        ResultsError: a line isn't a trace, or holds other numbers than it says.
+        ResultsError: a line isn't a trace, or its numbers don't match its declared shape.
     """
     path, planned = folder / TOKEN_TRACES, planned_keys(folder)
     found: dict[tuple[str, str], TokenTrace] = {}
@@ -49,13 +49,13 @@ def read_traces(folder: Path) -> list[TokenTrace]:
 
 
 def unpack(trace: TokenTrace) -> Slots:
-    """Return the numbers of a trace.
+    """Return a trace's slots as arrays.
 
     Raises:
-        ValueError, TypeError, OverflowError, zlib.error: it holds others than it says.
+        ValueError, TypeError, OverflowError, zlib.error: its numbers don't match its shape.
     """
     shape = (3, len(trace.tokens), trace.layers, trace.slots)
-    # A bound: a few bytes of zlib can stand for gigabytes.
+    # Bounded: a few bytes of zlib can expand to gigabytes.
     raw = zlib.decompressobj().decompress(base64.b64decode(trace.planes), 2 * math.prod(shape) + 1)
     planes = np.frombuffer(raw, dtype="<i2").reshape(shape)
     expert, (weight, p) = planes[0].astype(np.int64), planes[1:].view("<u2").astype(np.float64)
@@ -68,7 +68,7 @@ def unpack(trace: TokenTrace) -> Slots:
 
 
 def for_page(traces: Iterable[TokenTrace], configs: list[str], prompts: list[str]) -> list[Any]:
-    """Choose the traces that fit a page, prompt by prompt, as the page's script reads them."""
+    """Return the traces within the limit, prompt by prompt, in the format of tokens.js."""
     ordered = sorted(
         (t for t in traces if t.config_name in configs and t.prompt_text in prompts),
         key=lambda t: (prompts.index(t.prompt_text), configs.index(t.config_name)),
