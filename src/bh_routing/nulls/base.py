@@ -45,8 +45,8 @@ class ReferenceTable:
     def by_expert(cls, scores_TE: Tensor) -> ReferenceTable:
         """Sort each expert's scores into a distribution of its own, all of the same size.
 
-        The expert with the fewest scores sets the size, and the others keep their first scores:
-        with different sizes, p-values beyond every reference would be ordered by size.
+        The expert with the fewest scores sets the size; the others keep as many, the first ones.
+        With different sizes, p-values beyond every reference would be ordered by size.
 
         Args:
             scores_TE: finite, or NaN where a token is no reference for an expert; the order of

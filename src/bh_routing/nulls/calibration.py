@@ -257,7 +257,7 @@ class Calibration:
         )
 
     def extended_by(self, other: Calibration) -> Calibration:
-        """Return this calibration with the tables that only `other` has.
+        """Return this calibration plus the tables that only `other` has.
 
         Raises:
             CalibrationError: the two differ in model, text, seed or table capacity.

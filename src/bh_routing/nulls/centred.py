@@ -183,7 +183,7 @@ class PerExpert(Background):
 
 NUM_PERMUTATIONS: Final = 4
 LARGEST_DIFFERENCE: Final = 0.02
-"""Fraction of the logits' spread over a token's experts, above bfloat16's rounding error."""
+"""As a fraction of the logits' spread over a token's experts; bfloat16 rounds by less."""
 
 
 class Permutation(TabledNull):

@@ -90,7 +90,7 @@ class Contributions:
         return named
 
     def extended_by(self, other: Contributions) -> Contributions:
-        """Return these contributions with the entries that only `other` has."""
+        """Return these contributions plus the entries that only `other` has."""
         return Contributions(
             residual_norms_L=self.residual_norms_L,
             scales={**other.scales, **self.scales},

@@ -38,7 +38,7 @@ MIN_TOKENS: Final = 5_000
 number of scores overstates the sample size."""
 
 MIN_DOCUMENTS: Final = 20
-"""Documents. Tokens of one document share a topic: fewer documents fit a table to few topics."""
+"""Documents. Tokens of one document share a topic: a table of fewer documents fits few topics."""
 
 
 _SIGN_BITS: Final = 0x7FFFFFFF

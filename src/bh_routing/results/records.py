@@ -77,7 +77,7 @@ class ExperimentRecord:
     config_name: str = column("Name of the routing configuration.")
     prompt_text: str = column("The prompt as given.")
     prompt_category: str = column("Category of the prompt, such as simple or domain-specific.")
-    prompt_description: str = column("One phrase that says what the prompt tests.")
+    prompt_description: str = column("One phrase on the purpose of the prompt.")
     generated_text: str = column("Greedy continuation, special tokens removed.", default="")
     num_input_tokens: int = column("Tokens of the prompt.", default=0)
     num_output_tokens: int = column("Tokens generated, an end-of-text token included.", default=0)
@@ -237,7 +237,7 @@ TIMINGS: Final = "timings.csv"
 class RoundTiming:
     """One row of `timings.csv`: one configuration in one round of interleaved timings."""
 
-    key: str = column("Key of the experiment in records.jsonl: what was timed, whatever its name.")
+    key: str = column("Key of the timed experiment in records.jsonl; its name may be redefined.")
     round: int = column(
         "From 1: one prompt under every configuration, in an order of its own (that of the rows)."
     )

@@ -1,4 +1,4 @@
-"""Rules, which decide the slots of a router that stay, and the weights of the kept slots."""
+"""Rules: selection among the slots that a router proposes, and weights of the kept slots."""
 
 from bh_routing.rules.base import (
     Candidates,

@@ -100,7 +100,7 @@ class BenjaminiHochberg(Rule):
 
     @property
     def required_null(self) -> str | None:
-        """The null, if it needs a table."""
+        """Name of the null if it needs a table, else None."""
         return self.null if get_null(self.null).needs_table else None
 
     def smallest_alpha(self, num_experts: int) -> float | None:
@@ -126,11 +126,11 @@ class BenjaminiHochberg(Rule):
 
     @property
     def keeps_best_by_logit(self) -> bool:
-        """False if each expert has a table of its own."""
+        """Whether the null has one table per layer, not one per expert."""
         return not get_null(self.null).by_expert
 
     def count_kept(self, num_rejected: int, model_top_k: int) -> int:
-        """Return the experts kept by a token with `num_rejected` rejections among its slots."""
+        """Return the number of experts kept for a number of rejections among a token's slots."""
         is_empty = num_rejected == 0 and self.on_empty == "model_k"
         wanted = model_top_k if is_empty else num_rejected
         return min(max(wanted, self.min_k), self.most_kept(model_top_k))

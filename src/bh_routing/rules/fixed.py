@@ -162,7 +162,7 @@ class PerLayerTopK(MixingRule):
         """Return the selector of the layer.
 
         Raises:
-            InputError: the number of k differs from the number of layers.
+            InputError: k doesn't have one entry per layer, or an entry exceeds the experts.
         """
         num_layers = context.layer + 1 if context.num_layers is None else context.num_layers
         if len(self.k) < num_layers or (context.num_layers and len(self.k) > num_layers):

@@ -71,7 +71,7 @@ class HigherCriticism(MixingRule):
 
     @property
     def required_null(self) -> str | None:
-        """The null, if it needs a table."""
+        """Name of the null if it needs a table, else None."""
         return self.null if get_null(self.null).needs_table else None
 
     def most_kept(self, model_top_k: int) -> int:

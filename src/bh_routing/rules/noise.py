@@ -59,7 +59,7 @@ def noise_control(
     Returns:
         One result per rule, in the same order.
     Raises:
-        InputError: a rule keeps more experts than `num_experts`.
+        InputError: a rule's limits don't fit `num_experts` or `model_top_k`.
     """
     contexts: dict[str, LayerContext] = {}
     logits: dict[str, Tensor] = {}

@@ -64,7 +64,7 @@ def load_balance(
 ) -> LayerBalance:
     """Summarise the load of one experiment: each measure per layer, then the mean over layers.
 
-    Loads are never summed over layers: expert 5 of one layer isn't expert 5 of another.
+    Loads aren't summed over layers: equal indices in two layers are different experts.
     """
     num_experts = assignments_LE.shape[1]
     unused_L = (assignments_LE == 0).sum(axis=1)
