@@ -24,8 +24,8 @@ def calibrate(
     nulls: Annotated[
         str,
         typer.Option(
-            help="Nulls to fit, separated by commas; `needed_by_loss` is bh_drop's, `needed` its "
-            "part that needs no gradients."
+            help="Null distributions to fit, separated by commas; `needed_by_loss` is bh_drop's, "
+            "`needed` its part that needs no gradients."
         ),
     ] = "background,pooled",
     max_tokens: Annotated[
@@ -34,7 +34,7 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Seed of the sampling of scores.")] = defaults.SEED,
     plots: Annotated[
         Path | None,
-        typer.Option(help="Folder for diagnostics pictures, one page a null."),
+        typer.Option(help="Folder for diagnostic plots of each null distribution."),
     ] = None,
     device: DeviceOption = defaults.DEVICE,
     no_fp16: Float32Option = False,

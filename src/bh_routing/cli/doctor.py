@@ -15,9 +15,9 @@ from bh_routing.experiments import defaults
 
 
 def doctor(
-    output: Annotated[
-        Path, typer.Option(help="Folder that results would go to; it is only tried.")
-    ] = Path(defaults.OUTPUT),
+    output: Annotated[Path, typer.Option(help="Folder of future results; only checked.")] = Path(
+        defaults.OUTPUT
+    ),
     statistics: Annotated[
         bool,
         typer.Option("--statistics", help="Also measure BH's false discovery rate, in seconds."),

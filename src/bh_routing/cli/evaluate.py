@@ -52,7 +52,7 @@ def evaluate(
     tokens: TokensOption = None,
     window: Annotated[
         int | None,
-        typer.Option(min=1, help="Input tokens of a forward pass. Default: context, up to 1024."),
+        typer.Option(min=1, help="Input tokens per forward pass. Default: context, up to 1024."),
     ] = None,
     stride: Annotated[
         int | None,
@@ -60,7 +60,7 @@ def evaluate(
     ] = None,
     margin: Annotated[
         float | None,
-        typer.Option(min=1e-9, help="Non-inferiority margin in nats a token. Default: ln 1.01."),
+        typer.Option(min=1e-9, help="Non-inferiority margin in nats per token. Default: ln 1.01."),
     ] = None,
     calibration: CalibrationOption = None,
     calibration_text: CalibrationTextOption = None,

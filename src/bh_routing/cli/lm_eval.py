@@ -56,7 +56,7 @@ def lm_eval(
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, help="Examples in each prompt. Default: the task's own.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Requests of a forward pass.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests per forward pass.")] = 8,
     calibration: CalibrationOption = None,
     calibration_text: CalibrationTextOption = None,
     output: Annotated[

@@ -19,7 +19,7 @@ def models(
         typer.Option(
             metavar="MODEL",
             help="Load this model (`demo`, a folder or a Hugging Face id), probe its routers and "
-            "say what was found.",
+            "report the findings.",
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="With --check: auto, cuda or cpu.")] = "auto",

@@ -31,14 +31,12 @@ class Surroundings:
 ModelOption = Annotated[
     str, typer.Option(help="`demo`, a folder with a checkpoint, or a Hugging Face id.")
 ]
-DeviceOption = Annotated[
-    str, typer.Option(help="auto, cuda or cpu; auto is CUDA where there is one.")
-]
+DeviceOption = Annotated[str, typer.Option(help="auto, cuda or cpu; auto is CUDA if available.")]
 Float32Option = Annotated[
     bool,
     typer.Option("--no-fp16", help="float32 instead of bfloat16 on CUDA; needs twice the memory."),
 ]
-SeedOption = Annotated[int, typer.Option(help="Seed of whatever draws at random.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of all random draws.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")]
 ConfigOption = Annotated[
     Path | None, typer.Option(help="YAML file with further configurations, and prompts for `run`.")
@@ -70,8 +68,8 @@ TokensOption = Annotated[
 ChatTemplateOption = Annotated[
     str,
     typer.Option(
-        help="Whether prompts are user messages in the tokenizer's chat template: on, off, or "
-        "auto, which is on where there is one."
+        help="Whether to apply the tokenizer's chat template to prompts, as user messages: on, "
+        "off, or auto (on if it has one)."
     ),
 ]
 ExecutorOption = Annotated[
@@ -82,28 +80,28 @@ ExecutorOption = Annotated[
 ]
 RayAddressOption = Annotated[
     str | None,
-    typer.Option(help="Ray cluster, such as auto or host:6379. Default: Ray is started here."),
+    typer.Option(help="Ray cluster, such as auto or host:6379. Default: start Ray here."),
 ]
 WorkersOption = Annotated[
-    int | None, typer.Option(min=1, help="Workers of Ray. Default: as many as there is room for.")
+    int | None, typer.Option(min=1, help="Ray workers. Default: as many as there is room for.")
 ]
 DeviceMapOption = Annotated[
     str | None,
-    typer.Option(help="auto spreads a model that is larger than one GPU over all, by accelerate."),
+    typer.Option(help="auto spreads a model larger than one GPU over all GPUs, with accelerate."),
 ]
 BatchSizeOption = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Windows scored in one forward pass. Default: what bounded memory allows. Experiments "
-        "and their times stay at batch 1.",
+        help="Windows scored per forward pass. Default: as many as memory bounds allow. "
+        "Experiments and their times stay at batch size 1.",
     ),
 ]
 BudgetOption = Annotated[
     float | None,
     typer.Option(
         min=1,
-        help="Mean experts a token to bring every rule but static top-k to, by its knob (alpha of "
-        "bh), found on the calibration text.",
+        help="Target mean experts per token of every rule but static top-k; its tuning parameter "
+        "(alpha of bh) is found on the calibration text.",
     ),
 ]

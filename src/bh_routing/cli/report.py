@@ -25,7 +25,7 @@ def report(
     ],
     output: Annotated[
         Path | None,
-        typer.Option(help="The page; default: report.html in the folder. Needed to compare."),
+        typer.Option(help="HTML report; default: report.html in the folder. Required to compare."),
     ] = None,
     format: Annotated[Format, typer.Option(help="Format of the plots.")] = Format.PNG,
     track: Annotated[

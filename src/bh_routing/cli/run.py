@@ -49,7 +49,9 @@ def run(
     ] = defaults.CHECKPOINT_INTERVAL,
     no_resume: Annotated[
         bool,
-        typer.Option("--no-resume", help="Move an earlier run in the folder aside, start anew."),
+        typer.Option(
+            "--no-resume", help="Move the folder's earlier run aside and start a new one."
+        ),
     ] = False,
     device: DeviceOption = defaults.DEVICE,
     no_fp16: Float32Option = False,
@@ -69,14 +71,14 @@ def run(
         Path | None, typer.Option(help="Text to score quality on instead of the packaged one.")
     ] = None,
     no_eval: Annotated[
-        bool, typer.Option("--no-eval", help="Leave out the scoring of quality.")
+        bool, typer.Option("--no-eval", help="Skip the scoring of quality.")
     ] = False,
     eval_tokens: Annotated[int, typer.Option(help="Most tokens scored.")] = defaults.EVAL_TOKENS,
     token_traces: Annotated[
         int, typer.Option(help="Prompts whose tokens report.html shows one by one; 0: none.")
     ] = defaults.TOKEN_TRACES,
     timing_rounds: Annotated[
-        int, typer.Option(help="Rounds of timing all configurations side by side; 0: none.")
+        int, typer.Option(help="Rounds of interleaved timing of all configurations; 0: none.")
     ] = defaults.TIMING_ROUNDS,
     track: Annotated[
         str | None, typer.Option(help="Log the run to mlflow, wandb or tensorboard as well.")

@@ -32,7 +32,7 @@ from bh_routing.experiments import defaults
 
 def sweep(
     context: typer.Context,
-    output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on.")],
+    output: Annotated[Path, typer.Option(help="Folder of the results; the same command resumes.")],
     model: ModelOption = defaults.MODEL,
     budgets: Annotated[
         str | None,
@@ -44,9 +44,9 @@ def sweep(
     rules: Annotated[
         list[str] | None,
         typer.Option(
-            help="Rules without their knob, such as bh,bh_drop:scope=block,top_p; may be given "
-            "several times. Static top-k is always there. contribution_threshold is population "
-            "BH too: at equal cost both make the same decisions. Default: nine rules."
+            help="Rules without their tuning parameter, such as bh,bh_drop:scope=block,top_p; may "
+            "be given several times. Static top-k is always there. contribution_threshold is "
+            "population BH too: at equal cost both make the same decisions. Default: nine rules."
         ),
     ] = None,
     text: TextOption = None,

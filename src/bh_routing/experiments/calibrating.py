@@ -65,7 +65,8 @@ def calibration_documents(spec: RunSpec) -> CalibrationText:
 def check_held_out(
     spec: RunSpec, rules: Sequence[NamedRule], documents: Sequence[Document]
 ) -> None:
-    """Raise InputError if a document to score has a passage of the text that a rule is fitted on.
+    """Raise InputError if a document to score shares a passage with text that a rule is fitted on.
+
     Args:
         spec: names the calibration or its text, and the budget of the rules.
         rules: the rules; without a null distribution and a budget nothing is fitted.
@@ -82,13 +83,13 @@ def check_held_out(
 
 
 def check_overlap(documents: Sequence[Document], calibration: Sequence[Document]) -> None:
-    """Raise InputError if a document to score has a passage of the calibration text."""
+    """Raise InputError if a document to score shares a passage with the calibration text."""
     known = passage_hashes(document.text for document in calibration)
     _refuse_shared(documents, find_shared_passages(documents, known), "the calibration text")
 
 
 def check_calibration_overlap(documents: Sequence[Document], path: Path) -> None:
-    """Raise InputError if a document to score has a passage of a calibration's text.
+    """Raise InputError if a document to score shares a passage with a calibration's text.
 
     A file of an earlier schema holds no passages; only its text as a whole is compared.
     """
@@ -231,7 +232,7 @@ def save_calibration(calibration: Calibration, folder: Path) -> None:
 def describe_nulls(
     rules: Sequence[NamedRule], *, num_experts: int, model_top_k: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Return per null in use the meaning of its alpha, and the experts its rules keep of noise."""
+    """Describe the null distributions in use: the meaning of alpha, and rules' experts on noise."""
     by_null: dict[str, dict[str, BenjaminiHochberg]] = {}
     for named in rules:
         if isinstance(named.rule, BenjaminiHochberg):

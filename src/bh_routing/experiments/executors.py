@@ -1,4 +1,4 @@
-"""Executors run experiments in this process; also the choice of threads and the experiment loop."""
+"""Executors of experiments, the choice of thread numbers, and the loop over all experiments."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def fit_to_model(fitted: Fitted, outlook: Outlook) -> Fitted:
     """Adapt standard configurations to the model's own k; leave out those that it can't run.
 
     A configuration is standard until it is changed. One that the user wrote or named is never left
-    out. A later call, with more known of the model, keeps earlier results.
+    out. A later call, when more of the model is known, keeps earlier results.
 
     Args:
         fitted: result of an earlier call, or `Fitted(spec, {})`.

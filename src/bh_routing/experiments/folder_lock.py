@@ -40,11 +40,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 def refuse_links(folder: Path) -> None:
-    """Reject a folder in which a file that we write is a symbolic link.
-
-    Raises:
-        ResultsError: a name is a symbolic link; the error names it.
-    """
+    """Raise ResultsError if a file that we write in the folder is a symbolic link."""
     for name in (*OWN_NAMES, LOCK, CHECKPOINT):
         path = folder / name
         if path.is_symlink():

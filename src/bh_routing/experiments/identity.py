@@ -108,7 +108,7 @@ _LABELS: Final = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunIdentity:
-    """Properties that all results of a folder share; results with others must not be mixed in."""
+    """Properties common to all results of a folder; other results must not be mixed in."""
 
     schema_version: int = SCHEMA_VERSION
     model: str
@@ -122,7 +122,7 @@ class RunIdentity:
     device_type: str
     device_name: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
-    """Of libraries on which generated text and losses depend."""
+    """Versions of libraries on which generated text and losses depend."""
     max_tokens: int | None = None
     """Per experiment; None without generation."""
     chat_template: str | None = None
@@ -235,7 +235,7 @@ def experiment_key(
 
 
 def _changed(now: Any, there: Any, path: str = "") -> Iterator[str]:
-    """Yield the path of each differing entry in nested settings."""
+    """Yield path and values of each differing entry in nested settings."""
     if isinstance(now, Mapping) and isinstance(there, Mapping):
         for name in sorted({*now, *there}):
             yield from _changed(now.get(name), there.get(name), f"{path}.{name}" if path else name)

@@ -48,7 +48,7 @@ _RECORD: Final = TypeAdapter(QualityRecord)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QualityText:
-    """Tokenized text and its windows: besides its rule, all that a record depends on."""
+    """Tokenized text and its windows; besides these, a record depends only on its rule."""
 
     documents: Sequence[TokenizedDocument]
     sha256: str

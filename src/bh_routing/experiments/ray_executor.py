@@ -40,7 +40,7 @@ from bh_routing.results.records import QualityRecord
 from bh_routing.rules.base import Rule
 
 MOST_PROMPTS: Final = 8
-"""Experiments per job: a dead worker loses as many, and progress advances in such steps."""
+"""Maximum experiments per job, the unit of progress and of loss when a worker dies."""
 JOBS_A_WORKER: Final = 4
 """Minimum number of jobs per worker, so that none waits long for the last."""
 ROOM_FACTOR: Final = 1.25

@@ -50,7 +50,7 @@ class Setting:
     mean_experts: float
     """Measured under the rule on the text of the search."""
     delta_nll: float
-    """Difference from the model's own top-k on that text, in nats per token."""
+    """Increase in loss over the model's own top-k on that text, in nats per token."""
     corrections: int
     """Number of runs of the rule, each with a shifted target, before this value was found."""
     unreachable: str | None

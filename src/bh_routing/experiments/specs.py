@@ -74,7 +74,7 @@ class Prompt(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     text: str
-    """The text; not empty."""
+    """Not empty."""
     category: str = "custom"
     """Group in reports, and a name that `--prompts` accepts."""
     description: str = ""

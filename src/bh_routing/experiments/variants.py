@@ -159,7 +159,7 @@ class LayerLosses:
     """For each layer, the loss at each of these counts."""
 
     def share_out(self, mean_experts: float) -> PerLayerTopK:
-        """Return the per-layer top-k of this mean with the lowest loss, if layers' losses add up.
+        """Return the per-layer top-k of this mean with the lowest loss, if losses add up.
 
         Measured losses are smoothed: on few tokens dropping an expert can seem to cost nothing,
         which would dominate the whole allocation.
@@ -203,7 +203,7 @@ def _convex_shapes(counts_C: NDArray[Any], model_top_k: int) -> NDArray[Any]:
 
 
 def counts_to_measure(model_top_k: int, num_layers: int) -> tuple[int, ...]:
-    """Spread as many counts as MAX_PASSES allows evenly from 1 to the model's own k less 1.
+    """Return as many counts as MAX_PASSES allows, evenly spaced, from 1 to below the model's own k.
 
     Example:
         >>> counts_to_measure(8, num_layers=6), counts_to_measure(8, num_layers=48)
