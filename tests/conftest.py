@@ -38,7 +38,7 @@ def demo() -> LoadedModel:
 def demo_calibration(demo: LoadedModel) -> Calibration:
     """The demo model calibrated on its packaged text."""
     texts = [document.text for document in packaged_documents("calibration")]
-    return calibrate(demo.model, demo.tokenizer, texts)
+    return calibrate(demo.model, demo.tokenizer, texts, nulls=("background", "pooled"))
 
 
 @pytest.fixture

@@ -30,6 +30,8 @@ PUBLIC_NAMES = [
     "BenjaminiHochbergDrop",
     "Calibration",
     "CalibrationError",
+    "ContributionThreshold",
+    "Document",
     "Entropy",
     "ExperimentError",
     "ExpertTrace",
@@ -37,6 +39,7 @@ PUBLIC_NAMES = [
     "InputError",
     "MinP",
     "ModelError",
+    "OracleContribution",
     "PerLayerTopK",
     "RandomK",
     "Results",
@@ -53,7 +56,9 @@ PUBLIC_NAMES = [
     "load_model",
     "load_results",
     "p_values",
+    "packaged_documents",
     "route",
+    "storey",
 ]
 
 MODULE_CHECKS: list[tuple[Callable[[Modules], list[str]], Mapping[str, str]]] = [

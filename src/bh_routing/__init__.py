@@ -3,8 +3,8 @@
     import bh_routing as bhr
 
     model, tokenizer = bhr.load_model("demo")
-    calibration = bhr.calibrate(model, tokenizer, texts)
-    rule = bhr.BenjaminiHochberg(alpha=0.05, max_k=8)
+    rule = bhr.BenjaminiHochberg(alpha=0.05)
+    calibration = bhr.calibrate(model, tokenizer, texts, rules=[rule])
     with bhr.route(model, rule, calibration) as trace:
         output = model.generate(**inputs)
     trace.expert_counts
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bh_routing.analysis.results import Results, load_results
-    from bh_routing.engine import calibrate
+    from bh_routing.engine import Document, calibrate, packaged_documents
     from bh_routing.errors import (
         BHRoutingError,
         CalibrationError,
@@ -29,14 +29,16 @@ if TYPE_CHECKING:
         ResultsError,
     )
     from bh_routing.models import ExpertTrace, load_model, route
-    from bh_routing.multitest import benjamini_hochberg, benjamini_yekutieli
+    from bh_routing.multitest import benjamini_hochberg, benjamini_yekutieli, storey
     from bh_routing.nulls import Calibration, p_values
     from bh_routing.rules import (
         BenjaminiHochberg,
         BenjaminiHochbergDrop,
+        ContributionThreshold,
         Entropy,
         HigherCriticism,
         MinP,
+        OracleContribution,
         PerLayerTopK,
         RandomK,
         Rule,
@@ -54,6 +56,8 @@ __all__ = [
     "BenjaminiHochbergDrop",
     "Calibration",
     "CalibrationError",
+    "ContributionThreshold",
+    "Document",
     "Entropy",
     "ExperimentError",
     "ExpertTrace",
@@ -61,6 +65,7 @@ __all__ = [
     "InputError",
     "MinP",
     "ModelError",
+    "OracleContribution",
     "PerLayerTopK",
     "RandomK",
     "Results",
@@ -77,12 +82,14 @@ __all__ = [
     "load_model",
     "load_results",
     "p_values",
+    "packaged_documents",
     "route",
+    "storey",
 ]
 
 _HOMES = {
     "analysis.results": ("Results", "load_results"),
-    "engine": ("calibrate",),
+    "engine": ("Document", "calibrate", "packaged_documents"),
     "errors": (
         "BHRoutingError",
         "CalibrationError",
@@ -92,14 +99,16 @@ _HOMES = {
         "ResultsError",
     ),
     "models": ("ExpertTrace", "load_model", "route"),
-    "multitest": ("benjamini_hochberg", "benjamini_yekutieli"),
+    "multitest": ("benjamini_hochberg", "benjamini_yekutieli", "storey"),
     "nulls": ("Calibration", "p_values"),
     "rules": (
         "BenjaminiHochberg",
         "BenjaminiHochbergDrop",
+        "ContributionThreshold",
         "Entropy",
         "HigherCriticism",
         "MinP",
+        "OracleContribution",
         "PerLayerTopK",
         "RandomK",
         "Rule",

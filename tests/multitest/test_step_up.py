@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from statsmodels.stats.multitest import multipletests
 from torch import Tensor
 
 from bh_routing.errors import InputError
-from bh_routing.multitest import benjamini_hochberg, benjamini_yekutieli, count_rejected
+from bh_routing.multitest import benjamini_hochberg, benjamini_yekutieli, count_rejected, storey
 
 ROWS_PER_SIZE = 12_500
 SIZES = (1, 2, 3, 7, 8, 17, 60, 64)  # times ROWS_PER_SIZE: 100,000 rows
@@ -130,3 +131,19 @@ def test_an_alpha_outside_0_to_1_is_refused(alpha: float) -> None:
 def test_what_is_no_p_value_is_refused_with_the_reason(p: Tensor, message: str) -> None:
     with pytest.raises(InputError, match=message):
         count_rejected(p, 0.05)
+
+
+@pytest.mark.parametrize("reject", [benjamini_hochberg, benjamini_yekutieli, storey])
+def test_dim_is_the_axis_of_the_hypotheses(reject: Callable[..., Tensor]) -> None:
+    p = torch.rand(6, 5, 16, generator=torch.Generator().manual_seed(0)) ** 3
+    along_last = reject(p)
+    assert 0 < int(along_last.sum()) < p.numel()
+    assert torch.equal(reject(p_values=p, alpha=0.05, dim=2), along_last)
+    for dim in (0, 1, -2):
+        assert torch.equal(reject(p.movedim(-1, dim), dim=dim), along_last.movedim(-1, dim))
+
+
+@pytest.mark.parametrize(("dim", "got"), [(2, "2"), (-3, "-3"), (0.5, "0.5"), (None, "None")])
+def test_an_axis_that_is_not_there_is_rejected(dim: Any, got: str) -> None:
+    with pytest.raises(InputError, match=rf"from -2 to 1 for .* shape \(3, 4\), got {got}"):
+        benjamini_hochberg(torch.full((3, 4), 0.5), dim=dim)

@@ -53,7 +53,7 @@ def test_a_configuration_says_every_default() -> None:
         ({"method": ["bh"]}, "unknown method"),
         ({"method": "bh", "alfa": 0.05}, "unknown key of method 'bh' 'alfa'; .*'alpha'"),
         ({"method": "topk", "alpha": 0.05}, "unknown key of method 'top_k' 'alpha'"),
-        ({"method": "bh"}, "method 'bh' needs the key 'alpha'"),
+        ({"method": "bh_drop"}, "method 'bh_drop' needs the key 'alpha'"),
         ({"method": "topk"}, "method 'top_k' needs the key 'k'"),
         ({"method": "per_layer_top_k", "k": 4}, "k must be a list with one whole number a layer"),
         ({"method": "bh", "alpha": None}, "alpha must be a number"),

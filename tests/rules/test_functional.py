@@ -64,8 +64,10 @@ def test_experts_come_by_logit_largest_first() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_weights_are_raw_softmax_at_the_temperature(temperature: float) -> None:
-    weights, experts, _ = benjamini_hochberg_routing(LOGITS, temperature=temperature)
+def test_raw_weights_are_the_softmax_at_the_temperature(temperature: float) -> None:
+    weights, experts, _ = benjamini_hochberg_routing(
+        LOGITS, temperature=temperature, temperature_weights="raw"
+    )
     expected = (LOGITS / temperature).softmax(dim=-1).gather(-1, experts.clamp_min(0))
     assert torch.allclose(weights, torch.where(experts >= 0, expected, 0.0))
 
@@ -125,6 +127,7 @@ def test_a_tabled_null_takes_its_table() -> None:
     _, _, counts = benjamini_hochberg_routing(LOGITS, null="background", table=table)
     assert int(counts.min()) == 1
     assert int(counts.max()) == 8
+    assert torch.equal(benjamini_hochberg_routing(LOGITS, table=table).counts, counts)
     with pytest.raises(CalibrationError, match="needs a calibration"):
         benjamini_hochberg_routing(LOGITS, null="background")
 
@@ -140,7 +143,7 @@ def test_a_tabled_null_takes_its_table() -> None:
         ({"model_top_k": 0}, "model_top_k must be a whole number of at least 1, got 0"),
         ({"model_top_k": 2, "min_k": 3}, "min_k must be at most 2, .* got 3; set min_k=2"),
         ({"null": "uniform"}, "unknown null"),
-        ({"weights": "softmax"}, "unknown weights 'softmax'; known: raw, model"),
+        ({"weights": "softmax"}, "unknown weights 'softmax'; known: model, renormalize"),
         ({"router_logits": torch.tensor([float("nan")] * 8)}, "got 8 NaN or infinite of 8"),
         ({"router_logits": torch.arange(8)}, "floating-point tensor, got torch.int64"),
     ],

@@ -27,7 +27,7 @@ def calibrate(
             help="Null distributions to fit, separated by commas; `needed_by_loss` is bh_drop's, "
             "`needed` its part that needs no gradients."
         ),
-    ] = "background,pooled",
+    ] = "background",
     max_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of text to use.")
     ] = defaults.CALIBRATION_TOKENS,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bh_routing.engine.observe import SlotObserver, join_windows, summarize
-from bh_routing.engine.texts import passage_hashes, text_sha256
+from bh_routing.engine.texts import Document, as_documents, passage_hashes, text_sha256
 from bh_routing.engine.windows import spread_tokens
 from bh_routing.errors import CalibrationError, InputError
 from bh_routing.models.capture import evaluating, text_config
@@ -22,42 +22,46 @@ from bh_routing.nulls.catalog import get_null
 from bh_routing.nulls.contributions import NEEDED, Contributions
 from bh_routing.nulls.cut_offs import OBSERVED_TOKENS
 from bh_routing.nulls.reservoir import Reservoir, reservoir_capacity, row_capacity
+from bh_routing.rules.base import Rule
+from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
+from bh_routing.rules.catalog import name_rules
 
 
 def calibrate(
     model: Any,
     tokenizer: Any,
-    texts: Sequence[str],
+    texts: Sequence[str | Document],
     *,
-    nulls: Sequence[str] = ("background", "pooled"),
+    rules: Iterable[Rule] | Mapping[str, Rule] = (),
+    nulls: Sequence[str] = (),
     max_tokens: int = 16_384,
     seed: int = 0,
 ) -> Calibration:
-    """Collect each null's background scores per layer on calibration text.
+    """Fit what rules need, layer by layer, on calibration text.
 
     Args:
         model: a transformers model with routers, not inside `route`.
         tokenizer: its tokenizer.
-        texts: documents; more diverse text gives a better reference. Duplicates count once.
-        nulls: names of the nulls to fit, among those that need a table; "needed" also observes each
-            slot's contribution, which doubles the time, and "needed_by_loss" its gradient too.
-        max_tokens: total number of tokens, spread over the documents as evenly as their lengths
-            allow.
+        texts: texts or documents, diverse ones for a better reference; duplicates count once.
+        rules: all that they need is fitted; without rules and nulls, what `bh` needs.
+        nulls: names of further nulls to fit; "needed" observes each slot's contribution, which
+            doubles the time, and "needed_by_loss" its gradient too.
+        max_tokens: total number of tokens, spread evenly over the documents.
         seed: seed of the sampling that keeps a table at its fixed size.
     Returns:
         A new calibration, valid for this model only.
     Raises:
-        InputError: there is no text.
+        InputError: there is no text, an unknown null, or no rule that needs a calibration.
         ModelError: the model has no routers, or they are inside `route`.
         CalibrationError: router logits aren't finite; the message names the router.
     """
+    nulls = _nulls_to_fit(rules, nulls)
     routers = find_routers(model)
     refuse_routed(site.module for site in routers.sites)
-    texts = list(dict.fromkeys(texts))
-    documents = [ids for text in texts if (ids := tokenizer(text, verbose=False)["input_ids"])]
+    text_only = [document.text for document in as_documents(texts)]
+    documents = [ids for text in text_only if (ids := tokenizer(text, verbose=False)["input_ids"])]
     if not documents:
         raise InputError("the calibration text is empty; give at least one document")
-    capacity = reservoir_capacity(routers.num_experts)
     tabled = [name for name in nulls if name not in NEEDED.values()]
     # Seeded by layer, not by null: a table doesn't depend on the nulls fitted with it.
     reservoirs = {
@@ -76,7 +80,7 @@ def calibrate(
     ]
     try:
         with evaluating(model):
-            contributions = _read(model, routers, windows, set(nulls), capacity, seed)
+            contributions = _read(model, routers, windows, set(nulls), seed)
     finally:
         for take_out in undo:
             take_out()
@@ -94,13 +98,28 @@ def calibrate(
         num_experts=routers.num_experts,
         model_top_k=routers.model_top_k,
         model_fingerprint=model_fingerprint(model),
-        text_sha256=text_sha256(texts),
+        text_sha256=text_sha256(text_only),
         passages=torch.from_numpy(passage_hashes(_texts_read(tokenizer, documents, taken))),
         num_tokens=sum(taken),
         num_documents=len(documents),
         seed=seed,
-        table_capacity=capacity,
+        table_capacity=reservoir_capacity(routers.num_experts),
     )
+
+
+def _nulls_to_fit(rules: Iterable[Rule] | Mapping[str, Rule], nulls: Sequence[str]) -> list[str]:
+    """Return the names of what is to be fitted, each once, or raise InputError."""
+    given = name_rules(rules).values()
+    if not given and not nulls:
+        return [BenjaminiHochberg.null]
+    for name in nulls:
+        if name not in NEEDED.values():
+            get_null(name)
+    needed = [null for rule in given if (null := rule.required_null) is not None]
+    if not needed and not nulls:
+        methods = ", ".join(dict.fromkeys(rule.method for rule in given))
+        raise InputError(f"no calibration is needed by {methods}; use the rules without one")
+    return list(dict.fromkeys([*nulls, *needed]))
 
 
 def _texts_read(
@@ -162,7 +181,6 @@ def _read(
     routers: Routers,
     windows: Sequence[Tensor],
     nulls: set[str],
-    capacity: int,
     seed: int,
 ) -> Contributions | None:
     """Run the model over the windows; observe slots and losses only if a null needs them."""
@@ -177,4 +195,5 @@ def _read(
         layers = join_windows([observer.read(window.to(model.device)) for window in bar])
     finally:
         observer.close()
+    capacity = reservoir_capacity(routers.num_experts)
     return summarize(layers, routers.num_experts, capacity, seed)

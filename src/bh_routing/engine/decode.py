@@ -387,7 +387,7 @@ def decode_greedily(
     steps = session.run(position, 0 if has_ended else max_new_tokens - 1, end_ids)
     for kept_LBK in steps.kept_SLBK:
         for layer, kept_BK in enumerate(kept_LBK):
-            trace.record(layer, kept_BK, kept_BK != DROPPED)
+            trace._record(layer, kept_BK, kept_BK != DROPPED)
     token_SB = torch.cat([first_B.cpu().unsqueeze(0), steps.token_SB])
     has_nan = steps.has_nan or not bool((top_B < torch.inf).all())
     return Decoded(token_SB, trace, prefill_sec, steps.seconds, has_nan)

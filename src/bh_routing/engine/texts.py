@@ -79,16 +79,31 @@ def read_documents(sources: Iterable[str | Path]) -> list[Document]:
             documents += _read_file(Path(source))
     if not documents:
         raise InputError("no text file was given; give at least one")
-    distinct: dict[str, Document] = {}
-    for document in documents:
-        distinct.setdefault(document.text, document)
-    if len(distinct) < len(documents):
-        log.warning(
-            "%d of %d documents repeat the text of another; each text counts once",
-            len(documents) - len(distinct),
-            len(documents),
-        )
-    return list(distinct.values())
+    return _distinct(documents)
+
+
+def as_documents(texts: Sequence[str | Document]) -> list[Document]:
+    """Return texts as documents; each is a cluster by itself, and one given twice counts once.
+
+    Raises:
+        InputError: something else than a list of texts and documents.
+    Example:
+        >>> [document.name for document in as_documents(["One text.", "Another text."])]
+        ['text-1', 'text-2']
+    """
+    if isinstance(texts, str | Document):
+        raise InputError("texts must be a list of texts or documents, got one text; write [text]")
+    documents = []
+    for number, text in enumerate(texts, start=1):
+        if isinstance(text, str):
+            text = Document(f"text-{number}", text, _key(text), "text")
+        if not isinstance(text, Document):
+            raise InputError(
+                f"text {number} must be a string or a Document, got {type(text).__name__}; "
+                "read_documents of bh_routing.engine reads files"
+            )
+        documents.append(text)
+    return _distinct(documents)
 
 
 def packaged_documents(split: str) -> list[Document]:
@@ -156,6 +171,19 @@ def _hash_passages(words: Sequence[str]) -> NDArray[np.int64]:
         hashes_P = hashes_P * np.uint64(0x9E3779B97F4A7C15)
         hashes_P += words_W[offset : offset + hashes_P.size]
     return hashes_P.view(np.int64)
+
+
+def _distinct(documents: Sequence[Document]) -> list[Document]:
+    distinct: dict[str, Document] = {}
+    for document in documents:
+        distinct.setdefault(document.text, document)
+    if len(distinct) < len(documents):
+        log.warning(
+            "%d of %d documents repeat the text of another; each text counts once",
+            len(documents) - len(distinct),
+            len(documents),
+        )
+    return list(distinct.values())
 
 
 def _key(text: str) -> str:

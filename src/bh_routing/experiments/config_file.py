@@ -12,9 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bh_routing.errors import InputError
 from bh_routing.experiments.specs import Prompt, describe_error
-from bh_routing.results.records import json_digest
-
-_NAME_LENGTH: Final = 64
+from bh_routing.rules.catalog import name_of_text
 
 
 def parse_rule(text: str) -> tuple[str, dict[str, Any]]:
@@ -45,10 +43,7 @@ def parse_rule(text: str) -> tuple[str, dict[str, Any]]:
                 f"rule {text!r} has the value {value!r}, which isn't valid YAML ({problem}); write "
                 "a number or a word"
             ) from error
-    name = re.sub(r"[^A-Za-z0-9_.+-]+", "-", text.strip().replace(":", "_").replace(",", "_"))
-    if len(name) > _NAME_LENGTH:  # two long rules may begin alike
-        name = f"{name[: _NAME_LENGTH - 9]}-{json_digest(text)[:8]}"
-    return name, config
+    return name_of_text(text), config
 
 
 _SIGNED: Final = "-+0123456789"

@@ -168,8 +168,7 @@ def check_calibration(
     if calibration is None:
         raise CalibrationError(
             f"rule {rule.method!r} with null {rule.required_null!r} needs a calibration, got "
-            "None; make one with bh_routing.calibrate(model, tokenizer, texts, "
-            f"nulls=({rule.required_null!r},))"
+            "None; make one with bh_routing.calibrate(model, tokenizer, texts, rules=[rule])"
         )
     calibration.check(
         null=rule.required_null,
@@ -268,7 +267,7 @@ def _make_callback(
             weights_TK = (weights_TK.float() * factor_T1).to(proposed_TK.dtype)
             if shared_TS is not None:
                 shared_TS = (shared_TS.float() * factor_T1).to(shared_TS.dtype)
-        index_TK = trace.record(site.layer, index_TK, keep_TK)
+        index_TK = trace._record(site.layer, index_TK, keep_TK)
         index_TK, weights_TK = alias_dropped(index_TK, weights_TK, keep_TK)
         return Decision(index_TK, weights_TK, shared_TS)
 
@@ -282,7 +281,7 @@ def _make_short_callback(
     def decide(proposal: Proposal) -> Decision:
         dtype = proposal.top_k_weights_TK.dtype
         index_TK, weights_TK, keep_TK, _ = decider(proposal.scores_TE, dtype)
-        index_TK = trace.record(site.layer, index_TK, keep_TK)
+        index_TK = trace._record(site.layer, index_TK, keep_TK)
         return Decision(index_TK, weights_TK, proposal.shared_weights_TS)
 
     return decide

@@ -47,7 +47,7 @@ class ExpertTrace:
             for calls in self._calls:
                 del calls[complete:]
 
-    def record(self, layer: int, top_k_index_TK: Tensor, keep_TK: Tensor) -> Tensor:
+    def _record(self, layer: int, top_k_index_TK: Tensor, keep_TK: Tensor) -> Tensor:
         """Add one forward call of one layer.
 
         Returns:
@@ -60,7 +60,7 @@ class ExpertTrace:
             real_T1 = real_BS.reshape(-1, 1).to(kept_TK.device)
             kept_TK = torch.where(real_T1, kept_TK, _PADDING)
         if torch.compiler.is_compiling():
-            index_TK: Tensor = _record(top_k_index_TK, kept_TK, self._number, layer)
+            index_TK: Tensor = _record_call(top_k_index_TK, kept_TK, self._number, layer)
             return index_TK
         self._add(layer, kept_TK)
         return top_k_index_TK
@@ -124,13 +124,13 @@ def count_experts(kept_index_TLK: Tensor, num_experts: int) -> Tensor:
 
 # A CUDA graph's replay would skip this Python code: the tag keeps it out of inductor's graphs.
 @torch.library.custom_op("bh_routing::record", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def _record(index_TK: Tensor, kept_TK: Tensor, number: int, layer: int) -> Tensor:
+def _record_call(index_TK: Tensor, kept_TK: Tensor, number: int, layer: int) -> Tensor:
     trace = _traces.get(number)
     if trace is not None:
         trace._add(layer, kept_TK.clone())
     return index_TK.clone()
 
 
-@_record.register_fake
+@_record_call.register_fake
 def _(index_TK: Tensor, kept_TK: Tensor, number: int, layer: int) -> Tensor:
     return torch.empty_like(index_TK)

@@ -90,13 +90,13 @@ def last_true_rank(is_below_E: Tensor, rank_E: Tensor) -> Tensor:
     return (is_below_E * rank_E).amax(dim=-1, keepdim=True)
 
 
-def count_rejected(p_E: Tensor, alpha: float, procedure: Procedure = "bh") -> Tensor:
+def count_rejected(p_values: Tensor, alpha: float, procedure: Procedure = "bh") -> Tensor:
     """Count the hypotheses that a step-up procedure rejects in each row.
 
     The count is the largest k with p_(k) <= k * alpha / E; a p-value on the line counts.
 
     Args:
-        p_E: p-values in [0, 1], floating, shape (..., E), in any order within a row.
+        p_values: in [0, 1], floating, shape (..., E), in any order within a row.
         alpha: target false discovery rate, in (0, 1).
         procedure: "bh"; "by" with the line divided by 1 + 1/2 + ... + 1/E; or "storey".
     Returns:
@@ -109,95 +109,106 @@ def count_rejected(p_E: Tensor, alpha: float, procedure: Procedure = "bh") -> Te
         [1]
     """
     check_alpha(alpha)
-    _check_p_values(p_E)
-    sorted_p_E = p_E.to(torch.float64).sort(dim=-1).values
+    _check_p_values(p_values)
+    sorted_p_E = p_values.to(torch.float64).sort(dim=-1).values
     is_below_E = on_or_below_line(sorted_p_E, alpha, procedure)
-    return last_true_rank(is_below_E, ranks(p_E.shape[-1], p_E.device)).squeeze(-1)
+    return last_true_rank(is_below_E, ranks(p_values.shape[-1], p_values.device)).squeeze(-1)
 
 
-def benjamini_hochberg(p_E: Tensor, alpha: float) -> Tensor:
+def benjamini_hochberg(p_values: Tensor, alpha: float = 0.05, *, dim: int = -1) -> Tensor:
     """Reject hypotheses at false discovery rate alpha by the Benjamini-Hochberg procedure.
 
     All p-values up to the largest one on or below the line are rejected, ties with it included.
 
     Args:
-        p_E: p-values in [0, 1], floating, shape (..., E).
+        p_values: in [0, 1], floating, of any shape.
         alpha: target false discovery rate, in (0, 1).
+        dim: the axis along which hypotheses are tested together.
     Returns:
         Bool tensor of the same shape, True where rejected.
     Raises:
-        InputError: alpha is outside (0, 1), or a p-value is NaN or outside [0, 1].
+        InputError: alpha is outside (0, 1), a p-value is NaN or outside [0, 1], or there is no such
+            axis.
     Source: Benjamini & Hochberg (1995), procedure (1).
     Example:
         >>> benjamini_hochberg(torch.tensor([0.04, 0.01, 0.03, 0.90]), alpha=0.06).tolist()
         [True, True, True, False]
     """
-    return _reject(p_E, alpha, "bh")
+    return _reject(p_values, alpha, "bh", dim)
 
 
-def benjamini_yekutieli(p_E: Tensor, alpha: float) -> Tensor:
+def benjamini_yekutieli(p_values: Tensor, alpha: float = 0.05, *, dim: int = -1) -> Tensor:
     """Reject hypotheses at false discovery rate alpha under any dependence between them.
 
     The line is that of Benjamini-Hochberg divided by 1 + 1/2 + ... + 1/E.
 
     Args:
-        p_E: p-values in [0, 1], floating, shape (..., E).
+        p_values: in [0, 1], floating, of any shape.
         alpha: target false discovery rate, in (0, 1).
+        dim: the axis along which hypotheses are tested together.
     Returns:
         Bool tensor of the same shape, True where rejected.
     Raises:
-        InputError: alpha is outside (0, 1), or a p-value is NaN or outside [0, 1].
+        InputError: alpha is outside (0, 1), a p-value is NaN or outside [0, 1], or there is no such
+            axis.
     Source: Benjamini & Yekutieli (2001), theorem 1.3.
     Example:
         >>> benjamini_yekutieli(torch.tensor([0.04, 0.005, 0.03, 0.90]), alpha=0.06).tolist()
         [False, True, False, False]
     """
-    return _reject(p_E, alpha, "by")
+    return _reject(p_values, alpha, "by", dim)
 
 
-def storey(p_E: Tensor, alpha: float) -> Tensor:
+def storey(p_values: Tensor, alpha: float = 0.05, *, dim: int = -1) -> Tensor:
     """Reject at false discovery rate alpha, adapting to the fraction of true null hypotheses.
 
     Args:
-        p_E: p-values in [0, 1], floating, shape (..., E).
+        p_values: in [0, 1], floating, of any shape.
         alpha: target false discovery rate, in (0, 1).
+        dim: the axis along which hypotheses are tested together.
     Returns:
         Bool tensor of the same shape, True where rejected.
     Raises:
-        InputError: alpha is outside (0, 1), or a p-value is NaN or outside [0, 1].
+        InputError: alpha is outside (0, 1), a p-value is NaN or outside [0, 1], or there is no such
+            axis.
     Source: Storey, Taylor & Siegmund (2004), with lambda = 1/2.
     Example:
         >>> storey(torch.tensor([0.02, 0.01, 0.03, 0.06]), alpha=0.05).tolist()
         [True, True, True, True]
     """
-    return _reject(p_E, alpha, "storey")
+    return _reject(p_values, alpha, "storey", dim)
 
 
-def _reject(p_E: Tensor, alpha: float, procedure: Procedure) -> Tensor:
+def _reject(p_values: Tensor, alpha: float, procedure: Procedure, dim: int) -> Tensor:
     check_alpha(alpha)
-    _check_p_values(p_E)
-    p_E = p_E.to(torch.float64)
+    _check_p_values(p_values, dim)
+    p_E = p_values.to(torch.float64).movedim(dim, -1)
     sorted_p_E = p_E.sort(dim=-1).values
     is_below_E = on_or_below_line(sorted_p_E, alpha, procedure)
     # -1 if nothing is rejected: no p-value is that small.
     last_rejected = torch.where(is_below_E, sorted_p_E, -1.0).amax(dim=-1, keepdim=True)
-    return p_E <= last_rejected
+    return (p_E <= last_rejected).movedim(-1, dim)
 
 
-def _check_p_values(p_E: Tensor) -> None:
-    if not isinstance(p_E, Tensor) or not p_E.is_floating_point():
-        kind = p_E.dtype if isinstance(p_E, Tensor) else type(p_E).__name__
+def _check_p_values(p: Tensor, dim: int = -1) -> None:
+    if not isinstance(p, Tensor) or not p.is_floating_point():
+        kind = p.dtype if isinstance(p, Tensor) else type(p).__name__
         raise InputError(f"p-values must be a floating-point tensor, got {kind}")
-    if p_E.ndim == 0 or p_E.shape[-1] == 0:
+    if p.ndim > 0 and not (isinstance(dim, int) and -p.ndim <= dim < p.ndim):
         raise InputError(
-            f"p-values need at least one hypothesis on the last axis, got shape {tuple(p_E.shape)}"
+            f"dim must be a whole number from {-p.ndim} to {p.ndim - 1} for p-values of shape "
+            f"{tuple(p.shape)}, got {dim!r}"
         )
-    num_nan = int(p_E.isnan().sum())
+    if p.ndim == 0 or p.shape[dim] == 0:
+        raise InputError(
+            f"p-values need at least one hypothesis along dim {dim}, got shape {tuple(p.shape)}"
+        )
+    num_nan = int(p.isnan().sum())
     if num_nan:
-        raise InputError(f"p-values must be in [0, 1], got {num_nan} NaN of {p_E.numel()} values")
-    is_outside = (p_E < 0) | (p_E > 1)
+        raise InputError(f"p-values must be in [0, 1], got {num_nan} NaN of {p.numel()} values")
+    is_outside = (p < 0) | (p > 1)
     if bool(is_outside.any()):
-        worst = float(p_E[is_outside][0])
+        worst = float(p[is_outside][0])
         raise InputError(
             f"p-values must be in [0, 1], got {worst:g} and "
             f"{int(is_outside.sum()) - 1} more outside"

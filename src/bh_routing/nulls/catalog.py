@@ -77,7 +77,7 @@ def check_temperature(temperature: float) -> None:
 
 def p_values(
     router_logits: Tensor,
-    null: str = "gaussian",
+    null: str,
     table: ReferenceTable | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
@@ -95,7 +95,7 @@ def p_values(
         CalibrationError: the null needs a table and none was given.
     Example:
         >>> import torch
-        >>> p_values(torch.tensor([[0.0, 1.0, 2.0, 3.0, 40.0]])).argmin().item()
+        >>> p_values(torch.tensor([[0.0, 1.0, 2.0, 3.0, 40.0]]), "gaussian").argmin().item()
         4
     """
     chosen = get_null(null)

@@ -62,7 +62,7 @@ class BenjaminiHochberg(Rule):
     method: ClassVar[str] = "bh"
     knob: ClassVar[Knob | None] = Knob("alpha", LOG_ODDS, keeps_more=True)
 
-    alpha: float
+    alpha: float = 0.05
     """Target FDR under the null distribution, in (0, 1); a larger one keeps more experts."""
     temperature: float = 1.0
     """Divides the router logits; changes the selection only under the null "softmax"."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from types import MappingProxyType
 from typing import Any, Final
 
 from bh_routing.errors import InputError, unknown_name
+from bh_routing.results.records import json_digest
 from bh_routing.rules.base import Rule
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 from bh_routing.rules.contribution import ContributionThreshold, OracleContribution
@@ -35,6 +37,8 @@ RULES: Final[Mapping[str, type[Rule]]] = MappingProxyType({rule.method: rule for
 
 # Names in users' own configurations; our output always has the catalog's names.
 _ALIASES: Final = {"topk": "top_k"}
+
+_NAME_LENGTH: Final = 64
 
 # Keys of a configuration that aren't fields of the rule.
 _NOT_FIELDS: Final = ("method", "description")
@@ -90,3 +94,60 @@ def rule_to_config(rule: Rule) -> dict[str, Any]:
     own = {field.name: getattr(rule, field.name) for field in fields(rule)}  # type: ignore[arg-type]
     plain = {name: list(v) if isinstance(v, tuple) else v for name, v in own.items()}
     return {"method": rule.method, **plain}
+
+
+def name_of_text(text: str) -> str:
+    """Turn a rule in one word into a configuration's name.
+
+    Example:
+        >>> name_of_text("bh:alpha=0.02,max_k=6")
+        'bh_alpha-0.02_max_k-6'
+    """
+    name = re.sub(r"[^A-Za-z0-9_.+-]+", "-", text.strip().replace(":", "_").replace(",", "_"))
+    if len(name) > _NAME_LENGTH:  # two long rules may begin alike
+        name = f"{name[: _NAME_LENGTH - 9]}-{json_digest(text)[:8]}"
+    return name
+
+
+def name_rules(rules: Mapping[str, Rule] | Iterable[Rule]) -> dict[str, Rule]:
+    """Return rules by name, named after their fields where they have no name.
+
+    Args:
+        rules: name -> rule, or rules alone.
+    Raises:
+        InputError: there is none, one is given twice, or something is not a rule or a name.
+    Example:
+        >>> list(name_rules([TopK(4), BenjaminiHochberg(alpha=0.02, max_k=6)]))
+        ['top_k_k-4', 'bh_alpha-0.02_max_k-6']
+    """
+    if isinstance(rules, str | type) or not isinstance(rules, Iterable):
+        raise InputError(
+            f"rules must be a list of rules or a mapping of names to rules, got {rules!r}; for one "
+            "rule write [rule]"
+        )
+    is_named = isinstance(rules, Mapping)
+    named: dict[str, Rule] = {}
+    for name, rule in rules.items() if isinstance(rules, Mapping) else ((None, r) for r in rules):
+        if not isinstance(rule, Rule):
+            raise InputError(
+                f"a rule must be an object such as BenjaminiHochberg(alpha=0.05), got {rule!r} of "
+                f"type {type(rule).__name__}"
+            )
+        if is_named and not (isinstance(name, str) and name):
+            raise InputError(f"a rule's name must be a text that isn't empty, got {name!r}")
+        key = name or _name(rule)
+        if key in named:
+            raise InputError(f"rule {key!r} is given twice; remove one")
+        named[key] = rule
+    return named
+
+
+def _name(rule: Rule) -> str:
+    """Join the method and the fields that aren't at their defaults; what is tuned always shows."""
+    tuned = "" if rule.knob is None else rule.knob.name
+    shown = [
+        f"{f.name}={value}"
+        for f in fields(rule)  # type: ignore[arg-type]
+        if (value := getattr(rule, f.name)) != f.default or f.name == tuned
+    ]
+    return name_of_text(f"{rule.method}:{','.join(shown)}" if shown else rule.method)

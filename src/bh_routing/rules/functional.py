@@ -5,7 +5,7 @@ Axes: E experts, K slots; leading axes are arbitrary.
 
 from __future__ import annotations
 
-from typing import Final, Literal, NamedTuple, get_args
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,9 @@ from bh_routing.nulls.catalog import check_router_logits
 from bh_routing.rules.base import (
     Candidates,
     LayerContext,
+    TemperatureWeights,
+    WeightConvention,
     check_at_most_experts,
-    check_choice,
     check_count,
 )
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
@@ -24,8 +25,6 @@ from bh_routing.rules.weights import kept_weights
 
 OLMOE_TOP_K: Final = 8
 """Default of the model's own k if neither it nor max_k is given."""
-
-FunctionalWeights = Literal["raw", "model", "renormalize", "preserve_mass"]
 
 
 class RoutedExperts(NamedTuple):
@@ -45,11 +44,12 @@ def benjamini_hochberg_routing(
     temperature: float = 1.0,
     min_k: int = 1,
     max_k: int | None = None,
-    null: str = "gaussian",
+    null: str | None = None,
     *,
     model_top_k: int | None = None,
     table: ReferenceTable | None = None,
-    weights: FunctionalWeights = "raw",
+    weights: WeightConvention = "model",
+    temperature_weights: TemperatureWeights = "mass",
 ) -> RoutedExperts:
     """Select each token's experts by Benjamini-Hochberg and weight them by softmax.
 
@@ -59,12 +59,14 @@ def benjamini_hochberg_routing(
         temperature: divides the logits, above 0.
         min_k: fewest experts per token.
         max_k: most experts per token, at most E; None: the model's own k.
-        null: the null distribution of the p-values.
+        null: the null distribution of the p-values; None: the default of `BenjaminiHochberg` if
+            there is a table, else "gaussian", which needs none.
         model_top_k: the model's own k, at most E; None: max_k, or 8 if max_k is None too.
         table: the layer's reference table, for a null that needs one.
-        weights: "raw" gives softmax(logits / T) of the selected experts unchanged; the others
-            scale their sum: "model" to their own sum at T = 1, "renormalize" to 1, "preserve_mass"
-            to the sum of the model's own k best experts at T = 1.
+        weights: "model" keeps the softmax weights; the others scale their sum: "renormalize" to 1,
+            "preserve_mass" to the sum of the model's own k best experts at temperature 1.
+        temperature_weights: at another temperature, "mass" keeps the selected experts' sum at
+            temperature 1; "raw" gives softmax(logits / temperature) unchanged.
     Returns:
         Weights and experts, padded to K = the larger of max_k and the model's own k, and counts.
     Raises:
@@ -75,10 +77,17 @@ def benjamini_hochberg_routing(
         >>> benjamini_hochberg_routing(logits, max_k=4).experts.tolist()
         [0, 3, -1, -1]
     """
+    if null is None:
+        null = "gaussian" if table is None else BenjaminiHochberg.null
     rule = BenjaminiHochberg(
-        alpha=alpha, temperature=temperature, min_k=min_k, max_k=max_k, null=null
+        alpha=alpha,
+        temperature=temperature,
+        min_k=min_k,
+        max_k=max_k,
+        null=null,
+        weights=weights,
+        temperature_weights=temperature_weights,
     )
-    check_choice("weights", weights, get_args(FunctionalWeights))
     check_router_logits(router_logits)
     num_experts = router_logits.shape[-1]
     if model_top_k is None:
@@ -98,7 +107,17 @@ def benjamini_hochberg_routing(
     candidates = _propose(router_logits.reshape(-1, num_experts), num_slots)
     keep_TK = select(candidates)
     experts_TK = candidates.top_k_index_TK.masked_fill(~keep_TK, -1)
-    weights_TK = _weigh(candidates, keep_TK, temperature, weights, model_top_k)
+    weights_TK = kept_weights(
+        candidates.top_k_weights_TK,
+        keep_TK,
+        convention=weights,
+        normalises=False,
+        temperature=temperature,
+        router_logits_TE=candidates.router_logits_TE,
+        top_k_index_TK=candidates.top_k_index_TK,
+        model_top_k=model_top_k,
+        temperature_weights=temperature_weights,
+    )
     leading = router_logits.shape[:-1]
     return RoutedExperts(
         weights_TK.to(router_logits.dtype).reshape(*leading, num_slots),
@@ -117,27 +136,4 @@ def _propose(router_logits_TE: Tensor, num_slots: int) -> Candidates:
         router_logits_TE=logits_TE,
         top_k_index_TK=index_TK,
         top_k_weights_TK=logits_TE.softmax(dim=-1).gather(-1, index_TK),
-    )
-
-
-def _weigh(
-    candidates: Candidates,
-    keep_TK: Tensor,
-    temperature: float,
-    weights: FunctionalWeights,
-    model_top_k: int,
-) -> Tensor:
-    if weights == "raw":
-        tempered_TE = (candidates.router_logits_TE / temperature).softmax(dim=-1)
-        raw_TK = tempered_TE.gather(-1, candidates.top_k_index_TK)
-        return raw_TK.masked_fill(~keep_TK, 0.0)
-    return kept_weights(
-        candidates.top_k_weights_TK,
-        keep_TK,
-        convention=weights,
-        normalises=False,
-        temperature=temperature,
-        router_logits_TE=candidates.router_logits_TE,
-        top_k_index_TK=candidates.top_k_index_TK,
-        model_top_k=model_top_k,
     )
