@@ -1,11 +1,11 @@
-"""Pictures of routing, for scripts and notebooks: a thin door to `bh_routing.report`.
+"""Charts of routing, for scripts and notebooks: a thin wrapper of `bh_routing.report`.
 
     from routing_visualizations import plot_expert_count_distribution
 
     plot_expert_count_distribution(counts, method_name="bh_moderate", alpha=0.05,
                                    save_path="counts.png")
 
-Works in a clone without an installation.
+Works in a clone without installation.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Compare Benjamini-Hochberg routing with Top-K: `python run_bh_experiments.py --model demo`.
 
-The same as `bh-routing run`, and importable, also in a notebook:
+The same as `bh-routing run`, and importable, for example in a notebook:
 
     import run_bh_experiments as bh
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 _SOURCE = Path(globals().get("__file__", "run_bh_experiments.py")).resolve().parent / "src"
 if (_SOURCE / "bh_routing").is_dir():
-    # In a clone, use the clone's own package.
+    # In a clone, import the clone's own package.
     sys.path.insert(0, str(_SOURCE))
 
 try:
@@ -55,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the experiments with this module's configurations, prompts and functions.
 
     Args:
-        argv: flags of `bh-routing run`; None: those of the process, none in a notebook.
+        argv: arguments of `bh-routing run`; None: those of the process, or none in a notebook.
     Returns:
-        0 done, 1 some experiments failed, 2 bad input, 130 or 143 interrupted.
+        0 success, 1 some experiments failed, 2 bad input, 130 or 143 interrupted.
     """
     flags = process_arguments() if argv is None else argv
-    # Looked up now, not at import: whoever replaced one of them changes the run.
+    # Looked up now, not at import, so that replacing one of them changes the run.
     surroundings = Surroundings(
         configs=ROUTING_CONFIGS,
         prompts=TEST_PROMPTS,

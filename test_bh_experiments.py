@@ -1,7 +1,7 @@
 """Seven checks of the whole tool on the real demo model: `python test_bh_experiments.py`.
 
-Works in a clone without an installation, as long as the dependencies are there. pytest runs the
-same functions: `pytest test_bh_experiments.py`.
+Works in a clone without installation if the dependencies are present. pytest runs the same
+functions: `pytest test_bh_experiments.py`.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ PLOTS = (
 
 
 class CheckFailed(AssertionError):
-    """A check found something else than it should."""
+    """A check failed."""
 
 
 class Demo(NamedTuple):
-    """The demo model, ready to be routed."""
+    """The demo model with tokenizer and calibration."""
 
     model: Any
     tokenizer: Any
@@ -83,7 +83,7 @@ def demo() -> Demo:
 
 @cache
 def scratch() -> Path:
-    """A folder for this process's runs, removed at its end."""
+    """Return a folder for this process's runs, removed at exit."""
     folder = Path(tempfile.mkdtemp(prefix="bh_routing_checks_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -91,14 +91,14 @@ def scratch() -> Path:
 
 @cache
 def saved() -> Path:
-    """The calibration in a file, so that each run needn't make its own."""
+    """Save the calibration to a file, so that runs needn't repeat it."""
     path = scratch() / "calibration.safetensors"
     demo().calibration.save(path)
     return path
 
 
 def run_suite(folder: Path, prompts: str) -> None:
-    """Run two configurations on some prompts through the real command line."""
+    """Run two configurations on some prompts from the command line."""
     arguments = ["run", "--model", "demo", "--device", "cpu", "--output", str(folder)]
     arguments += ["--configs", CONFIGS, "--prompts", prompts, "--max-tokens", str(MAX_TOKENS)]
     arguments += ["--checkpoint-interval", "2", "--no-eval", "--calibration", str(saved())]
@@ -116,13 +116,13 @@ def mini_suite() -> Path:
 
 
 def journal_keys(folder: Path) -> list[str]:
-    """Keys of the experiments in a journal, in the order in which they finished."""
+    """Return the keys of a journal's experiments, in order of completion."""
     lines = (folder / "records.jsonl").read_text("utf-8").splitlines()
     return [entry["key"] for line in lines if "record" in (entry := json.loads(line))]
 
 
 def test_benjamini_hochberg_equals_scipy() -> None:
-    """BH correctness: the rejected experts are scipy's, ties, zeros and ones included."""
+    """BH correctness: same rejections as scipy, including ties, zeros and ones."""
     random = np.random.default_rng(0)
     for num_experts in (1, 8, 64):
         p = random.random((2_000, num_experts)) ** random.integers(1, 6, (2_000, 1))
@@ -137,7 +137,7 @@ def test_benjamini_hochberg_equals_scipy() -> None:
 
 
 def test_the_demo_model_loads_and_calibrates() -> None:
-    """Initialisation: model, tokenizer and a calibration that fits it."""
+    """Initialisation: model, tokenizer and a matching calibration."""
     model, _, calibration = demo()
     expect(calibration.num_layers == model.config.num_hidden_layers, "a layer has no calibration")
     expect(calibration.num_experts == model.config.num_experts, "an expert has no calibration")
@@ -145,7 +145,7 @@ def test_the_demo_model_loads_and_calibrates() -> None:
 
 
 def test_every_configuration_applies_and_leaves_no_trace() -> None:
-    """Applying configurations: counts within bounds, and the model is as before afterwards."""
+    """Applying configurations: counts within bounds, and the model is unchanged afterwards."""
     model, tokenizer, calibration = demo()
     inputs = tokenizer(TEST_PROMPTS[1]["text"], return_tensors="pt")
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_every_configuration_applies_and_leaves_no_trace() -> None:
 
 
 def test_top_k_generates_what_transformers_generates() -> None:
-    """One experiment: topk_8 through our code equals plain `generate`, token by token."""
+    """One experiment: topk_8 generates the same tokens as transformers' `generate`."""
     model, tokenizer, _ = demo()
     inputs = tokenizer(TEST_PROMPTS[0]["text"], return_tensors="pt")
     options = {"max_new_tokens": MAX_TOKENS, "do_sample": False}
@@ -189,7 +189,7 @@ def test_a_mini_suite_writes_its_rows() -> None:
 
 
 def test_analysis_and_report_are_made() -> None:
-    """Analysis and report: the summary compares, the report embeds every plot."""
+    """Analysis and report: the summary has comparisons, the report embeds every plot."""
     folder = mini_suite()
     missing = [name for name in REPORT_FILES if not (folder / name).is_file()]
     missing += [name for name in PLOTS if not (folder / "plots" / name).is_file()]
@@ -204,7 +204,7 @@ def test_analysis_and_report_are_made() -> None:
 
 
 def test_a_run_goes_on_where_it_stopped() -> None:
-    """Checkpoint and resume: what finished isn't run again, and a snapshot can be read."""
+    """Checkpoint and resume: finished experiments aren't rerun, and snapshots are readable."""
     folder = scratch() / "resume"
     run_suite(folder, "1")
     finished = journal_keys(folder)
@@ -228,14 +228,14 @@ CHECKS: dict[str, Callable[[], None]] = {
 
 
 def main() -> int:
-    """Run every check, print each and the total; 0 if all passed, else 1."""
+    """Run all checks and print their results; return 0 if all passed, else 1."""
     num_passed = 0
     for number, (name, check) in enumerate(CHECKS.items(), start=1):
         start = time.perf_counter()
         problem = ""
         try:
             check()
-        except Exception as error:  # noqa: BLE001  # one failed check must not hide the others
+        except Exception as error:  # noqa: BLE001  # a failed check must not stop the others
             problem = f"{type(error).__name__}: {error}"
         num_passed += not problem
         verdict = "FAILED" if problem else "passed"

@@ -1,8 +1,8 @@
-"""Time a demo run on two cores, alone and with one busy process next to it.
+"""Time a demo run on two cores, alone and alongside one busy process.
 
     python benchmarks/busy_neighbour.py [--rounds 3]
 
-Each round runs both, in an order that alternates, so that a machine that slows down slows both.
+Each round runs both in alternating order, so that a machine that slows down affects both alike.
 The busy process ends by itself. Exits with 1 if the median ratio is above LARGEST_RATIO.
 """
 
@@ -24,7 +24,7 @@ FLAGS = "run --model demo --configs topk_8,bh_moderate --prompts 1-3 --max-token
 
 
 def run_demo() -> float:
-    """Seconds of one small run, as a user starts it: nothing set that steers threads."""
+    """Return the seconds of one small run, as a user starts it: without thread settings."""
     steering = ("OMP_", "GOMP_", "KMP_", "MKL_")
     env = {name: value for name, value in os.environ.items() if not name.startswith(steering)}
     with tempfile.TemporaryDirectory() as folder:
@@ -48,7 +48,7 @@ def main() -> int:
     rounds = parser.parse_args().rounds
     cores = sorted(os.sched_getaffinity(0))[:2]
     os.sched_setaffinity(0, cores)
-    run_demo()  # reads what later runs find in memory
+    run_demo()  # warms the file cache
     seconds: dict[str, list[float]] = {"idle": [], "busy": []}
     for number in range(rounds):
         for name in ("idle", "busy") if number % 2 == 0 else ("busy", "idle"):

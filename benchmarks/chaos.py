@@ -1,9 +1,9 @@
-"""Break runs in seeded ways, resume them, and write the table of docs/reliability.md.
+"""Inject seeded faults into runs, resume them, and write the table of docs/reliability.md.
 
     python -m benchmarks.chaos [FAULTS] [SEED]
 
-The faults, and what counts as lost, are in tests/experiments/chaos_driver.py, which the ordinary
-tests run with ten faults.
+tests/experiments/chaos_driver.py defines the faults and the criterion for lost work; the ordinary
+tests run it with ten faults.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def render(found: dict[str, Any]) -> str:
-    """Return the table, one row a kind of fault, and a line that says where it was made."""
+    """Return the table, with one row per kind of fault, and a line on its provenance."""
     lines = [
         "| fault | times | resume rejected at first | lost | done twice | not whole in the end |",
         "|---|---|---|---|---|---|",

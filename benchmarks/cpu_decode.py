@@ -1,4 +1,4 @@
-"""Time a generated token of the demo model on a CPU: our experts beside transformers' own.
+"""Time decoding of the demo model on a CPU: our experts compared with transformers'.
 
 python benchmarks/cpu_decode.py
 """
@@ -28,7 +28,7 @@ def main() -> None:
         f"{platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}"
     )
     times: dict[tuple[str, int], list[float]] = {}
-    # Interleaved, so that a machine that slows down slows all of them; the first round warms up.
+    # Interleaved, so that a machine that slows down affects all alike; the first round warms up.
     for repeat in range(REPEATS + 1):
         for implementation in ("grouped_mm", NAME):
             for k in (8, 4):

@@ -1,10 +1,10 @@
-"""Time a decoding step of one text on a GPU under other block sizes and numbers of warps.
+"""Time a decode step at batch size 1 on a GPU, for several block sizes and numbers of warps.
 
     python benchmarks/decode_settings.py
 
-The shape is OLMoE-1B-7B's with random weights, bfloat16. A line gives a setting, the milliseconds
-of a step at Top-K 8, Top-K 4 and BH at about 4 experts (medians of 5 rounds of 150 steps after 128
-tokens, sessions in random order) and how much faster the latter two are than the first.
+The shape is OLMoE-1B-7B's with random weights, bfloat16. Each line has a setting, the milliseconds
+per step at Top-K 8, Top-K 4 and BH at about 4 experts (medians of 5 rounds of 150 steps after 128
+tokens, sessions in random order), and the speed-ups of the latter two over the first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bh_routing.models.shapes import make_olmoe_shape
 from bh_routing.rules import Rule, TopK
 
 PROMPT_TOKENS, NUM_POSITIONS, STEPS, ROUNDS = 128, 512, 150, 5
-MODULES: Any = {"few": few, "experts": experts}  # what is changed is constant to everybody else
+MODULES: Any = {"few": few, "experts": experts}  # Any: the patched names are Final
 SETTINGS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "attend by 2 warps": {"few.ATTEND_WARPS": 2},
@@ -45,7 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def make_sessions(engine: Any, model: Any, rules: list[Rule], setting: dict[str, Any]) -> Any:
-    """Capture a step of each rule."""
+    """Capture a decode step of each rule."""
     with ExitStack() as stack:
         for key, value in setting.items():
             module, name = key.split(".")
@@ -64,7 +64,7 @@ def make_sessions(engine: Any, model: Any, rules: list[Rule], setting: dict[str,
 
 @torch.inference_mode()
 def main() -> None:
-    """Print a line for each setting."""
+    """Print one line per setting."""
     model, _ = make_olmoe_shape(torch.device("cuda"), torch.bfloat16)
     engine = engine_of(model)
     prompt = random_tokens(model, 1, PROMPT_TOKENS, seed=1)

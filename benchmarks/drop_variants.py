@@ -1,10 +1,10 @@
-"""Choose the variant of BH-drop: equal mean experts, lowest loss, calibration text only.
+"""Choose the variant of BH-drop: lowest loss at equal mean experts, on calibration text only.
 
     nice python benchmarks/drop_variants.py --tokens 6000
 
-Half of the calibration documents fit the references, the other half choose. The evaluation text
-is never read. Knobs are found as `bh-routing sweep` finds them. Writes `drop_variants.json` and
-`drop_variants.md`.
+One half of the calibration documents is for fitting the reference samples, the other for choosing.
+The evaluation text is never read. Tuning parameters are searched as in `bh-routing sweep`. Writes
+`drop_variants.json` and `drop_variants.md`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ VARIANTS = (
 
 
 def split(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    """Halve the documents within each domain: one half fits, the other chooses."""
+    """Split the documents of each domain in half: one for fitting, one for choosing."""
     ordered = sorted(documents, key=lambda d: (d.domain, d.cluster, d.name))
     return ordered[0::2], ordered[1::2]
 
@@ -82,12 +82,12 @@ def measure_all(
 
 
 def mean_of(records: Sequence[QualityRecord]) -> float:
-    """Mean experts a token and layer."""
+    """Return the mean experts per token and layer."""
     return sum(r.experts_sum for r in records) / sum(r.units for r in records)
 
 
 def per_token(records: Sequence[QualityRecord]) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of the loss's rise in each document, and its tokens."""
+    """Return the total increase in loss and the number of tokens, by document."""
     rise = np.array([r.nll_sum - r.top_k_nll_sum for r in records])
     return rise, np.array([r.tokens for r in records])
 
@@ -95,7 +95,7 @@ def per_token(records: Sequence[QualityRecord]) -> tuple[np.ndarray, np.ndarray]
 def describe(
     name: str, rule: Rule, records: list[QualityRecord], top_k: list[QualityRecord]
 ) -> dict[str, Any]:
-    """One row: loss, and its difference to static top-k with a standard error by document."""
+    """Return a row: loss, and its difference from static top-k with a document-level SE."""
     rise, tokens = per_token(records)
     difference = rise - per_token(top_k)[0]
     mean_difference = difference.sum() / tokens.sum()
@@ -115,7 +115,7 @@ def describe(
 def compare(
     model: Any, tokenizer: Any, search: KnobSearch, calibration: Calibration, only: str
 ) -> list[dict[str, Any]]:
-    """Bring every variant to every budget, and compare them there on the same text."""
+    """Tune every variant to every budget, and compare them there on the same text."""
     chosen = [variant for variant in parse_variants(VARIANTS) if only in variant.name]
     settings = search.find([Goal(variant=v, budget=b) for v in chosen for b in BUDGETS])
     own: dict[str, Rule] = {f"top_k@{budget:g}": TopK(round(budget)) for budget in BUDGETS}
@@ -166,8 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         nulls=("background", "needed", "needed_by_loss"),
         max_tokens=options.fit_tokens,
     )
-    # Half of the packaged documents are fewer than a calibration must have. That limit guards
-    # what an alpha means to a user; here only the order at equal cost is asked.
+    # Half of the packaged documents are fewer than a calibration requires. That limit protects
+    # the meaning of alpha for users; here only the ranking at equal cost matters.
     calibration = replace(calibration, num_documents=max(len(fit), MIN_DOCUMENTS))
     search = KnobSearch(model, tokenizer, choose, calibration, options.tokens)
     rows = compare(model, tokenizer, search, calibration, options.only)

@@ -1,11 +1,11 @@
-"""Time a layer's experts on a GPU: ours beside transformers' own, at 8 and at 4 kept experts.
+"""Time a layer's experts on a GPU: ours compared with transformers', at 8 and 4 kept experts.
 
 python benchmarks/experts_kernel.py [FILE.json]
 
-The shape is OLMoE-1B-7B's, with random weights; the layers of a pass have weights of their own, so
-that no layer finds its weights in the cache. A dropped slot weighs 0 and names the token's first
-expert: what transformers computes for it is what fewer experts cost there. Bytes are the ones that
-have to move: the weights of each distinct kept expert once, and the hidden states in and out.
+The shape is OLMoE-1B-7B's, with random weights; each layer of a pass has its own weights, so that
+no layer finds them in the cache. A dropped slot has weight 0 and the index of the token's first
+expert, which transformers computes nevertheless: that is its cost with fewer experts. Bytes are the
+required memory traffic: the weights of each distinct kept expert once, hidden states in and out.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def make_layers() -> list[Any]:
 
 
 def make_routing(tokens: int, mean_kept: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random experts; at a mean of 4, a token alone keeps 4 of 8, one of many keeps 1 to 7."""
+    """Draw random experts; at a mean of 4, a single token keeps 4 of 8, each of several 1 to 7."""
     generator = torch.Generator().manual_seed(seed)
     weights, index = torch.rand(tokens, 64, generator=generator).topk(SLOTS, dim=-1)
     if mean_kept < SLOTS:
@@ -80,10 +80,10 @@ def in_a_graph(run: Pass) -> Pass:
 
 
 def milliseconds(runs: dict[str, Pass]) -> dict[str, list[float]]:
-    """Time every pass in every round, in random order, so that a drift meets all alike."""
+    """Time every pass in every round, in random order, so that drift affects all alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    # Reading it keeps the GPU busy while the host prepares a launch, which is no part of a pass,
-    # and leaves nothing of it in the cache that would have to be written back during the pass.
+    # Reading it keeps the GPU busy while the host prepares a launch, which isn't part of a pass,
+    # and leaves no dirty cache lines to write back during the pass.
     filler = torch.zeros(2**28, dtype=torch.bfloat16, device="cuda")
     for round_ in range(ROUNDS + 1):
         for name in random.Random(round_).sample(list(runs), len(runs)):
@@ -108,7 +108,7 @@ def copied_bytes_per_second() -> float:
 
 
 def measure(layers: list[Any], tokens: int, mean_kept: int) -> Iterator[dict[str, Any]]:
-    """Yield a row for each implementation and way of launching, in microseconds a layer."""
+    """Yield a row per implementation and launch method, in microseconds per layer."""
     layers = layers if tokens <= MOST_TOKENS_IN_A_GRAPH else layers[:4]
     hidden = torch.randn(tokens, 2048, device="cuda", dtype=torch.bfloat16)
     routings = [make_routing(tokens, mean_kept, seed) for seed in range(len(layers))]
@@ -116,7 +116,7 @@ def measure(layers: list[Any], tokens: int, mean_kept: int) -> Iterator[dict[str
     passes = {name: make_pass(name, layers, hidden, routings) for name in names}
     runs = {f"{name} plain": run for name, run in passes.items()}
     if tokens <= MOST_TOKENS_IN_A_GRAPH:
-        # transformers' eager experts ask the device which are hit, which no graph can hold.
+        # transformers' eager experts synchronise with the device, which no graph can capture.
         runs |= {f"{name} graph": in_a_graph(passes[name]) for name in names if name != "eager"}
     kept = sum(int((weights != 0).sum()) for _, weights in routings)
     distinct = sum(len(index[weights != 0].unique()) for index, weights in routings)

@@ -1,10 +1,10 @@
-"""Feed one target of tests/experiments/test_fuzz.py by coverage, with atheris.
+"""Fuzz one target of tests/experiments/test_fuzz.py, guided by coverage, with atheris.
 
     pip install atheris
     python -m benchmarks.fuzz_atheris yaml -atheris_runs=20000
 
-Atheris chooses bytes that reach new lines of our readers, hypothesis makes the target's inputs of
-them. It stops at the first error that isn't our own.
+Atheris generates bytes that reach new lines of our readers; hypothesis derives the target's inputs
+from them. It stops at the first error that isn't one of ours.
 """
 
 from __future__ import annotations

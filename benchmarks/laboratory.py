@@ -1,9 +1,9 @@
-"""Measure false discoveries and power on planted signals: the laboratory table of docs/method.md.
+"""Measure false discoveries and power in the simulation with planted signals of docs/method.md.
 
     python benchmarks/laboratory.py
 
-Writes `laboratory.json`, renders it to `laboratory.md` and into docs/method.md, between the
-markers.
+Writes the results as JSON next to this file, renders them to Markdown there and in docs/method.md,
+between the markers.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def render(results: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, write the JSON, and render it into both Markdown files."""
+    """Measure, write the JSON, and render it to both Markdown files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [asdict(row) for row in run_laboratory(options.tokens, options.seed)]
     for row in rows:
         if row["pooled_share"] != row["pooled_share"]:
-            row["pooled_share"] = None  # NaN is no JSON
+            row["pooled_share"] = None  # JSON has no NaN
     results = {
         "made": {
             "tokens": options.tokens,

@@ -1,9 +1,10 @@
-"""What the driver costs beside the experiments, over a large grid of experiments that cost nothing.
+"""Measure the driver's overhead over a large grid of experiments that take no time.
 
     python -m benchmarks.large_grid [EXPERIMENTS] [FOLDER]
 
-Every experiment is the same made-up measurement of a model with 16 layers of 64 experts, so what is
-timed is the store, the journal with its fsync, the derived files and the progress bar. Prints JSON.
+Every experiment is the same synthetic measurement of a model with 16 layers of 64 experts, so the
+time is that of the store, the journal with its fsync, the derived files and the progress bar.
+Prints JSON.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ IDENTITY: Final = RunIdentity(
 
 
 class NothingToDo:
-    """An executor whose experiments are there at once; it times what happens between them."""
+    """An executor whose experiments finish immediately; it times the work between them."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -51,7 +52,7 @@ class NothingToDo:
 
 
 def make_experiment(cell: Cell) -> Experiment:
-    """Return a measurement of the size that a real one has; all its lists are its own."""
+    """Return a measurement of realistic size; it shares no lists with others."""
     record = ExperimentRecord(
         config_name=cell.named_rule.name,
         prompt_text=cell.prompt.text,
@@ -72,7 +73,7 @@ def make_experiment(cell: Cell) -> Experiment:
 
 
 def resident_mib() -> float:
-    """Memory that this process has in use now, where the system says so; else its peak."""
+    """Return the current memory of this process, or its peak if the system doesn't report it."""
     gc.collect()
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -82,7 +83,7 @@ def resident_mib() -> float:
 
 
 def measure(folder: Path, num_experiments: int) -> dict[str, Any]:
-    """Run the grid into an empty folder; times are means in milliseconds an experiment."""
+    """Run the grid into an empty folder; times are means in milliseconds per experiment."""
     rules = [
         NamedRule(f"topk_{number}", "", TopK(k=1 + number % EXPERTS))
         for number in range(num_experiments // NUM_PROMPTS)

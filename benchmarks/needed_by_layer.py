@@ -1,9 +1,9 @@
-"""BH-drop with one reference a layer instead of one for all layers, at equal mean experts.
+"""Compare BH-drop with one reference sample per layer and one for all layers, at equal means.
 
     python benchmarks/needed_by_layer.py
 
-Fits on half of the packaged calibration documents and compares on the other half, as
-`drop_variants.py` does; the evaluation text has no part in it. Writes `needed_by_layer.json` and
+Fits on half of the packaged calibration documents and compares on the other half, like
+`drop_variants.py`, without the evaluation text. Writes `needed_by_layer.json` and
 `needed_by_layer.md`.
 """
 
@@ -48,14 +48,14 @@ from bh_routing.rules import BenjaminiHochbergDrop, LayerContext, Rule, Selector
 from bh_routing.rules.base import MixingRule
 
 Cut = Literal["pooled", "own"]
-"""Whether a slot mattered is judged by all layers' median, or by its own layer's."""
+"""Whether a slot mattered is judged by the median of all layers, or of its own layer."""
 STATISTICS: tuple[Statistic, ...] = ("contribution", "sensitivity")
 HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class DropByLayer(MixingRule):
-    """BH-drop by token whose reference comes from the layer it decides in."""
+    """BH-drop by token, with the reference sample of its own layer."""
 
     method: ClassVar[str] = "drop_by_layer"
     inner: BenjaminiHochbergDrop
@@ -67,12 +67,12 @@ class DropByLayer(MixingRule):
         return False
 
     def bind(self, context: LayerContext) -> Selector:
-        """Let BH-drop see this layer's scores only."""
+        """Bind BH-drop to this layer's scores only."""
         return self.inner.bind(replace(context, contributions=self.layers[context.layer]))
 
 
 def observe(model: Any, text: Sequence[TokenizedDocument]) -> list[LayerSlots]:
-    """Read the text once more and return every slot, by layer."""
+    """Process the text once more and return every slot, by layer."""
     observer = SlotObserver(model, find_routers(model), by_loss=True)
     try:
         return join_windows(
@@ -87,7 +87,7 @@ def observe(model: Any, text: Sequence[TokenizedDocument]) -> list[LayerSlots]:
 
 
 def by_layer(pooled: Contributions, slots: list[LayerSlots], cut: Cut) -> tuple[Contributions, ...]:
-    """Give each layer its own references, and leave the scales as they are."""
+    """Return the references of each layer, with unchanged scales."""
     found = []
     for layer, seen in enumerate(slots):
         truth = seen.truth("norm")
@@ -106,7 +106,7 @@ def by_layer(pooled: Contributions, slots: list[LayerSlots], cut: Cut) -> tuple[
 
 
 def compare(tokens: int, fit_tokens: int) -> dict[str, Any]:
-    """Fit, find each variant's alpha for each budget on captured proposals, and score once."""
+    """Fit, search each variant's alpha for each budget on captured proposals, and score once."""
     model, tokenizer = load_model("demo", device="cpu", dtype="float32")
     fit, choose = split(packaged_documents("calibration"))
     texts = [document.text for document in fit]

@@ -1,9 +1,9 @@
-"""What every null selects where there is nothing to select: the all-noise table of docs/method.md.
+"""Count the experts that rules select from pure noise: the all-noise table of docs/method.md.
 
     python benchmarks/noise_table.py                  # noise only
-    python benchmarks/noise_table.py --model demo     # and the same nulls on real text
+    python benchmarks/noise_table.py --model demo     # also on real text
 
-Writes `noise_table.json`, renders it to `noise_table.md` and into docs/method.md, between the
+Writes `noise_table.json`, and renders it to `noise_table.md` and docs/method.md, between the
 markers. Axes: T tokens, E experts, K slots.
 """
 
@@ -49,7 +49,7 @@ MODEL_TOP_K = 8
 SEEDS = (0, 1, 2, 3, 4)
 TEXT_TOKENS = 8_192
 FIT_TOKENS_BY_EXPERT = 49_152
-"""Tokens behind tables by expert, to which a token gives one score and not E."""
+"""Tokens for per-expert tables, to which each token contributes one score instead of E."""
 HERE = Path(__file__).parent
 METHOD = HERE.parent / "docs" / "method.md"
 BLOCK = re.compile(r"(<!-- noise table: .*? -->\n).*(<!-- noise table: end -->)", re.DOTALL)
@@ -57,16 +57,16 @@ DROP_BLOCK = re.compile(r"(<!-- drop noise: .*? -->\n).*(<!-- drop noise: end --
 
 
 Mattered = Literal["by chance", "by contribution"]
-"""by chance: half of the slots, drawn without looking at their weights. by contribution: those
-whose weight times an output norm is above the median, as "needed" defines it, with norms that are
-drawn without looking at anything."""
+"""by chance: half of the slots, drawn independently of their weights. by contribution: those whose
+weight times an output norm is above the median, as "needed" defines it, with independent random
+norms."""
 
 NORM_SPREAD: Final = 0.5
 """Standard deviation of the logarithm of an output norm."""
 
 
 def measure_noise(tokens: int) -> list[dict[str, Any]]:
-    """Run every null on noise, with several seeds to show what the table's own draw costs."""
+    """Run every null distribution on noise, with several seeds to show the table's variance."""
     rows = []
     for name, null in NULLS.items():
         runs = [
@@ -100,19 +100,19 @@ def measure_noise(tokens: int) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DropNoiseResult:
-    """What BH over a token's slots drops of noise at one alpha."""
+    """Slots of noise that BH over a token's slots drops at one alpha."""
 
     mattered: Mattered
     alpha: float
     tokens: int
     mean_kept: float
-    """Mean number of slots a token keeps, at least 1."""
+    """Mean number of slots kept per token, at least 1."""
     dropped: Share
-    """Share of tokens with any drop."""
+    """Fraction of tokens with any drop."""
     false_share: float
-    """Mean over tokens of the share of dropped slots that mattered; 0 where none is dropped."""
+    """Mean over tokens of the fraction of dropped slots that mattered; 0 if none is dropped."""
     false_low: float
-    """95 % interval of it over tokens, normal approximation."""
+    """95 % interval over tokens, by normal approximation."""
     false_high: float
 
 
@@ -124,20 +124,20 @@ def drop_noise_control(
     tokens: int = 10_000,
     seed: int = 0,
 ) -> list[DropNoiseResult]:
-    """Run the rule `bh_drop` by token where router logits are independent N(0, 1).
+    """Run the rule `bh_drop` by token on router logits that are independent N(0, 1).
 
-    The statistic is the routing weight: all scales are equal. With slots that mattered by chance,
-    every slot scores like those that mattered, so all nulls are true: if the slots of a token were
-    independent, or PRDS, the share of tokens with any drop would be at most alpha.
+    The statistic is the routing weight: all scales are equal. If slots matter by chance, all slots
+    have the score distribution of those that matter, so all null hypotheses are true: if the slots
+    of a token were independent, or PRDS, at most a fraction alpha of tokens would have any drop.
 
     Args:
         alphas: levels, each in (0, 1).
         num_experts: E.
-        model_top_k: slots of a token.
+        model_top_k: slots per token.
         tokens: tokens of fresh noise.
-        seed: of everything drawn.
+        seed: seed of all draws.
     Returns:
-        One result a way to matter and alpha.
+        One result per definition of mattering and alpha.
     """
     results = []
     for mattered in get_args(Mattered):
@@ -166,7 +166,7 @@ def drop_noise_control(
 def _draw(
     tokens: int, num_experts: int, model_top_k: int, mattered: Mattered, generator: torch.Generator
 ) -> tuple[Candidates, Tensor]:
-    """Return each token's slots, and which of them mattered."""
+    """Return each token's slots, and a mask of those that mattered."""
     logits_TE = torch.randn(tokens, num_experts, generator=generator)
     weights_TK, index_TK = logits_TE.softmax(dim=-1).topk(model_top_k)
     truth_TK = (NORM_SPREAD * torch.randn(weights_TK.shape, generator=generator)).exp()
@@ -203,7 +203,7 @@ def measure_drop_noise(tokens: int) -> list[dict[str, Any]]:
 
 
 def measure_text(model_name: str) -> dict[str, Any]:
-    """Run every null on held-out text: calibrated on one split, counted on the other."""
+    """Run every null distribution on held-out text: calibrated on one split, run on the other."""
     model, tokenizer = load_model(model_name, device="cpu", dtype="float32")
     texts = [document.text for document in packaged_documents("calibration")]
     tabled = [name for name, null in NULLS.items() if null.needs_table and not null.by_expert]
@@ -233,7 +233,7 @@ def measure_text(model_name: str) -> dict[str, Any]:
 
 
 def collect_logits(model: Any, tokenizer: Any) -> Tensor:
-    """Read the start of every evaluation document and return its logits, shape (L, T, E)."""
+    """Return the logits of the start of every evaluation document, shape (L, T, E)."""
     routers = find_routers(model)
     seen: list[list[Tensor]] = [[] for _ in routers.sites]
 
@@ -253,7 +253,7 @@ def collect_logits(model: Any, tokenizer: Any) -> Tensor:
 
 
 def top_k_mass(logits_LTE: Tensor, k: int, temperature: float) -> float:
-    """Mean sum of the top-k probabilities at a temperature."""
+    """Return the mean sum of the top-k probabilities at a temperature."""
     probabilities_LTE = (logits_LTE / temperature).softmax(dim=-1)
     return float(probabilities_LTE.topk(k, dim=-1).values.sum(dim=-1).mean())
 
@@ -261,7 +261,7 @@ def top_k_mass(logits_LTE: Tensor, k: int, temperature: float) -> float:
 def count_on_text(
     name: str, alpha: float, logits_LTE: Tensor, calibration: Calibration
 ) -> dict[str, float]:
-    """Mean experts over tokens and layers, and the share of them with any rejection."""
+    """Return the mean experts over (token, layer) pairs, and the fraction with any rejection."""
     null, used, has_any = NULLS[name], [], []
     for layer, logits_TE in enumerate(logits_LTE):
         table = calibration.table(name, layer) if null.needs_table else None
@@ -276,7 +276,7 @@ def count_on_text(
 
 
 def render(results: dict[str, Any]) -> str:
-    """Render the table in Markdown."""
+    """Render the table as Markdown."""
     text = {(row["null"], row["alpha"]): row for row in results["text"].get("rows", [])}
     lines = [
         "| null | its α is | α | experts on noise | (5 seeds) | rejected on noise | tokens with "
@@ -316,7 +316,7 @@ def render(results: dict[str, Any]) -> str:
 
 
 def render_drop(results: dict[str, Any]) -> str:
-    """Render what BH-drop does on noise."""
+    """Render the table of BH-drop on noise as Markdown."""
     lines = [
         "| slots that mattered | α | slots kept of 8 | tokens with any drop, 95 % interval | mean "
         "share of the dropped that mattered, 95 % interval | α / 2 |",
@@ -337,7 +337,7 @@ def _between(table: str, found: re.Match[str]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, write the JSON, and render it into both Markdown files."""
+    """Measure, write the JSON, and render it to both Markdown files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=10_000, help="tokens of fresh noise")
     parser.add_argument("--model", help="also measure on text with this model, such as demo")

@@ -1,9 +1,9 @@
-"""What each null costs: mean experts and loss at three alphas, beside static top-k at that mean.
+"""Compare null distributions: mean experts, loss at three alphas, and static top-k at each mean.
 
     python benchmarks/null_ablation.py --tokens 100000 --device cuda
 
 Calibrates on the packaged calibration text, scores the packaged evaluation text, and writes
-`null_ablation.json` and `null_ablation.md`, and the table between the markers of docs/method.md.
+`null_ablation.json`, `null_ablation.md` and the table between the markers of docs/method.md.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ BLOCK = re.compile(r"(<!-- null ablation: .*? -->\n).*(<!-- null ablation: end -
 
 
 def rules_to_compare() -> dict[str, Rule]:
-    """Name every rule as the table shows it: what, a bar, and its knob."""
+    """Return the rules by their names in the table: label, a bar, and tuning parameter."""
     rules: dict[str, Rule] = {}
     for alpha in ALPHAS:
         knob = f"α = {alpha:.2f}"
@@ -71,7 +71,7 @@ def rules_to_compare() -> dict[str, Rule]:
 def split_by_reach(
     model: Any, rules: dict[str, Rule], calibration: Calibration
 ) -> tuple[dict[str, Rule], dict[str, str]]:
-    """Return the rules that the calibration serves, and why it doesn't serve the others."""
+    """Return the rules that the calibration supports, and the reasons for excluding the others."""
     served, refused = {}, {}
     for name, rule in rules.items():
         try:
@@ -83,7 +83,7 @@ def split_by_reach(
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Calibrate, score every rule on the same tokens, and put intervals around the losses."""
+    """Calibrate, score every rule on the same tokens, and compute intervals of the losses."""
     start = time.perf_counter()
     model, tokenizer = load_model(options.model, device=options.device, dtype="float32")
     facts = describe_model(model)
@@ -136,7 +136,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def machine(model: Any) -> str:
-    """Name the device that did the work."""
+    """Return the name of the device."""
     if model.device.type == "cuda":
         return torch.cuda.get_device_name(model.device)
     return f"{platform.system()} {platform.machine()}, CPU, {torch.get_num_threads()} threads"
@@ -171,7 +171,7 @@ def render(results: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and write the JSON, the Markdown and the page's table."""
+    """Measure, and write the JSON, the Markdown and the table of docs/method.md."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="demo")
     parser.add_argument("--tokens", type=int, default=100_000, help="tokens to score")

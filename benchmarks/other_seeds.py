@@ -1,13 +1,13 @@
-"""Does the order of the rules hold on models trained from other seeds?
+"""Test whether the ranking of rules holds on models trained from other seeds.
 
     python -m benchmarks.other_seeds train --corpus CORPUS --work FOLDER --output OUT --seeds 0 1 2
     python -m benchmarks.other_seeds collect OUT/seed-*.tar.gz
     python -m benchmarks.other_seeds render
 
-`train`, on a machine with a GPU, trains one model a seed by tools/train_demo.py, all at the same
-time, then sweeps the rules over the packaged evaluation text in float32; 0 stands for the packaged
-model. The others share its tokenizer and its corpus, or as much of it as lies in CORPUS:
-`train.txt.xz` may be cut short. They aren't kept; OUT holds what the sweeps left.
+`train` requires a GPU: it trains one model per seed with tools/train_demo.py, all concurrently,
+then sweeps the rules over the packaged evaluation text in float32; seed 0 is the packaged model.
+The others share its tokenizer and its corpus, or the part of it in CORPUS: `train.txt.xz` may be
+truncated. Models are discarded; OUT contains the output of the sweeps.
 `collect` analyses the sweeps and writes `other_seeds.json`, which `render` turns into
 `other_seeds.md` and the table of docs/method.md.
 """
@@ -51,7 +51,7 @@ RULES = (
 )
 KEPT = ("run.json", "quality.jsonl", "training.json", "log.txt")
 PACKAGED = 0
-"""Seed of the packaged model, which isn't trained again."""
+"""Seed of the packaged model, which isn't retrained."""
 MADE = ("bh_routing", "python", "torch", "transformers", "started_at")
 COLUMNS = (
     *("rule", "variant", "budget", "knob", "mean_experts", "delta_nll", "delta_nll_low"),
@@ -61,13 +61,13 @@ COLUMNS = (
 
 
 def read_documents(path: Path) -> list[str]:
-    """The documents of an .xz file, which may be cut short anywhere: the last one is left out."""
+    """Read the documents of an .xz file without the last one, since the file may be truncated."""
     text = lzma.LZMADecompressor().decompress(path.read_bytes()).decode("utf-8", "ignore")
     return [d.strip() for d in text.split(f"\n{END_OF_TEXT}\n")[:-1] if d.strip()]
 
 
 def prepare(corpus: Path, work: Path, seeds: Sequence[int]) -> None:
-    """Tokenize once, and leave each seed's order of documents where training looks for it."""
+    """Tokenize once, and store each seed's order of documents for training."""
     start = time.monotonic()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(demo_folder())
     documents = encode(tokenizer, read_documents(corpus / "train.txt.xz"))
@@ -80,7 +80,7 @@ def prepare(corpus: Path, work: Path, seeds: Sequence[int]) -> None:
 
 
 def train_and_sweep(options: argparse.Namespace, seed: int) -> None:
-    """Train a model unless it is packaged, sweep it, and pack what `collect` needs."""
+    """Train a model unless it is packaged, sweep it, and archive the files for `collect`."""
     model, swept = options.work / f"seed-{seed}", options.work / f"sweep-{seed}"
     with (options.work / f"seed-{seed}.log").open("w") as log:
         if seed == PACKAGED:
@@ -105,7 +105,7 @@ def train_and_sweep(options: argparse.Namespace, seed: int) -> None:
 
 
 def train(options: argparse.Namespace) -> int:
-    """Prepare, then train and sweep all seeds at the same time."""
+    """Prepare, then train and sweep all seeds concurrently."""
     options.output.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)
     others = [seed for seed in options.seeds if seed != PACKAGED]
@@ -139,19 +139,19 @@ def read_seed(path: Path) -> dict[str, Any]:
 
 
 def at_budgets(seed: dict[str, Any]) -> dict[tuple[float, str], dict[str, Any]]:
-    """Rows of one seed at the budgets, by budget and variant."""
+    """Return the rows of one seed at the budgets, by budget and variant."""
     budgets = [float(budget) for budget in BUDGETS.split(",")]
     rows = {(r["budget"], r["variant"] or r["rule"]): r for r in seed["rows"]}
     return {at: row for at, row in rows.items() if at[0] in budgets}
 
 
 def by_loss(rows: dict[tuple[float, str], dict[str, Any]]) -> list[tuple[float, str]]:
-    """Larger budget first, then lowest loss."""
+    """Sort by decreasing budget, then increasing loss."""
     return sorted(rows, key=lambda at: (-at[0], rows[at]["delta_nll"] or math.inf))
 
 
 def render_first(seed: dict[str, Any]) -> str:
-    """Render one seed's rules against static top-k and top-p, each at the rule's own mean."""
+    """Render one seed's rules compared with static top-k and top-p at each rule's own mean."""
     rows = at_budgets(seed)
     lines = [
         "| budget | rule | mean experts | Δ perplexity, 95 % | saved | ΔNLL − static top-k's | "
@@ -186,7 +186,7 @@ def _difference(row: dict[str, Any]) -> str:
 
 
 def render_all(seeds: Sequence[dict[str, Any]]) -> str:
-    """Render rules by budget, a column a seed, in the order of the first."""
+    """Render rules by budget, with one column per seed, in the order of the first."""
     found = [at_budgets(seed) for seed in seeds]
     names = [f"seed {seed['seed']}" for seed in seeds]
     lines = [

@@ -1,14 +1,14 @@
-"""Time the fused BH router beside softmax + topk and beside its twin in plain torch, on one GPU.
+"""Time the fused BH router, its reference implementation and softmax + topk on one GPU.
 
     python benchmarks/router_kernel.py [--json FILE]
 
-Three ways, each the same for all contenders:
+Three methods, the same for all contenders:
 
-- plain: one call between two CUDA events, behind a gigabyte of zeros: they empty the L2 cache and
-  keep the GPU busy until the host has launched everything. What the GPU takes, gaps included.
-- graph: calls inside a captured CUDA graph, one after the other, divided by their number; their
-  input is in the cache, as it is behind the linear layer of a router.
-- host: calls one after the other without waiting, wall time; for few tokens what the host takes.
+- plain: one call between two CUDA events, after writing a gigabyte of zeros, which empties the L2
+  cache and keeps the GPU busy until the host has launched everything: GPU time, including gaps.
+- graph: mean time of consecutive calls in a captured CUDA graph; their input is in the cache, as
+  it is after the linear layer of a router.
+- host: wall time of consecutive calls without synchronisation; for few tokens the host's time.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Call = Callable[[], Any]
 
 
 def make_logits(num_tokens: int, seed: int) -> Tensor:
-    """bfloat16 noise with 0 to 11 planted signals a token, on the GPU."""
+    """Return bfloat16 noise with 0 to 11 planted signals per token, on the GPU."""
     generator = torch.Generator().manual_seed(seed)
     logits_TE = torch.randn(num_tokens, NUM_EXPERTS, generator=generator)
     rank_TE = torch.rand(num_tokens, NUM_EXPERTS, generator=generator).argsort(-1).argsort(-1)
@@ -46,7 +46,7 @@ def make_logits(num_tokens: int, seed: int) -> Tensor:
 
 
 def make_context() -> LayerContext:
-    """A layer whose background comes from other logits of the same kind."""
+    """Return a layer whose background comes from other logits of the same distribution."""
     logits_TE = make_logits(4_096, seed=1).float()
     scores = get_null(RULE.null).reference(logits_TE, logits_TE.topk(TOP_K).indices)
     return LayerContext(
@@ -73,7 +73,7 @@ def make_events() -> list[tuple[torch.cuda.Event, torch.cuda.Event]]:
 def read_events(
     events: list[tuple[torch.cuda.Event, torch.cuda.Event]], calls: int = 1
 ) -> dict[str, float]:
-    """Microseconds a call; the first fifth of the repeats warms up."""
+    """Return microseconds per call; the first fifth of the repeats is warm-up."""
     torch.cuda.synchronize()
     times_us = [1e3 * start.elapsed_time(end) / calls for start, end in events]
     return summarise(times_us[REPEATS // 5 :])
@@ -132,9 +132,9 @@ def measure(num_tokens: int, context: LayerContext) -> dict[str, Any]:
         "num_tokens": num_tokens,
         "mean_experts": fused(logits_TE).expert_counts_T.double().mean().item(),
         "index_weights_keep_counts_equal_the_twin": equal,
-        # Logits in; index, weight and mask of each slot and one count out.
+        # Reads logits; writes index, weight and mask of each slot, and one count.
         "bytes_fused": num_tokens * (2 * NUM_EXPERTS + TOP_K * (8 + 2 + 1) + 4),
-        # Logits in, probabilities out and in again, value and index of each slot out.
+        # Reads logits, writes and rereads probabilities, writes value and index of each slot.
         "bytes_softmax_topk": num_tokens * (10 * NUM_EXPERTS + TOP_K * (4 + 8)),
         "times": times,
         "fused_over_softmax_topk": {

@@ -1,4 +1,4 @@
-"""How much of a decoding step on a CPU the routers take: Top-K's and BH's, on the demo model.
+"""Measure the routers' fraction of a CPU decode step, for Top-K and BH on the demo model.
 
 python benchmarks/router_share.py
 """
@@ -30,7 +30,7 @@ RULES = (
 
 
 class Timed:
-    """A router that adds up its time."""
+    """A router that accumulates its time."""
 
     def __init__(self, router: Router) -> None:
         self.router, self.seconds = router, 0.0
@@ -44,7 +44,7 @@ class Timed:
 
 @torch.inference_mode()
 def measure(model: Any, rule: Rule, calibration: Any) -> tuple[float, float, float]:
-    """Return a step's milliseconds, the routers' share of it (medians) and the mean kept."""
+    """Return milliseconds per step, the routers' fraction (medians) and the mean experts kept."""
     engine = engine_of(model)
     bound = engine.bind(model, rule, calibration)
     prompt = random_tokens(model, 1, PROMPT_TOKENS)
@@ -67,7 +67,7 @@ def measure(model: Any, rule: Rule, calibration: Any) -> tuple[float, float, flo
 
 
 def main() -> None:
-    """Print a line for each rule."""
+    """Print one line per rule."""
     torch.set_num_threads(1)
     model, tokenizer = load_model("demo", device="cpu")
     texts = [document.text for document in packaged_documents("calibration")]

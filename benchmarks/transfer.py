@@ -1,14 +1,14 @@
-"""Calibrated on one domain, run on another: does the setting, and does alpha, survive?
+"""Calibrate on one domain and run on another: do the tuning parameter and alpha transfer?
 
     python -m benchmarks.transfer --device cuda    # measure
-    python -m benchmarks.transfer --render         # only render the measured numbers again
+    python -m benchmarks.transfer --render         # only render the stored results
 
-For each domain of the packaged calibration text (and for all of it) the references are fitted and
-each rule's knob is set to a mean of 5 experts on that same text. Then everything is frozen and run
-on each domain of the evaluation text. A domain has 9, 3 and 9 calibration documents; a calibration
-for use must have 20, and that limit is lifted here.
+For each domain of the packaged calibration text, and for all of it, the reference samples are
+fitted and each rule's tuning parameter is set to a mean of 5 experts on the same text. Both are
+then fixed and run on each domain of the evaluation text. The domains have 9, 3 and 9 calibration
+documents; the usual minimum of 20 is lifted here.
 
-Writes `transfer.json`, renders it to `transfer.md` and into docs/method.md, between the markers.
+Writes `transfer.json`, and renders it to `transfer.md` and docs/method.md, between the markers.
 Axes: R rules, D documents.
 """
 
@@ -67,7 +67,7 @@ MODEL_K = 8
 def fit(
     loaded: LoadedModel, domain: str, search_tokens: int
 ) -> tuple[Calibration, dict[str, Setting]]:
-    """Calibrate on one domain, and set each rule's knob there."""
+    """Calibrate on one domain, and set each rule's tuning parameter there."""
     documents = [d for d in packaged_documents("calibration") if domain in ("all", d.domain)]
     calibration = calibrate(
         loaded.model,
@@ -83,7 +83,7 @@ def fit(
 
 
 def cost(records: Sequence[QualityRecord]) -> dict[str, float]:
-    """Mean experts, and the loss with its 95 % interval over clusters of documents."""
+    """Return mean experts, and the loss with its 95 % interval over clusters of documents."""
     ratio = estimate_ratio(
         [r.nll_sum - r.top_k_nll_sum for r in records],
         [r.tokens for r in records],
@@ -99,7 +99,7 @@ def cost(records: Sequence[QualityRecord]) -> dict[str, float]:
 
 
 def static_at(mean: float, losses: Sequence[float]) -> float:
-    """Loss of static top-k at a fractional mean: on the line between its two neighbours."""
+    """Interpolate the loss of static top-k linearly at a fractional mean."""
     return float(np.interp(mean, [*STATIC_K, MODEL_K], [*losses, 0.0]))
 
 
@@ -109,7 +109,7 @@ def run(
     rules: Mapping[str, Rule],
     calibration: Calibration | None,
 ) -> dict[tuple[str, str], list[QualityRecord]]:
-    """Score rules on the text; records by rule and domain."""
+    """Score rules on the text; return records by rule and domain."""
     records: dict[tuple[str, str], list[QualityRecord]] = {}
     options = {"window": WINDOW, "stride": WINDOW}
     for r in score(loaded.model, loaded.tokenizer, text, rules, calibration, **options):
@@ -160,7 +160,7 @@ def measure(device: DeviceName, tokens: int | None, search_tokens: int) -> dict[
 
 
 def render(results: dict[str, Any]) -> str:
-    """Render as Markdown what a setting costs elsewhere, and what its alpha is worth there."""
+    """Render the loss of a setting, and the meaning of its alpha, on other domains as Markdown."""
     rows = {(r["rule"], r["calibrated_on"], r["run_on"]): r for r in results["rows"]}
     head = " | ".join(f"run on {domain}" for domain in DOMAINS)
     align = "--:|" * len(DOMAINS)
@@ -198,7 +198,7 @@ def render(results: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, or read what was measured, and render it."""
+    """Measure, or read stored results, and render them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=None, help="evaluation tokens; default: all")
     parser.add_argument("--search-tokens", type=int, default=SEARCH_TOKENS)

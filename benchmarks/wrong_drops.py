@@ -1,15 +1,15 @@
-"""How often a dropped slot mattered: what the alphas of docs/method.md come to on held-out text.
+"""Measure how often a dropped slot mattered, for the alphas of docs/method.md on held-out text.
 
     python -m benchmarks.wrong_drops --device cuda    # measure
-    python -m benchmarks.wrong_drops --render         # only render the measured numbers again
+    python -m benchmarks.wrong_drops --render         # only render the stored results
 
-One pass of the untouched model over the evaluation text, under the packaged calibration. Each rule
-decides on what the router proposed there and is judged by what each slot truly contributed there:
-it mattered if that is above the cut that the calibration text gave, by the rule's own definition.
-BH-select tests another hypothesis; for it "wrong" is a selected slot that didn't matter by norm,
-shown so that nobody takes its alpha for a bound on that.
+One pass of the unmodified model over the evaluation text, with the packaged calibration. Each rule
+decides on the router's proposals and is judged by the true contribution of each slot: a slot
+mattered if that is above the threshold from the calibration text, by the rule's own definition.
+BH-select tests another hypothesis: there, "wrong" is a selected slot that didn't matter by norm,
+which shows that its alpha isn't a bound on that.
 
-Writes `wrong_drops.json`, renders it to `wrong_drops.md` and into docs/method.md, between the
+Writes `wrong_drops.json`, and renders it to `wrong_drops.md` and docs/method.md, between the
 markers. Axes: S positions, T tokens, K slots, G blocks, R rules, D documents, F fields of Counts.
 """
 
@@ -46,8 +46,8 @@ from bh_routing.nulls import Calibration
 from bh_routing.rules import BenjaminiHochberg, BenjaminiHochbergDrop, Candidates, Rule
 from bh_routing.stats.clustered import estimate_ratio
 
-# The usual levels, then past those that leave 5 and 4 of 8 experts (about 0.16 and 0.28). The share
-# of slots that matter is a half by definition: from there on a bound says nothing.
+# The usual levels, then beyond those that leave 5 and 4 of 8 experts (about 0.16 and 0.28). Half of
+# all slots matter by definition, so a bound of 0.5 or more is void.
 ALPHAS = (0.01, 0.02, 0.05, 0.10, 0.20, 0.40)
 DOMAINS = ("textbook", "fiction", "documentation")
 CALIBRATION_TOKENS = 16_384
@@ -58,7 +58,7 @@ Read = Callable[[Tensor], list[tuple[Candidates, LayerSlots]]]
 
 
 class Judged(NamedTuple):
-    """A rule, and the calibration that it decides and is judged by."""
+    """A rule, and the calibration for its decisions and their judgement."""
 
     name: str
     rule: Rule
@@ -66,25 +66,25 @@ class Judged(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Sums over tokens and layers; scalars, or arrays over what they were counted for."""
+    """Sums over tokens and layers, as scalars or arrays."""
 
     units: Any
     """Token-layer pairs."""
     kept: Any
     chosen: Any
-    """Slots whose hypothesis the rule rejected: dropped ones, or selected ones of BH-select."""
+    """Slots whose hypothesis the rule rejected: dropped slots, or BH-select's selected slots."""
     wrong: Any
     mattered: Any
     token_shares: Any
-    """Sum over units of wrong / chosen, 0 where none is chosen."""
+    """Sum over units of wrong / chosen, 0 if none is chosen."""
     blocks: Any
-    """What was tested together: tokens, or the blocks of scope "block"."""
+    """Families of tests: tokens, or the blocks of scope "block"."""
     block_shares: Any
-    """Sum over blocks of wrong / chosen, 0 where none is chosen."""
+    """Sum over blocks of wrong / chosen, 0 if none is chosen."""
 
 
 def count(rule: Rule, keep_TK: Tensor, mattered_TK: Tensor) -> Tensor:
-    """Count the decisions on one layer of one window: the fields of Counts, float64, (F,)."""
+    """Count the decisions in one layer of one window: the fields of Counts, float64, shape (F,)."""
     if isinstance(rule, BenjaminiHochbergDrop):
         chosen_TK, wrong_TK = ~keep_TK, ~keep_TK & mattered_TK
     else:
@@ -111,7 +111,7 @@ def count(rule: Rule, keep_TK: Tensor, mattered_TK: Tensor) -> Tensor:
 
 @contextmanager
 def reader(model: Any) -> Iterator[Read]:
-    """Yield a function that reads a window (1, S): each layer's proposals and true slots."""
+    """Yield a function from a window (1, S) to each layer's proposals and true slots."""
     routers = find_routers(model)
     device = model.device
     logits: list[Tensor] = []
@@ -169,7 +169,7 @@ def _count_all(
 
 
 def share(values: Any, weights: Any, clusters: Sequence[str]) -> dict[str, float | None]:
-    """A ratio over documents with its 95 % interval by cluster, within [0, 1]."""
+    """Return a ratio over documents with its 95 % interval over clusters, clipped to [0, 1]."""
     if not np.any(weights):
         return {"estimate": None, "low": None, "high": None}
     ratio = estimate_ratio(values, weights, clusters)
@@ -181,7 +181,7 @@ def share(values: Any, weights: Any, clusters: Sequence[str]) -> dict[str, float
 def describe(
     item: Judged, counts_DF: NDArray[np.float64], text: Sequence[TokenizedDocument], domain: str
 ) -> dict[str, Any]:
-    """One row: a rule on the documents of one domain, or of all."""
+    """Return one row: a rule on the documents of one domain, or of all."""
     chosen = [i for i, d in enumerate(text) if domain in ("all", d.domain)]
     clusters = [text[i].cluster for i in chosen]
     counts = Counts(*counts_DF[chosen].T)
@@ -202,7 +202,7 @@ def describe(
 
 
 def variants(calibration: Calibration, model: Any) -> list[Judged]:
-    """Every rule that has an alpha, at every alpha that the calibration can decide."""
+    """Return all rules with an alpha, at every alpha that the calibration can resolve."""
     named: dict[str, Callable[[float], Rule]] = {}
     for statistic in ("sensitivity", "contribution"):
         for needed in ("norm", "loss"):
@@ -234,7 +234,7 @@ def variants(calibration: Calibration, model: Any) -> list[Judged]:
 
 
 def made(model: Any, calibration: Calibration, text: Sequence[TokenizedDocument]) -> dict[str, Any]:
-    """What the numbers came from."""
+    """Return the provenance of the numbers."""
     on_cuda = model.device.type == "cuda"
     return {
         "model": calibration.model_fingerprint,
@@ -253,7 +253,7 @@ def made(model: Any, calibration: Calibration, text: Sequence[TokenizedDocument]
 
 
 def footer(results: dict[str, Any]) -> str:
-    """One line that says where a table's numbers came from."""
+    """Return one line on the provenance of a table."""
     facts = results["made"]
     return (
         f"{facts['tokens']:,} tokens, {facts['clusters']} clusters of documents; "
@@ -262,7 +262,7 @@ def footer(results: dict[str, Any]) -> str:
 
 
 def percent(value: dict[str, float | None]) -> str:
-    """A share with its interval, in per cent."""
+    """Format a fraction with its interval, in percent."""
     estimate, low, high = value["estimate"], value["low"], value["high"]
     if estimate is None:
         return "–"
@@ -271,7 +271,7 @@ def percent(value: dict[str, float | None]) -> str:
 
 
 def render(results: dict[str, Any], only: str = "") -> str:
-    """Render the variants whose name contains `only` as Markdown, a row a variant and alpha."""
+    """Render variants whose name contains `only` as Markdown, one row per variant and alpha."""
     rows = {(r["variant"], r["alpha"], r["domain"]): r for r in results["rows"]}
     lines = [
         "| variant | α | mean experts | α·π₀ | mean per token | mean per block | pooled | "
@@ -294,7 +294,7 @@ def render(results: dict[str, Any], only: str = "") -> str:
 
 
 def save(results: dict[str, Any], path: Path) -> None:
-    """Write JSON with one line for each row of each table."""
+    """Write JSON with one line per row of each table."""
     parts = []
     for name, value in results.items():
         rows = value if isinstance(value, list) else None
@@ -304,7 +304,7 @@ def save(results: dict[str, Any], path: Path) -> None:
 
 
 def publish(name: str, table: str, excerpt: str) -> None:
-    """Write a table beside its JSON, and an excerpt between the page's markers for it."""
+    """Write a table next to its JSON, and an excerpt between its markers in docs/method.md."""
     (HERE / f"{name}.md").write_text(table, encoding="utf-8")
     page = METHOD.read_text(encoding="utf-8")
     block = re.compile(rf"(<!-- {name}: .*? -->\n).*(<!-- {name}: end -->)", re.DOTALL)
@@ -335,7 +335,7 @@ def measure(device: DeviceName, tokens: int | None) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, or read what was measured, and render it."""
+    """Measure, or read stored results, and render them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=None, help="evaluation tokens; default: all")
     parser.add_argument("--device", default="auto", help="auto, cuda or cpu")

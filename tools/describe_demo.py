@@ -1,6 +1,6 @@
-"""Measure the packaged demo model for its card: print Markdown, draw the loss curve.
+"""Measure the packaged demo model for its model card: print Markdown, draw the loss curve.
 
-It reads the folder's checkpoint, training record, text files and labels.
+Reads the folder's checkpoint, training record, text files and labels.
 
     python tools/describe_demo.py src/bh_routing/demo
 """
@@ -42,7 +42,7 @@ class Document(NamedTuple):
 
 
 class Routers:
-    """Running sums over tokens of what the routers of all layers do."""
+    """Running sums over tokens of router statistics, for all layers."""
 
     def __init__(self, num_layers: int, num_experts: int, top_k: int) -> None:
         self.top_k = top_k
@@ -63,7 +63,7 @@ class Routers:
         self.num_tokens += router_logits[0].shape[0]
 
     def table(self) -> str:
-        """One row a layer; a load of 1 is an even share, entropies are shares of ln E."""
+        """Render one row per layer; a load of 1 is even, entropies are fractions of ln E."""
         num_experts = self.load_LE.shape[1]
         lines = [
             "| Layer | Dead experts | Load, min to max | Load entropy | Token entropy "
@@ -86,7 +86,7 @@ class Routers:
 
 
 def read_documents(folder: Path) -> list[Document]:
-    """All documents of both text files, with the labels of `documents.json`."""
+    """Read the documents of both text files, with the labels of `documents.json`."""
     texts = {}
     for split in ("calibration", "evaluation"):
         with lzma.open(folder / f"{split}.txt.xz", "rt", encoding="utf-8") as file:
@@ -99,7 +99,7 @@ def read_documents(folder: Path) -> list[Document]:
 def score(
     model: OlmoeForCausalLM, tokenizer: TokenizerBase, documents: list[Document], routers: Routers
 ) -> str:
-    """Nats a token by domain and split, in disjoint windows; fills `routers` on the way."""
+    """Render nats per token by domain and split, in disjoint windows; updates `routers`."""
     nats: dict[str, float] = defaultdict(float)
     count: dict[str, int] = defaultdict(int)
     context = model.config.max_position_embeddings
@@ -118,7 +118,7 @@ def score(
 
 
 def continuations(model: OlmoeForCausalLM, tokenizer: TokenizerBase, num_tokens: int) -> str:
-    """Greedy continuations of the prompts, the prompt in bold."""
+    """Render greedy continuations of the prompts, with the prompts in bold."""
     lines = []
     for prompt in PROMPTS:
         inputs = tokenizer(END_OF_TEXT + prompt, return_tensors="pt")
@@ -132,7 +132,7 @@ def continuations(model: OlmoeForCausalLM, tokenizer: TokenizerBase, num_tokens:
 
 
 def draw_loss_curve(training: dict, path: Path) -> None:  # type: ignore[type-arg]
-    """Train loss as a running mean, held-out loss as measured, on one axis."""
+    """Draw the training loss (running mean) and the held-out loss (as measured) on one axis."""
     curve = training["curve"]
     tokens = np.array([row["tokens"] for row in curve]) / 1e9
     kernel = np.ones(SMOOTHED_ROWS) / SMOOTHED_ROWS
@@ -161,7 +161,7 @@ def draw_loss_curve(training: dict, path: Path) -> None:  # type: ignore[type-ar
 
 
 def main() -> None:
-    """Print the card's measured parts and write `loss_curve.png`."""
+    """Print the measured parts of the model card and write `loss_curve.png`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--new-tokens", type=int, default=40)

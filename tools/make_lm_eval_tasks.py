@@ -2,13 +2,12 @@
 
     python tools/make_lm_eval_tasks.py
 
-Cloze: a passage of prose whose last word is to be guessed; the word occurs earlier in the passage,
-so that context can help. Choice: which of four continuations is the true one; the others are true
-continuations of passages of other documents of the same domain.
-Perplexity: the beginning of every document.
+Cloze: predict the last word of a passage of prose; the word occurs earlier in the passage, so that
+context can help. Choice: select the true continuation among four; the others continue passages of
+other documents of the same domain. Perplexity: the beginning of every document.
 
-Passages are drawn evenly over documents. Draws are ordered by a hash, so that the files are the
-same bytes on every platform and version of Python.
+Passages are drawn evenly over documents. Draws are ordered by a hash, so the files are identical on
+every platform and version of Python.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ from bh_routing.integrations.lm_eval import CHOICE_FILE, CLOZE_FILE, ROLLING_FIL
 SEED = 0
 ITEMS = 200
 CLOZE_WORDS = range(35, 71)
-"""Words of a cloze passage, the last one included."""
+"""Words of a cloze passage, including the last one."""
 CONTEXT_WORDS = range(25, 51)
 CONTINUATION_WORDS = 12
 SHORTEST_TARGET = 4
-"""Letters of a cloze target: shorter words are mostly grammar."""
+"""Letters of a cloze target: shorter words are mostly function words."""
 EXCERPT_CHARACTERS = 2000
 NUM_CHOICES = 4
 
@@ -45,7 +44,7 @@ Item = TypeVar("Item")
 
 
 class Passage(NamedTuple):
-    """Sentences that stand in a row, and where they are from."""
+    """Consecutive sentences and their source."""
 
     cluster: str
     domain: str
@@ -62,7 +61,7 @@ class Split(NamedTuple):
 
 
 def main() -> int:
-    """Write the three files and say how many items and bytes they hold."""
+    """Write the three files and print their numbers of items and bytes."""
     parser = argparse.ArgumentParser(description="Make the three local lm-eval tasks.")
     parser.add_argument("--text", type=Path, help="default: the demo's evaluation text")
     parser.add_argument("--output", type=Path, default=task_folder())
@@ -90,19 +89,19 @@ def make_tasks(documents: Sequence[Document]) -> dict[str, list[Row]]:
 
 
 def _draw(items_by_document: Iterable[list[Item]], count: int) -> list[Item]:
-    """Take one item of each document in turn, in hashed order, until there are enough."""
+    """Take one item per document in turn, in hashed order, up to `count`."""
     shuffled = [_shuffled(items) for items in items_by_document]
     rounds = [_shuffled([item for item in turn if item]) for turn in zip_longest(*shuffled)]
     return [item for turn in rounds for item in turn][:count]
 
 
 def _shuffled(items: Iterable[Item], salt: str = "") -> list[Item]:
-    """Order by hash; draws that must not depend on each other take different salts."""
+    """Order by hash; independent draws take different salts."""
     return sorted(items, key=lambda item: hashlib.sha256(f"{SEED} {salt} {item}".encode()).digest())
 
 
 def _prose_passages(document: Document) -> Iterator[Passage]:
-    """Runs of paragraphs of plain sentences; code, tables, lists and headings are left out."""
+    """Yield runs of paragraphs of prose, without code, tables, lists and headings."""
     paragraphs = [" ".join(p.split()) for p in re.split(r"\n\s*\n", document.text)]
     for is_prose, run in groupby(paragraphs, key=_is_prose):
         if is_prose:
@@ -116,7 +115,7 @@ def _is_prose(paragraph: str) -> bool:
 
 
 def _cloze_rows(passages: list[Passage]) -> Iterator[Row]:
-    """Runs of sentences that don't overlap."""
+    """Yield rows from runs of sentences that don't overlap."""
     for passage in passages:
         start = 0
         while start < len(passage.sentences):
@@ -126,8 +125,8 @@ def _cloze_rows(passages: list[Passage]) -> Iterator[Row]:
 
 
 def _first_cloze_row(passage: Passage, start: int) -> tuple[Row | None, int]:
-    """The longest run from `start` that fits, and the sentence to go on with."""
-    # A sentence has a word at least.
+    """Return the longest run from `start` that fits, and the index of the next sentence."""
+    # A sentence has at least one word.
     longest = min(len(passage.sentences), start + CLOZE_WORDS.stop)
     for end in range(longest, start, -1):
         row = _cloze_row(passage, " ".join(passage.sentences[start:end]))
@@ -176,7 +175,7 @@ def _choice_row(split: Split, every: Sequence[Split]) -> Row:
 
 
 def _splits(passage: Passage) -> Iterator[Split]:
-    """Contexts of whole sentences that don't overlap, each with equally many words after it."""
+    """Yield contexts of whole sentences that don't overlap, each followed by equally many words."""
     start = 0
     for end in range(1, len(passage.sentences)):
         context = " ".join(passage.sentences[start:end])
@@ -189,7 +188,7 @@ def _splits(passage: Passage) -> Iterator[Split]:
 
 
 def _excerpt(text: str) -> str:
-    """The beginning, cut after a paragraph."""
+    """Return the beginning, cut after a paragraph."""
     if len(text) <= EXCERPT_CHARACTERS:
         return text
     beginning, _, _ = text[:EXCERPT_CHARACTERS].rpartition("\n\n")

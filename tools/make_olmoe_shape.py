@@ -1,7 +1,7 @@
 """Save a model of the full OLMoE-1B-7B shape with random weights and the demo's tokenizer.
 
 For measuring speed and memory where the real checkpoint can't be downloaded: the shape is that of
-allenai/OLMoE-1B-7B-0924, the text it writes is noise. About 14 GB on disk in bfloat16.
+allenai/OLMoE-1B-7B-0924, the generated text is noise. About 14 GB on disk in bfloat16.
 
     python tools/make_olmoe_shape.py --output OLMOE_SHAPE
 """

@@ -1,4 +1,4 @@
-"""Measure the source: size, record types, imports, prose, and the modules a run's spec visits.
+"""Measure the source: size, record types, imports, prose, and the modules a run's spec reaches.
 
     python tools/measure_house.py
 
@@ -25,23 +25,23 @@ class House(NamedTuple):
     """Figures of a source tree."""
 
     lines: int
-    """Of all Python files, blank lines and docstrings included."""
+    """Lines of all Python files, including blank lines and docstrings."""
     files: int
     record_types: int
     """Dataclasses, named tuples, typed dictionaries, pydantic models and enumerations."""
     import_percent: float
-    """Lines of import statements, of all lines."""
+    """Percentage of lines that belong to import statements."""
     prose_words: int
-    """Of docstrings and comments."""
+    """Words of docstrings and comments."""
     what_per_thousand: float
     beside_per_thousand: float
-    """Occurrences per 1,000 words of prose: both were marks of translated English."""
+    """Occurrences per 1,000 words of prose: both are signs of translated English."""
     spec_modules: int
-    """Modules that a run's spec, or a value taken from it, is passed into."""
+    """Modules that a run's spec, or a value derived from it, is passed to."""
 
 
 def measure(source: Path = SOURCE) -> House:
-    """Read every Python file below a folder and count."""
+    """Measure all Python files below a folder."""
     texts = {
         ".".join(path.relative_to(source).with_suffix("").parts).removesuffix(".__init__"): (
             path.read_text(encoding="utf-8")
@@ -70,7 +70,7 @@ def measure(source: Path = SOURCE) -> House:
 
 
 def prose(text: str, tree: ast.Module) -> str:
-    """Return the docstrings, those below attributes too, and the comments of a module."""
+    """Return the docstrings, including those of attributes, and the comments of a module."""
     strings = [
         node.value.value
         for node in ast.walk(tree)
@@ -84,7 +84,7 @@ def prose(text: str, tree: ast.Module) -> str:
 
 
 def is_record(node: ast.ClassDef) -> bool:
-    """Say whether a class is a record: it holds values rather than behaviour."""
+    """Return whether a class is a record: it holds values rather than behaviour."""
     decorators = {ast.unparse(each).split("(")[0].split(".")[-1] for each in node.decorator_list}
     bases = {ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases}
     return bool(decorators & RECORD_DECORATORS or bases & RECORD_BASES)
@@ -98,10 +98,10 @@ Place = tuple[str, str]
 def modules_visited(
     trees: dict[str, ast.Module], module: str, function: str, parameter: str
 ) -> set[str]:
-    """Follow a parameter, and the values made from it, through calls of our own functions.
+    """Follow a parameter, and values derived from it, through calls of the package's functions.
 
-    A call is followed where its name is defined in, or imported from, our own modules, a class into
-    `__init__`, and a method where one class of ours alone has a method of that name.
+    A call is followed if its name is defined in, or imported from, the package: for classes into
+    `__init__`, for methods if only one class has a method of that name.
     """
     functions: dict[Place, Function] = {}
     methods: dict[str, list[Place]] = {}
@@ -150,15 +150,15 @@ def _imported(tree: ast.Module) -> dict[str, Place]:
 
 def _parameters(node: Function) -> list[str]:
     arguments = node.args
-    # Keyword-only ones come last, so that positions stay those of a call.
+    # Keyword-only parameters come last, so that positions match those of a call.
     named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
     return [each.arg for each in named]
 
 
 def _passed(node: Function, parameter: str) -> set[tuple[str, int | str]]:
-    """Return the calls, with the position or keyword, that a value made from a parameter enters.
+    """Return the calls, with position or keyword, that receive a value derived from a parameter.
 
-    A method's name begins with a dot, and its object is argument 0; so is a class's new object.
+    A method's name begins with a dot. Its object is argument 0, like the new object of a class.
     """
     made = {parameter}
 
@@ -191,7 +191,7 @@ def _passed(node: Function, parameter: str) -> set[tuple[str, int | str]]:
         if not isinstance(part, ast.Call):
             continue
         if isinstance(part.func, ast.Name):
-            # Of a function the first argument is number 0; of a class, 1 after its object.
+            # The first argument is number 0 of a function, and 1 of a class, after its object.
             name, shift = part.func.id, int(part.func.id[:1].isupper())
         elif isinstance(part.func, ast.Attribute):
             name, shift = f".{part.func.attr}", 1

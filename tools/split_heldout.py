@@ -1,8 +1,8 @@
 """Split the held-out documents into the demo's calibration and evaluation text.
 
-The corpus does not say which source a document is from, so the table below does, by the first
-line of each; its counts are checked against the corpus's own list of sources. One third of each
-domain's documents calibrates, two thirds evaluate.
+The corpus doesn't record the source of a document, so the table below identifies it by the first
+line; its counts are checked against the corpus's own list of sources. One third of each domain's
+documents is for calibration, two thirds for evaluation.
 
     python tools/split_heldout.py --heldout heldout.txt.xz --sources SOURCES.md --output FOLDER
 """
@@ -22,7 +22,7 @@ END_OF_TEXT = "<|endoftext|>"
 CALIBRATION_SHARE = 1 / 3
 GUTENBERG = "Project Gutenberg books, by way of rcdm-uga/Gutenberg_Text"
 
-# Source, as the corpus's list names it -> how the first lines of its held-out documents begin.
+# Source, as named in the corpus's list -> beginnings of its held-out documents' first lines.
 TITLES: dict[str, tuple[str, ...]] = {
     "openstax/osbooks-anatomy-physiology": (
         "The Endocrine Pancreas",
@@ -116,7 +116,7 @@ TITLES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Label:
-    """What is known of one document; `index` is its place in its split's file."""
+    """Metadata of one document; `index` is its position in its split's file."""
 
     split: str
     index: int
@@ -128,20 +128,20 @@ class Label:
 
 
 def read_documents(path: Path) -> list[str]:
-    """The documents of one file, which a line END_OF_TEXT separates."""
+    """Read the documents of one file, separated by lines END_OF_TEXT."""
     with lzma.open(path, "rt", encoding="utf-8") as file:
         return [d.strip() for d in file.read().split(f"\n{END_OF_TEXT}\n") if d.strip()]
 
 
 def domain_of(source: str) -> str:
-    """Textbooks are OpenStax's, narrative books are Project Gutenberg's, the rest is technical."""
+    """Return the domain: textbooks (OpenStax), narrative (Project Gutenberg) or technical."""
     if source.startswith("openstax/"):
         return "textbook"
     return "fiction" if source == GUTENBERG else "documentation"
 
 
 def source_of(document: str) -> str:
-    """The one source whose titles the document's first line begins with."""
+    """Return the only source with a title that begins the document's first line."""
     first_line = document.partition("\n")[0]
     sources = [s for s, titles in TITLES.items() if first_line.startswith(titles)]
     if len(sources) != 1:
@@ -150,7 +150,7 @@ def source_of(document: str) -> str:
 
 
 def expected_counts(sources_file: Path) -> Counter[str]:
-    """Held-out documents of each source, from the corpus's own table."""
+    """Return the number of held-out documents per source, from the corpus's own table."""
     counts: Counter[str] = Counter()
     for line in sources_file.read_text("utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -170,13 +170,13 @@ def split_documents(documents: list[str], seed: int) -> dict[str, list[str]]:
         parts["calibration"] += members[:cut]
         parts["evaluation"] += members[cut:]
     for part in parts.values():
-        # A reader of the first tokens only should meet every domain.
+        # Shuffled, so that a prefix of the text contains every domain.
         generator.shuffle(part)
     return parts
 
 
 def label(document: str, split: str, index: int) -> Label:
-    """Describe a document; a whole document is one cluster, also when it is cut later on."""
+    """Describe a document; it is one cluster, even if split later."""
     title = document.partition("\n")[0]
     source = source_of(document)
     return Label(

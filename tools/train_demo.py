@@ -1,8 +1,8 @@
-"""Train the packaged demo model: a small OLMoE with 64 experts, 8 of them for each token.
+"""Train the packaged demo model: a small OLMoE with 64 experts, 8 per token.
 
 The schedule follows the clock, not a step count, so the same command fits any accelerator: the
 learning rate decays linearly to zero over `--total-seconds` of optimisation. A call ends after
-`--call-seconds`, leaves its state in `--state`, and the same command goes on from there. The
+`--call-seconds` and saves its state in `--state`; the same command resumes from there. The
 checkpoint in `--output` is complete after every call.
 
     python tools/train_demo.py --corpus CORPUS --output OUT --state STATE --total-seconds 900
@@ -37,13 +37,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 
-# Tokens (B, S) -> the loss to minimise and, within it, the nats a token.
+# Tokens (B, S) -> the loss to minimise and its language-model part, in nats per token.
 Loss = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """What was trained, and how; written beside the checkpoint."""
+    """Architecture and training settings, saved with the checkpoint."""
 
     seed: int = 0
     vocabulary: int = 8192
@@ -69,7 +69,7 @@ def read_documents(path: Path) -> list[str]:
 
 
 def train_tokenizer(documents: list[str], recipe: Recipe) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the recipe's size."""
+    """Train a byte-level BPE of the recipe's vocabulary size."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -79,7 +79,7 @@ def train_tokenizer(documents: list[str], recipe: Recipe) -> PreTrainedTokenizer
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # Every third document: merges of an 8k vocabulary are stable long before that.
+    # Every third document is enough: merges of an 8k vocabulary are stable long before that.
     tokenizer.train_from_iterator((d[:200_000] for d in documents[::3]), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -91,7 +91,7 @@ def train_tokenizer(documents: list[str], recipe: Recipe) -> PreTrainedTokenizer
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> list[np.ndarray]:
-    """Token ids of each document, END_OF_TEXT in front: it marks a beginning, as in evaluation."""
+    """Tokenize each document, with END_OF_TEXT prepended as in evaluation."""
     eos = tokenizer.eos_token_id
     pieces: list[np.ndarray] = []
     for start in range(0, len(documents), 256):
@@ -103,7 +103,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> list[np.
 def load_tokens(
     corpus: Path, state: Path, recipe: Recipe
 ) -> tuple[PreTrainedTokenizerFast, np.ndarray]:
-    """The tokenizer and all training text in one row; made once, then read back from `state`."""
+    """Return the tokenizer and the concatenated training tokens, cached in `state`."""
     tokens_file = state / "tokens.npy"
     if tokens_file.exists():
         return PreTrainedTokenizerFast.from_pretrained(state / "tokenizer"), np.load(tokens_file)
@@ -117,10 +117,10 @@ def load_tokens(
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> OlmoeForCausalLM:
-    """A bfloat16 model; its rotary frequencies stay float32, as `from_pretrained` has them."""
+    """Build a bfloat16 model with float32 rotary frequencies, as `from_pretrained` does."""
     torch.manual_seed(recipe.seed)
-    # A name without a mask function: no mask tensor is built, so that SDPA can run its causal
-    # flash kernel under torch.compile too.
+    # A name without a mask function: no mask tensor is built, so SDPA can run its causal flash
+    # kernel under torch.compile too.
     AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
     config = OlmoeConfig(
         vocab_size=recipe.vocabulary,
@@ -157,7 +157,7 @@ def router_losses(logits_TE: torch.Tensor, top_k: int) -> tuple[torch.Tensor, to
 
 
 def make_loss(model: OlmoeForCausalLM, recipe: Recipe) -> Loss:
-    """Cross-entropy plus the routers' two losses, averaged over layers."""
+    """Return the loss: cross-entropy plus the routers' two losses, averaged over layers."""
 
     def loss(tokens_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         out = model.model(tokens_BS[:, :-1], use_cache=False, output_router_logits=True)
@@ -173,18 +173,18 @@ def make_loss(model: OlmoeForCausalLM, recipe: Recipe) -> Loss:
 
 
 def compile_or_keep(loss: Loss, example_BS: torch.Tensor) -> Loss:
-    """The compiled loss, or the loss itself where its compilation fails; says so."""
+    """Return the compiled loss, or the loss itself with a message if compilation fails."""
     compiled = torch.compile(loss)
     try:
         torch.autograd.backward(compiled(example_BS)[0])
-    except RuntimeError as error:  # what dynamo's and inductor's own errors derive from
+    except RuntimeError as error:  # base of dynamo's and inductor's errors
         print(f"not compiled: {type(error).__name__}: {str(error)[:300]}", flush=True)
         return loss
     return compiled
 
 
 def batches(tokens: torch.Tensor, recipe: Recipe, seed: int) -> Iterator[torch.Tensor]:
-    """Endless random windows: each epoch shifts the grid, then visits every window once."""
+    """Yield random windows endlessly: each epoch shifts the grid and visits every window once."""
     length = recipe.context + 1
     generator = torch.Generator().manual_seed(seed)
     span = torch.arange(length, device=tokens.device)
@@ -199,7 +199,7 @@ def batches(tokens: torch.Tensor, recipe: Recipe, seed: int) -> Iterator[torch.T
 
 @torch.no_grad()
 def heldout_nll(model: OlmoeForCausalLM, documents: list[np.ndarray], context: int) -> float:
-    """Mean nats a token over held-out documents, disjoint windows, first token of each given."""
+    """Return mean nats per token over held-out documents without first tokens, in windows."""
     total, count = 0.0, 0
     device = next(model.parameters()).device
     for ids in documents:
@@ -212,7 +212,7 @@ def heldout_nll(model: OlmoeForCausalLM, documents: list[np.ndarray], context: i
 
 
 class MasterAdamW:
-    """AdamW on float32 copies of bfloat16 weights, which alone would swallow small updates."""
+    """AdamW on float32 copies of bfloat16 weights, in which small updates would be lost."""
 
     def __init__(self, model: OlmoeForCausalLM, recipe: Recipe) -> None:
         self.parameters = dict(model.named_parameters())
@@ -268,13 +268,13 @@ class MasterAdamW:
 
 
 def learning_rate_at(progress: float, recipe: Recipe) -> float:
-    """Linear warm-up, then linear decay to zero at progress 1."""
+    """Return the learning rate: linear warm-up, then linear decay to zero at progress 1."""
     warm = min(1.0, progress / recipe.warmup_share)
     return recipe.peak_learning_rate * warm * max(0.0, 1.0 - progress)
 
 
 class Trainer:
-    """The training loop and what it leaves behind between calls."""
+    """Training loop with state that persists between calls."""
 
     def __init__(
         self,
@@ -304,7 +304,7 @@ class Trainer:
         (folder / "progress.json").write_text(json.dumps(saved))
 
     def run(self, total_seconds: float, call_seconds: float) -> None:
-        """Optimise until the schedule or the call is over; compilation is off the clock."""
+        """Optimise until the schedule or the call ends; compilation time isn't counted."""
         stream = batches(self.tokens, self.recipe, seed=self.recipe.seed + self.step)
         loss = make_loss(self.model, self.recipe)
         if self.tokens.is_cuda:
@@ -336,7 +336,7 @@ class Trainer:
         self.curve.append(row)
 
     def export(self, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Write the checkpoint and, beside it, how it was made."""
+        """Write the checkpoint and its training record."""
         self.model.save_pretrained(folder, max_shard_size="12MB")
         tokenizer.save_pretrained(folder)
         on_cuda = self.tokens.is_cuda
@@ -356,7 +356,7 @@ class Trainer:
 
 
 def main() -> None:
-    """Train for one call; see the module's docstring."""
+    """Train for one call, as described in the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--corpus", type=Path, required=True, help="folder with *.txt.xz")
     parser.add_argument("--output", type=Path, required=True)
@@ -375,7 +375,7 @@ def main() -> None:
     print(f"{flat.size:,} tokens ready after {time.monotonic() - began:.0f} s", flush=True)
     tokens = torch.from_numpy(flat.astype(np.int32)).to(device)
     model = build_model(recipe, tokenizer)
-    model.to(device)  # type: ignore[arg-type]  # its wrapper hides Module.to's own types
+    model.to(device)  # type: ignore[arg-type]  # its wrapper hides the types of Module.to
     trainer = Trainer(recipe, model, tokens, heldout)
     if (args.state / "progress.json").exists():
         trainer.restore(args.state)

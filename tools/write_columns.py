@@ -1,7 +1,7 @@
-"""Write docs/columns.md from the definitions that the records carry.
+"""Write docs/columns.md from the column definitions of the records.
 
 python tools/write_columns.py            # writes
-python tools/write_columns.py --check    # fails if the file isn't what it would write
+python tools/write_columns.py --check    # fails if the file is out of date
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ available is null, and `note` gives the reason.
 
 
 def render() -> str:
-    """Return the page."""
+    """Return the content of the file."""
     parts = (
         (HEAD, column_definitions()),
         (ROUNDS, column_definitions(RoundTiming)),
@@ -66,7 +66,7 @@ def _table(definitions: dict[str, str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the page, or check it."""
+    """Write or check the file."""
     parser = argparse.ArgumentParser(description="Write docs/columns.md.")
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     if not parser.parse_args(argv).check:

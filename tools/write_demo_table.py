@@ -1,10 +1,10 @@
-"""Write the table of docs/results.md from a finished run of the demo model, and keep its pictures.
+"""Write the table and images of docs/results.md from a finished run of the demo model.
 
 make demo
-python tools/write_demo_table.py results   # keeps its numbers in benchmarks/demo_run.json
-python tools/write_demo_table.py --check   # fails if the table isn't what those numbers give
+python tools/write_demo_table.py results   # stores its numbers in benchmarks/demo_run.json
+python tools/write_demo_table.py --check   # fails if the table doesn't match those numbers
 
-The chart and a screenshot of report.html go to docs/images/; `--pictures` renews them alone.
+The chart and a screenshot of report.html go to docs/images/; `--pictures` updates only these.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BEGIN, END = "<!-- demo-table -->\n", "<!-- /demo-table -->"
 
 
 def keep(results: Path) -> None:
-    """Keep the numbers behind the table, and where they were measured."""
+    """Store the numbers behind the table, and the machine that measured them."""
     summary, run = (json.loads((results / name).read_text()) for name in (SUMMARY_JSON, RUN_JSON))
     rules = [
         {name: value for name, value in row.items() if not isinstance(value, dict | list)}
@@ -41,7 +41,7 @@ def keep(results: Path) -> None:
 
 
 def keep_pictures(results: Path) -> None:
-    """Copy the chart of quality against experts; photograph the report's token view."""
+    """Copy the chart of quality against experts; take a screenshot of the report's token view."""
     IMAGES.mkdir(exist_ok=True)
     shutil.copy(results / PLOTS / QUALITY_PLOT, IMAGES / QUALITY_PLOT)
     with sync_playwright() as playwright:
@@ -57,7 +57,7 @@ def keep_pictures(results: Path) -> None:
 
 
 def render(kept: dict[str, Any]) -> str:
-    """Return the block: experts used and quality lost, by BH and by static top-k."""
+    """Return the table of experts used and quality lost, for BH and static top-k."""
     rows = [row for row in kept["rules"] if not row["is_reference"]]
     static = [row for row in rows if row["config_name"] not in kept["configs"]]
     ours = [row for row in rows if row not in static]
@@ -109,7 +109,7 @@ def _verdict(ours: list[dict[str, Any]], static: list[dict[str, Any]]) -> str:
 
 
 def replace_block(page: str, block: str) -> str:
-    """Return the page with another table."""
+    """Return the page with its table replaced."""
     head, rest = page.split(BEGIN)
     return head + BEGIN + block + END + rest.split(END, 1)[1]
 

@@ -1,10 +1,10 @@
-"""Try every family of the installed transformers on a tiny model; write the table and its page.
+"""Test every family of the installed transformers on a tiny model; write the table and docs page.
 
-python -m tools.write_families            # tries all, writes families.json and docs/families.md
-python -m tools.write_families --check    # fails if the page isn't what the table says
+python -m tools.write_families            # tests all, writes families.json and docs/families.md
+python -m tools.write_families --check    # fails if the page doesn't match the table
 
-Run it with several versions of transformers, the newest last: each adds itself to the versions,
-the rest of a row is what the last run found.
+Run it with several versions of transformers, the newest last: each adds itself to a row's
+versions, and the last run determines the rest of the row.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ no rule is ignored and none stays behind; the next call compiles again.
 
 
 def try_family(name: str) -> FamilyRow:
-    """Route a tiny model of one family, and say what was found."""
+    """Route a tiny model of one family, and return the findings."""
     row = FamilyRow(family=name, supported=False, how="", limits=[], versions=[])
     try:
         routers = find_routers(tiny_model(name))
@@ -82,7 +82,7 @@ def try_family(name: str) -> FamilyRow:
 
 
 def try_all() -> list[FamilyRow]:
-    """Try every installed family; families of other versions keep their rows."""
+    """Test every installed family; families of other versions keep their rows."""
     known = {row["family"]: row for row in family_rows()} if TABLE.exists() else {}
     for name in family_names():
         print(name, file=sys.stderr)
@@ -97,7 +97,7 @@ def try_all() -> list[FamilyRow]:
 
 
 def render(rows: list[FamilyRow]) -> str:
-    """Return the page."""
+    """Return the content of the page."""
     supported = [row for row in rows if row["supported"]]
     refused = [row for row in rows if not row["supported"]]
     lines = [
