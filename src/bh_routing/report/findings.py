@@ -24,7 +24,7 @@ Steadiness = Literal["steady", "unsteady", "unknown"]
 
 
 class Place(NamedTuple):
-    """Machine on which experiments ran."""
+    """Machine or machines on which experiments ran."""
 
     is_one_machine: bool
     text: str
@@ -32,7 +32,7 @@ class Place(NamedTuple):
 
 
 def place(run: Mapping[str, Any]) -> Place:
-    """Return the machine on which the experiments of a run ran."""
+    """Return the machine or machines on which the experiments of a run ran."""
     executor, sessions = run.get("executor"), run.get("sessions")
     if isinstance(executor, Mapping) and executor.get("name") == "ray":
         return Place(False, f"{executor.get('workers')} workers of a Ray cluster")

@@ -39,7 +39,7 @@ _SLOTS: Final = ("needed", "needed_by_loss")
 
 
 def null_charts(path: str | Path) -> dict[str, Chart]:
-    """Make one chart per null distribution of a calibration file, of a few layers across the depth.
+    """Make one chart per null distribution of a calibration file, for layers across the depth.
 
     Raises:
         CalibrationError: the file isn't a calibration, or an old one without observed scores.

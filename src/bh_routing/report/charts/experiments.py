@@ -121,7 +121,7 @@ def _times(table: Experiments) -> tuple[list[Bar], str, str]:
             for name, found in rounds.items()
         ]
         return bars, f"Generation time (% of {findings.show(table.baseline)})", "rounds"
-    # Per token: the length of a generated sequence depends on the prompt, not on the rule.
+    # Per token: sequence lengths differ between prompts, which isn't an effect of the rule.
     tokens = table.frame["num_output_tokens"].where(table.frame["num_output_tokens"] > 0)
     frame = table.frame.assign(latency=1000.0 * table.frame[SECONDS] / tokens)
     values = {n: frame.loc[frame["config_name"] == n, "latency"].dropna() for n in table.names}

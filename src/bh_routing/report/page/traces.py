@@ -16,7 +16,7 @@ from bh_routing.results.files import half_read, planned_keys, read_json_lines
 from bh_routing.results.records import TOKEN_TRACES, TokenTrace
 
 PAGE_BYTES: Final = 3_000_000
-"""Limit on the embedded traces, in bytes of text; the first prompts of every configuration fit."""
+"""Limit on the embedded traces, in bytes of text; prompts beyond it are left out."""
 
 
 class Slots(NamedTuple):

@@ -1,5 +1,5 @@
 "use strict";
-// The table of experiments: sort, filter, page through, and open two texts side by side.
+// The table of experiments: sort, filter, page through, and compare two texts.
 (() => {
   const table = document.getElementById("experiment-table");
   if (!table) return;
@@ -58,7 +58,7 @@
     const open = page.element("button", {
       type: "button", className: "link", textContent: short(prompts[row[1]], 90) || "(empty)",
     });
-    open.title = "Show what was written, beside the baseline's text";
+    open.title = "Show the generated text next to the baseline's";
     open.addEventListener("click", () => texts(row));
     return page.element("tr", {},
       page.element("th", { scope: "row", textContent: short(configs[row[0]], 40) }),
@@ -117,7 +117,7 @@
     const [a, b] = [split(other ? other[3] : ""), split(row[3])];
     const [inA, inB] = common(a, b);
     document.getElementById("texts-title").textContent =
-      `${configs[row[0]]} beside ${baseline ?? "no baseline"}`;
+      `${configs[row[0]]} compared with ${baseline ?? "no baseline"}`;
     dialog.querySelector(".prompt").textContent = prompts[row[1]];
     dialog.querySelector(".pair").replaceChildren(
       page.element("div", {}, page.element("h4", { textContent: baseline ?? "–" }), marked(a, inA)),

@@ -1,5 +1,5 @@
 "use strict";
-// Theme, views of charts and the text at the pointer. `page` is what the other scripts share.
+// Theme, views of charts and the text at the pointer. The other scripts share `page`.
 const page = {
   data: JSON.parse(document.getElementById("data").textContent),
 

@@ -117,7 +117,7 @@
         page.element("th", { scope: "row", textContent: `layer ${layer}` }),
         page.element("td", { className: "number", textContent: `${kept} of ${trace.topK}` }), cell);
     }));
-    const head = page.element("tr", {}, ...["layer", "kept", "expert (share of the weight, p-value); struck out: only Top-K uses it"]
+    const head = page.element("tr", {}, ...["layer", "kept", "expert (fraction of the weight, p-value); struck out: only Top-K uses it"]
       .map((label) => page.element("th", { scope: "col", textContent: label })));
     const table = page.element("table", {}, page.element("thead", {}, head), body);
     const box = page.element("div", { className: "scroll", tabIndex: 0 }, table);
