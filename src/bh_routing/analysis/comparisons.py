@@ -71,7 +71,7 @@ def analyze_results(results: pd.DataFrame, baseline: str | None = None) -> dict[
         results: rows as in `bh_routing_results.csv`; needs config_name, prompt_text and at least
             one of METRICS; prompt_category and status are used if present.
         baseline: name of the reference; by default the one that `load_results` read from run.json
-            (`results.attrs["baseline"]`), else the first configuration named top_k or topk.
+            (`results.attrs["baseline"]`), else the first whose name begins with top_k or topk.
     Returns:
         The dict described at the top of this file, ready for strict JSON (null, never NaN).
     Raises:
@@ -112,7 +112,7 @@ def choose_baseline(results: pd.DataFrame, wanted: str | None = None) -> str | N
     """Return the name of the baseline configuration; None if there is none.
 
     Results of a run record their baseline (`load_results` stores it in `results.attrs`). For
-    others, such as a CSV alone, it is the first configuration named top_k or topk.
+    others, such as a CSV alone, it is the first whose name begins with top_k or topk.
 
     Args:
         results: rows with a config_name.

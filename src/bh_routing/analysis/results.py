@@ -97,7 +97,7 @@ def load_results(folder: str | Path) -> Results:
     end is an experiment still being written; it is skipped with a warning.
 
     Args:
-        folder: what `bh-routing run --output` wrote.
+        folder: output folder of `bh-routing run`.
     Returns:
         The results, verified to be complete and of this schema.
     Raises:
