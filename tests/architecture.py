@@ -27,6 +27,7 @@ FLOORS: Mapping[str, int] = {
     "experiments": 7,
     "integrations": 7,
     "cli": 9,
+    "api": 9,
     "__main__": 10,
 }
 """The running tower: a module may import its own package and what lies on lower floors."""
@@ -38,8 +39,9 @@ READING: Mapping[str, int] = {
     "analysis": 7,
     "report": 8,
     "cli": 9,
+    "api": 9,
 }
-"""The reading tower. The command line is the roof of both."""
+"""The reading tower. The command line and the Python interface are the roof of both."""
 
 HOMES_OF: Mapping[str, frozenset[str]] = {
     # Family knowledge lives in one place; the adapter to lm-eval subclasses its model class.

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
+import torch
 
 import bh_routing as bhr
+from bh_routing.cli import main
 from bh_routing.cli.calibrate import calibrate as cli_calibrate
 from bh_routing.models import LoadedModel
+from bh_routing.rules import RULES
 
 
 @pytest.mark.parametrize(
@@ -67,3 +74,162 @@ def test_a_parameter_has_one_default_wherever_it_is() -> None:
         ours = inspect.signature(bhr.calibrate).parameters[name].default
         assert ours == command[name].default, name
     assert command["nulls"].default == fields["null"]
+
+
+def pages(split: str, words: int, documents: int = 6) -> list[bhr.Document]:
+    """The starts of some packaged documents."""
+    return [
+        document._replace(text=" ".join(document.text.split()[:words]))
+        for document in bhr.packaged_documents(split)[:documents]
+    ]
+
+
+def write_jsonl(path: Path, documents: Sequence[bhr.Document]) -> str:
+    path.write_text("\n".join(json.dumps(document._asdict()) for document in documents))
+    return str(path)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, keep_default_na=False, na_values=["", "nan"])
+
+
+def test_evaluate_gives_the_numbers_of_the_command_line(
+    demo: LoadedModel, demo_calibration: bhr.Calibration, tmp_path: Path
+) -> None:
+    documents = pages("evaluation", 60)
+    command = ["evaluate", "--model", "demo", "--device", "cpu", "--output", str(tmp_path / "out")]
+    command += ["--text", write_jsonl(tmp_path / "text.jsonl", documents), "--rule", "top_k:k=4"]
+    command += ["--calibration", str(demo_calibration.save(tmp_path / "c.safetensors"))]
+    assert main([*command, "--rule", "bh:alpha=0.05"]) == 0
+    rules = [bhr.TopK(4), bhr.BenjaminiHochberg()]
+    table = bhr.evaluate(*demo, rules, documents, demo_calibration)
+    assert list(table["config_name"]) == ["top_k_k-4", "bh_alpha-0.05"]
+    assert bool((table["delta_nll_low"] < table["delta_nll"]).all())
+    printed = read_table(tmp_path / "out" / "quality.csv")
+    assert list(table.columns) == list(printed.columns)
+    numbers = table.select_dtypes("number").columns
+    assert len(numbers) > 20
+    pd.testing.assert_frame_equal(table[numbers], printed[numbers], check_dtype=False)
+
+
+def test_rules_are_named_by_a_mapping_and_texts_may_be_strings(demo: LoadedModel) -> None:
+    texts = [document.text for document in pages("evaluation", 20)]
+    table = bhr.evaluate(*demo, {"half": bhr.TopK(4), "own": bhr.TopK(8)}, texts, max_tokens=60)
+    assert list(table["config_name"]) == ["half", "own"]
+    assert list(table["delta_nll"] == 0) == [False, True]
+    assert set(table["tokens"]) == {60}
+
+
+def test_sweep_gives_the_numbers_of_the_command_line(demo: LoadedModel, tmp_path: Path) -> None:
+    documents, source = pages("evaluation", 60), pages("calibration", 60)
+    command = ["sweep", "--model", "demo", "--device", "cpu", "--output", str(tmp_path / "out")]
+    command += ["--text", write_jsonl(tmp_path / "text.jsonl", documents), "--rules", "min_p"]
+    command += ["--calibration-text", write_jsonl(tmp_path / "source.jsonl", source)]
+    assert main([*command, "--budgets", "5,3"]) == 0
+    rules = [bhr.MinP(0.5), bhr.TopK(4)]
+    table = bhr.sweep(*demo, rules, [5, 3], documents, source)
+    swept = table[table["rule"] != "top_k"]
+    assert list(zip(swept["rule"], swept["budget"], strict=True)) == [("min_p", 5), ("min_p", 3)]
+    assert list(swept["config_name"]) == ["min_p@5", "min_p@3"]
+    assert bool((abs(swept["calibration_mean_experts"] / swept["budget"] - 1) < 0.02).all())
+    printed = read_table(tmp_path / "out" / "sweep.csv")
+    numbers = table.select_dtypes("number").columns
+    assert len(numbers) > 20
+    pd.testing.assert_frame_equal(table[numbers], printed[numbers], check_dtype=False)
+
+
+def test_sweep_fits_the_calibration_that_its_rules_need(demo: LoadedModel) -> None:
+    words, documents = pages("calibration", 200, documents=30), pages("evaluation", 30)
+    rules = {"mine": bhr.BenjaminiHochberg(0.3, max_k=6)}
+    table = bhr.sweep(*demo, rules, [4], documents, words)
+    (row,) = table[table["rule"] == "bh"].to_dict("records")
+    assert (row["config_name"], row["knob_field"], row["budget"]) == ("mine@4", "alpha", 4)
+
+
+@pytest.mark.parametrize("rule", [bhr.BenjaminiHochberg(), bhr.TopK(3)])
+def test_generate_writes_what_the_model_generates_under_route(
+    demo: LoadedModel, demo_calibration: bhr.Calibration, rule: bhr.Rule
+) -> None:
+    prompts = ["The old man walked down to", "It was a dark"]
+    results = bhr.generate(*demo, prompts, rule, demo_calibration, max_new_tokens=8)
+    for prompt, result in zip(prompts, results, strict=True):
+        inputs = demo.tokenizer(prompt, return_tensors="pt")
+        with bhr.route(demo.model, rule, demo_calibration) as trace:
+            output = demo.model.generate(
+                **inputs, max_new_tokens=8, do_sample=False, pad_token_id=0
+            )
+        new = output[0, inputs["input_ids"].shape[1] :]
+        assert result.text == demo.tokenizer.decode(new, skip_special_tokens=True)
+        assert torch.equal(result.expert_counts, trace.expert_counts)
+
+
+Call = Callable[[Any, Any], object]
+api: Any = bhr  # what is called wrongly below mypy would find too
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, t: api.evaluate(m, t, ["bh"], ["text"]), "a rule must be an object .* got 'bh'"),
+        (lambda m, t: api.evaluate(m, t, {"": bhr.TopK(4)}, ["text"]), "name must be a text"),
+        (
+            lambda m, t: api.evaluate(m, t, {3: bhr.TopK(4)}, ["text"]),
+            "name must be a text .* got 3",
+        ),
+        (
+            lambda m, t: api.evaluate(m, t, [bhr.TopK(4)] * 2, ["text"]),
+            "'top_k_k-4' is given twice",
+        ),
+        (lambda m, t: api.evaluate(m, t, bhr.TopK(4), ["text"]), r"write \[rule\]"),
+        (lambda m, t: api.evaluate(m, t, [], ["text"]), "rules must not be empty"),
+        (lambda m, t: api.evaluate(m, t, [bhr.TopK(65)], ["text"]), "65"),
+        (lambda m, t: api.evaluate(m, t, [bhr.TopK(4)], "text"), r"write \[text\]"),
+        (
+            lambda m, t: api.evaluate(m, t, [bhr.TopK(4)], [7]),
+            "text 1 must be a string or a Document",
+        ),
+        (
+            lambda m, t: api.evaluate(m, t, [bhr.BenjaminiHochberg()], ["text"]),
+            r"needs a calibration, got None; .*rules=\[rule\]",
+        ),
+        (lambda m, t: api.sweep(m, t, [bhr.MinP(0.5)], 5, ["text"]), "list of numbers .* got 5"),
+        (lambda m, t: api.sweep(m, t, [bhr.MinP(0.5)], ["x"], ["text"]), "list of numbers"),
+        (lambda m, t: api.sweep(m, t, [bhr.MinP(0.5)], [9], ["text"]), "9"),
+        (lambda m, t: api.sweep(m, t, [bhr.TopK(4)], [5], ["text"]), "no rule is left to sweep"),
+        (
+            lambda m, t: api.sweep(m, t, [bhr.MinP(0.5), bhr.MinP(0.2)], [5], ["text"]),
+            "differ only in share",
+        ),
+        (
+            lambda m, t: api.sweep(m, t, [bhr.MinP(0.5)], [5], pages("calibration", 90)),
+            "share a passage with the calibration text",
+        ),
+        (lambda m, t: api.generate(m, t, "one text", bhr.TopK(4)), r"write \[prompt\]"),
+        (lambda m, t: api.generate(m, t, [""], bhr.TopK(4)), "prompt 1 .* gives no token"),
+        (lambda m, t: api.generate(m, t, ["text"], "top_k"), "a rule must be an object"),
+        (
+            lambda m, t: api.generate(m, t, ["text"], bhr.TopK(4), max_new_tokens=0),
+            "max_new_tokens must be a whole number of at least 1, got 0",
+        ),
+        (
+            lambda m, t: api.generate(m, t, ["text"], bhr.TopK(4), max_new_tokens=5000),
+            "generate fewer tokens",
+        ),
+    ],
+)
+def test_a_mistake_is_one_sentence(demo: LoadedModel, call: Call, message: str) -> None:
+    with pytest.raises(bhr.InputError, match=message) as caught:
+        call(*demo)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_that_was_calibrated_on_is_not_scored(
+    demo: LoadedModel, demo_calibration: bhr.Calibration
+) -> None:
+    documents = bhr.packaged_documents("calibration")[:2]
+    with pytest.raises(bhr.InputError, match="share a passage with the text of the calibration"):
+        bhr.evaluate(*demo, [bhr.BenjaminiHochberg()], documents, demo_calibration)
+
+
+def test_every_rule_of_the_catalog_is_importable() -> None:
+    assert all(getattr(bhr, rule.__name__) is rule for rule in RULES.values())

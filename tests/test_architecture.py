@@ -53,12 +53,15 @@ PUBLIC_NAMES = [
     "benjamini_hochberg_routing",
     "benjamini_yekutieli",
     "calibrate",
+    "evaluate",
+    "generate",
     "load_model",
     "load_results",
     "p_values",
     "packaged_documents",
     "route",
     "storey",
+    "sweep",
 ]
 
 MODULE_CHECKS: list[tuple[Callable[[Modules], list[str]], Mapping[str, str]]] = [

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bh_routing.analysis.results import Results, load_results
+    from bh_routing.api import evaluate, generate, sweep
     from bh_routing.engine import Document, calibrate, packaged_documents
     from bh_routing.errors import (
         BHRoutingError,
@@ -79,16 +80,20 @@ __all__ = [
     "benjamini_hochberg_routing",
     "benjamini_yekutieli",
     "calibrate",
+    "evaluate",
+    "generate",
     "load_model",
     "load_results",
     "p_values",
     "packaged_documents",
     "route",
     "storey",
+    "sweep",
 ]
 
 _HOMES = {
     "analysis.results": ("Results", "load_results"),
+    "api": ("evaluate", "generate", "sweep"),
     "engine": ("Document", "calibrate", "packaged_documents"),
     "errors": (
         "BHRoutingError",

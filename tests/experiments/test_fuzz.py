@@ -262,7 +262,8 @@ def prompts_target(folder: Path, demo: LoadedModel) -> Target:
 
     def check(prompts: Any) -> None:
         spec = make_spec(model="demo", configs={"t": {"method": "topk", "k": 8}}, prompts=prompts)
-        check_prompts(spec, demo.tokenizer, facts)
+        prompts = [prompt.text for prompt in spec.prompts]
+        check_prompts(prompts, spec.max_tokens, demo.tokenizer, facts)
 
     prompt = st.fixed_dictionaries({"text": st.text()}, optional={"category": st.text()})
     return check, ([{"text": "a"}],), st.tuples(st.lists(prompt | JSON, max_size=3) | JSON)

@@ -68,7 +68,11 @@ def analyze_sweep(folder: Path, options: QualityOptions = DEFAULT_OPTIONS) -> Sw
     Raises:
         ResultsError: the folder isn't that of a sweep, or one of its files is damaged.
     """
-    sweep = read_sweep(folder)
+    return compare_points(read_sweep(folder), options)
+
+
+def compare_points(sweep: Sweep, options: QualityOptions = DEFAULT_OPTIONS) -> SweepTables:
+    """Compare the points of a sweep that was read or has just been made."""
     text = align(sweep.records)
     domain_names = sorted(set(text.domains_D.tolist()))
     quality = {row.config_name: row for row in quality_table(sweep.records, options)}

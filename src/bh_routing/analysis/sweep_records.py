@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
@@ -272,24 +272,35 @@ def read_sweep(folder: Path) -> Sweep:
             f"{SCHEMA_VERSION}; give the output folder of bh-routing sweep"
         )
     try:
-        points = (
-            *map(_static_point, run["sweep"]["references"]),
-            *map(_point, run["sweep"]["points"]),
-            *(
-                replace(_point(entry), is_curve_only=True)
-                for entry in run["sweep"].get("curve_points", ())
-            ),
-        )
+        return make_sweep(run, read_quality(folder / QUALITY_JOURNAL))
     except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, ResultsError):
+            raise
         raise half_read(path, f"a point of the sweep isn't whole ({error!r})") from error
+
+
+def make_sweep(run: Mapping[str, Any], records: Iterable[QualityRecord]) -> Sweep:
+    """Build a sweep from the content of run.json and the scored documents.
+
+    Raises:
+        KeyError, TypeError, ValueError: a point isn't whole.
+    """
+    points = (
+        *map(_static_point, run[SWEEP]["references"]),
+        *map(_point, run[SWEEP]["points"]),
+        *(
+            replace(_point(entry), is_curve_only=True)
+            for entry in run[SWEEP].get("curve_points", ())
+        ),
+    )
     configs = {point.config_name: point.config for point in points}
     # An earlier sweep of this folder may have scored other points, or these at other values.
-    records = tuple(
+    kept = tuple(
         record
-        for record in read_quality(folder / QUALITY_JOURNAL)
+        for record in records
         if record.config_name in configs and record.rule in ({}, configs[record.config_name])
     )
-    return Sweep(run=run, points=points, records=records)
+    return Sweep(run=run, points=points, records=kept)
 
 
 def align(records: Sequence[QualityRecord]) -> ScoredText:

@@ -32,7 +32,7 @@ def calibrate(
     tokenizer: Any,
     texts: Sequence[str | Document],
     *,
-    rules: Iterable[Rule] | Mapping[str, Rule] = (),
+    rules: Iterable[Rule] | Mapping[str, Rule] | None = None,
     nulls: Sequence[str] = (),
     max_tokens: int = 16_384,
     seed: int = 0,
@@ -107,9 +107,11 @@ def calibrate(
     )
 
 
-def _nulls_to_fit(rules: Iterable[Rule] | Mapping[str, Rule], nulls: Sequence[str]) -> list[str]:
+def _nulls_to_fit(
+    rules: Iterable[Rule] | Mapping[str, Rule] | None, nulls: Sequence[str]
+) -> list[str]:
     """Return the names of what is to be fitted, each once, or raise InputError."""
-    given = name_rules(rules).values()
+    given = [] if rules is None else list(name_rules(rules).values())
     if not given and not nulls:
         return [BenjaminiHochberg.null]
     for name in nulls:

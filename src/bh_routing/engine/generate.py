@@ -108,6 +108,16 @@ class RoutedGeneration(NamedTuple):
     generation: Generation
     trace: ExpertTrace
 
+    @property
+    def text(self) -> str:
+        """The continuation alone."""
+        return self.generation.text
+
+    @property
+    def expert_counts(self) -> Tensor:
+        """Experts per token: int64 on the host, (tokens, layers), the prompt's tokens first."""
+        return self.trace.expert_counts
+
 
 def generate_routed(
     model: Any,

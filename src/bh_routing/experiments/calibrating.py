@@ -77,7 +77,8 @@ def check_held_out(
     """
     is_calibrated = any(named.rule.required_null is not None for named in rules)
     if is_calibrated and spec.calibration is not None:
-        check_calibration_overlap(documents, spec.calibration)
+        calibration = Calibration.load(spec.calibration)
+        check_calibration_overlap(documents, calibration, f"calibration {spec.calibration}")
     if spec.budget is not None or (is_calibrated and spec.calibration is None):
         check_overlap(documents, calibration_documents(spec).documents)
 
@@ -88,24 +89,25 @@ def check_overlap(documents: Sequence[Document], calibration: Sequence[Document]
     _refuse_shared(documents, find_shared_passages(documents, known), "the calibration text")
 
 
-def check_calibration_overlap(documents: Sequence[Document], path: Path) -> None:
-    """Raise InputError if a document to score shares a passage with a calibration's text.
+def check_calibration_overlap(
+    documents: Sequence[Document], calibration: Calibration, name: str
+) -> None:
+    """Raise InputError if a document to score has a passage of a calibration's text.
 
     A file of an earlier schema holds no passages; only its text as a whole is compared.
     """
-    calibration = Calibration.load(path)
     if len(calibration.passages):
         shared = find_shared_passages(documents, calibration.passages.numpy())
     elif calibration.text_sha256 == text_sha256([document.text for document in documents]):
         shared = [(document.name, document.text.split()) for document in documents]
     else:
         log.warning(
-            "calibration %s was saved by an earlier version, which kept no trace of its text: "
+            "%s was saved by an earlier version, which kept no trace of its text: "
             "that it shares no passage with the scored text can't be checked",
-            path,
+            name,
         )
         return
-    _refuse_shared(documents, shared, f"the text of calibration {path}")
+    _refuse_shared(documents, shared, f"the text of {name}")
 
 
 def _refuse_shared(

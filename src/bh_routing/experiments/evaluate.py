@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from bh_routing.models.load import load_model
 from bh_routing.models.routers import ModelFacts, describe_model
 from bh_routing.models.routing import bind_rule
 from bh_routing.results.records import QualityRecord
+from bh_routing.rules.base import Rule
 
 log = logging.getLogger(__name__)
 
@@ -110,3 +111,17 @@ def evaluate(spec: RunSpec, options: EvaluateOptions) -> Evaluation:
         calibration_tokens=calibration.num_tokens if calibration else 0,
         seconds=time.perf_counter() - start,
     )
+
+
+def score_loaded(
+    subject: Subject, text: QualityText, rules: Mapping[str, Rule]
+) -> list[QualityRecord]:
+    """Score rules on text with a loaded model, and keep no file.
+
+    Raises:
+        ExperimentError: as `score_missing`.
+    """
+    model, tokenizer, calibration = subject
+    identity = identify("model", model, tokenizer)
+    with TemporaryDirectory() as folder, QualityLedger(Path(folder), text, identity) as ledger:
+        return score_missing(model, tokenizer, text, rules, calibration, ledger)

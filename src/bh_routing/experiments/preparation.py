@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -82,7 +82,8 @@ class Preparation:
     def __init__(self, spec: RunSpec, store: ResultStore, loaded: Loaded) -> None:
         self.loaded = loaded
         self.rules = make_rules(spec.configs, spec.budget)
-        check_prompts(spec, loaded.tokenizer, loaded.facts)
+        texts = [prompt.text for prompt in spec.prompts]
+        check_prompts(texts, spec.max_tokens, loaded.tokenizer, loaded.facts)
         identity = identify(spec.model, loaded.model, loaded.tokenizer, max_tokens=spec.max_tokens)
         store.check(identity)
         self.quality = None if spec.no_eval else QualityPhase(spec, loaded.tokenizer, loaded.facts)
@@ -109,25 +110,27 @@ class Preparation:
         self.grid = make_grid(self.rules, spec.prompts, calibration)
 
 
-def check_prompts(spec: RunSpec, tokenizer: Any, facts: ModelFacts) -> None:
+def check_prompts(
+    prompts: Sequence[str], max_tokens: int, tokenizer: Any, facts: ModelFacts
+) -> None:
     """Reject a prompt that has no token or leaves no room for the continuation.
 
     Raises:
         InputError: names the prompt's number, its length, the limit and the remedy.
     """
-    for number, prompt in enumerate(spec.prompts, start=1):
-        length = len(encode_prompt(tokenizer, prompt.text))
-        shown = f"prompt {number} ({shorten(prompt.text)!r})"
+    for number, prompt in enumerate(prompts, start=1):
+        length = len(encode_prompt(tokenizer, prompt))
+        shown = f"prompt {number} ({shorten(prompt)!r})"
         if length == 0:
             raise InputError(f"{shown} gives no token with this model's tokenizer; change it")
         if facts.context_length is None:
             continue
-        room = facts.context_length - spec.max_tokens
+        room = facts.context_length - max_tokens
         if length > room:
             raise InputError(
                 f"{shown} has {length} tokens, and the model's context of {facts.context_length} "
-                f"leaves {max(room, 0)} beside {spec.max_tokens} new ones; shorten it or lower "
-                "--max-tokens"
+                f"leaves {max(room, 0)} beside {max_tokens} new ones; shorten it or generate "
+                "fewer tokens (--max-tokens, max_new_tokens)"
             )
 
 

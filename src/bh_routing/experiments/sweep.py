@@ -87,7 +87,8 @@ def sweep(spec: RunSpec, options: SweepOptions) -> dict[str, Any]:
     documents = read_documents(options.texts) if options.texts else packaged_documents("evaluation")
     check_overlap(documents, calibration_documents(spec).documents)
     if spec.calibration is not None:
-        check_calibration_overlap(documents, spec.calibration)
+        kept = Calibration.load(spec.calibration)
+        check_calibration_overlap(documents, kept, f"calibration {spec.calibration}")
     read_stored_sweep(spec.output)
     loaded = load(spec)
     if not options.budgets:
@@ -151,7 +152,7 @@ def _sweep_begun(prepared: _Prepared, start: float) -> dict[str, Any]:
     subject = Subject(loaded.model, loaded.tokenizer, calibration)
     with ledger, make_executor(spec, subject) as executor:
         score_all = partial(_score_all, subject, text, ledger, executor)
-        references = _score(settings, curve_settings, score_all)
+        references = score_settings(settings, curve_settings, score_all)
     clock.append(time.perf_counter())
     document[KIND]["references"] = [
         {"config_name": name, "k": rule.k, "config": rule_to_config(rule)}
@@ -302,7 +303,7 @@ def _document(
     }
 
 
-def _score(
+def score_settings(
     settings: Sequence[Setting],
     curve_settings: Sequence[Setting],
     score_all: Callable[[Mapping[str, Rule]], list[QualityRecord]],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
 import numpy as np
@@ -19,7 +19,7 @@ from bh_routing.experiments.config_file import parse_rule
 from bh_routing.experiments.quality import QualityText
 from bh_routing.models.routers import find_routers
 from bh_routing.rules.base import Knob, Rule
-from bh_routing.rules.catalog import get_rule, make_rule
+from bh_routing.rules.catalog import get_rule, make_rule, name_rules, rule_to_config
 from bh_routing.rules.fixed import PerLayerTopK, TopK
 
 DEFAULT_VARIANTS: Final = (
@@ -116,6 +116,38 @@ def parse_variants(texts: Sequence[str]) -> list[Variant]:
         variants.append(variant)
     if not variants:
         raise InputError("no rule is left to sweep; give one beside top_k, such as bh_drop")
+    return variants
+
+
+def variants_of(rules: Mapping[str, Rule] | Iterable[Rule]) -> list[Variant]:
+    """Turn rules into variants, whose tuning parameters are set by budgets.
+
+    Static top-k is left out: it is what the others are compared with.
+
+    Raises:
+        InputError: no rule is left, or one has no tuning parameter or differs in it alone.
+    """
+    variants: list[Variant] = []
+    for given, rule in name_rules(rules).items():
+        if isinstance(rule, TopK):
+            continue
+        config = rule_to_config(rule)
+        shown = {
+            f.name: config[f.name]
+            for f in fields(rule)  # type: ignore[arg-type]
+            if config[f.name] != f.default and not (rule.knob and rule.knob.sets(f.name))
+        }
+        name = given if isinstance(rules, Mapping) else _name({"method": rule.method, **shown})
+        variant = Variant(name=name, config=config)
+        for other in variants:
+            if variant.anywhere() == other.anywhere() or name == other.name:
+                raise InputError(
+                    f"rules {other.name!r} and {name!r} differ only in {variant.knob.name}, which "
+                    "the budget sets; leave one out"
+                )
+        variants.append(variant)
+    if not variants:
+        raise InputError("no rule is left to sweep; give one besides top_k, such as bh_drop")
     return variants
 
 

@@ -139,6 +139,8 @@ def name_rules(rules: Mapping[str, Rule] | Iterable[Rule]) -> dict[str, Rule]:
         if key in named:
             raise InputError(f"rule {key!r} is given twice; remove one")
         named[key] = rule
+    if not named:
+        raise InputError("rules must not be empty; give at least one")
     return named
 
 

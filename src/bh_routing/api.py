@@ -1,0 +1,214 @@
+"""The jobs of the command line as functions of a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Final
+
+import pandas as pd
+
+from bh_routing.analysis.estimates import NON_INFERIORITY_MARGIN
+from bh_routing.analysis.quality import QualityOptions, quality_table
+from bh_routing.analysis.sweep import REFERENCES, compare_points
+from bh_routing.analysis.sweep_records import SWEEP, make_sweep
+from bh_routing.engine.calibrate import calibrate
+from bh_routing.engine.generate import RoutedGeneration, generate_routed
+from bh_routing.engine.texts import Document, as_documents, packaged_documents
+from bh_routing.errors import InputError
+from bh_routing.experiments import defaults
+from bh_routing.experiments.calibrating import check_calibration_overlap, check_overlap
+from bh_routing.experiments.evaluate import score_loaded
+from bh_routing.experiments.experiment import Subject
+from bh_routing.experiments.preparation import check_prompts
+from bh_routing.experiments.quality import prepare_text
+from bh_routing.experiments.search import Goal, KnobSearch, check_budgets
+from bh_routing.experiments.sweep import score_settings
+from bh_routing.experiments.variants import variants_of
+from bh_routing.models.routers import describe_model
+from bh_routing.models.routing import bind_rule
+from bh_routing.nulls.calibration import Calibration
+from bh_routing.results.records import QualityRecord
+from bh_routing.rules.base import Rule, check_count
+from bh_routing.rules.catalog import name_rules, rule_to_config
+
+_WIDE: Final = tuple(f"{name}_" for name in REFERENCES[1:])
+"""Columns about references other than static top-k, which need points of their own."""
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    rules: Mapping[str, Rule] | Iterable[Rule],
+    texts: Sequence[str | Document],
+    calibration: Calibration | None = None,
+    *,
+    max_tokens: int | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    batch_size: int | None = None,
+    margin: float = NON_INFERIORITY_MARGIN,
+    seed: int = defaults.SEED,
+) -> pd.DataFrame:
+    """Compare rules with the model's own top-k on the same tokens, as `bh-routing evaluate` does.
+
+    Args:
+        model: a transformers model with routers, not inside `route`.
+        tokenizer: its tokenizer.
+        rules: name -> rule, or rules alone, which are then named after their fields.
+        texts: held-out texts or documents; the documents' clusters are the units of the intervals.
+        calibration: what `calibrate` returned; needed if a rule needs one.
+        max_tokens: scored tokens in total, spread over the documents; None: all.
+        window: input tokens of a forward pass; None: the model's context, at most 1,024.
+        stride: scored tokens of each window after a document's first; None: the window.
+        batch_size: windows per forward pass; None: as many as fit the memory limits.
+        margin: largest increase of the loss, in nats per token, that counts as none.
+        seed: seed of the bootstrap.
+    Returns:
+        One row per rule, with the columns of quality.csv (docs/columns.md).
+    Raises:
+        InputError: a rule or text can't be used, or a text was calibrated on.
+        CalibrationError: a rule needs a calibration, or another one.
+        ExperimentError: the model gave NaN or infinity.
+    """
+    named, documents = name_rules(rules), as_documents(texts)
+    for rule in named.values():
+        bind_rule(model, rule, calibration)
+    if calibration is not None and any(rule.required_null for rule in named.values()):
+        check_calibration_overlap(documents, calibration, "the calibration")
+    text = prepare_text(
+        tokenizer,
+        describe_model(model),
+        documents,
+        max_tokens=max_tokens,
+        window=window,
+        stride=stride,
+        batch_size=batch_size,
+    )
+    records = score_loaded(Subject(model, tokenizer, calibration), text, named)
+    rows = pd.DataFrame(map(asdict, quality_table(records, QualityOptions(margin, seed=seed))))
+    is_nested = [isinstance(value, tuple | dict) for value in rows.iloc[0]]
+    return rows.drop(columns=rows.columns[is_nested])
+
+
+def sweep(
+    model: Any,
+    tokenizer: Any,
+    rules: Mapping[str, Rule] | Iterable[Rule],
+    budgets: Sequence[float],
+    texts: Sequence[str | Document],
+    calibration_texts: Sequence[str | Document] | None = None,
+    *,
+    calibration: Calibration | None = None,
+    max_tokens: int | None = None,
+    batch_size: int | None = None,
+    seed: int = defaults.SEED,
+) -> pd.DataFrame:
+    """Compare rules at equal mean numbers of experts, as `bh-routing sweep` does.
+
+    Each rule's tuning parameter is set on calibration text for each budget; the rules and static
+    top-k are then scored on other text.
+
+    Args:
+        model, tokenizer, rules, texts, max_tokens, batch_size: as in `evaluate`.
+        budgets: mean experts per token, from 1 to the model's own k.
+        calibration_texts: texts that parameters are set on; None: the packaged calibration text.
+        calibration: what `calibrate` returned; None: fitted on the calibration texts if a rule
+            needs one.
+        seed: seed of the calibration and of the bootstrap.
+    Returns:
+        One row per rule and budget, after static top-k, with the columns of sweep.csv about the
+        rule, its loss and static top-k at the same mean (docs/columns.md).
+    Raises:
+        InputError: a rule, budget or text can't be used, or a text was calibrated on.
+        CalibrationError: the calibration doesn't serve a rule.
+        ExperimentError: the model gave NaN or infinity.
+    """
+    variants, documents = variants_of(rules), as_documents(texts)
+    source = packaged_documents("calibration") if calibration_texts is None else calibration_texts
+    search_documents = as_documents(source)
+    facts = describe_model(model)
+    budgets = _check_budget_list(budgets, facts.model_top_k)
+    check_overlap(documents, search_documents)
+    text = prepare_text(tokenizer, facts, documents, max_tokens=max_tokens, batch_size=batch_size)
+    if calibration is not None:
+        check_calibration_overlap(documents, calibration, "the calibration")
+    elif needy := [v.anywhere() for v in variants if v.anywhere().required_null]:
+        calibration = calibrate(
+            model, tokenizer, search_documents, rules=needy,
+            max_tokens=defaults.CALIBRATION_TOKENS, seed=seed,
+        )  # fmt: skip
+    search = KnobSearch(model, tokenizer, search_documents, calibration, batch_size=batch_size)
+    settings = search.find([Goal(variant=v, budget=b) for v in variants for b in budgets])
+    if all(setting.unreachable for setting in settings):
+        raise InputError(f"no rule can meet a budget: {settings[0].unreachable}")
+    subject = Subject(model, tokenizer, calibration)
+    records: list[QualityRecord] = []
+
+    def score_all(part: Mapping[str, Rule]) -> list[QualityRecord]:
+        records.extend(score_loaded(subject, text, part))
+        return records
+
+    references = score_settings(settings, [], score_all)
+    content = {
+        "references": [
+            {"config_name": name, "k": rule.k, "config": rule_to_config(rule)}
+            for name, rule in references.items()
+        ],
+        "points": search.to_documents(settings),
+    }
+    tables = compare_points(make_sweep({SWEEP: content}, records), QualityOptions(seed=seed))
+    rows = pd.DataFrame(map(asdict, tables.rows))
+    wide = [c for c in rows.columns if c.startswith(_WIDE) or c == "is_curve_only"]
+    wide += [f"beats_{name}" for name in REFERENCES[1:]]
+    return rows.drop(columns=wide)
+
+
+def _check_budget_list(budgets: Sequence[float], model_top_k: int) -> list[float]:
+    try:
+        found = list(dict.fromkeys(map(float, budgets)))
+    except (TypeError, ValueError):
+        found = []
+    if not found or isinstance(budgets, str):
+        raise InputError(f"budgets must be a list of numbers such as [5, 4], got {budgets!r}")
+    check_budgets(found, model_top_k)
+    return found
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    rule: Rule,
+    calibration: Calibration | None = None,
+    *,
+    max_new_tokens: int = defaults.MAX_TOKENS,
+) -> list[RoutedGeneration]:
+    """Continue each prompt greedily under a rule, with the decode engine where it can run.
+
+    The texts are those of `model.generate(do_sample=False)` inside `route`. Where the engine can't
+    run, that is what generates them, and the log says why.
+
+    Args:
+        model: a transformers model with `generate`, not inside `route`.
+        tokenizer: its tokenizer; if it has a chat template, a prompt is a user's message in it.
+        prompts: texts to continue, one at a time.
+        rule: the rule.
+        calibration: what `calibrate` returned; needed if the rule needs one.
+        max_new_tokens: most tokens generated per prompt.
+    Returns:
+        One result per prompt, with `text` and `expert_counts`, and with times in `generation`.
+    Raises:
+        InputError: a prompt, the rule or max_new_tokens can't be used.
+        CalibrationError: the rule needs a calibration, or another one.
+    """
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise InputError(f"prompts must be a list of strings, got {prompts!r}; write [prompt]")
+    check_count("max_new_tokens", max_new_tokens)
+    (rule,) = name_rules([rule]).values()
+    bind_rule(model, rule, calibration)
+    check_prompts(prompts, max_new_tokens, tokenizer, describe_model(model))
+    return [
+        generate_routed(model, tokenizer, prompt, max_new_tokens, rule, calibration)
+        for prompt in prompts
+    ]
