@@ -30,7 +30,6 @@ try:
 
     import bh_routing as bhr
     from bh_routing.cli import main as bh_routing_command
-    from bh_routing.engine.texts import packaged_documents
     from bh_routing.experiments.defaults import ROUTING_CONFIGS, TEST_PROMPTS
     from bh_routing.rules.catalog import make_rule
 except ModuleNotFoundError as error:
@@ -77,7 +76,7 @@ def expect(claim: bool, text: str) -> None:
 def demo() -> Demo:
     """Load and calibrate the demo model once."""
     model, tokenizer = bhr.load_model("demo", device="cpu")
-    texts = [document.text for document in packaged_documents("calibration")]
+    texts = bhr.packaged_documents("calibration")
     return Demo(model, tokenizer, bhr.calibrate(model, tokenizer, texts))
 
 

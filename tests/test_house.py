@@ -10,8 +10,8 @@ from tools.measure_house import House, measure
 
 HOUSE = measure()
 MOST = House(
-    lines=28_900,
-    files=162,
+    lines=29_300,
+    files=163,
     record_types=186,
     import_percent=8.3,
     prose_words=45_000,

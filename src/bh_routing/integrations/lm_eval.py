@@ -280,6 +280,6 @@ def find_calibration(
     if rule.required_null is None:
         return None
     if given is None:
-        texts = [document.text for document in packaged_documents("calibration")]
-        return calibrate(loaded.model, loaded.tokenizer, texts, nulls=[rule.required_null])
+        texts = packaged_documents("calibration")
+        return calibrate(loaded.model, loaded.tokenizer, texts, rules=[rule])
     return given if isinstance(given, Calibration) else Calibration.load(Path(given))
