@@ -96,7 +96,7 @@ def read_table(path: Path) -> pd.DataFrame:
 def test_evaluate_gives_the_numbers_of_the_command_line(
     demo: LoadedModel, demo_calibration: bhr.Calibration, tmp_path: Path
 ) -> None:
-    documents = pages("evaluation", 60)
+    documents = pages("evaluation", 20, documents=24)  # enough for a bootstrap, which has a seed
     command = ["evaluate", "--model", "demo", "--device", "cpu", "--output", str(tmp_path / "out")]
     command += ["--text", write_jsonl(tmp_path / "text.jsonl", documents), "--rule", "top_k:k=4"]
     command += ["--calibration", str(demo_calibration.save(tmp_path / "c.safetensors"))]
