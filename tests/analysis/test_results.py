@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bh_routing.analysis.comparisons import choose_baseline
 from bh_routing.analysis.results import load_results
 from bh_routing.errors import ResultsError
 from bh_routing.experiments.stored_run import render_header, render_row
@@ -205,3 +206,10 @@ def test_show_opens_the_page_or_says_how_to_make_it(
     (folder / REPORT_HTML).write_text("page")
     assert load_results(folder).show() == (folder / REPORT_HTML).resolve()
     assert opened == [(folder / REPORT_HTML).resolve().as_uri()]
+
+
+def test_a_run_that_records_no_baseline_has_its_first_static_rule(folder: Path) -> None:
+    rules = {"topk_like": {"method": "top_p", "p": 0.9}, "bh_strict": {"method": "top_k", "k": 8}}
+    run = {"schema_version": 1, "spec": {"configs": rules}}
+    (folder / RUN_JSON).write_text(json.dumps(run), encoding="utf-8")
+    assert choose_baseline(load_results(folder).experiments) == "bh_strict"

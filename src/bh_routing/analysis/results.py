@@ -123,8 +123,11 @@ def load_results(folder: str | Path) -> Results:
     else:
         rows = {(record["config_name"], record["prompt_text"]): record for record, _ in entries}
         experiments = experiments_frame(rows.values())
-    if BASELINE in run:
-        experiments.attrs[BASELINE] = run[BASELINE]
+    configs = run.get("spec", {}).get("configs", {})
+    if BASELINE in run or configs:
+        # Runs of older versions record only their rules: the first static top-k is the baseline.
+        static = (name for name, config in configs.items() if config.get("method") == "top_k")
+        experiments.attrs[BASELINE] = run.get(BASELINE, next(static, None))
     wanted = set(zip(experiments["config_name"], experiments["prompt_text"], strict=True))
     details = {
         key: detail
