@@ -153,3 +153,10 @@ def test_two_clusters_give_an_estimate_alone() -> None:
     assert math.isfinite(found.difference)
     assert math.isnan(found.low)
     assert "clusters" in found.note
+
+
+def test_an_end_between_unknown_resamples_is_unknown() -> None:
+    t_B = np.where(np.arange(1000) % 2 == 0, math.nan, 0.5)
+    sampled = sweep_equal_cost.Sampled(0.1, 0.2, t_B)
+    ends = sweep_equal_cost._intervals([sampled], 40, 0.95, simultaneous=False)
+    assert np.isnan(ends[0]).all() and np.isnan(ends[1]).all()

@@ -350,8 +350,10 @@ def _intervals(
         if simultaneous:
             least_BN = least_BN.min(axis=1, keepdims=True)
             most_BN = most_BN.max(axis=1, keepdims=True)
-        t_2N[0, known_N] = np.quantile(least_BN, tail, axis=0)
-        t_2N[1, known_N] = np.quantile(most_BN, 1 - tail, axis=0)
+        # Between two unknown resamples the end is unknown too: infinity - infinity is NaN.
+        with np.errstate(invalid="ignore"):
+            t_2N[0, known_N] = np.quantile(least_BN, tail, axis=0)
+            t_2N[1, known_N] = np.quantile(most_BN, 1 - tail, axis=0)
     elif num_clusters >= MIN_CLUSTERS:
         shared = max(1, int(known_N.sum())) if simultaneous else 1
         t = float(stats.t.isf(tail / shared, num_clusters - 1))
