@@ -15,8 +15,8 @@ MOST = House(
     record_types=186,
     import_percent=8.3,
     prose_words=45_000,
-    what_per_thousand=9.6,
-    beside_per_thousand=0.65,
+    what_per_thousand=0.5,
+    beside_per_thousand=0.05,
     spec_modules=62,
 )
 

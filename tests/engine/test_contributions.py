@@ -144,7 +144,7 @@ def test_a_loss_that_was_not_calibrated_is_refused_by_name(
     rule = BenjaminiHochbergDrop(0.2)
     sentence = (
         "no table of null 'needed_by_loss', only of: needed; run: bh-routing calibrate --nulls "
-        "background,needed_by_loss, or use statistic: contribution"
+        "background,needed_by_loss --model NAME --output FILE, or use statistic: contribution"
     )
     with pytest.raises(CalibrationError, match=sentence), route(demo.model, rule, observed):
         pass

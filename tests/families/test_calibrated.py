@@ -36,9 +36,14 @@ RANKS_BY: Final[dict[str, Callable[[Any, Tensor], Tensor]]] = {
 every_kind = pytest.mark.parametrize("family", RANKS_BY)
 
 
-def tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
-    """Every letter is a token of the tiny models' vocabulary."""
-    return {"input_ids": [3 + ord(letter) % (VOCABULARY - 3) for letter in text]}
+class Letters:
+    """A tokenizer: every letter is a token of the tiny models' vocabulary."""
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [3 + ord(letter) % (VOCABULARY - 3) for letter in text]}
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return " ".join(map(str, ids))
 
 
 @cache
@@ -54,7 +59,7 @@ def calibrated(family: str) -> tuple[Calibration, Passes]:
     try:
         calibration = calibrate(
             model,
-            tokenizer,
+            Letters(),
             [document.text for document in packaged_documents("calibration")],
             nulls=("background", "needed"),
             max_tokens=5_120,

@@ -222,7 +222,7 @@ def _journal_entries(
             record, detail = dict(entry["record"]), dict(entry["detail"])
         except (ValueError, KeyError, TypeError) as error:
             raise half_read(path, f"line {number} isn't a record ({error})") from error
-        if planned is not None and entry.get("key") not in planned:
+        if planned is not None and str(entry.get("key")) not in planned:
             continue  # its configuration was removed or redefined since
         missing = [name for name in CSV_COLUMNS if name not in record]
         if missing:

@@ -121,8 +121,8 @@ def _run(spec: RunSpec, plan: TaskPlan, output: Path | None) -> dict[str, Any]:
     from bh_routing.results.files import render_json, to_strict, write_atomically
 
     _check_output(output)
-    fitted = fit_to_config(spec)
     known = find_tasks(plan)
+    fitted = fit_to_config(spec)
     loaded = load_model(spec.model, device=spec.device, dtype=spec.dtype)
     check_end_token(loaded.tokenizer)
     loaded = loaded._replace(tokenizer=choose_chat_template(loaded.tokenizer, spec.chat_template))

@@ -59,7 +59,8 @@ def calibrate(
     routers = find_routers(model)
     refuse_routed(site.module for site in routers.sites)
     text_only = [document.text for document in as_documents(texts)]
-    documents = [ids for text in text_only if (ids := tokenizer(text, verbose=False)["input_ids"])]
+    read = {text: ids for text in text_only if (ids := tokenizer(text, verbose=False)["input_ids"])}
+    documents = list(read.values())
     if not documents:
         raise InputError("the calibration text is empty; give at least one document")
     tabled = [name for name in nulls if name not in NEEDED.values()]
@@ -99,7 +100,7 @@ def calibrate(
         model_top_k=routers.model_top_k,
         model_fingerprint=model_fingerprint(model),
         text_sha256=text_sha256(text_only),
-        passages=torch.from_numpy(passage_hashes(_texts_read(tokenizer, documents, taken))),
+        passages=torch.from_numpy(passage_hashes(_texts_read(tokenizer, read, taken))),
         num_tokens=sum(taken),
         num_documents=len(documents),
         seed=seed,
@@ -125,11 +126,14 @@ def _nulls_to_fit(
 
 
 def _texts_read(
-    tokenizer: Any, documents: Sequence[list[int]], taken: Sequence[int]
+    tokenizer: Any, documents: Mapping[str, list[int]], taken: Sequence[int]
 ) -> Iterator[str]:
     """Yield the part of each document that was read, as text."""
-    for ids, length in zip(documents, taken, strict=True):
-        yield tokenizer.decode(ids[:length], skip_special_tokens=True)
+    for (text, ids), length in zip(documents.items(), taken, strict=True):
+        if length == len(ids):
+            yield text
+        else:
+            yield tokenizer.decode(ids[:length], skip_special_tokens=True)
 
 
 def _windows(model: Any, documents: Sequence[list[int]], taken: Sequence[int]) -> list[Tensor]:
