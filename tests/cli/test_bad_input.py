@@ -344,6 +344,6 @@ def test_nan_in_a_scored_document_names_document_and_router(
 def test_nan_is_traced_to_the_layer_it_began_in(demo: LoadedModel) -> None:
     model = copy.deepcopy(demo.model)
     find_routers(model)
-    # Through .data, which nobody notices: otherwise the routers would be probed again, and rejected.
+    # Through .data, which goes unnoticed: otherwise the routers would be probed again
     model.model.layers[3].mlp.gate.weight.data[5] = torch.inf
     assert "router model.layers.3.mlp.gate (layer 3)" in find_nan(model, TopK(8), None, [5, 6])

@@ -103,7 +103,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     ("old", "new"),
     [
         ("cloze.jsonl", "no_such.jsonl"),
-        ("packaged_tasks.read_items", "packaged_tasks.read_nothing"),
+        ("lm_eval.read_items", "lm_eval.read_nothing"),
         ("test_split: test", "test_split: exam"),
         ("custom_dataset", "custom_data_set"),
     ],

@@ -60,8 +60,7 @@ def calibrate(
     refuse_routed(site.module for site in routers.sites)
     text_only = [document.text for document in as_documents(texts)]
     read = {text: ids for text in text_only if (ids := tokenizer(text, verbose=False)["input_ids"])}
-    documents = list(read.values())
-    if not documents:
+    if not (documents := list(read.values())):
         raise InputError("the calibration text is empty; give at least one document")
     tabled = [name for name in nulls if name not in NEEDED.values()]
     # Seeded by layer, not by null: a table doesn't depend on the nulls fitted with it.
