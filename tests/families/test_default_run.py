@@ -21,7 +21,7 @@ from tests.families.zoo import family_names
 BH = ("bh_strict", "bh_moderate", "bh_loose", "bh_adaptive")
 ROWS = {row["family"]: row for row in family_rows()}
 ROUTED = tuple(name for name in family_names() if name not in REFUSED)
-NO_TEXT = ("openai_privacy_filter",)
+NO_TEXT = ("diffusion_gemma", "openai_privacy_filter")
 """Families that can be routed and generate nothing."""
 ORDINARY = (
     "deepseek_v2",  # softmax, groups of experts first

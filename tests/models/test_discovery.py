@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bh_routing.models.load import LoadedModel
 from bh_routing.models.routers import model_fingerprint, model_settings, tokenizer_fingerprint
+from bh_routing.results.files import render_json
 
 
 @pytest.mark.parametrize(
@@ -94,3 +97,14 @@ def test_a_tokenizers_fingerprint_is_that_of_what_it_does(demo: LoadedModel) -> 
     assert tokenizer_fingerprint(other) == before
     other.add_special_tokens({"bos_token": "<s>"})
     assert tokenizer_fingerprint(other) != before
+
+
+@pytest.mark.parametrize(
+    "value",
+    [math.inf, [0.0, math.inf], {"nested": (math.nan, -math.inf)}, {n: n for n in range(12)}],
+)
+def test_settings_survive_strict_json_as_they_are(demo: LoadedModel, value: Any) -> None:
+    model = copy.deepcopy(demo.model)
+    model.config.time_step_limit = value
+    settings = model_settings(model)
+    assert json.loads(render_json(settings)) == settings

@@ -124,15 +124,20 @@ def read_config(name: str) -> PretrainedConfig:
     return config
 
 
+_DENOISING: Final = frozenset({"diffusion_gemma"})
+"""Families that denoise whole blocks: they have no loss of a next token and no decode step."""
+
+
 def _auto_class(config: PretrainedConfig) -> Any:
     """Return the transformers auto class that loads this configuration for generation."""
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return AutoModelForCausalLM
-    if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
-        return AutoModelForMultimodalLM
+    if config.model_type not in _DENOISING:
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return AutoModelForCausalLM
+        if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+            return AutoModelForMultimodalLM
     raise ModelError(
-        f"model type {config.model_type!r} generates no text; give a causal language model, such "
-        "as demo"
+        f"model type {config.model_type!r} generates no text token by token; give a causal "
+        "language model, such as demo"
     )
 
 

@@ -376,9 +376,9 @@ def model_settings(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _lasting(value: Any) -> Any:
-    """Drop unset, private and volatile entries at every depth."""
+    """Drop unset, private and volatile entries at every depth; NaN and infinity become texts."""
     if not isinstance(value, Mapping):
-        return json.loads(_plain_json(value))
+        return json.loads(_plain_json(value), parse_constant=str)
     return {
         str(key): _lasting(entry)
         for key, entry in value.items()
