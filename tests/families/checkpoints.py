@@ -37,6 +37,10 @@ _SMALL: Final = {
 """Of the parts that don't read text; a text never reaches them."""
 
 
+_MARKERS: Final = {"vision_start_token_id": 5, "audio_start_token_id": 6}
+"""Published configurations of qwen3_omni_moe hold them; its class has no default for the first."""
+
+
 def save_tiny(name: str, folder: Path, top_k: int = TOP_K) -> Path:
     """Save the tiny model of a family as a checkpoint that `load_model` reads."""
     model = tiny_model(name, top_k=top_k, vocabulary=_VOCABULARY)
@@ -59,7 +63,7 @@ def _multimodal(text_model: Any) -> Any:
         for field in config_class.sub_configs
         if field != "text_config"
     }
-    config = config_class(text_config=text_model.config.to_dict(), **parts)
+    config = config_class(text_config=text_model.config.to_dict(), **parts, **_MARKERS)
     torch.manual_seed(0)
     whole = AutoModelForMultimodalLM.from_config(config)
     places = [m for m in whole.modules() if isinstance(m, type(text_model))]
