@@ -27,7 +27,7 @@ try:
     if __name__ == "__main__":
         print("importing matplotlib, pandas and scipy", file=sys.stderr, flush=True)
     from bh_routing.analysis.comparisons import analyze_results
-    from bh_routing.cli.options import Surroundings
+    from bh_routing.cli.options import Overrides
     from bh_routing.experiments.defaults import ROUTING_CONFIGS, TEST_PROMPTS
     from bh_routing.report.figures import create_visualizations
     from bh_routing.report.markdown import generate_markdown_report
@@ -61,14 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     flags = process_arguments() if argv is None else argv
     # Looked up now, not at import, so that replacing one of them changes the run.
-    surroundings = Surroundings(
+    overrides = Overrides(
         configs=ROUTING_CONFIGS,
         prompts=TEST_PROMPTS,
         analyze=analyze_results,
         visualize=create_visualizations,
         report=generate_markdown_report,
     )
-    return _bh_routing(["run", *flags], surroundings)
+    return _bh_routing(["run", *flags], overrides)
 
 
 if __name__ == "__main__":

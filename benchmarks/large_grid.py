@@ -22,10 +22,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, cast
 
+from bh_routing.experiments.configurations import NamedRule
 from bh_routing.experiments.executors import Cell, Executor, make_grid, run_grid
 from bh_routing.experiments.experiment import Experiment
 from bh_routing.experiments.identity import RunIdentity
-from bh_routing.experiments.specs import NamedRule, Prompt
+from bh_routing.experiments.specs import Prompt
 from bh_routing.experiments.store import ResultStore
 from bh_routing.results.records import ExperimentDetail, ExperimentRecord
 from bh_routing.rules.fixed import TopK

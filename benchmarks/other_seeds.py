@@ -39,7 +39,7 @@ from bh_routing.demo import demo_folder
 from bh_routing.results.files import to_strict
 from tools.train_demo import END_OF_TEXT, encode
 
-BUDGETS = "5,4"
+BUDGETS = (5.0, 4.0)
 RULES = (
     "bh",
     "bh_drop",
@@ -91,7 +91,9 @@ def train_and_sweep(options: argparse.Namespace, seed: int) -> None:
             clock = ("--total-seconds", str(options.seconds), "--seed", str(seed))
             subprocess.run([*trainer, *places, *clock], stdout=log, stderr=log, check=True)
         command = (sys.executable, "-m", "bh_routing", "sweep", "--model", model, "--no-fp16")
-        what = ("--output", swept, "--budgets", BUDGETS, "--rules", ",".join(RULES))
+        what = ["--output", swept]
+        what += [part for budget in BUDGETS for part in ("--budget", f"{budget:g}")]
+        what += [part for rule in RULES for part in ("--rule", rule)]
         tokens = ("--tokens", str(options.tokens)) if options.tokens else ()
         done = subprocess.run([*command, *what, *tokens], stdout=log, stderr=log, check=False)
     print(f"seed {seed}: sweep ended with {done.returncode}", flush=True)
@@ -140,9 +142,8 @@ def read_seed(path: Path) -> dict[str, Any]:
 
 def at_budgets(seed: dict[str, Any]) -> dict[tuple[float, str], dict[str, Any]]:
     """Return the rows of one seed at the budgets, by budget and variant."""
-    budgets = [float(budget) for budget in BUDGETS.split(",")]
     rows = {(r["budget"], r["variant"] or r["rule"]): r for r in seed["rows"]}
-    return {at: row for at, row in rows.items() if at[0] in budgets}
+    return {at: row for at, row in rows.items() if at[0] in BUDGETS}
 
 
 def by_loss(rows: dict[tuple[float, str], dict[str, Any]]) -> list[tuple[float, str]]:

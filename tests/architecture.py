@@ -25,7 +25,7 @@ FLOORS: Mapping[str, int] = {
     "kernels": 5,
     "engine": 6,
     "experiments": 7,
-    "integrations": 7,
+    "integrations": 8,
     "cli": 9,
     "api": 9,
     "__main__": 10,

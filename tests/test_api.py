@@ -15,7 +15,7 @@ import torch
 
 import bh_routing as bhr
 from bh_routing.cli import main
-from bh_routing.cli.calibrate import calibrate as cli_calibrate
+from bh_routing.experiments.specs import CalibrateSpec
 from bh_routing.models import LoadedModel
 from bh_routing.rules import RULES
 
@@ -69,11 +69,11 @@ def test_a_parameter_has_one_default_wherever_it_is() -> None:
         for name, parameter in inspect.signature(function).parameters.items():
             if name in fields and name != "null" and parameter.default is not parameter.empty:
                 assert parameter.default == fields[name], f"{function.__name__}: {name}"
-    command = inspect.signature(cli_calibrate).parameters
+    command = CalibrateSpec.model_fields
     for name in ("max_tokens", "seed"):
         ours = inspect.signature(bhr.calibrate).parameters[name].default
         assert ours == command[name].default, name
-    assert command["nulls"].default == fields["null"]
+    assert command["nulls"].default == [fields["null"]]
 
 
 def pages(split: str, words: int, documents: int = 6) -> list[bhr.Document]:
@@ -123,9 +123,9 @@ def test_rules_are_named_by_a_mapping_and_texts_may_be_strings(demo: LoadedModel
 def test_sweep_gives_the_numbers_of_the_command_line(demo: LoadedModel, tmp_path: Path) -> None:
     documents, source = pages("evaluation", 60), pages("calibration", 60)
     command = ["sweep", "--model", "demo", "--device", "cpu", "--output", str(tmp_path / "out")]
-    command += ["--text", write_jsonl(tmp_path / "text.jsonl", documents), "--rules", "min_p"]
+    command += ["--text", write_jsonl(tmp_path / "text.jsonl", documents), "--rule", "min_p"]
     command += ["--calibration-text", write_jsonl(tmp_path / "source.jsonl", source)]
-    assert main([*command, "--budgets", "5,3"]) == 0
+    assert main([*command, "--budget", "5", "--budget", "3"]) == 0
     rules = [bhr.MinP(0.5), bhr.TopK(4)]
     table = bhr.sweep(*demo, rules, [5, 3], documents, source)
     swept = table[table["rule"] != "top_k"]

@@ -16,7 +16,8 @@ import yaml
 
 from bh_routing.analysis.results import load_results
 from bh_routing.cli.main import app
-from bh_routing.experiments.config_file import read_config_file
+from bh_routing.cli.options import OLD_SPELLINGS
+from bh_routing.experiments.configurations import read_config_file
 from bh_routing.nulls import NULLS
 from bh_routing.rules import RULES
 from tools import write_columns
@@ -31,6 +32,7 @@ OTHERS_FLAGS = {
     *("--head", "--address", "--block", "--port", "--overlap"),  # ray and srun
     *("--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"),  # sbatch
     *("--model_args", "--include_path"),  # lm-eval
+    "--min-words",  # what docs/adding-an-option.md adds
 }
 
 
@@ -139,9 +141,13 @@ def scripts_flags() -> set[str]:
 @pytest.mark.parametrize("name", PAGES)
 def test_every_flag_that_a_page_names_exists(name: str) -> None:
     group = typer.main.get_command(app)
-    flags = {"--help"} | scripts_flags() | OTHERS_FLAGS
+    flags = {"--help"}.union(scripts_flags(), OTHERS_FLAGS, *OLD_SPELLINGS.values())
     for command in getattr(group, "commands").values():  # noqa: B009  # click's type isn't ours
-        flags |= {flag for parameter in command.params for flag in parameter.opts}
+        flags |= {
+            flag
+            for parameter in command.params
+            for flag in (*parameter.opts, *parameter.secondary_opts)
+        }
     named = set(re.findall(r"(?<![\w<!-])--[a-z][a-z0-9_-]*", PAGES[name]))
     assert named - flags == set()
 

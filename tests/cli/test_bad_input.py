@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 
 from bh_routing.cli.main import main
-from bh_routing.cli.options import Surroundings
+from bh_routing.cli.options import Overrides
 from bh_routing.experiments.experiment import find_nan
 from bh_routing.experiments.folder_lock import LOCK
 from bh_routing.models.load import LoadedModel
@@ -36,7 +36,7 @@ from tests.cli.test_run import QUIET
 from tests.experiments.chaos_driver import mount, read_files
 from tests.nulls.test_calibration import make as make_calibration
 
-RUN = ["run", "--model", "demo", "--device", "cpu", "--max-tokens", "2", "--eval-tokens", "60"]
+RUN = ["run", "--model", "demo", "--device", "cpu", "--max-tokens", "2", "--tokens", "60"]
 RUN += ["--timing-rounds", "0"]
 ONE = [*RUN, "--configs", "topk_8", "--prompts", "1"]
 Damage = Callable[[Path], None]
@@ -98,11 +98,11 @@ def expect(
     part: str,
     capsys: pytest.CaptureFixture[str],
     code: int = 2,
-    surroundings: Surroundings | None = QUIET,
+    overrides: Overrides | None = QUIET,
 ) -> None:
     """Run a command; the last line it writes is one sentence with `part` in it."""
     capsys.readouterr()
-    assert main(arguments, surroundings) == code
+    assert main(arguments, overrides) == code
     captured = capsys.readouterr()
     last = captured.err.splitlines()[-1]
     assert last.startswith("bh-routing: ") and part in last, captured.err
@@ -186,7 +186,7 @@ def test_a_report_of_a_damaged_folder_is_refused(
         ("--config", b"configs: !!python/object/apply:os.system ['touch x']", "valid YAML"),
         ("--config", b"configs: {../../x: {method: topk, k: 2}}", "must be 1 to 64 letters"),
         ("--config", b"prompts: [{text: ''}]", "must not be empty"),
-        ("--eval-text", b"\xfc", "isn't UTF-8"),
+        ("--text", b"\xfc", "isn't UTF-8"),
         ("--calibration-text", b"", "holds no text"),
     ],
 )
@@ -206,7 +206,7 @@ def test_a_bad_file_is_refused(
     path.write_bytes(content)
     before = read_files(results)
     arguments = [*RUN, "--prompts", "1", "--output", str(results), command, str(path)]
-    expect(arguments, part, capsys, surroundings=None)
+    expect(arguments, part, capsys, overrides=None)
     assert read_files(results) == before
 
 
@@ -319,9 +319,9 @@ def test_nan_names_its_router_fails_its_rows_and_the_run_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = [{"text": "The old river"}, {"text": "Once upon a time"}]
-    surroundings = replace(QUIET, prompts=prompts)
+    overrides = replace(QUIET, prompts=prompts)
     where = "router model.layers.0.mlp.gate (layer 0) gave NaN or infinite logits"
-    assert main([*RUN, "--no-eval", "--output", str(tmp_path / "r")], surroundings) == 1
+    assert main([*RUN, "--no-eval", "--output", str(tmp_path / "r")], overrides) == 1
     err = capsys.readouterr().err
     assert "Traceback" not in err and "try float32" in err
     assert f"topk_8 on 'The old river' failed: ExperimentError: {where}" in err

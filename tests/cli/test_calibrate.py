@@ -42,8 +42,11 @@ def test_a_calibration_that_no_rule_would_take_is_not_made(
     file, text = tmp_path / "demo.safetensors", tmp_path / "mine.txt"
     text.write_text("The river ran to the sea. " * 900)
     command = ["calibrate", "--model", "demo", "--device", "cpu", "--output", str(file)]
+    mine = ["--calibration-text", str(text)]
     expect([*command, "--max-tokens", "4999"], "--max-tokens must be at least 5000", capsys)
-    expect([*command, "--text", str(text)], "1 documents, at least 20 are needed", capsys)
+    expect(
+        [*command, "--calibration-text", str(text)], "1 documents, at least 20 are needed", capsys
+    )
     text.write_text("One.\n<|endoftext|>\n" * 30)
-    expect([*command, "--text", str(text)], "tokens, at least 5000 are needed", capsys)
+    expect([*command, *mine], "tokens, at least 5000 are needed", capsys)
     assert not file.exists()

@@ -25,14 +25,14 @@ def arguments(command: str, folder: Path) -> list[str]:
     calibration = folder / "calibration.txt"
     calibration.write_text("The old man walked down to the river and back. " * 8)
     own = {
-        "run": ["--max-tokens", "2", "--prompts", "1", "--eval-text", str(text)],
+        "run": ["--max-tokens", "2", "--prompts", "1", "--text", str(text)],
         "evaluate": ["--configs", "topk_8,bh", "--text", str(text)],
         "sweep": [
             "--calibration-text",
             str(calibration),
-            "--budgets",
+            "--budget",
             "5",
-            "--rules",
+            "--rule",
             "min_p",
             "--text",
             str(text),

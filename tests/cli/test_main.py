@@ -27,7 +27,7 @@ def test_help_and_version_succeed(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "--modle", "demo"], "--modle"),
         (["run", "--max-tokens", "many"], "'--max-tokens'"),
         (["fly"], "fly"),
-        (["run", "--max-tokens", "0"], "max_tokens: must be greater than or equal to 1, got 0"),
+        (["run", "--max-tokens", "0"], "--max-tokens must be greater than or equal to 1, got 0"),
         (["run", "--device", "tpu"], "'tpu'"),
         (["run", "--executor", "cloud"], "'cloud'"),
         (["run", "--model", "demo", "--configs", "topk_9"], "did you mean 'topk_8'"),

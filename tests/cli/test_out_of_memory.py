@@ -52,7 +52,7 @@ def test_out_of_memory_fails_its_row_with_the_remedy_and_the_run_goes_on(
 @pytest.mark.skipif(sys.platform != "linux", reason="limits its address space as Linux does")
 def test_a_batch_that_does_not_fit_loses_no_experiment(tmp_path: Path) -> None:
     # Windows one at a time fit; so many at once need more than 1.2 GB.
-    large = ["--eval-tokens", "30000", "--batch-size", "512", "--output", str(tmp_path / "r")]
+    large = ["--tokens", "30000", "--batch-size", "512", "--output", str(tmp_path / "r")]
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(10**9), *RUN, "--prompts", "1", *large],
         capture_output=True,

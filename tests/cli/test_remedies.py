@@ -12,6 +12,7 @@ import pytest
 import typer
 
 from bh_routing.cli.main import app
+from bh_routing.cli.options import OLD_SPELLINGS
 
 SOURCE = Path(__file__).parents[2] / "src" / "bh_routing"
 OTHERS_FLAGS = {"--help", "--version", "--head", "--always", "--dirty", "--abbrev", "--exclude"}
@@ -40,7 +41,11 @@ def texts(source: str) -> Iterator[str]:
 
 
 def options(command: Any) -> set[str]:
-    return {flag for parameter in command.params for flag in parameter.opts}
+    return {
+        flag
+        for parameter in command.params
+        for flag in (*parameter.opts, *parameter.secondary_opts)
+    }
 
 
 def complaints(text: str) -> list[str]:
@@ -59,7 +64,7 @@ def complaints(text: str) -> list[str]:
                 for flag in required
                 if flag.startswith("--") and flag not in flags
             ]
-    every = set().union(*map(options, COMMANDS.values())) | OTHERS_FLAGS
+    every = set().union(OTHERS_FLAGS, *OLD_SPELLINGS.values(), *map(options, COMMANDS.values()))
     # A style sheet's variables look like flags: var(--c12ab56), and --c12ab56:#fff to set one.
     flags = re.findall(r"(?<![\w-])(?<!var\()--[a-z][a-z0-9-]*(?![\w-]*:\S)", text)
     return wrong + [f"no {flag}" for flag in flags if flag not in every]

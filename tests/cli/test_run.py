@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from bh_routing.cli.main import main, process_arguments
-from bh_routing.cli.options import Surroundings
+from bh_routing.cli.options import Overrides
 from bh_routing.results.records import (
     JOURNAL,
     LOG,
@@ -45,7 +45,7 @@ def nothing(*_: Any) -> None:
     pass
 
 
-QUIET = Surroundings(
+QUIET = Overrides(
     configs=CONFIGS, prompts=PROMPTS, analyze=no_summary, visualize=nothing, report=nothing
 )
 
@@ -103,9 +103,9 @@ def test_a_file_and_subsets_choose_the_grid(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("loaded_demo")
 def test_one_token_per_prompt_is_enough_for_a_report(tmp_path: Path) -> None:
-    surroundings = Surroundings(configs=CONFIGS, prompts=PROMPTS)
+    overrides = Overrides(configs=CONFIGS, prompts=PROMPTS)
     flags = [*TINY, "--max-tokens", "1", "--output", str(tmp_path / "r")]
-    assert main(["run", *flags], surroundings) == 0
+    assert main(["run", *flags], overrides) == 0
     assert "speed-up, prompt" in (tmp_path / "r" / REPORT_HTML).read_text(encoding="utf-8")
     assert "speed-up, prompt" in (tmp_path / "r" / REPORT_MD).read_text(encoding="utf-8")
 
@@ -117,8 +117,8 @@ def test_a_failing_step_ends_with_1_and_is_named_once(
     def fail(results: Any) -> dict[str, Any]:
         raise ValueError("no numbers")
 
-    surroundings = Surroundings(configs=CONFIGS, prompts=PROMPTS, analyze=fail, visualize=nothing)
-    assert main(["run", *TINY, "--output", str(tmp_path / "r")], surroundings) == 1
+    overrides = Overrides(configs=CONFIGS, prompts=PROMPTS, analyze=fail, visualize=nothing)
+    assert main(["run", *TINY, "--output", str(tmp_path / "r")], overrides) == 1
     err = capsys.readouterr().err
     assert err.count("the analysis failed (ValueError: no numbers)") == 1
     assert "Traceback" not in err
@@ -135,8 +135,8 @@ def test_a_signal_ends_the_run_with_its_code_and_the_way_on(
         raise AssertionError("the signal came late")
 
     handler = signal.getsignal(signal.SIGTERM)
-    surroundings = Surroundings(configs=CONFIGS, prompts=PROMPTS, analyze=send_signal)
-    assert main(["run", *TINY, "--output", str(tmp_path / "r")], surroundings) == code
+    overrides = Overrides(configs=CONFIGS, prompts=PROMPTS, analyze=send_signal)
+    assert main(["run", *TINY, "--output", str(tmp_path / "r")], overrides) == code
     assert "interrupted: 4 of 4 experiments are finished and kept" in capsys.readouterr().err
     assert (tmp_path / "r" / RESULTS_CSV).exists()
     assert signal.getsignal(signal.SIGTERM) is handler

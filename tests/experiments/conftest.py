@@ -41,7 +41,7 @@ def tiny_spec(tmp_path: Path) -> MakeTinySpec:
             "no_eval": True,
             "timing_rounds": 0,
         }
-        return make_spec(**values | changes)
+        return make_spec(RunSpec, **values | changes)
 
     return build
 

@@ -39,6 +39,7 @@ def make_run(root: Path, name: str) -> RunSpec:
     text = root / "text.txt"
     text.write_text("\n<|endoftext|>\n".join(f"It was day {i} at sea." for i in range(3)))
     return make_spec(
+        RunSpec,
         model="demo",
         output=root / name,
         max_tokens=8,
@@ -47,7 +48,7 @@ def make_run(root: Path, name: str) -> RunSpec:
         configs=CONFIGS,
         prompts=PROMPTS,
         timing_rounds=0,
-        eval_text=text,
+        texts=[text],
     )
 
 

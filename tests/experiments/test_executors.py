@@ -15,6 +15,7 @@ import torch
 
 from bh_routing.cli import main
 from bh_routing.errors import InputError
+from bh_routing.experiments.configurations import make_rules
 from bh_routing.experiments.executors import SerialExecutor, make_grid
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.ray_executor import (
@@ -25,7 +26,7 @@ from bh_routing.experiments.ray_executor import (
     gpu_share,
 )
 from bh_routing.experiments.ray_pool import Job, JobQueue
-from bh_routing.experiments.specs import RunSpec, make_rules, make_spec
+from bh_routing.experiments.specs import RunSpec, make_spec
 from bh_routing.models import LoadedModel, load_model, route
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 
@@ -34,7 +35,7 @@ CONFIGS = {name: {"method": "topk", "k": k} for name, k in (("a", 8), ("b", 4), 
 
 def make_cells(num_prompts: int) -> list[Any]:
     prompts = [{"text": f"Prompt {number}"} for number in range(num_prompts)]
-    spec = make_spec(configs=CONFIGS, prompts=prompts)
+    spec = make_spec(RunSpec, configs=CONFIGS, prompts=prompts)
     return make_grid(make_rules(spec.configs), spec.prompts)
 
 
@@ -125,7 +126,7 @@ def test_without_ray_the_executor_is_refused_and_nothing_is_written(
 )
 def test_options_that_make_no_sense_are_one_sentence(options: dict[str, Any], match: str) -> None:
     with pytest.raises(InputError, match=match) as caught:
-        make_spec(**options)
+        make_spec(RunSpec, **options)
     assert "\n" not in str(caught.value)
 
 

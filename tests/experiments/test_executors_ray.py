@@ -18,11 +18,12 @@ from typing import Any
 
 import pytest
 
+from bh_routing.experiments.configurations import make_rules
 from bh_routing.experiments.executors import SerialExecutor, make_grid
 from bh_routing.experiments.experiment import Experiment, Subject
 from bh_routing.experiments.ray_executor import RayExecutor, RaySettings
 from bh_routing.experiments.ray_pool import MAX_DEATHS, Job, WorkerPool, connected
-from bh_routing.experiments.specs import make_rules, make_spec
+from bh_routing.experiments.specs import RunSpec, make_spec
 from bh_routing.models import LoadedModel
 from bh_routing.results.records import JOURNAL, QUALITY_JOURNAL, TIME_COLUMNS
 
@@ -84,7 +85,7 @@ def prepare(num_prompts: int = 6) -> list[Any]:
         "bh": {"method": "bh", "alpha": 0.2, "null": "gaussian"},
     }
     prompts = [{"text": f"On day {day} the ship"} for day in range(num_prompts)]
-    spec = make_spec(model="demo", device="cpu", configs=configs, prompts=prompts)
+    spec = make_spec(RunSpec, model="demo", device="cpu", configs=configs, prompts=prompts)
     return make_grid(make_rules(spec.configs), spec.prompts)
 
 
@@ -136,7 +137,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]
         return [
             *(sys.executable, "-m", "bh_routing", "run", "--model", "demo", "--device", "cpu"),
             *("--configs", "topk_8,bh_moderate", "--prompts", "1-6", "--max-tokens", "12"),
-            *("--eval-text", str(text), "--eval-tokens", "12000", "--token-traces", "0"),
+            *("--text", str(text), "--tokens", "12000", "--token-traces", "0"),
             *("--timing-rounds", "0"),
             *("--output", str(output), *options),
         ]
@@ -200,7 +201,7 @@ def test_a_run_on_workers_is_the_serial_one_and_survives_its_driver(
     "options",
     [
         ("evaluate", "--configs", "topk_8,bh_moderate", "--tokens", "6000"),
-        ("sweep", "--rules", "top_p", "--budgets", "5", "--tokens", "6000"),
+        ("sweep", "--rule", "top_p", "--budget", "5", "--tokens", "6000"),
     ],
     ids=lambda options: str(options[0]),
 )

@@ -18,9 +18,10 @@ from transformers import (
 
 from bh_routing.cli.main import main
 from bh_routing.errors import InputError
+from bh_routing.experiments.configurations import find_baseline, make_rules
 from bh_routing.experiments.defaults import ROUTING_CONFIGS, standard_configs
 from bh_routing.experiments.fitting import Fitted, fit_to_model, select_configs
-from bh_routing.experiments.specs import find_baseline, make_rules, make_spec
+from bh_routing.experiments.specs import RunSpec, make_spec
 from bh_routing.models.outlook import Outlook, outlook_from_config
 
 BH = ["bh_strict", "bh_moderate", "bh_loose", "bh_adaptive"]
@@ -30,8 +31,8 @@ SIGMOID = Outlook("glm4_moe", top_k=4, takes_temperature=False)
 SOFTMAX = Outlook("mixtral", top_k=2, takes_temperature=True)
 
 
-def fit(outlook: Outlook, **values: Any) -> Fitted:
-    return fit_to_model(Fitted(make_spec(**values), {}), outlook)
+def fit(outlook: Outlook, **values: Any) -> Fitted[RunSpec]:
+    return fit_to_model(Fitted(make_spec(RunSpec, **values), {}), outlook)
 
 
 def test_on_eight_of_a_softmax_the_standard_configurations_stay_as_they_are() -> None:

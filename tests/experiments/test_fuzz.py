@@ -24,10 +24,15 @@ from bh_routing.analysis.results import load_results
 from bh_routing.engine.texts import read_documents
 from bh_routing.errors import BHRoutingError
 from bh_routing.experiments import quality
-from bh_routing.experiments.config_file import add_config_file, parse_rule
+from bh_routing.experiments.configurations import (
+    add_config_file,
+    make_rules,
+    parse_rule,
+    select_prompts,
+)
 from bh_routing.experiments.preparation import check_prompts
 from bh_routing.experiments.quality import QualityLedger, QualityText
-from bh_routing.experiments.specs import make_rules, make_spec, select_prompts
+from bh_routing.experiments.specs import RunSpec, make_spec
 from bh_routing.experiments.store import ResultStore
 from bh_routing.experiments.token_traces import pack
 from bh_routing.models.load import LoadedModel
@@ -171,7 +176,7 @@ def yaml_target(folder: Path, demo: LoadedModel) -> Target:
     def check(content: bytes) -> None:
         path.write_bytes(content)
         chosen = add_config_file(path, {}, [])
-        make_spec(configs=chosen.configs, prompts=chosen.prompts)
+        make_rules(make_spec(RunSpec, configs=chosen.configs, prompts=chosen.prompts).configs)
 
     soup = st.lists(YAML_WORDS, max_size=25).map("".join)
     texts = st.one_of(soup, JSON.map(yaml.safe_dump), st.text(max_size=60))
@@ -261,7 +266,9 @@ def prompts_target(folder: Path, demo: LoadedModel) -> Target:
     facts = describe_model(demo.model)
 
     def check(prompts: Any) -> None:
-        spec = make_spec(model="demo", configs={"t": {"method": "topk", "k": 8}}, prompts=prompts)
+        spec = make_spec(
+            RunSpec, model="demo", configs={"t": {"method": "topk", "k": 8}}, prompts=prompts
+        )
         prompts = [prompt.text for prompt in spec.prompts]
         check_prompts(prompts, spec.max_tokens, demo.tokenizer, facts)
 

@@ -19,11 +19,11 @@ from bh_routing.engine.texts import (
 )
 from bh_routing.errors import InputError
 from bh_routing.experiments.calibrating import check_held_out, check_overlap
-from bh_routing.experiments.evaluate import EvaluateOptions, evaluate
+from bh_routing.experiments.configurations import make_rules
+from bh_routing.experiments.evaluate import evaluate
 from bh_routing.experiments.run import run
-from bh_routing.experiments.specs import RunSpec, make_rules, make_spec
-from bh_routing.experiments.sweep import SweepOptions, sweep
-from bh_routing.experiments.variants import parse_variants
+from bh_routing.experiments.specs import EvaluateSpec, RunSpec, SweepSpec, make_spec
+from bh_routing.experiments.sweep import sweep
 from bh_routing.nulls.calibration import Calibration
 from tests.experiments.conftest import MakeTinySpec
 
@@ -91,23 +91,29 @@ def fitted_on_scored(
 
 
 def start(command: str, spec: RunSpec) -> None:
+    values = {
+        name: getattr(spec, name)
+        for name in EvaluateSpec.model_fields
+        if name in spec.model_fields_set
+    }
     if command == "run":
         run(spec)
     elif command == "evaluate":
-        evaluate(spec, EvaluateOptions())
+        evaluate(make_spec(EvaluateSpec, **values), lambda _: {})
     else:
-        sweep(spec, SweepOptions(variants=parse_variants(["top_p"]), budgets=[4]))
+        shared = {name: values[name] for name in SweepSpec.model_fields if name in values}
+        sweep(make_spec(SweepSpec, **shared, rules=["top_p"], budgets=[4]))
 
 
 @pytest.mark.parametrize("command", ["run", "evaluate", "sweep"])
-@pytest.mark.parametrize("way", ["calibration", "calibration_text"])
+@pytest.mark.parametrize("way", ["calibration", "calibration_texts"])
 def test_every_command_that_scores_refuses_what_was_fitted_on_scored_text(
     command: str, way: str, fitted_on_scored: Path, tiny_spec: MakeTinySpec, tmp_path: Path
 ) -> None:
     documents = [half(packaged_documents("evaluation")[7])]
     given = {
         "calibration": fitted_on_scored,
-        "calibration_text": write(tmp_path / "halves.txt", documents),
+        "calibration_texts": [write(tmp_path / "halves.txt", documents)],
     }
     spec = tiny_spec(configs=BH, no_eval=False, **{way: given[way]})
     with pytest.raises(InputError, match=r"1 of the 42 documents .* 'evaluation-7'"):
@@ -121,8 +127,8 @@ def test_text_that_nothing_is_fitted_on_may_be_scored(
     documents = packaged_documents("evaluation")
     text = write(tmp_path / "same.txt", documents)
     fixed = {"topk_4": {"method": "topk", "k": 4}}
-    for way, path in (("calibration", fitted_on_scored), ("calibration_text", text)):
-        spec = make_spec(configs=fixed, **{way: path})
+    for way, path in (("calibration", fitted_on_scored), ("calibration_texts", text)):
+        spec = make_spec(RunSpec, configs=fixed, **{way: path if way == "calibration" else [path]})
         check_held_out(spec, make_rules(spec.configs), documents)
 
 
@@ -130,7 +136,7 @@ def test_a_budget_is_searched_on_held_out_text_though_the_calibration_is_a_file(
     demo_calibration: Calibration, tmp_path: Path
 ) -> None:
     file = demo_calibration.save(tmp_path / "calibration.safetensors")
-    spec = make_spec(configs=BH, calibration=file, budget=4.0)
+    spec = make_spec(RunSpec, configs=BH, calibration=file, budget=4.0)
     rules = make_rules(spec.configs, spec.budget)
     check_held_out(spec, rules, packaged_documents("evaluation"))
     with pytest.raises(InputError, match="21 of the 21 documents"):
@@ -146,10 +152,10 @@ def test_of_a_calibration_without_passages_the_whole_text_is_compared(
     for name, text in (("same", sha256), ("other", demo_calibration.text_sha256)):
         older = dataclasses.replace(demo_calibration, passages=nothing, text_sha256=text)
         older.save(tmp_path / f"{name}.safetensors")
-    spec = make_spec(configs=BH, calibration=tmp_path / "same.safetensors")
+    spec = make_spec(RunSpec, configs=BH, calibration=tmp_path / "same.safetensors")
     with pytest.raises(InputError, match="42 of the 42 documents"):
         check_held_out(spec, make_rules(spec.configs), documents)
-    spec = make_spec(configs=BH, calibration=tmp_path / "other.safetensors")
+    spec = make_spec(RunSpec, configs=BH, calibration=tmp_path / "other.safetensors")
     with caplog.at_level(logging.WARNING):
         check_held_out(spec, make_rules(spec.configs), documents)
     assert "can't be checked" in caplog.text

@@ -131,7 +131,7 @@ def test_what_was_measured_of_an_old_rule_never_shows_under_its_name(
     def go_on(p: float, **changes: Any) -> Results:
         configs = {"mine": {"method": "top_p", "p": p}, "topk_8": TINY_CONFIGS["topk_8"]}
         measured = {"no_eval": False, "timing_rounds": 1, "token_traces": 1} | changes
-        run(tiny_spec(configs=configs, prompts=TINY_PROMPTS[:1], eval_text=text, **measured))
+        run(tiny_spec(configs=configs, prompts=TINY_PROMPTS[:1], texts=[text], **measured))
         return load_results(tmp_path / "results")
 
     def rule_of_mine(results: Results) -> set[float]:

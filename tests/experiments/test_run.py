@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,20 @@ import torch
 
 from bh_routing.engine.generate import generate_routed
 from bh_routing.errors import CalibrationError, InputError, ResultsError
+from bh_routing.experiments.configurations import NamedRule, make_rules
 from bh_routing.experiments.executors import Cell, attempt
 from bh_routing.experiments.experiment import Experiment, Subject, run_experiment
-from bh_routing.experiments.run import Hooks, run
-from bh_routing.experiments.specs import NamedRule, Prompt, make_rules
+from bh_routing.experiments.run import run
+from bh_routing.experiments.specs import Prompt
 from bh_routing.models.load import LoadedModel
 from bh_routing.nulls.calibration import Calibration
+from bh_routing.report.conclusion import conclude_run
 from bh_routing.results.records import (
     CALIBRATION,
     CSV_COLUMNS,
     JOURNAL,
     LOG,
+    REPORT_HTML,
     RESULTS_CSV,
     RUN_JSON,
     STATUS_FAILED,
@@ -223,8 +227,8 @@ def test_out_of_memory_once_costs_nothing(demo: LoadedModel) -> None:
         ),
         ({"configs": {"x": {"method": "topk", "k": 65}}}, "configuration 'x': k must"),
         ({"calibration": Path("nowhere.safetensors"), "configs": {"x": CUSTOM}}, "nowhere"),
-        ({"calibration_text": Path("nowhere.txt"), "configs": {"x": CUSTOM}}, "nowhere.txt"),
-        ({"no_eval": False, "eval_text": Path("nowhere.txt")}, "nowhere.txt"),
+        ({"calibration_texts": [Path("nowhere.txt")], "configs": {"x": CUSTOM}}, "nowhere.txt"),
+        ({"no_eval": False, "texts": [Path("nowhere.txt")]}, "nowhere.txt"),
     ],
 )
 def test_what_cannot_run_is_refused_before_a_folder_is_made(
@@ -280,7 +284,7 @@ def test_a_resumed_run_takes_the_calibration_of_its_folder(
     assert later["calibration"] == document["calibration"]
 
 
-def test_hooks_get_the_results_and_a_failing_one_loses_nothing(tiny_spec: MakeTinySpec) -> None:
+def test_a_step_of_the_conclusion_that_fails_loses_nothing(tiny_spec: MakeTinySpec) -> None:
     seen: list[Any] = []
 
     def report(results: Any, summary: dict[str, Any], folder: Path) -> None:
@@ -288,10 +292,13 @@ def test_hooks_get_the_results_and_a_failing_one_loses_nothing(tiny_spec: MakeTi
         raise ValueError("no ink")
 
     spec = tiny_spec()
-    hooks = Hooks(
-        load=read_rows, analyze=lambda rows: {"n": len(rows), "p": math.nan}, report=report
+    conclude = partial(
+        conclude_run,
+        analyze=lambda rows: {"n": len(rows), "p": math.nan},
+        visualize=lambda *_: None,
+        report=report,
     )
-    outcome = run(spec, hooks)
+    outcome = run(spec, conclude)
     assert outcome.exit_code == 1
     assert outcome.problems == (
         "writing the report failed (ValueError: no ink); every finished experiment is kept",
@@ -299,6 +306,7 @@ def test_hooks_get_the_results_and_a_failing_one_loses_nothing(tiny_spec: MakeTi
     assert len(seen[0][0]) == 6 and seen[0][2] == spec.output
     assert json.loads((spec.output / SUMMARY_JSON).read_bytes()) == {"n": 6, "p": None}
     assert len(read_rows(spec.output)) == 6
+    assert (spec.output / REPORT_HTML).exists()
 
 
 def test_an_interrupted_run_keeps_what_finished_and_goes_on(
@@ -326,7 +334,7 @@ def test_an_interrupted_run_keeps_what_finished_and_goes_on(
 def test_quality_is_scored_once_and_resumed(tiny_spec: MakeTinySpec, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n<|endoftext|>\n".join(f"It was day {i} at sea." for i in range(3)))
-    spec = tiny_spec(no_eval=False, eval_text=text, prompts=TINY_PROMPTS[:1])
+    spec = tiny_spec(no_eval=False, texts=[text], prompts=TINY_PROMPTS[:1])
     assert run(spec).exit_code == 0
     scores = (spec.output / "quality.jsonl").read_bytes()
     scored = [json.loads(line)["record"]["config_name"] for line in scores.splitlines()[1:]]
@@ -338,5 +346,5 @@ def test_quality_is_scored_once_and_resumed(tiny_spec: MakeTinySpec, tmp_path: P
     assert (spec.output / "quality.jsonl").read_bytes() == scores
     before = read_folder(spec.output)
     with pytest.raises(ResultsError, match="another text or setting"):
-        run(tiny_spec(no_eval=False, eval_text=text, eval_tokens=7, prompts=TINY_PROMPTS[:1]))
+        run(tiny_spec(no_eval=False, texts=[text], tokens=7, prompts=TINY_PROMPTS[:1]))
     assert read_folder(spec.output) == before

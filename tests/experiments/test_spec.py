@@ -6,15 +6,17 @@ from typing import Any
 import pytest
 
 from bh_routing.errors import InputError
-from bh_routing.experiments.config_file import (
+from bh_routing.experiments.configurations import (
     SIZE_LIMIT_BYTES,
     add_config_file,
     load_yaml,
+    make_rules,
     parse_rule,
     read_config_file,
+    select_prompts,
 )
 from bh_routing.experiments.defaults import ROUTING_CONFIGS, TEST_PROMPTS
-from bh_routing.experiments.specs import make_rules, make_spec, select_prompts
+from bh_routing.experiments.specs import RunSpec, make_spec
 from bh_routing.results.files import render_json
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 
@@ -29,7 +31,7 @@ CUSTOM = {
 
 
 def test_the_defaults_are_five_configurations_on_twelve_prompts() -> None:
-    spec = make_spec()
+    spec = make_spec(RunSpec)
     assert list(spec.configs) == ["topk_8", "bh_strict", "bh_moderate", "bh_loose", "bh_adaptive"]
     assert [config.get("alpha") for config in spec.configs.values()] == [
         None,
@@ -48,7 +50,10 @@ def test_the_defaults_are_five_configurations_on_twelve_prompts() -> None:
 
 
 def test_the_custom_configuration_of_the_readme_is_valid() -> None:
-    assert make_spec(configs={"my_custom_config": CUSTOM}).configs["my_custom_config"] == CUSTOM
+    assert (
+        make_spec(RunSpec, configs={"my_custom_config": CUSTOM}).configs["my_custom_config"]
+        == CUSTOM
+    )
 
 
 BH = {"method": "bh", "alpha": 0.05}
@@ -82,13 +87,13 @@ BH = {"method": "bh", "alpha": 0.05}
         ({"device": "tpu"}, ["device", "'auto', 'cuda' or 'cpu'", "'tpu'"]),
         ({"executor": "slurm"}, ["executor", "'local'", "'slurm'"]),
         ({"seed": -1}, ["seed", "-1"]),
-        ({"calibration": "a", "calibration_text": "b"}, ["exclude each other"]),
+        ({"calibration": "a", "calibration_texts": ["b"]}, ["exclude each other"]),
         ({"max_token": 5}, ["max_token", "did you mean 'max_tokens'"]),
     ],
 )
 def test_a_mistake_is_named_in_one_sentence(values: dict[str, Any], parts: list[str]) -> None:
     with pytest.raises(InputError) as caught:
-        make_spec(**values)
+        make_rules(make_spec(RunSpec, **values).configs)
     text = str(caught.value)
     assert all(part in text for part in parts), text
     assert "\n" not in text

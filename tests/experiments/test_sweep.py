@@ -16,8 +16,8 @@ from bh_routing.engine.texts import packaged_documents
 from bh_routing.errors import InputError, ResultsError
 from bh_routing.experiments.run import run
 from bh_routing.experiments.search import Goal, KnobSearch, check_budgets
-from bh_routing.experiments.specs import RunSpec, make_spec
-from bh_routing.experiments.sweep import SweepOptions, default_budgets, sweep
+from bh_routing.experiments.specs import RunSpec, SweepSpec, make_spec
+from bh_routing.experiments.sweep import default_budgets, sweep
 from bh_routing.experiments.variants import parse_variants
 from bh_routing.models import LoadedModel, find_routers
 from bh_routing.nulls.calibration import Calibration
@@ -47,10 +47,18 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def sweep_into(folder: Path, texts: tuple[Path, Path], *rules: str) -> dict[str, Any]:
-    variants = parse_variants(rules or ["min_p", "top_p"])
-    options = SweepOptions(variants=variants, budgets=[5, 3], texts=[texts[1]], command="typed")
-    spec = make_spec(model="demo", device="cpu", output=folder, calibration_text=texts[0])
-    return sweep(spec, options)
+    spec = make_spec(
+        SweepSpec,
+        model="demo",
+        device="cpu",
+        output=folder,
+        rules=rules or ["min_p", "top_p"],
+        budgets=[5, 3],
+        texts=[texts[1]],
+        calibration_texts=[texts[0]],
+        command="typed",
+    )
+    return sweep(spec)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +229,7 @@ def budgeted(make: MakeTinySpec, texts: tuple[Path, Path], **changes: Any) -> Ru
         "strict": {"method": "min_p", "share": 0.9},
         "loose": {"method": "min_p", "share": 0.1},
     }
-    return make(configs=configs, calibration_text=texts[0], **changes)
+    return make(configs=configs, calibration_texts=[texts[0]], **changes)
 
 
 def test_a_run_at_a_budget_keeps_its_knobs_when_it_goes_on(

@@ -8,9 +8,8 @@ import pandas as pd
 import pytest
 
 from bh_routing.analysis.results import load_results
-from bh_routing.cli.conclusion_hooks import make_hooks
-from bh_routing.cli.options import Surroundings
 from bh_routing.experiments.run import run
+from bh_routing.report.conclusion import conclude_run
 from bh_routing.results.records import REPORT_MD, RUN_JSON, SUMMARY_JSON, TIMINGS
 from tests.experiments.conftest import TINY_CONFIGS, TINY_PROMPTS, MakeTinySpec
 
@@ -21,7 +20,7 @@ def test_each_round_times_every_configuration_in_an_order_of_its_own(
     tiny_spec: MakeTinySpec,
 ) -> None:
     spec = tiny_spec(timing_rounds=6)
-    outcome = run(spec, make_hooks(Surroundings()))
+    outcome = run(spec, conclude_run)
     assert outcome.problems == ()
     table = load_results(spec.output).timings
     assert list(table["round"]) == [round_ for round_ in range(1, 7) for _ in TINY_CONFIGS]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from bh_routing.errors import InputError
-from bh_routing.experiments.config_file import parse_rule
-from bh_routing.experiments.variants import DEFAULT_VARIANTS, parse_variants
+from bh_routing.experiments.configurations import parse_rule
+from bh_routing.experiments.specs import SweepSpec, make_spec
+from bh_routing.experiments.variants import parse_variants
 from bh_routing.rules import BenjaminiHochbergDrop, PerLayerTopK, RandomK
 
 
@@ -17,7 +18,7 @@ def test_a_comma_before_a_field_belongs_to_the_rule_before_it() -> None:
 
 
 def test_the_default_names_the_row_of_population_bh() -> None:
-    found = parse_variants(DEFAULT_VARIANTS)
+    found = parse_variants(make_spec(SweepSpec, output="any").rules)
     assert len(found) == 9
     labels = [variant.label for variant in found]
     assert "contribution_threshold-sensitivity (= population BH)" in labels

@@ -46,7 +46,7 @@ every_family = pytest.mark.parametrize(
 
 
 SHORT = (
-    *("--device", "cpu", "--prompts", "1,3", "--max-tokens", "2", "--eval-tokens", "120"),
+    *("--device", "cpu", "--prompts", "1,3", "--max-tokens", "2", "--tokens", "120"),
     *("--timing-rounds", "1", "--token-traces", "1"),
 )
 """Flags that make a run short; none of them chooses a configuration."""

@@ -22,7 +22,8 @@ from bh_routing.engine.score import score
 from bh_routing.engine.texts import Document, packaged_documents
 from bh_routing.engine.windows import tokenize_documents
 from bh_routing.errors import InputError
-from bh_routing.integrations.lm_eval import TASKS, ExpertUse, RoutedModel, task_folder
+from bh_routing.experiments.defaults import LOCAL_TASKS
+from bh_routing.integrations.lm_eval import ExpertUse, RoutedModel, task_folder
 from bh_routing.models.load import LoadedModel
 from bh_routing.models.routing import route
 from bh_routing.nulls.calibration import Calibration
@@ -67,7 +68,12 @@ def moderate_results(
 
 def evaluate(model: Any, tasks: TaskManager, **options: Any) -> dict[str, Any]:
     results: dict[str, Any] = lm_eval.simple_evaluate(
-        model, tasks=list(TASKS), limit=LIMIT, bootstrap_iters=0, task_manager=tasks, **options
+        model,
+        tasks=list(LOCAL_TASKS),
+        limit=LIMIT,
+        bootstrap_iters=0,
+        task_manager=tasks,
+        **options,
     )
     return results
 
@@ -88,7 +94,7 @@ def scores(results: dict[str, Any], task: str) -> dict[str, float]:
     return {k: v for k, v in results["results"][task].items() if isinstance(v, float)}
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", LOCAL_TASKS)
 def test_the_models_own_top_k_scores_as_the_stock_model_does(
     task: str, stock_results: dict[str, Any], top_k_results: dict[str, Any]
 ) -> None:
@@ -98,7 +104,7 @@ def test_the_models_own_top_k_scores_as_the_stock_model_does(
     assert scores(top_k_results, task) == pytest.approx(scores(stock_results, task), rel=1e-6)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", LOCAL_TASKS)
 def test_another_rule_changes_the_answers(
     task: str, top_k_results: dict[str, Any], moderate_results: dict[str, Any]
 ) -> None:

@@ -10,11 +10,11 @@ import pytest
 from lm_eval.tasks import TaskManager
 
 from bh_routing.engine.texts import packaged_documents
+from bh_routing.experiments.defaults import LOCAL_TASKS
 from bh_routing.integrations.lm_eval import (
     CHOICE_FILE,
     CLOZE_FILE,
     ROLLING_FILE,
-    TASKS,
     read_items,
     task_folder,
 )
@@ -60,7 +60,7 @@ def test_lm_eval_loads_them_from_any_folder(
     monkeypatch.chdir(tmp_path)
     manager = TaskManager(include_path=str(task_folder()), include_defaults=False)
     loaded = manager.load(["bh_routing"])["tasks"]
-    assert set(loaded) == set(TASKS)
+    assert set(loaded) == set(LOCAL_TASKS)
     assert {name: len(task.test_docs()) for name, task in loaded.items()} == {
         "bh_cloze": 200,
         "bh_choice": 200,

@@ -12,11 +12,10 @@ from jinja2 import UndefinedError
 from scipy import stats
 
 from bh_routing.analysis.comparisons import analyze_results
-from bh_routing.cli.conclusion_hooks import make_hooks
-from bh_routing.cli.options import Surroundings
 from bh_routing.errors import InputError
 from bh_routing.report import create_visualizations, generate_markdown_report
 from bh_routing.report import markdown as markdown_report
+from bh_routing.report.conclusion import conclude_run
 from bh_routing.report.figures import QUALITY_PLOT, STANDARD
 from bh_routing.report.text import MISSING, markdown, signed_percent
 from bh_routing.results.records import TIMING_COLUMNS, TIMINGS
@@ -330,9 +329,7 @@ def test_whatever_a_template_prints_is_escaped_unless_a_filter_made_it() -> None
 def test_the_end_of_a_run_reads_its_folder_once(
     results: pd.DataFrame, fill_folder: FillFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, hooks = fill_folder(results), make_hooks(Surroundings())
-    assert hooks.load and hooks.analyze and hooks.visualize and hooks.report and hooks.page
-    loaded = hooks.load(folder)
+    folder = fill_folder(results)
 
     def read_again(*_: Any) -> None:
         raise AssertionError("the folder was read again")
@@ -340,9 +337,18 @@ def test_the_end_of_a_run_reads_its_folder_once(
     for module in ("facts", "page.page"):
         monkeypatch.setattr(f"bh_routing.report.{module}.load_results", read_again)
     monkeypatch.setattr("bh_routing.analysis.results.load_results", read_again)
-    summary = hooks.analyze(loaded)
-    assert "text_agreement" not in summary
-    hooks.visualize(loaded, summary, folder)
-    hooks.report(loaded, summary, folder)
-    hooks.page(loaded, summary)
+    steps: list[str] = []
+
+    def attempt(what: str, step: Callable[[], Any]) -> Any:
+        steps.append(what)
+        return step()
+
+    conclude_run(folder, attempt)
+    assert steps == [
+        "reading the results",
+        "the analysis",
+        "drawing the plots",
+        "writing the report",
+        "writing the page",
+    ]
     assert {"REPORT.md", "report.html", "plots"} <= {path.name for path in folder.iterdir()}

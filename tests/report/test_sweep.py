@@ -114,7 +114,7 @@ def test_numbers_of_the_report_are_those_of_the_tables(written: list[Path], fold
     assert f"saves {100 * float(best['top_k_saved']):.0f} %" in text
     for row in rows_of(folder / "sweep.csv"):
         assert f"{float(row['delta_nll']):+.4f}" in text
-    assert "bh-routing sweep --model demo --budgets 6,5,4,3" in text
+    assert "bh-routing sweep --model demo --budget 6 --budget 5" in text
 
 
 def test_the_verdict_is_three_sentences_that_follow_the_statistics(tables: SweepTables) -> None:
@@ -177,7 +177,7 @@ def test_the_report_asks_every_rule_whether_it_beats_each_reference(tmp_path: Pa
         records += with_experts(own, k)
     points = [*usual_points(), *(point("per_layer_top_k", k) for k in (5, 4))]
     beyond = [point("per_layer_top_k", 6)]
-    typed = {"command": "bh-routing sweep --budgets 6,5 --output 'a b'"}
+    typed = {"command": "bh-routing sweep --budget 6 --output 'a b'"}
     folder = write_sweep(tmp_path, points, records, curve_points=beyond, provenance=typed)
     text = render_sweep(analyze_sweep(folder, FEW))
     assert (
@@ -185,7 +185,7 @@ def test_the_report_asks_every_rule_whether_it_beats_each_reference(tmp_path: Pa
     )
     assert re.search(r"\| 5 \| `bh_drop block` \|[^|]*\|[^|]*(\| \*\*yes\*\* [^|]*){3}\|", text)
     assert "**Against per-layer top-k** the same points lose less at" in text
-    assert "    bh-routing sweep --budgets 6,5 --output 'a b'\n" in text
+    assert "    bh-routing sweep --budget 6 --output 'a b'\n" in text
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:

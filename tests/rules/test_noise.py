@@ -7,7 +7,7 @@ import torch
 
 from bh_routing.errors import InputError
 from bh_routing.experiments.calibrating import describe_nulls
-from bh_routing.experiments.specs import NamedRule
+from bh_routing.experiments.configurations import NamedRule
 from bh_routing.multitest import benjamini_hochberg, benjamini_yekutieli, storey
 from bh_routing.nulls import get_null
 from bh_routing.nulls.noise import fit_on_noise

@@ -21,12 +21,17 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, Final
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from bh_routing.analysis.quality import analyze_quality
+from bh_routing.analysis.results import Results
+from bh_routing.analysis.speed import speed_ups
 from bh_routing.errors import InputError, unknown_name
 from bh_routing.results.files import to_strict
 from bh_routing.results.records import BASELINE, SCHEMA_VERSION, STATUS_OK
@@ -106,6 +111,25 @@ def analyze_results(results: pd.DataFrame, baseline: str | None = None) -> dict[
             "comparisons": _comparisons(by_prompt, names, reference, metrics),
         }
     )
+
+
+def summarize(
+    results: Results, analyze: Callable[[pd.DataFrame], dict[str, Any]] = analyze_results
+) -> dict[str, Any]:
+    """Return the summary of a run: that of its experiments, its quality and its speed-ups.
+
+    Args:
+        results: contents of the run's folder.
+        analyze: table of experiments -> summary; its own `quality` and `speed` take precedence.
+    """
+    summary = analyze(results.experiments)
+    more: dict[str, Any] = {}
+    if results.quality and "quality" not in summary:
+        more["quality"] = analyze_quality(results.quality)
+    names = list(dict.fromkeys(results.experiments["config_name"]))
+    if timed := speed_ups(results.timings, names, choose_baseline(results.experiments)):
+        more["speed"] = to_strict({name: asdict(found) for name, found in timed.items()})
+    return more | summary
 
 
 def choose_baseline(results: pd.DataFrame, wanted: str | None = None) -> str | None:

@@ -15,18 +15,9 @@ from typing import Annotated, Final
 import typer
 
 import bh_routing
-from bh_routing.cli.bench import bench
-from bh_routing.cli.calibrate import calibrate
+from bh_routing.cli import commands
 from bh_routing.cli.console import EXIT_INTERRUPTED
-from bh_routing.cli.doctor import doctor
-from bh_routing.cli.evaluate import evaluate
-from bh_routing.cli.export import export
-from bh_routing.cli.lm_eval import lm_eval
-from bh_routing.cli.models import models
-from bh_routing.cli.options import Surroundings
-from bh_routing.cli.report import report
-from bh_routing.cli.run import run
-from bh_routing.cli.sweep import sweep
+from bh_routing.cli.options import Overrides, spell_anew
 from bh_routing.errors import BHRoutingError, ExperimentError, InputError
 
 EXIT_DONE: Final = 0
@@ -40,16 +31,19 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(run)
-app.command()(calibrate)
-app.command()(evaluate)
-app.command()(sweep)
-app.command("lm-eval")(lm_eval)
-app.command()(report)
-app.command()(export)
-app.command()(models)
-app.command()(doctor)
-app.command()(bench)
+for _command in (
+    commands.run,
+    commands.calibrate,
+    commands.evaluate,
+    commands.sweep,
+    commands.lm_eval,
+    commands.report,
+    commands.export,
+    commands.models,
+    commands.doctor,
+    commands.bench,
+):
+    app.command()(_command)
 
 
 def _print_version(asked: bool) -> None:
@@ -75,14 +69,16 @@ def _root(
         )
 
 
-def main(argv: Sequence[str] | None = None, surroundings: Surroundings | None = None) -> int:
+def main(argv: Sequence[str] | None = None, overrides: Overrides | None = None) -> int:
     """Run one command and return its exit code; never exits the interpreter.
 
     Args:
         argv: the arguments; None: those of the process, or none in a notebook.
-        surroundings: overrides of the library's configurations, prompts and functions.
+        overrides: replacements of the library's configurations, prompts and functions.
     """
-    arguments = process_arguments() if argv is None else list(argv)
+    arguments, old = spell_anew(process_arguments() if argv is None else argv)
+    for sentence in old:
+        _complain(sentence)
     # Read when torch loads: on a machine with other load, threads that spin while they wait for
     # each other take up to fifty times as long as a single thread.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -91,9 +87,7 @@ def main(argv: Sequence[str] | None = None, surroundings: Surroundings | None = 
             args=arguments,
             prog_name="bh-routing",
             standalone_mode=False,
-            obj=replace(
-                surroundings or Surroundings(), command=shlex.join(["bh-routing", *arguments])
-            ),
+            obj=replace(overrides or Overrides(), command=shlex.join(["bh-routing", *arguments])),
         )
     except BHRoutingError as error:
         _complain(str(error))

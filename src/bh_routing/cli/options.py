@@ -1,18 +1,25 @@
-"""Options common to several commands, and the overrides that `main` accepts."""
+"""Options of commands, derived from the fields of specs, and the overrides that `main` accepts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Final, NamedTuple, Union, get_args, get_origin
 
 import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from bh_routing.errors import InputError
+from bh_routing.experiments.specs import COMMAS, NO_OPTION
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Surroundings:
-    """Overrides for `main`; None stands for the library's own."""
+class Overrides:
+    """Configurations, prompts and functions in place of the library's own; None: the library's."""
 
     configs: dict[str, dict[str, Any]] | None = None
     """Name -> configuration."""
@@ -28,80 +35,142 @@ class Surroundings:
     """The command line; set by `main`."""
 
 
-ModelOption = Annotated[
-    str, typer.Option(help="`demo`, a folder with a checkpoint, or a Hugging Face id.")
-]
-DeviceOption = Annotated[str, typer.Option(help="auto, cuda or cpu; auto is CUDA if available.")]
-Float32Option = Annotated[
-    bool,
-    typer.Option("--no-fp16", help="float32 instead of bfloat16 on CUDA; needs twice the memory."),
-]
-SeedOption = Annotated[int, typer.Option(help="Seed of all random draws.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")]
-ConfigOption = Annotated[
-    Path | None, typer.Option(help="YAML file with further configurations, and prompts for `run`.")
-]
-ConfigsOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Only these configurations, such as topk_8,bh_strict; lm-eval needs the model's own "
-        "top-k among them."
-    ),
-]
-CalibrationOption = Annotated[
-    Path | None, typer.Option(help="File made by `bh-routing calibrate`.")
-]
-CalibrationTextOption = Annotated[
-    Path | None, typer.Option(help="Text to calibrate on instead of the packaged one.")
-]
-TextOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Text or JSONL file, or hf:NAME:SPLIT; may be given several times. Default: the "
-        "packaged evaluation text."
-    ),
-]
-TokensOption = Annotated[
-    int | None,
-    typer.Option(min=1, help="Most tokens scored, spread over the documents. Default: all."),
-]
-ChatTemplateOption = Annotated[
-    str,
-    typer.Option(
-        help="Whether to apply the tokenizer's chat template to prompts, as user messages: on, "
-        "off, or auto (on if it has one)."
-    ),
-]
-ExecutorOption = Annotated[
-    str,
-    typer.Option(
-        help="local is this process; ray is workers, here or on a cluster (docs/scaling.md)."
-    ),
-]
-RayAddressOption = Annotated[
-    str | None,
-    typer.Option(help="Ray cluster, such as auto or host:6379. Default: start Ray here."),
-]
-WorkersOption = Annotated[
-    int | None, typer.Option(min=1, help="Ray workers. Default: as many as there is room for.")
-]
-DeviceMapOption = Annotated[
-    str | None,
-    typer.Option(help="auto spreads a model larger than one GPU over all GPUs, with accelerate."),
-]
-BatchSizeOption = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="Windows scored per forward pass. Default: as many as memory bounds allow. "
-        "Experiments and their times stay at batch size 1.",
-    ),
-]
-BudgetOption = Annotated[
-    float | None,
-    typer.Option(
-        min=1,
-        help="Target mean experts per token of every rule but static top-k; its tuning parameter "
-        "(alpha of bh) is found on the calibration text.",
-    ),
-]
+
+SHORTHANDS: Final = {"dtype": ("no_fp16", "float32")}
+"""Field -> a flag that sets it, and the value that it sets."""
+
+
+def with_options(*models: type[BaseModel]) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Give a command an option per field of the models; it receives a dict of values per model.
+
+    A field's name is the option's, its docstring the help and its default the default. The option
+    of a list may be repeated and is called after one item: `rules` is `--rule`. A list of `Names`
+    is one word with commas. An error about a field names its option.
+
+    The command's parameters are the context, a dict per model, and options of its own.
+    """
+
+    def decorate(command: Callable[..., int]) -> Callable[..., int]:
+        context, *rest = inspect.signature(command, eval_str=True).parameters.values()
+        derived = [dict(_options(model)) for model in models]
+        own = [context, *rest[len(models) :]]
+        parameters = [*own, *(option for part in derived for option in part.values())]
+
+        @functools.wraps(command)
+        def run(**given: Any) -> int:
+            parts = [{name: given.pop(name) for name in part} for part in derived]
+            for values in parts:
+                _expand(values)
+            try:
+                return command(given.pop(context.name), *parts, **given)
+            except InputError as error:
+                name, colon, text = str(error).partition(": ")
+                if not colon or not any(name in part for part in derived):
+                    raise
+                raise type(error)(f"--{name.replace('_', '-')} {text}") from error
+
+        signature = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in parameters])
+        setattr(run, "__signature__", signature)  # noqa: B010  # mypy doesn't know the attribute
+        run.__annotations__ = {}
+        return run
+
+    return decorate
+
+
+def _options(model: type[BaseModel]) -> Iterator[tuple[str, inspect.Parameter]]:
+    for name, field in model.model_fields.items():
+        if NO_OPTION in field.metadata:
+            continue
+        yield name, _option(name, field)
+        if name in SHORTHANDS:
+            variable, value = SHORTHANDS[name]
+            text = f"The same as --{name} {value}: more exact, with twice the memory."
+            option = typer.Option(f"--{variable.replace('_', '-')}", help=text)
+            yield variable, _parameter(variable, bool, option, False)
+
+
+def _option(name: str, field: FieldInfo) -> inspect.Parameter:
+    kind, about = _plain(field.annotation)
+    default = field.get_default(call_default_factory=True)
+    flag = name.replace("_", "-")
+    if get_origin(kind) is list and COMMAS in [*about, *field.metadata]:
+        kind, default = str, ",".join(default) if default else None
+    elif get_origin(kind) is list:
+        (item,) = get_args(kind)
+        kind, flag = list[_plain(item).kind], flag.removesuffix("s")  # type: ignore[misc]
+    # Of what is on by default, typer names both flags: --resume and --no-resume.
+    flags = [] if kind is bool and default else [f"--{flag}"]
+    option = typer.Option(*flags, help=" ".join((field.description or "").split()))
+    if field.is_required():
+        return _parameter(name, kind, option, inspect.Parameter.empty)
+    return _parameter(name, kind | None if default is None else kind, option, default)
+
+
+def _parameter(name: str, kind: Any, option: Any, default: Any) -> inspect.Parameter:
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, keyword, annotation=Annotated[kind, option], default=default)
+
+
+class _Plain(NamedTuple):
+    kind: Any
+    about: list[Any]
+
+
+def _plain(annotation: Any) -> _Plain:
+    """Take None and annotations off a type; return it with the annotations."""
+    if get_origin(annotation) is Annotated:
+        inner, *about = get_args(annotation)
+        return _Plain(_plain(inner).kind, about)
+    if get_origin(annotation) in (Union, UnionType):
+        (inner,) = (part for part in get_args(annotation) if part is not NoneType)
+        return _plain(inner)
+    return _Plain(annotation, [])
+
+
+def _expand(values: dict[str, Any]) -> None:
+    """Replace shorthands by the fields that they set."""
+    for name, (variable, value) in SHORTHANDS.items():
+        if not values.pop(variable, False):
+            continue
+        if values[name] not in ("auto", value):
+            raise InputError(
+                f"--{variable.replace('_', '-')} and --{name} {values[name]} exclude each other; "
+                "give one"
+            )
+        values[name] = value
+
+
+OLD_SPELLINGS: Final = {
+    "run": {"--eval-text": "--text", "--eval-tokens": "--tokens"},
+    "sweep": {"--rules": "--rule", "--budgets": "--budget"},
+    "calibrate": {"--text": "--calibration-text"},
+}
+"""Command -> an option's old spelling -> the new one; kept for one release."""
+
+
+def spell_anew(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Replace old spellings of options in a command line.
+
+    Returns:
+        The new command line, and a sentence per old spelling.
+    Example:
+        >>> spell_anew(["sweep", "--budgets=5,4"])[0]
+        ['sweep', '--budget', '5', '--budget', '4']
+    """
+    old = OLD_SPELLINGS.get(arguments[0], {}) if arguments else {}
+    rest, found, used = list(arguments), list[str](), dict[str, None]()
+    while rest:
+        word, equals, value = rest.pop(0).partition("=")
+        if word not in old:
+            found.append(word + equals + value)
+            continue
+        used[word] = None
+        values = [value] if equals else rest[:1]
+        rest = rest if equals else rest[1:]
+        if word == "--budgets":
+            values = [item for value in values for item in value.replace(",", " ").split()]
+        found += [part for value in values for part in (old[word], value)] or [old[word]]
+    return found, [
+        f"{word} is now {old[word]}; the next release drops the old spelling" for word in used
+    ]

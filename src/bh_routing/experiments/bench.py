@@ -22,11 +22,12 @@ from bh_routing.engine.quickest import bind_quickest
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.engine.timing import Timing, copied_bytes_per_second, stopwatch, time_interleaved
 from bh_routing.errors import InputError
+from bh_routing.experiments.configurations import make_rules
 from bh_routing.experiments.executors import choose_threads, torch_threads
 from bh_routing.experiments.experiment import Subject, run_experiment, warm_up
 from bh_routing.experiments.fitting import Fitted, fit_to_loaded
 from bh_routing.experiments.identity import device_name
-from bh_routing.experiments.specs import make_rules, make_spec
+from bh_routing.experiments.specs import RunSpec, make_spec
 from bh_routing.kernels.decode_layout import Decoder
 from bh_routing.kernels.experts import NAME, sparse_experts_forward
 from bh_routing.models.experts import experts_by
@@ -372,7 +373,7 @@ def _bench_suite(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
     texts = [document.text for document in packaged_documents("calibration")]
     subject = Subject(model, tokenizer, calibrate(model, tokenizer, texts, nulls=("background",)))
     calibrate_sec = time.perf_counter() - start
-    spec = fit_to_loaded(Fitted(make_spec(), {}), model).spec
+    spec = fit_to_loaded(Fitted(make_spec(RunSpec), {}), model).spec
     rules = make_rules(spec.configs)
     start = time.perf_counter()
     for named_rule in rules:

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from bh_routing.errors import InputError
 from bh_routing.experiments.calibrating import calibration_documents
+from bh_routing.experiments.configurations import NamedRule
 from bh_routing.experiments.search import Goal, KnobSearch
-from bh_routing.experiments.specs import NamedRule, RunSpec
+from bh_routing.experiments.specs import EvaluateSpec, LmEvalSpec, RunSpec
 from bh_routing.experiments.variants import Variant
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules.catalog import rule_to_config
@@ -27,7 +28,7 @@ class Budgeted(NamedTuple):
 
 
 def bring_to_budget(
-    spec: RunSpec,
+    spec: RunSpec | EvaluateSpec | LmEvalSpec,
     rules: Sequence[NamedRule],
     model: Any,
     tokenizer: Any,

@@ -19,11 +19,15 @@ from bh_routing.engine.texts import (
     text_sha256,
 )
 from bh_routing.errors import CalibrationError, InputError
+from bh_routing.experiments.configurations import NamedRule
 from bh_routing.experiments.defaults import CALIBRATION_TOKENS
-from bh_routing.experiments.specs import NamedRule, RunSpec
+from bh_routing.experiments.specs import CalibratedSpec, CalibrateSpec, ConfiguredSpec
+from bh_routing.models.load import load_model
 from bh_routing.models.routers import model_fingerprint
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.catalog import get_null
+from bh_routing.nulls.contributions import NEEDED
+from bh_routing.nulls.cut_offs import MIN_TOKENS
 from bh_routing.results.records import CALIBRATION
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 from bh_routing.rules.noise import noise_control
@@ -51,19 +55,20 @@ class CalibrationText(NamedTuple):
     source: str
 
 
-def calibration_documents(spec: RunSpec) -> CalibrationText:
+def calibration_documents(spec: CalibratedSpec | CalibrateSpec) -> CalibrationText:
     """Read the calibration text of a run.
 
     Raises:
         InputError: the text can't be read.
     """
-    if spec.calibration_text is None:
+    if not spec.calibration_texts:
         return CalibrationText(packaged_documents("calibration"), "packaged text")
-    return CalibrationText(read_documents([spec.calibration_text]), f"text {spec.calibration_text}")
+    documents = read_documents(spec.calibration_texts)
+    return CalibrationText(documents, f"text {', '.join(spec.calibration_texts)}")
 
 
 def check_held_out(
-    spec: RunSpec, rules: Sequence[NamedRule], documents: Sequence[Document]
+    spec: ConfiguredSpec, rules: Sequence[NamedRule], documents: Sequence[Document]
 ) -> None:
     """Raise InputError if a document to score shares a passage with text that a rule is fitted on.
 
@@ -122,10 +127,11 @@ def _refuse_shared(
 
 
 def obtain_calibration(
-    spec: RunSpec,
+    spec: CalibratedSpec,
     rules: Sequence[NamedRule],
     model: Any,
     tokenizer: Any,
+    folder: Path | None = None,
     stored: Mapping[str, Any] = MappingProxyType({}),
     usual_nulls: Sequence[str] = USUAL_NULLS,
 ) -> CalibrationOutcome:
@@ -135,9 +141,10 @@ def obtain_calibration(
     results equal those of an uninterrupted run; missing null distributions are fitted and added.
 
     Args:
-        spec: the model's name, the calibration or its text, the seed and the folder.
+        spec: the calibration or its text, and the seed.
         rules: the rules that may need a calibration.
         model, tokenizer: the model to calibrate.
+        folder: the folder of the results; None: nothing is reused.
         stored: run.json of an earlier run or sweep of the folder; empty if there is none.
         usual_nulls: fitted in addition to those that the rules need, if they need any.
     Raises:
@@ -153,7 +160,9 @@ def obtain_calibration(
         return _outcome(loaded, f"file {spec.calibration}", time.perf_counter() - start)
     documents, source = calibration_documents(spec)
     texts = [document.text for document in documents]
-    kept = _reuse(spec, stored, text_sha256(texts), model_fingerprint(model))
+    kept = None
+    if folder is not None:
+        kept = _reuse(folder, stored, text_sha256(texts), model_fingerprint(model), spec.seed)
     if kept is not None and set(needed) <= set(kept.nulls):
         return CalibrationOutcome(kept, stored["calibration"])
     nulls = {*usual_nulls, *needed} if kept is None else {*needed} - {*kept.nulls}
@@ -179,10 +188,10 @@ def obtain_calibration(
 
 
 def _reuse(
-    spec: RunSpec, stored: Mapping[str, Any], text_hash: str, fingerprint: str
+    folder: Path, stored: Mapping[str, Any], text_hash: str, fingerprint: str, seed: int
 ) -> Calibration | None:
     """Return the folder's calibration if a new one would have the same tables."""
-    path = spec.output / CALIBRATION
+    path = folder / CALIBRATION
     if not stored.get("calibration") or not path.exists():
         return None
     try:
@@ -195,7 +204,7 @@ def _reuse(
     same = (
         found.model_fingerprint == fingerprint
         and found.text_sha256 == text_hash
-        and found.seed == spec.seed
+        and found.seed == seed
         and all(known.get(null, own) == own for null, own in found.table_fingerprints.items())
     )
     if not same:
@@ -217,6 +226,32 @@ def _outcome(calibration: Calibration, source: str, seconds: float) -> Calibrati
         "seed": calibration.seed,
     }
     return CalibrationOutcome(calibration, document)
+
+
+def calibrate_to_file(spec: CalibrateSpec) -> Calibration:
+    """Fit the null distributions that a spec names, and save them to its file.
+
+    Raises:
+        InputError: the model, the text or a name can't be used, or the text is too small.
+    """
+    if spec.max_tokens < MIN_TOKENS:
+        raise InputError(
+            f"max_tokens: must be at least {MIN_TOKENS}, got {spec.max_tokens}: no rule takes a "
+            "calibration from fewer"
+        )
+    observed = NEEDED.values()
+    names = [name for name in spec.nulls if name in observed or get_null(name).needs_table]
+    documents = calibration_documents(spec).documents
+    model, tokenizer = load_model(
+        spec.model, device=spec.device, dtype=spec.dtype, device_map=spec.device_map
+    )
+    texts = [document.text for document in documents]
+    fitted = calibrate(
+        model, tokenizer, texts, nulls=names, max_tokens=spec.max_tokens, seed=spec.seed
+    )
+    fitted.check_text()
+    fitted.save(spec.output)
+    return fitted
 
 
 def save_calibration(calibration: Calibration, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Defaults of `run`, as plain data.
+"""Defaults that several doors share, as plain data; all others stand in `specs.py`.
 
 Both collections may be changed before a run: add a configuration or append a prompt.
 """
@@ -7,19 +7,11 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-MODEL: Final = "allenai/OLMoE-1B-7B-0924"
-OUTPUT: Final = "results"
-MAX_TOKENS: Final = 50
-CHECKPOINT_INTERVAL: Final = 5
-DEVICE: Final = "auto"
-DTYPE: Final = "auto"
 SEED: Final = 0
-EXECUTOR: Final = "local"
-CHAT_TEMPLATE: Final = "auto"
+MAX_TOKENS: Final = 50
 CALIBRATION_TOKENS: Final = 16_384
-EVAL_TOKENS: Final = 3_000
-TOKEN_TRACES: Final = 12
-TIMING_ROUNDS: Final = 8
+LOCAL_TASKS: Final = ("bh_cloze", "bh_choice", "bh_rolling")
+"""The tasks of lm-eval that are part of the package."""
 
 STANDARD_TOP_K: Final = 8
 

@@ -2,75 +2,52 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from bh_routing.engine.texts import packaged_documents, read_documents
 from bh_routing.experiments.budget import bring_to_budget
 from bh_routing.experiments.calibrating import check_held_out, obtain_calibration
+from bh_routing.experiments.configurations import make_rules
 from bh_routing.experiments.executors import choose_threads, torch_threads
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.fitting import fit_to_config, fit_to_loaded
 from bh_routing.experiments.folder_lock import only_writer
 from bh_routing.experiments.identity import identify
-from bh_routing.experiments.quality import QualityLedger, QualityText, prepare_text, score_missing
+from bh_routing.experiments.quality import (
+    QualityLedger,
+    QualityText,
+    prepare_text,
+    score_missing,
+    scored_documents,
+)
 from bh_routing.experiments.ray_executor import make_executor
-from bh_routing.experiments.specs import RunSpec, make_rules
+from bh_routing.experiments.specs import EvaluateSpec
 from bh_routing.models.load import load_model
-from bh_routing.models.routers import ModelFacts, describe_model
+from bh_routing.models.routers import describe_model
 from bh_routing.models.routing import bind_rule
+from bh_routing.results.files import render_csv, render_json, write_atomically
 from bh_routing.results.records import QualityRecord
 from bh_routing.rules.base import Rule
 
-log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateOptions:
-    """The text to score and its division into windows."""
-
-    texts: Sequence[str | Path] = ()
-    """Files or datasets; empty: the packaged evaluation text."""
-    max_tokens: int | None = None
-    """Total number of scored tokens; None: all."""
-    window: int | None = None
-    """Input tokens per forward pass; None: the model's context, 1,024 at most."""
-    stride: int | None = None
-    """Scored tokens of each window after a document's first; None: the window."""
-    output: Path | None = None
-    """Folder that stores every record, so that a stopped evaluation resumes; None: no storage."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
-    """Records of every rule and document, with the model and text that they describe."""
-
-    records: list[QualityRecord]
-    facts: ModelFacts
-    text: QualityText
-    left_out: dict[str, str]
-    """Standard configurations that the model can't run -> reason."""
-    calibration_tokens: int
-    """0 if no rule needed a calibration."""
-    seconds: float
-    """Scoring alone."""
-
-
-def evaluate(spec: RunSpec, options: EvaluateOptions) -> Evaluation:
+def evaluate(
+    spec: EvaluateSpec, analyze: Callable[[Sequence[QualityRecord]], dict[str, Any]]
+) -> dict[str, Any]:
     """Compare configurations with the model's own top-k on text, token by token.
 
     Args:
-        spec: model, configurations and calibration; prompts and output aren't used.
-        options: the text, and how it is divided.
+        spec: the evaluation's spec; without an output folder nothing is kept.
+        analyze: makes quality.json's table of the records.
+    Returns:
+        The content of quality.json.
     Raises:
         InputError: model, text, calibration or a configuration can't be used.
     """
-    documents = read_documents(options.texts) if options.texts else packaged_documents("evaluation")
+    documents = scored_documents(spec)
     fitted = fit_to_config(spec)
     check_held_out(spec, make_rules(fitted.spec.configs, spec.budget), documents)
     model, tokenizer = load_model(
@@ -83,9 +60,9 @@ def evaluate(spec: RunSpec, options: EvaluateOptions) -> Evaluation:
         tokenizer,
         facts,
         documents,
-        max_tokens=options.max_tokens,
-        window=options.window,
-        stride=options.stride,
+        max_tokens=spec.tokens,
+        window=spec.window,
+        stride=spec.stride,
         batch_size=spec.batch_size,
     )
     with ExitStack() as stack:
@@ -96,21 +73,37 @@ def evaluate(spec: RunSpec, options: EvaluateOptions) -> Evaluation:
             bind_rule(model, named.rule, calibration)
         identity = identify(spec.model, model, tokenizer)
         start = time.perf_counter()
-        folder = options.output or Path(stack.enter_context(TemporaryDirectory()))
+        folder = spec.output or Path(stack.enter_context(TemporaryDirectory()))
         stack.enter_context(only_writer(folder))
         ledger = stack.enter_context(QualityLedger(folder, text, identity))
         subject = Subject(model, tokenizer, calibration)
         executor = stack.enter_context(make_executor(spec, subject))
         by_name = {named.name: named.rule for named in rules}
         records = score_missing(model, tokenizer, text, by_name, calibration, ledger, executor)
-    return Evaluation(
-        records=records,
-        facts=facts,
-        text=text,
-        left_out=left_out,
-        calibration_tokens=calibration.num_tokens if calibration else 0,
-        seconds=time.perf_counter() - start,
-    )
+        seconds = time.perf_counter() - start
+        document = {
+            "model": spec.model,
+            "model_fingerprint": facts.fingerprint,
+            "dtype": facts.dtype,
+            "device": facts.device,
+            "left_out": left_out,
+            "text_sha256": text.sha256,
+            "window": text.window,
+            "stride": text.stride,
+            "calibration_tokens": calibration.num_tokens if calibration else 0,
+            "seconds": round(seconds, 2),
+        } | analyze(records)
+        _write(folder, document)
+    return document
+
+
+def _write(folder: Path, document: Mapping[str, Any]) -> None:
+    write_atomically(folder / "quality.json", render_json(document))
+    flat = [
+        {name: value for name, value in row.items() if not isinstance(value, dict | list)}
+        for row in document["rules"]
+    ]
+    write_atomically(folder / "quality.csv", render_csv(flat))
 
 
 def score_loaded(

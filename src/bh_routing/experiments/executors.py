@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from bh_routing.engine.score import score
 from bh_routing.engine.windows import TokenizedDocument
+from bh_routing.experiments.configurations import NamedRule
 from bh_routing.experiments.experiment import (
     OUT_OF_MEMORY,
     Experiment,
@@ -29,7 +30,7 @@ from bh_routing.experiments.experiment import (
 )
 from bh_routing.experiments.identity import experiment_key
 from bh_routing.experiments.run_log import FILE_ONLY
-from bh_routing.experiments.specs import NamedRule, Prompt, shorten
+from bh_routing.experiments.specs import Prompt, shorten
 from bh_routing.experiments.store import ResultStore
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.results.records import STATUS_OK, ExperimentRecord, QualityRecord

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -14,13 +15,19 @@ from torch import Tensor
 
 from bh_routing.engine.generate import Generation, RoutedGeneration, encode_prompt, generate_routed
 from bh_routing.errors import ExperimentError
-from bh_routing.experiments.specs import NamedRule, Prompt
+from bh_routing.experiments.configurations import NamedRule
+from bh_routing.experiments.run_log import FILE_ONLY
+from bh_routing.experiments.specs import Prompt
 from bh_routing.models.routing import bind_rule, install
 from bh_routing.models.trace import ExpertTrace
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.results.records import STATUS_FAILED, ExperimentDetail, ExperimentRecord
 from bh_routing.rules.base import Candidates, Rule, Selector
 from bh_routing.stats.load_balance import load_balance
+
+ResultT = TypeVar("ResultT")
+
+log = logging.getLogger(__name__)
 
 OUT_OF_MEMORY: Final = (
     "out of memory; use --device cpu, a smaller batch size, fewer tokens, or a smaller dtype than "
@@ -188,3 +195,16 @@ def _summarise(
         peak_memory_bytes=peak,
     )
     return Experiment(record, detail)
+
+
+def guard(problems: list[str], what: str, step: Callable[[], ResultT]) -> ResultT | None:
+    """Run one step; if it fails, append a sentence to `problems` and return None."""
+    try:
+        return step()
+    except Exception as error:  # finished experiments are on disk: report the failure and go on
+        log.exception("%s failed", what, extra=FILE_ONLY)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if is_out_of_memory(error):
+            reason = OUT_OF_MEMORY
+        problems.append(f"{what} failed ({reason}); every finished experiment is kept")
+        return None

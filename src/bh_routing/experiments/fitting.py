@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import nn
 
 from bh_routing.errors import InputError, unknown_name
+from bh_routing.experiments.configurations import make_rules
 from bh_routing.experiments.defaults import STANDARD_TOP_K, standard_configs
-from bh_routing.experiments.specs import RunSpec, make_rules
+from bh_routing.experiments.specs import ConfiguredSpec
 from bh_routing.models.outlook import Outlook, outlook_from_routers, read_outlook
 from bh_routing.models.routers import find_routers, model_type_of
 from bh_routing.models.routing import check_rule
@@ -20,15 +21,18 @@ from bh_routing.rules.catalog import make_rule
 log = logging.getLogger(__name__)
 
 
-class Fitted(NamedTuple):
+SpecT = TypeVar("SpecT", bound=ConfiguredSpec)
+
+
+class Fitted(NamedTuple, Generic[SpecT]):
     """A spec whose configurations the model can run."""
 
-    spec: RunSpec
+    spec: SpecT
     left_out: dict[str, str]
     """Standard configurations that the model can't run -> reason."""
 
 
-def fit_to_model(fitted: Fitted, outlook: Outlook) -> Fitted:
+def fit_to_model(fitted: Fitted[SpecT], outlook: Outlook) -> Fitted[SpecT]:
     """Adapt standard configurations to the model's own k; leave out those that it can't run.
 
     A configuration is standard until it is changed. One that the user wrote or named is never left
@@ -58,17 +62,18 @@ def fit_to_model(fitted: Fitted, outlook: Outlook) -> Fitted:
     return Fitted(spec.model_copy(update={"configs": kept}), left_out | reasons)
 
 
-def fit_to_config(spec: RunSpec) -> Fitted:
+def fit_to_config(spec: SpecT) -> Fitted[SpecT]:
     """Fit a spec to the model's config.json, before the model is loaded.
 
     Raises:
         ModelError: the model can't be found or reached, or its family isn't supported.
-        InputError: as in `fit_to_model`.
+        InputError: as in `fit_to_model`, or a configuration is invalid.
     """
+    make_rules(spec.configs, spec.budget)
     return fit_to_model(Fitted(spec, {}), read_outlook(spec.model))
 
 
-def fit_to_loaded(fitted: Fitted, model: nn.Module) -> Fitted:
+def fit_to_loaded(fitted: Fitted[SpecT], model: nn.Module) -> Fitted[SpecT]:
     """Fit a spec to a loaded model's probed routers and check every rule, without a calibration.
 
     Raises:

@@ -19,7 +19,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 import bh_routing
-from bh_routing.experiments.specs import NamedRule, Prompt
+from bh_routing.experiments.configurations import NamedRule
+from bh_routing.experiments.specs import Prompt
 from bh_routing.models.routers import describe_model, model_settings, tokenizer_fingerprint
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.results.journal import digest

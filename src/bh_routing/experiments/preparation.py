@@ -13,11 +13,12 @@ from bh_routing.engine.generate import choose_chat_template, encode_prompt
 from bh_routing.errors import InputError
 from bh_routing.experiments.budget import bring_to_budget
 from bh_routing.experiments.calibrating import obtain_calibration
+from bh_routing.experiments.configurations import make_rules
 from bh_routing.experiments.executors import Threads, choose_threads, make_grid, torch_threads
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.identity import identify
 from bh_routing.experiments.quality import QualityPhase
-from bh_routing.experiments.specs import RunSpec, make_rules, shorten
+from bh_routing.experiments.specs import ModelSpec, RunSpec, shorten
 from bh_routing.experiments.store import ResultStore
 from bh_routing.models.load import load_model
 from bh_routing.models.routers import ModelFacts, describe_model
@@ -36,8 +37,8 @@ class Loaded(NamedTuple):
     threads: Threads
 
 
-def load(spec: RunSpec) -> Loaded:
-    """Load the model of a run and log its properties.
+def load(spec: ModelSpec) -> Loaded:
+    """Load a model and log its properties.
 
     Raises:
         ModelError: the model can't be found, loaded or routed.
@@ -46,7 +47,6 @@ def load(spec: RunSpec) -> Loaded:
     model, tokenizer = load_model(
         spec.model, device=spec.device, dtype=spec.dtype, device_map=spec.device_map
     )
-    tokenizer = choose_chat_template(tokenizer, spec.chat_template)
     log.info("trying out the routers of %s", spec.model)
     facts = describe_model(model)
     threads = choose_threads(model)
@@ -63,8 +63,6 @@ def load(spec: RunSpec) -> Loaded:
         *threads,
         seconds,
     )
-    if tokenizer.chat_template:
-        log.info("each prompt is a user's message in the tokenizer's chat template")
     return Loaded(model, tokenizer, facts, seconds, threads)
 
 
@@ -80,7 +78,10 @@ class Preparation:
     """
 
     def __init__(self, spec: RunSpec, store: ResultStore, loaded: Loaded) -> None:
-        self.loaded = loaded
+        tokenizer = choose_chat_template(loaded.tokenizer, spec.chat_template)
+        if tokenizer.chat_template:
+            log.info("each prompt is a user's message in the tokenizer's chat template")
+        self.loaded = loaded = loaded._replace(tokenizer=tokenizer)
         self.rules = make_rules(spec.configs, spec.budget)
         texts = [prompt.text for prompt in spec.prompts]
         check_prompts(texts, spec.max_tokens, loaded.tokenizer, loaded.facts)
@@ -91,7 +92,7 @@ class Preparation:
         with torch_threads(loaded.threads.batch):
             stored = store.stored.document if store.stored is not None else {}
             calibration, self.calibration_document = obtain_calibration(
-                spec, self.rules, loaded.model, loaded.tokenizer, stored
+                spec, self.rules, loaded.model, loaded.tokenizer, spec.output, stored
             )
             known = stored.get("budget", [])
             self.rules, self.budget = bring_to_budget(

@@ -23,10 +23,11 @@ from bh_routing.engine.windows import (
     tokenize_documents,
 )
 from bh_routing.errors import ExperimentError, ResultsError
+from bh_routing.experiments.configurations import NamedRule
 from bh_routing.experiments.executors import Executor, ScoreSettings, SerialExecutor
 from bh_routing.experiments.experiment import Subject, find_nan
 from bh_routing.experiments.identity import RunIdentity, rule_key
-from bh_routing.experiments.specs import NamedRule, RunSpec
+from bh_routing.experiments.specs import RunSpec, ScoredSpec
 from bh_routing.models.routers import ModelFacts
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.results.files import JsonLines
@@ -287,15 +288,13 @@ def _why_not_finite(
     return f"{record.config_name} on {record.document}: {where}"
 
 
-def scored_documents(spec: RunSpec) -> list[Document]:
-    """Read the evaluation documents of a run.
+def scored_documents(spec: ScoredSpec) -> list[Document]:
+    """Read the documents to score.
 
     Raises:
         InputError: a document can't be read.
     """
-    if spec.eval_text is None:
-        return packaged_documents("evaluation")
-    return read_documents([spec.eval_text])
+    return read_documents(spec.texts) if spec.texts else packaged_documents("evaluation")
 
 
 class QualityPhase:
@@ -310,7 +309,7 @@ class QualityPhase:
             tokenizer,
             facts,
             scored_documents(spec),
-            max_tokens=spec.eval_tokens,
+            max_tokens=spec.tokens,
             batch_size=spec.batch_size,
         )
 

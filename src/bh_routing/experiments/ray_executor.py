@@ -32,7 +32,7 @@ from bh_routing.experiments.experiment import Experiment, Subject, release_memor
 from bh_routing.experiments.identity import RunIdentity, identify
 from bh_routing.experiments.ray_pool import MAX_DEATHS, Answer, Job, WorkerPool, connected
 from bh_routing.experiments.run_log import SOURCES
-from bh_routing.experiments.specs import RunSpec
+from bh_routing.experiments.specs import ScoredSpec
 from bh_routing.models.load import DEMO, load_model
 from bh_routing.models.routers import describe_model
 from bh_routing.nulls.calibration import Calibration
@@ -340,7 +340,7 @@ def _collected() -> Iterator[list[tuple[str, int, str]]]:
             logger.removeHandler(handler)
 
 
-def make_executor(spec: RunSpec, subject: Subject) -> Executor:
+def make_executor(spec: ScoredSpec, subject: Subject) -> Executor:
     """Return the executor that a spec names; entering it starts workers, if any."""
     if spec.executor == "local":
         return SerialExecutor(subject)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,16 @@ from bh_routing.experiments.calibrating import (
     describe_nulls,
     save_calibration,
 )
-from bh_routing.experiments.conclusion import Hooks, conclude, guard
+from bh_routing.experiments.configurations import find_baseline, make_rules, resolved
 from bh_routing.experiments.executors import Executor, run_grid, torch_threads
+from bh_routing.experiments.experiment import guard
 from bh_routing.experiments.fitting import fit_to_config, fit_to_loaded
 from bh_routing.experiments.identity import collect_provenance, device_name, peak_memory_bytes
 from bh_routing.experiments.preparation import Preparation, load
 from bh_routing.experiments.quality import scored_documents
 from bh_routing.experiments.ray_executor import make_executor
 from bh_routing.experiments.run_log import FILE_ONLY, RunLog
-from bh_routing.experiments.specs import RunSpec, find_baseline, make_rules, resolved, shorten
+from bh_routing.experiments.specs import RunSpec, shorten
 from bh_routing.experiments.store import ResultStore
 from bh_routing.experiments.timing_rounds import write_timing_rounds
 from bh_routing.experiments.token_traces import write_token_traces
@@ -31,7 +34,8 @@ from bh_routing.results.records import BASELINE, LEFT_OUT, LOG, STATUS_OK, Exper
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Hooks", "RunOutcome", "run"]
+Conclude = Callable[[Path, Callable[[str, Callable[[], Any]], Any]], None]
+"""Analyses and reports the results in a folder, with a function that guards a named step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +57,24 @@ class RunOutcome:
         """0 if everything succeeded, else 1."""
         return 1 if self.problems else 0
 
+    def to_document(self) -> dict[str, Any]:
+        """Return plain data, with each configuration's mean experts per token."""
+        experts: dict[str, list[float]] = {}
+        for record in self.records:
+            if record.status == STATUS_OK:
+                experts.setdefault(record.config_name, []).append(record.avg_experts_per_token)
+        return {
+            "folder": str(self.folder),
+            "exit_code": self.exit_code,
+            "experiments": len(self.records),
+            "run_now": self.num_run,
+            "reused": self.num_reused,
+            "problems": list(self.problems),
+            "mean_experts": {name: sum(means) / len(means) for name, means in experts.items()},
+        }
 
-def run(spec: RunSpec, hooks: Hooks | None = None) -> RunOutcome:
+
+def run(spec: RunSpec, conclude: Conclude | None = None) -> RunOutcome:
     """Run every configuration on every prompt, and store each result as soon as it is finished.
 
     A stopped run resumes where it stopped; failed experiments are retried. Finished experiments are
@@ -62,7 +82,7 @@ def run(spec: RunSpec, hooks: Hooks | None = None) -> RunOutcome:
 
     Args:
         spec: the run's spec.
-        hooks: steps that analyse and report the results; None: no steps.
+        conclude: analyses and reports the results; None: neither.
     Returns:
         The rows and a sentence per failure.
     Raises:
@@ -93,7 +113,7 @@ def run(spec: RunSpec, hooks: Hooks | None = None) -> RunOutcome:
                 store.begin(prepared.identity, document, keys)
                 run_log.write_to(spec.output / LOG)
                 try:
-                    return _run_begun(spec, prepared, executor, store, hooks or Hooks(), start)
+                    return _run_begun(spec, prepared, executor, store, conclude, start)
                 except KeyboardInterrupt:
                     _say_how_to_go_on(spec, prepared, store)
                     raise
@@ -107,7 +127,7 @@ def _run_begun(
     prepared: Preparation,
     executor: Executor,
     store: ResultStore,
-    hooks: Hooks,
+    conclude: Conclude | None,
     start: float,
 ) -> RunOutcome:
     """Carry out a run whose folder is open for writing."""
@@ -128,12 +148,12 @@ def _run_begun(
     quality_sec = _score(prepared, executor, store, problems)
     executor.close()  # the model is needed in this process from here on
     rounds_start = time.perf_counter()
-    _time_side_by_side(spec, prepared, store, problems)
+    _time_interleaved(spec, prepared, store, problems)
     traces_start = time.perf_counter()
     with torch_threads(prepared.loaded.threads.batch):
         guard(
-            "tracing tokens",
             problems,
+            "tracing tokens",
             lambda: write_token_traces(folder, prepared.subject, grid, spec.token_traces),
         )
     timing = {
@@ -148,7 +168,9 @@ def _run_begun(
     }
     peak = peak_memory_bytes(prepared.subject.model.device)
     store.update_document({"timing": timing, "peak_memory_bytes": peak})
-    problems += conclude(folder, hooks)
+    if conclude is not None:
+        log.info("comparing, drawing the plots and writing the report")
+        conclude(folder, partial(guard, problems))
     timing["total_sec"] = earlier_sec + time.perf_counter() - start
     store.update_document({"timing": timing})
     for problem in problems:
@@ -180,21 +202,21 @@ def _score(
     identity, subject, rules = prepared.identity, prepared.subject, prepared.rules
     with torch_threads(prepared.loaded.threads.batch):
         scored = guard(
-            "scoring",
             problems,
+            "scoring",
             lambda: quality.score(store.folder, identity, subject, rules, executor),
         )
     store.update_document({"quality": {"configs": scored or []}})
     return time.perf_counter() - start
 
 
-def _time_side_by_side(
+def _time_interleaved(
     spec: RunSpec, prepared: Preparation, store: ResultStore, problems: list[str]
 ) -> None:
     finished = [cell for cell in prepared.grid if store.finished_record(cell.key) is not None]
     guard(
-        "timing side by side",
         problems,
+        "interleaved timing",
         lambda: write_timing_rounds(
             store.folder,
             prepared.subject,

@@ -1,21 +1,29 @@
-"""Specs of runs: typed data, validated before any work starts."""
+"""Specs: all settings of a command as typed data; its options, help and defaults derive from them.
+
+The docstring below a field is the help of its option (docs/adding-an-option.md). Nothing here
+imports torch, so that `--help` is fast.
+"""
 
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
-from bh_routing.errors import InputError, unknown_name
+from bh_routing.errors import InputError
 from bh_routing.experiments import defaults
-from bh_routing.rules.base import Rule
-from bh_routing.rules.catalog import get_rule, make_rule, rule_to_config
-from bh_routing.rules.fixed import TopK
 
 _SHOWN = 60
 
@@ -65,9 +73,6 @@ def _message(detail: ErrorDetails) -> str:
     return f"must be {message}, got {shown}; change it"
 
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+@-]{0,63}")
-
-
 class Prompt(BaseModel):
     """A text to continue."""
 
@@ -97,82 +102,139 @@ class Prompt(BaseModel):
         return value
 
 
-class NamedRule(NamedTuple):
-    """A configuration with validated fields."""
-
-    name: str
-    description: str
-    rule: Rule
+NO_OPTION: Final = "no option"
+"""Marks a field that the command line doesn't set by an option of its own."""
+COMMAS: Final = "separated by commas"
+"""Marks a list that an option takes in one word; other lists' options may be repeated."""
 
 
-class RunSpec(BaseModel):
-    """All settings of a run; build it with `make_spec`, which explains errors in one sentence."""
+def _split(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return [part.strip() for part in value.split(",") if part.strip()]
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: Annotated[str, Field(min_length=1)] = defaults.MODEL
+def _to_text(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_split), COMMAS]
+Source = Annotated[str, BeforeValidator(_to_text)]
+"""A file or a data set, as `read_documents` reads it."""
+Count = Annotated[int, Field(ge=1)]
+ChatTemplate = Literal["auto", "on", "off"]
+
+
+class Choice(BaseModel):
+    """The user's choice of configurations, of which `choose` makes a spec's fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    config: Path | None = None
+    """YAML file with further configurations, and prompts for `run`."""
+    configs: Names | None = None
+    """Only these configurations, such as topk_8,bh_strict; lm-eval needs the model's own top-k
+    among them."""
+    rules: list[str] = []
+    """A rule in one word, such as bh:alpha=0.02,max_k=6; may be given several times. Without
+    --config and --configs only these are used."""
+
+
+class PromptChoice(Choice):
+    """The user's choice of configurations and prompts."""
+
+    prompts: Names | None = None
+    """Only these prompts: numbers from 1, ranges or categories: 1,4-6,simple."""
+
+
+class ModelSpec(BaseModel):
+    """A model, and the seed of work with it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    model: Annotated[str, Field(min_length=1)] = "allenai/OLMoE-1B-7B-0924"
     """`demo`, a folder with a checkpoint, or a Hugging Face id."""
-    output: Path = Path(defaults.OUTPUT)
-    """Folder of the results."""
-    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = defaults.MAX_TOKENS
-    """Maximum number of tokens generated per experiment."""
-    checkpoint_interval: Annotated[int, Field(ge=1)] = defaults.CHECKPOINT_INTERVAL
-    """Finished experiments between two snapshots in checkpoints/."""
-    resume: bool = True
-    """Resume the folder's run; otherwise move it aside first."""
-    device: Literal["auto", "cuda", "cpu"] = defaults.DEVICE
+    device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device of the model; auto is CUDA if available."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = defaults.DTYPE
-    """Data type of the parameters; auto is bfloat16 on CUDA and float32 on CPU."""
-    configs: dict[str, dict[str, Any]] = Field(
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Data type of the parameters; auto is bfloat16 on CUDA and float32 on a CPU."""
+    device_map: Literal["auto"] | None = None
+    """auto spreads a model larger than one GPU over all GPUs, with accelerate."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = defaults.SEED
+    """Seed of all random draws."""
+
+
+class CalibrateSpec(ModelSpec):
+    """Settings of `calibrate`."""
+
+    output: Path
+    """File to write, such as model.safetensors."""
+    calibration_texts: list[Source] = []
+    """Text or JSONL file, or hf:NAME:SPLIT; may be given several times. Default: the packaged
+    calibration text."""
+    nulls: Names = ["background"]
+    """Null distributions to fit, separated by commas; `needed_by_loss` is bh_drop's, `needed` its
+    part that needs no gradients."""
+    max_tokens: Count = defaults.CALIBRATION_TOKENS
+    """Tokens of text to use; no rule takes a calibration from fewer than 5,000."""
+
+
+class CalibratedSpec(ModelSpec):
+    """A model with its calibration."""
+
+    calibration: Path | None = None
+    """File made by `bh-routing calibrate`. Default: calibrate if a rule needs it."""
+    calibration_texts: list[Source] = []
+    """Text or JSONL file, or hf:NAME:SPLIT, to calibrate on; may be given several times. Default:
+    the packaged calibration text."""
+
+    @model_validator(mode="after")
+    def _one_calibration(self) -> CalibratedSpec:
+        if self.calibration is not None and self.calibration_texts:
+            raise ValueError("calibration and calibration_texts exclude each other; give one")
+        return self
+
+
+class ConfiguredSpec(CalibratedSpec):
+    """A calibrated model under several configurations."""
+
+    configs: Annotated[dict[str, dict[str, Any]], NO_OPTION] = Field(
         default_factory=lambda: dict(defaults.ROUTING_CONFIGS)
     )
     """Name -> configuration; standard ones adapt to the model's own k once that is known."""
-    only: list[str] | None = None
+    only: Annotated[list[str] | None, NO_OPTION] = None
     """Names of the configurations to run; None: all that the model can run."""
-    prompts: list[Prompt] = Field(
-        default_factory=lambda: [Prompt(**prompt) for prompt in defaults.TEST_PROMPTS]
-    )
-    """Prompts; every configuration continues each."""
     budget: Annotated[float, Field(ge=1)] | None = None
-    """Target mean experts per token of every rule but static top-k; None: as configured."""
-    calibration: Path | None = None
-    """File saved by `bh-routing calibrate`; None: calibrate if a rule needs it."""
-    calibration_text: Path | None = None
-    """Text to calibrate on; None: the packaged text."""
-    chat_template: Literal["auto", "on", "off"] = defaults.CHAT_TEMPLATE
-    """Whether to apply the tokenizer's chat template to prompts; auto: if it has one."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = defaults.SEED
-    """Seed of all random draws; greedy generation makes none."""
-    executor: Literal["local", "ray"] = defaults.EXECUTOR
-    """Where experiments run and text is scored: in this process, or on Ray workers."""
-    ray_address: str | None = None
-    """Address of a Ray cluster, such as auto or host:6379; None: start Ray on this machine."""
-    workers: Annotated[int, Field(ge=1)] | None = None
-    """Number of Ray workers; None: as many as there is room for."""
-    device_map: Literal["auto"] | None = None
-    """Spread the model's layers over all GPUs; None: use one device."""
-    batch_size: Annotated[int, Field(ge=1)] | None = None
-    """Windows of text scored per forward pass; None: as many as memory bounds allow."""
-    eval_text: Path | None = None
-    """Text that quality is scored on; None: the packaged text."""
-    no_eval: bool = False
-    """Skip the scoring of quality."""
-    eval_tokens: Annotated[int, Field(ge=1)] = defaults.EVAL_TOKENS
-    """Maximum number of scored tokens."""
-    token_traces: Annotated[int, Field(ge=0)] = defaults.TOKEN_TRACES
-    """Prompts of each configuration whose tokens are traced for report.html; 0: none."""
-    timing_rounds: Annotated[int, Field(ge=0)] = defaults.TIMING_ROUNDS
-    """Rounds of interleaved timing of all configurations; 0: none."""
+    """Target mean experts per token of every rule but static top-k; its tuning parameter (alpha of
+    bh) is found on the calibration text."""
 
     @model_validator(mode="after")
-    def _whole(self) -> RunSpec:
+    def _any_configuration(self) -> ConfiguredSpec:
         if not self.configs or self.only == []:
             raise ValueError("no configuration is left to run; name at least one")
-        if not self.prompts:
-            raise ValueError("no prompt is left to run; give at least one")
-        if self.calibration is not None and self.calibration_text is not None:
-            raise ValueError("calibration and calibration_text exclude each other; give one")
+        return self
+
+
+class ScoredSpec(CalibratedSpec):
+    """A calibrated model that is scored on text, in this process or by workers."""
+
+    texts: list[Source] = []
+    """Text or JSONL file, or hf:NAME:SPLIT, to score; may be given several times. Default: the
+    packaged evaluation text."""
+    tokens: Count | None = None
+    """Most tokens scored, spread over the documents. Default: all."""
+    batch_size: Count | None = None
+    """Windows scored per forward pass. Default: as many as memory bounds allow. Experiments and
+    their times stay at batch size 1."""
+    executor: Literal["local", "ray"] = "local"
+    """local is this process; ray is workers, here or on a cluster (docs/scaling.md)."""
+    ray_address: str | None = None
+    """Ray cluster, such as auto or host:6379. Default: start Ray here."""
+    workers: Count | None = None
+    """Ray workers. Default: as many as there is room for."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> ScoredSpec:
         if self.executor != "ray" and (self.ray_address or self.workers):
             raise ValueError("ray_address and workers go with executor ray; add --executor ray")
         if self.executor == "ray" and self.device_map:
@@ -180,6 +242,40 @@ class RunSpec(BaseModel):
                 "device_map and executor ray exclude each other: a worker's model is on one GPU; "
                 "leave one of them out"
             )
+        return self
+
+
+class RunSpec(ConfiguredSpec, ScoredSpec):
+    """Settings of `run`."""
+
+    output: Path = Path("results")
+    """Folder of the results."""
+    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = defaults.MAX_TOKENS
+    """Most tokens generated per experiment."""
+    checkpoint_interval: Count = 5
+    """Finished experiments between two snapshots in checkpoints/."""
+    resume: bool = True
+    """Resume the folder's earlier run, or move it aside and start a new one."""
+    prompts: Annotated[list[Prompt], NO_OPTION] = Field(
+        default_factory=lambda: [Prompt(**prompt) for prompt in defaults.TEST_PROMPTS]
+    )
+    """Prompts; every configuration continues each."""
+    chat_template: ChatTemplate = "auto"
+    """Whether to apply the tokenizer's chat template to prompts, as user messages; auto: if it has
+    one."""
+    no_eval: bool = False
+    """Skip the scoring of quality."""
+    tokens: Count | None = 3_000
+    """Most tokens scored, spread over the documents."""
+    token_traces: Annotated[int, Field(ge=0)] = 12
+    """Prompts of each configuration whose tokens report.html shows one by one; 0: none."""
+    timing_rounds: Annotated[int, Field(ge=0)] = 8
+    """Rounds of interleaved timing of all configurations; 0: none."""
+
+    @model_validator(mode="after")
+    def _distinct_prompts(self) -> RunSpec:
+        if not self.prompts:
+            raise ValueError("no prompt is left to run; give at least one")
         first_use: dict[str, int] = {}
         for number, prompt in enumerate(self.prompts, start=1):
             if prompt.text in first_use:
@@ -191,121 +287,82 @@ class RunSpec(BaseModel):
         return self
 
 
-def make_spec(**values: Any) -> RunSpec:
-    """Build a RunSpec.
+class EvaluateSpec(ConfiguredSpec, ScoredSpec):
+    """Settings of `evaluate`."""
+
+    window: Count | None = None
+    """Input tokens per forward pass. Default: the model's context, at most 1,024."""
+    stride: Count | None = None
+    """Scored tokens of each window after a document's first. Default: the window (disjoint)."""
+    margin: Annotated[float, Field(gt=0)] | None = None
+    """Non-inferiority margin in nats per token. Default: ln 1.01."""
+    output: Path | None = None
+    """Folder for quality.csv, quality.json and every document's record, with which a stopped
+    evaluation resumes."""
+
+
+class SweepSpec(ScoredSpec):
+    """Settings of `sweep`."""
+
+    output: Path
+    """Folder of the results; the same command resumes."""
+    budgets: list[Annotated[float, Field(ge=1)]] = []
+    """Mean experts per token to compare at; may be given several times. Default: 6, 5, 4 and 3 of a
+    model that uses 8, and the same fractions of another k."""
+    rules: list[str] = [
+        "bh",
+        "bh_drop:statistic=sensitivity",
+        "bh_drop:scope=block,statistic=sensitivity",
+        "contribution_threshold:statistic=sensitivity",
+        "top_p",
+        "per_layer_top_k",
+        "min_p",
+        "entropy",
+        "random_k",
+    ]
+    """Rule without its tuning parameter, such as bh_drop:scope=block; may be given several times.
+    Static top-k is always there. contribution_threshold is population BH too: at equal cost both
+    make the same decisions."""
+    command: Annotated[str | None, NO_OPTION] = None
+    """The command line, for readers of the results."""
+
+
+class LmEvalSpec(ConfiguredSpec):
+    """Settings of `lm-eval`."""
+
+    tasks: Names = list(defaults.LOCAL_TASKS)
+    """Tasks, groups or tags of lm-eval, or YAML files, separated by commas."""
+    include_paths: list[Path] = []
+    """Folder with further tasks; may be given several times."""
+    limit: Count | None = None
+    """Items of each task, from its first. Default: all."""
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Examples in each prompt. Default: the task's own."""
+    batch_size: Count = 8
+    """Requests per forward pass."""
+    chat_template: ChatTemplate = "auto"
+    """Whether to apply the tokenizer's chat template to contexts, as user messages; auto: if it has
+    one."""
+    output: Path | None = None
+    """Folder for every item's outcome and the comparisons."""
+
+
+SpecT = TypeVar("SpecT", bound=ModelSpec)
+
+
+def make_spec(kind: type[SpecT], **values: Any) -> SpecT:
+    """Build a spec; its rules are checked where they are made.
 
     Args:
-        values: fields of `RunSpec`; missing ones take their defaults.
+        kind: the class of the spec.
+        values: its fields; missing ones take their defaults.
     Raises:
         InputError: a value is invalid; the error describes it in one sentence.
     """
     try:
-        spec = RunSpec(**values)
+        return kind(**values)
     except ValidationError as error:
-        raise InputError(describe_error(error, RunSpec, {"prompts": Prompt})) from None
-    make_rules(spec.configs, spec.budget)
-    return spec
-
-
-def make_rules(
-    configs: Mapping[str, Mapping[str, Any]], budget: float | None = None
-) -> list[NamedRule]:
-    """Make a rule per configuration, in order.
-
-    Args:
-        configs: name -> configuration.
-        budget: with a budget, a configuration may lack its rule's tuning parameter.
-    Raises:
-        InputError: a name or a field is invalid; the message starts with the configuration.
-    """
-    return [_make_rule(name, config, budget is not None) for name, config in configs.items()]
-
-
-def _make_rule(name: str, config: Mapping[str, Any], may_lack_knob: bool) -> NamedRule:
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InputError(
-            f"configuration name {shorten(str(name))!r} must be 1 to 64 letters, digits, or "
-            "_ . + @ - and start with a letter or digit; rename it"
-        )
-    fields = dict(config)
-    description = fields.pop("description", "")
-    if not isinstance(description, str):
-        raise InputError(
-            f"configuration {name!r}: description must be a text, got {description!r}; quote it"
-        )
-    if "method" not in fields:
-        raise InputError(f"configuration {name!r} has no method; add for example method: bh")
-    try:
-        return NamedRule(name, description, make_rule(_placeholder(fields, may_lack_knob) | fields))
-    except InputError as error:
-        raise InputError(f"configuration {name!r}: {error}") from error
-
-
-def _placeholder(fields: Mapping[str, Any], may_lack_knob: bool) -> dict[str, Any]:
-    knob = get_rule(fields).knob if may_lack_knob else None
-    if knob is None or knob is TopK.knob:
-        return {}
-    return knob.fields(knob.scale.value_at(sum(knob.scale.ends(model_top_k=1)) / 2), num_layers=1)
-
-
-def find_baseline(rules: Sequence[NamedRule], model_top_k: int) -> str | None:
-    """Return the name of the baseline that other configurations are compared with.
-
-    It is the model's own top-k, or else the first static top-k; None without either.
-    """
-    static = [named for named in rules if isinstance(named.rule, TopK)]
-    own = [named for named in static if named.rule == TopK(model_top_k)]
-    return next((named.name for named in [*own, *static]), None)
-
-
-def resolved(spec: RunSpec, rules: Sequence[NamedRule]) -> dict[str, Any]:
-    """Return the spec as plain JSON data, with all fields of each rule."""
-    content = spec.model_dump(mode="json")
-    content["configs"] = {
-        named.name: {**rule_to_config(named.rule), "description": named.description}
-        for named in rules
-    }
-    return content
-
-
-def select_prompts(
-    prompts: Sequence[Mapping[str, Any]], items: Iterable[str] | None
-) -> list[dict[str, Any]]:
-    """Select the prompts that `items` name, in the order of `prompts`; None selects all.
-
-    Args:
-        prompts: mappings with a `category`.
-        items: each is a number (the first prompt is 1), a range such as 2-4, or a category.
-    Raises:
-        InputError: a number is out of range, or a name isn't a category.
-    Example:
-        >>> prompts = [{"text": t, "category": c} for t, c in ["ax", "by", "cx"]]
-        >>> [p["text"] for p in select_prompts(prompts, ["1", "y"])]
-        ['a', 'b']
-    """
-    if items is None:
-        return [dict(prompt) for prompt in prompts]
-    kept: set[int] = set()
-    for item in items:
-        kept.update(_prompt_numbers(prompts, item))
-    return [dict(prompt) for number, prompt in enumerate(prompts, start=1) if number in kept]
-
-
-def _prompt_numbers(prompts: Sequence[Mapping[str, Any]], item: str) -> list[int]:
-    """Return the prompt numbers, from 1, that one item of `--prompts` denotes."""
-    match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", item)
-    if match:
-        first = int(match[1])
-        last = int(match[2] or first)
-        if not 1 <= first <= last <= len(prompts):
-            raise InputError(
-                f"prompt numbers run from 1 to {len(prompts)}, got {item}; for example 1,3-5"
-            )
-        return list(range(first, last + 1))
-    categories = [str(prompt.get("category", "custom")) for prompt in prompts]
-    if item not in categories:
-        raise unknown_name("category of prompts", item, dict.fromkeys(categories))
-    return [number for number, name in enumerate(categories, start=1) if name == item]
+        raise InputError(describe_error(error, kind, {"prompts": Prompt})) from None
 
 
 def shorten(text: str) -> str:

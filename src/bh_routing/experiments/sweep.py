@@ -6,13 +6,12 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from bh_routing.engine.texts import packaged_documents, read_documents
 from bh_routing.errors import InputError, ResultsError
 from bh_routing.experiments.calibrating import (
     calibration_documents,
@@ -21,6 +20,7 @@ from bh_routing.experiments.calibrating import (
     obtain_calibration,
     save_calibration,
 )
+from bh_routing.experiments.configurations import NamedRule
 from bh_routing.experiments.executors import Executor, torch_threads
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.folder_lock import only_writer
@@ -31,12 +31,13 @@ from bh_routing.experiments.quality import (
     QualityText,
     prepare_text,
     score_missing,
+    scored_documents,
     static_references,
 )
 from bh_routing.experiments.ray_executor import make_executor
 from bh_routing.experiments.search import Goal, KnobSearch, Setting, check_budgets
-from bh_routing.experiments.specs import NamedRule, RunSpec
-from bh_routing.experiments.variants import Variant
+from bh_routing.experiments.specs import SweepSpec
+from bh_routing.experiments.variants import Variant, parse_variants
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.results.files import read_json_object, render_json, write_atomically
 from bh_routing.results.records import RUN_JSON, SCHEMA_VERSION, QualityRecord
@@ -53,55 +54,38 @@ CURVES: Final = (TopP.method, PerLayerTopK.method)
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SweepOptions:
-    """Variants, budgets and evaluation text of a sweep."""
-
-    variants: Sequence[Variant]
-    budgets: Sequence[float]
-    """Mean experts per token; empty: 3/4, 5/8, 1/2 and 3/8 of the model's own k."""
-    texts: Sequence[str | Path] = ()
-    """Files or datasets to score on; empty: the packaged evaluation text."""
-    max_tokens: int | None = None
-    """Total number of scored tokens; None: all."""
-    command: str | None = None
-    """The command line, for readers of the results."""
-
-
-def sweep(spec: RunSpec, options: SweepOptions) -> dict[str, Any]:
+def sweep(spec: SweepSpec) -> dict[str, Any]:
     """Tune rules to budgets on calibration text, and score them on evaluation text.
 
     A stopped sweep resumes where it stopped: known tuning parameters and scores are read from the
     folder.
 
     Args:
-        spec: model, device, calibration, seed and the folder; configurations and prompts aren't
-            used.
-        options: variants, budgets and evaluation text.
+        spec: the sweep's spec.
     Returns:
         The content of run.json.
     Raises:
         InputError: model, text, calibration, a rule or the folder can't be used.
     """
     start = time.perf_counter()
-    documents = read_documents(options.texts) if options.texts else packaged_documents("evaluation")
+    variants = parse_variants(spec.rules)
+    documents = scored_documents(spec)
     check_overlap(documents, calibration_documents(spec).documents)
     if spec.calibration is not None:
         kept = Calibration.load(spec.calibration)
         check_calibration_overlap(documents, kept, f"calibration {spec.calibration}")
     read_stored_sweep(spec.output)
     loaded = load(spec)
-    if not options.budgets:
-        options = replace(options, budgets=default_budgets(loaded.facts.model_top_k))
-    check_budgets(options.budgets, loaded.facts.model_top_k)
+    budgets = list(dict.fromkeys(spec.budgets)) or default_budgets(loaded.facts.model_top_k)
+    check_budgets(budgets, loaded.facts.model_top_k)
     text = prepare_text(
         loaded.tokenizer,
         loaded.facts,
         documents,
-        max_tokens=options.max_tokens,
+        max_tokens=spec.tokens,
         batch_size=spec.batch_size,
     )
-    prepared = _Prepared(spec, options, loaded, text)
+    prepared = _Prepared(spec.model_copy(update={"budgets": budgets}), variants, loaded, text)
     with only_writer(spec.output), torch_threads(loaded.threads.batch):
         return _sweep_begun(prepared, start)
 
@@ -109,15 +93,15 @@ def sweep(spec: RunSpec, options: SweepOptions) -> dict[str, Any]:
 class _Prepared(NamedTuple):
     """A sweep with validated model and texts."""
 
-    spec: RunSpec
-    options: SweepOptions
+    spec: SweepSpec
+    variants: list[Variant]
     loaded: Loaded
     text: QualityText
 
 
 def _sweep_begun(prepared: _Prepared, start: float) -> dict[str, Any]:
     """Carry out a sweep whose folder is locked."""
-    spec, options, loaded, text = prepared
+    spec, variants, loaded, text = prepared
     stored = read_stored_sweep(spec.output)
     identity = identify(spec.model, loaded.model, loaded.tokenizer)
     _check_identity(spec.output, stored, identity)
@@ -141,8 +125,8 @@ def _sweep_begun(prepared: _Prepared, start: float) -> dict[str, Any]:
     document[KIND] |= earlier
     _write(spec.output, document)
     clock.append(time.perf_counter())
-    goals = [Goal(variant=v, budget=b) for v in options.variants for b in options.budgets]
-    beyond = _curve_goals(options, loaded.facts.model_top_k)
+    goals = [Goal(variant=v, budget=b) for v in variants for b in spec.budgets]
+    beyond = _curve_goals(variants, spec.budgets, loaded.facts.model_top_k)
     found = search.find([*goals, *beyond], known=[*earlier["points"], *earlier["curve_points"]])
     settings, curve_settings = found[: len(goals)], found[len(goals) :]
     document[KIND]["points"] = search.to_documents(settings)
@@ -210,12 +194,14 @@ def curve_budgets(budgets: Sequence[float], model_top_k: int) -> list[float]:
     return sorted(found - set(budgets), reverse=True)
 
 
-def _curve_goals(options: SweepOptions, model_top_k: int) -> list[Goal]:
+def _curve_goals(
+    variants: Sequence[Variant], budgets: Sequence[float], model_top_k: int
+) -> list[Goal]:
     return [
         Goal(variant=variant, budget=budget)
-        for variant in options.variants
+        for variant in variants
         if variant.method in CURVES
-        for budget in curve_budgets(options.budgets, model_top_k)
+        for budget in curve_budgets(budgets, model_top_k)
     ]
 
 
@@ -246,13 +232,14 @@ def _check_identity(folder: Path, stored: Mapping[str, Any], identity: RunIdenti
 def _calibrate(
     prepared: _Prepared, stored: dict[str, Any]
 ) -> tuple[Calibration | None, dict[str, Any]]:
-    spec, options, loaded, _ = prepared
-    rules = [NamedRule(variant.name, "", variant.anywhere()) for variant in options.variants]
+    spec, variants, loaded, _ = prepared
+    rules = [NamedRule(variant.name, "", variant.anywhere()) for variant in variants]
     calibration, about = obtain_calibration(
         spec,
         rules,
         loaded.model,
         loaded.tokenizer,
+        spec.output,
         stored,
         usual_nulls=(),
     )
@@ -267,7 +254,7 @@ def _document(
     search: KnobSearch,
 ) -> dict[str, Any]:
     """Return the content of run.json before the search."""
-    spec, options, loaded, text = prepared
+    spec, _, loaded, text = prepared
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": KIND,
@@ -279,7 +266,7 @@ def _document(
         "provenance": {
             **collect_provenance(spec.seed),
             "threads": loaded.threads.batch,
-            "command": options.command,
+            "command": spec.command,
         },
         "timing": None,
         "text": {
@@ -295,7 +282,7 @@ def _document(
             "search_tokens": search.num_tokens,
         },
         KIND: {
-            "budgets": list(options.budgets),
+            "budgets": spec.budgets,
             "points": [],
             "curve_points": [],
             "references": [],

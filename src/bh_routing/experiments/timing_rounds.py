@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from bh_routing.engine.generate import generate_routed
 from bh_routing.errors import ResultsError
+from bh_routing.experiments.configurations import NamedRule
 from bh_routing.experiments.executors import Cell
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.identity import experiment_key
-from bh_routing.experiments.specs import NamedRule, Prompt
+from bh_routing.experiments.specs import Prompt
 from bh_routing.results.files import read_csv, render_csv, write_atomically
 from bh_routing.results.records import TIMING_COLUMNS, TIMINGS, RoundTiming
 

@@ -15,24 +15,13 @@ from tqdm import tqdm
 
 from bh_routing.engine.score import score
 from bh_routing.errors import InputError
-from bh_routing.experiments.config_file import parse_rule
+from bh_routing.experiments.configurations import parse_rule
 from bh_routing.experiments.quality import QualityText
 from bh_routing.models.routers import find_routers
 from bh_routing.rules.base import Knob, Rule
 from bh_routing.rules.catalog import get_rule, make_rule, name_rules, rule_to_config
 from bh_routing.rules.fixed import PerLayerTopK, TopK
 
-DEFAULT_VARIANTS: Final = (
-    "bh",
-    "bh_drop:statistic=sensitivity",
-    "bh_drop:scope=block,statistic=sensitivity",
-    "contribution_threshold:statistic=sensitivity",
-    "top_p",
-    "per_layer_top_k",
-    "min_p",
-    "entropy",
-    "random_k",
-)
 _ALSO: Final = {"contribution_threshold": "population BH"}
 """Equivalent procedures: BH over the calibration's slots decides like a fixed threshold."""
 

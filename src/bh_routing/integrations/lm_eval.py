@@ -42,7 +42,6 @@ from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules.base import Rule
 from bh_routing.rules.catalog import make_rule, rule_to_config
 
-TASKS = ("bh_cloze", "bh_choice", "bh_rolling")
 CLOZE_FILE = "cloze.jsonl"
 CHOICE_FILE = "choice.jsonl"
 ROLLING_FILE = "rolling.jsonl"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,12 +17,23 @@ import yaml
 from datasets.exceptions import DatasetsError
 from lm_eval.tasks import TaskManager
 
-from bh_routing.errors import InputError, unknown_name
-from bh_routing.integrations.lm_eval import TASKS, ExpertUse, RoutedModel, task_folder
-from bh_routing.models.load import LoadedModel
+from bh_routing.engine.generate import choose_chat_template
+from bh_routing.errors import InputError, ResultsError, unknown_name
+from bh_routing.experiments.budget import bring_to_budget
+from bh_routing.experiments.calibrating import obtain_calibration
+from bh_routing.experiments.configurations import NamedRule, make_rules, resolved
+from bh_routing.experiments.defaults import LOCAL_TASKS
+from bh_routing.experiments.fitting import fit_to_config, fit_to_loaded
+from bh_routing.experiments.identity import collect_provenance
+from bh_routing.experiments.specs import LmEvalSpec
+from bh_routing.integrations.lm_eval import ExpertUse, RoutedModel, check_end_token, task_folder
+from bh_routing.models.load import LoadedModel, load_model
+from bh_routing.models.routers import describe_model
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.results.records import TaskOutcome
+from bh_routing.results.files import render_json, render_json_lines, to_strict, write_atomically
+from bh_routing.results.records import SCHEMA_VERSION, TASK_OUTCOMES, TASK_SUMMARY, TaskOutcome
 from bh_routing.rules.base import Rule
+from bh_routing.rules.fixed import TopK
 
 log = logging.getLogger(__name__)
 
@@ -43,21 +55,6 @@ _WEIGHTED: Final = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TaskPlan:
-    """Tasks, and the number of items."""
-
-    tasks: Sequence[str] = TASKS
-    """Names of tasks, groups or tags, or YAML files."""
-    include_paths: Sequence[Path] = ()
-    """Folders with further tasks; the packaged ones are always available."""
-    limit: int | None = None
-    """Maximum number of items per task, from its first; None: all."""
-    num_fewshot: int | None = None
-    """None: the task's own."""
-    batch_size: int = 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class TaskScore:
     """One score of lm-eval's own table."""
 
@@ -72,7 +69,7 @@ class TaskScore:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskRun:
-    """Results of one configuration on one entry of the plan's tasks."""
+    """Results of one configuration on one entry of the spec's tasks."""
 
     config_name: str
     requested: str
@@ -83,11 +80,115 @@ class TaskRun:
     seconds: float
 
 
+def evaluate_tasks(
+    spec: LmEvalSpec, compare: Callable[[list[TaskOutcome], str], list[Any]]
+) -> dict[str, Any]:
+    """Run tasks under each configuration, and compare it with the model's own top-k.
+
+    Outcomes are written as they arrive, so that an interruption doesn't lose them.
+
+    Args:
+        spec: the spec; without an output folder nothing is kept.
+        compare: outcomes and the name of the reference -> dataclasses for the summary.
+    Returns:
+        The content of lm_eval.json.
+    Raises:
+        InputError: a task, the model, calibration or a configuration can't be used, or no
+            configuration is the model's own top-k.
+        ResultsError: the folder holds outcomes already.
+    """
+    _check_output(spec.output)
+    known = find_tasks(spec)
+    fitted = fit_to_config(spec)
+    loaded = load_model(
+        spec.model, device=spec.device, dtype=spec.dtype, device_map=spec.device_map
+    )
+    check_end_token(loaded.tokenizer)
+    loaded = loaded._replace(tokenizer=choose_chat_template(loaded.tokenizer, spec.chat_template))
+    facts = describe_model(loaded.model)
+    spec, left_out = fit_to_loaded(fitted, loaded.model)
+    rules = make_rules(spec.configs, spec.budget)
+    reference = _reference(rules, facts.model_top_k)
+    calibration, about = obtain_calibration(spec, rules, loaded.model, loaded.tokenizer)
+    rules = bring_to_budget(spec, rules, loaded.model, loaded.tokenizer, calibration).rules
+    runs = []
+    by_name = {named.name: named.rule for named in rules}
+    for run in run_tasks(loaded, by_name, calibration, spec, known):
+        runs.append(run)
+        _append(spec.output, run)
+    comparisons = compare([outcome for run in runs for outcome in run.outcomes], reference)
+    document: dict[str, Any] = to_strict(
+        {
+            "model": {"name": spec.model, **asdict(facts)},
+            "configs": resolved(spec, rules)["configs"],
+            "left_out": left_out,
+            "reference": reference,
+            "calibration": about,
+            "tasks": spec.tasks,
+            "limit": spec.limit,
+            "num_fewshot": spec.num_fewshot,
+            "batch_size": spec.batch_size,
+            "chat_template": loaded.tokenizer.chat_template,
+            "runs": [_run_facts(run) for run in runs],
+            "comparisons": [asdict(comparison) for comparison in comparisons],
+            "provenance": {
+                **collect_provenance(spec.seed),
+                "lm_eval": metadata.version("lm_eval"),
+            },
+        }
+    )
+    if spec.output is not None:
+        write_atomically(spec.output / TASK_SUMMARY, render_json(document))
+    return document
+
+
+def _reference(rules: Sequence[NamedRule], model_top_k: int) -> str:
+    own = [named.name for named in rules if named.rule == TopK(model_top_k)]
+    if not own:
+        raise InputError(
+            f"none of {', '.join(named.name for named in rules)} is the model's own top-k "
+            f"(k = {model_top_k}), with which the others are compared; add such a configuration"
+        )
+    return own[0]
+
+
+def _check_output(output: Path | None) -> None:
+    """Raise ResultsError if the folder has outcomes, which mustn't be mixed with this run's."""
+    for name in (TASK_OUTCOMES, TASK_SUMMARY):
+        if output is not None and (output / name).exists():
+            raise ResultsError(
+                f"{output / name} is there already; choose another folder, or move it away"
+            )
+
+
+def _append(output: Path | None, run: TaskRun) -> None:
+    if output is None:
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / TASK_OUTCOMES).open("ab") as file:
+        file.write(
+            render_json_lines(
+                {"schema_version": SCHEMA_VERSION, **asdict(outcome)} for outcome in run.outcomes
+            )
+        )
+
+
+def _run_facts(run: TaskRun) -> dict[str, Any]:
+    return {
+        "config_name": run.config_name,
+        "requested": run.requested,
+        "mean_experts": run.expert_use.mean_experts,
+        "tokens": run.expert_use.tokens,
+        "seconds": round(run.seconds, 2),
+        "scores": [asdict(score) for score in run.scores],
+    }
+
+
 def run_tasks(
     loaded: LoadedModel,
     rules: Mapping[str, Rule],
     calibration: Calibration | None,
-    plan: TaskPlan,
+    spec: LmEvalSpec,
     known: TaskManager,
 ) -> Iterator[TaskRun]:
     """Run every task under every rule, task by task, to complete comparisons early.
@@ -96,23 +197,23 @@ def run_tasks(
         loaded: model and tokenizer.
         rules: name -> rule.
         calibration: for rules that need one; None: each such rule calibrates.
-        plan: the tasks.
-        known: the plan's task manager, from `find_tasks`.
+        spec: the tasks.
+        known: the spec's task manager, from `find_tasks`.
     Yields:
         One run per task and rule, as it is finished.
     Raises:
         InputError: a rule doesn't fit the model.
     """
     models = {
-        name: RoutedModel(loaded, rule=rule, calibration=calibration, batch_size=plan.batch_size)
+        name: RoutedModel(loaded, rule=rule, calibration=calibration, batch_size=spec.batch_size)
         for name, rule in rules.items()
     }
-    for task in plan.tasks:
+    for task in spec.tasks:
         for name, model in models.items():
             model.expert_use = ExpertUse()
             start = time.perf_counter()
             with _packaged_tasks_without_hint():
-                results = _evaluate(model, task, known, plan)
+                results = _evaluate(model, task, known, spec)
             seconds = time.perf_counter() - start
             mean = model.expert_use.mean_experts
             log.info("%s under %s: %.2f experts, %.1f s", task, name, mean, seconds)
@@ -126,36 +227,36 @@ def run_tasks(
             )
 
 
-def find_tasks(plan: TaskPlan) -> TaskManager:
+def find_tasks(spec: LmEvalSpec) -> TaskManager:
     """Index the tasks, and load each once, to find errors before the model is loaded.
 
     lm-eval's own 14,000 tasks take half a minute, so they are indexed only if needed.
 
     Raises:
-        InputError: a task or a folder doesn't exist or can't be loaded, or the plan has no task.
+        InputError: a task or a folder doesn't exist or can't be loaded, or the spec has no task.
     """
-    if not plan.tasks:
-        raise InputError(f"no task was given; give at least one, such as {TASKS[0]}")
-    for path in plan.include_paths:
+    if not spec.tasks:
+        raise InputError(f"no task was given; give at least one, such as {LOCAL_TASKS[0]}")
+    for path in spec.include_paths:
         if not path.is_dir():
-            raise InputError(f"task folder {path} doesn't exist; check --include-path")
-    folders = [str(task_folder()), *(str(path) for path in plan.include_paths)]
+            raise InputError(f"task folder {path} doesn't exist; check the path")
+    folders = [str(task_folder()), *(str(path) for path in spec.include_paths)]
     local = TaskManager(include_path=folders, include_defaults=False)
-    manager = TaskManager(include_path=folders) if _unknown(plan, local) else local
-    unknown = _unknown(plan, manager)
+    manager = TaskManager(include_path=folders) if _unknown(spec, local) else local
+    unknown = _unknown(spec, manager)
     if unknown:
         known = local.all_tasks
         raise InputError(
             f"{unknown_name('task', unknown[0], known)}; and what `lm-eval ls tasks` lists"
         )
-    for task in plan.tasks:
+    for task in spec.tasks:
         _check_task(task, manager)
     return manager
 
 
-def _unknown(plan: TaskPlan, manager: TaskManager) -> list[str]:
+def _unknown(spec: LmEvalSpec, manager: TaskManager) -> list[str]:
     known = set(manager.all_tasks)
-    return [task for task in plan.tasks if task not in known and not Path(task).is_file()]
+    return [task for task in spec.tasks if task not in known and not Path(task).is_file()]
 
 
 def _check_task(task: str, manager: TaskManager) -> None:
@@ -166,18 +267,18 @@ def _check_task(task: str, manager: TaskManager) -> None:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(
             f"task {task!r} can't be loaded ({reason}); correct its file, or check its data set's "
-            f"name and the network: {', '.join(TASKS)} need none"
+            f"name and the network: {', '.join(LOCAL_TASKS)} need none"
         ) from error
 
 
 def _evaluate(
-    model: RoutedModel, task: str, manager: TaskManager, plan: TaskPlan
+    model: RoutedModel, task: str, manager: TaskManager, spec: LmEvalSpec
 ) -> dict[str, Any]:
     results: dict[str, Any] = lm_eval.simple_evaluate(
         model,
         tasks=[task],
-        num_fewshot=plan.num_fewshot,
-        limit=plan.limit,
+        num_fewshot=spec.num_fewshot,
+        limit=spec.limit,
         # Configurations are compared item by item; lm-eval's errors treat each separately.
         bootstrap_iters=0,
         task_manager=manager,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
-from typing import Final, TypedDict
+from typing import Any, Final, TypedDict
 
 from bh_routing.errors import ModelError
-from bh_routing.models.sites import RouterFacts, Scoring
+from bh_routing.models.sites import RouterFacts, RouterSite, Scoring
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,3 +133,20 @@ def describe_limits(facts: RouterFacts) -> list[str]:
     if not facts.experts_see_input:
         limits.append("no oracle rule: experts aren't given the router's input")
     return limits
+
+
+def router_rows(sites: Iterable[RouterSite]) -> list[dict[str, Any]]:
+    """Describe each router of a model."""
+    return [
+        {
+            "router": site.name,
+            "experts": site.facts.num_experts,
+            "top_k": site.facts.top_k,
+            "most": site.facts.most_slots,
+            "scale": None if site.facts.scale is None else round(site.facts.scale, 3),
+            "sorted": site.facts.is_sorted,
+            "how": describe_facts(site.facts),
+            "limits": describe_limits(site.facts),
+        }
+        for site in sites
+    ]

@@ -151,12 +151,13 @@ class SweepFacts:
         stored = child(run, "provenance").get("command")
         if isinstance(stored, str) and stored.isprintable():
             return stored
-        budgets = ",".join(f"{budget:g}" for budget in child(run, "sweep").get("budgets") or [])
+        means = child(run, "sweep").get("budgets") or []
+        budgets = "".join(f" --budget {budget:g}" for budget in means)
         model = str(child(run, "model").get("name") or "demo")
         quoted = shlex.quote(model) if model.isprintable() else "MODEL"
         tokens = child(run, "text").get("tokens")
         size = f" --tokens {tokens}" if isinstance(tokens, int) else ""
-        return f"bh-routing sweep --model {quoted} --budgets {budgets}{size} --output FOLDER"
+        return f"bh-routing sweep --model {quoted}{budgets}{size} --output FOLDER"
 
     def against(self, row: SweepRow, name: str) -> Against:
         """Return the comparison of a row with one reference."""

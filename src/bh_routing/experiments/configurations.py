@@ -1,18 +1,99 @@
-"""Configurations as users write them: a YAML file, or one word on the command line."""
+"""Configurations: from a YAML file or one word on the command line to rules."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bh_routing.errors import InputError
-from bh_routing.experiments.specs import Prompt, describe_error
-from bh_routing.rules.catalog import name_of_text
+from bh_routing.errors import InputError, unknown_name
+from bh_routing.experiments import defaults
+from bh_routing.experiments.specs import (
+    Choice,
+    ModelSpec,
+    Prompt,
+    PromptChoice,
+    describe_error,
+    shorten,
+)
+from bh_routing.rules.base import Rule
+from bh_routing.rules.catalog import get_rule, make_rule, name_of_text, rule_to_config
+from bh_routing.rules.fixed import TopK
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+@-]{0,63}")
+
+
+class NamedRule(NamedTuple):
+    """A configuration with validated fields."""
+
+    name: str
+    description: str
+    rule: Rule
+
+
+def make_rules(
+    configs: Mapping[str, Mapping[str, Any]], budget: float | None = None
+) -> list[NamedRule]:
+    """Make a rule per configuration, in order.
+
+    Args:
+        configs: name -> configuration.
+        budget: with a budget, a configuration may lack its rule's tuning parameter.
+    Raises:
+        InputError: a name or a field is invalid; the message starts with the configuration.
+    """
+    return [_make_rule(name, config, budget is not None) for name, config in configs.items()]
+
+
+def _make_rule(name: str, config: Mapping[str, Any], may_lack_knob: bool) -> NamedRule:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InputError(
+            f"configuration name {shorten(str(name))!r} must be 1 to 64 letters, digits, or "
+            "_ . + @ - and start with a letter or digit; rename it"
+        )
+    fields = dict(config)
+    description = fields.pop("description", "")
+    if not isinstance(description, str):
+        raise InputError(
+            f"configuration {name!r}: description must be a text, got {description!r}; quote it"
+        )
+    if "method" not in fields:
+        raise InputError(f"configuration {name!r} has no method; add for example method: bh")
+    try:
+        return NamedRule(name, description, make_rule(_placeholder(fields, may_lack_knob) | fields))
+    except InputError as error:
+        raise InputError(f"configuration {name!r}: {error}") from error
+
+
+def _placeholder(fields: Mapping[str, Any], may_lack_knob: bool) -> dict[str, Any]:
+    knob = get_rule(fields).knob if may_lack_knob else None
+    if knob is None or knob is TopK.knob:
+        return {}
+    return knob.fields(knob.scale.value_at(sum(knob.scale.ends(model_top_k=1)) / 2), num_layers=1)
+
+
+def find_baseline(rules: Sequence[NamedRule], model_top_k: int) -> str | None:
+    """Return the name of the baseline that other configurations are compared with.
+
+    It is the model's own top-k, or else the first static top-k; None without either.
+    """
+    static = [named for named in rules if isinstance(named.rule, TopK)]
+    own = [named for named in static if named.rule == TopK(model_top_k)]
+    return next((named.name for named in [*own, *static]), None)
+
+
+def resolved(spec: ModelSpec, rules: Sequence[NamedRule]) -> dict[str, Any]:
+    """Return the spec as plain JSON data, with all fields of each rule."""
+    content = spec.model_dump(mode="json")
+    content["configs"] = {
+        named.name: {**rule_to_config(named.rule), "description": named.description}
+        for named in rules
+    }
+    return content
 
 
 def parse_rule(text: str) -> tuple[str, dict[str, Any]]:
@@ -216,3 +297,75 @@ def add_config_file(
     return Selection(
         {**configs, **content.configs}, [*(dict(prompt) for prompt in prompts), *added]
     )
+
+
+def choose(
+    choice: Choice,
+    configs: Mapping[str, dict[str, Any]] | None = None,
+    prompts: Sequence[Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Return the fields of a spec that a user's choice sets.
+
+    Prompts are selected here, configurations once the model is known.
+
+    Args:
+        choice: the user's choice.
+        configs, prompts: those to choose from; None: the library's.
+    Raises:
+        InputError: the file, a rule or a prompt's number or category is invalid.
+    """
+    chosen = Selection(
+        dict(defaults.ROUTING_CONFIGS if configs is None else configs),
+        [dict(prompt) for prompt in (defaults.TEST_PROMPTS if prompts is None else prompts)],
+    )
+    if choice.config is not None:
+        chosen = add_config_file(choice.config, chosen.configs, chosen.prompts)
+    written = dict(parse_rule(text) for text in choice.rules)
+    if written and choice.config is None and choice.configs is None:
+        fields: dict[str, Any] = {"configs": written}
+    else:
+        only = None if choice.configs is None else [*choice.configs, *written]
+        fields = {"configs": chosen.configs | written, "only": only}
+    if isinstance(choice, PromptChoice):
+        fields["prompts"] = select_prompts(chosen.prompts, choice.prompts)
+    return fields
+
+
+def select_prompts(
+    prompts: Sequence[Mapping[str, Any]], items: Iterable[str] | None
+) -> list[dict[str, Any]]:
+    """Select the prompts that `items` name, in the order of `prompts`; None selects all.
+
+    Args:
+        prompts: mappings with a `category`.
+        items: each is a number (the first prompt is 1), a range such as 2-4, or a category.
+    Raises:
+        InputError: a number is out of range, or a name isn't a category.
+    Example:
+        >>> prompts = [{"text": t, "category": c} for t, c in ["ax", "by", "cx"]]
+        >>> [p["text"] for p in select_prompts(prompts, ["1", "y"])]
+        ['a', 'b']
+    """
+    if items is None:
+        return [dict(prompt) for prompt in prompts]
+    kept: set[int] = set()
+    for item in items:
+        kept.update(_prompt_numbers(prompts, item))
+    return [dict(prompt) for number, prompt in enumerate(prompts, start=1) if number in kept]
+
+
+def _prompt_numbers(prompts: Sequence[Mapping[str, Any]], item: str) -> list[int]:
+    """Return the prompt numbers, from 1, that one item of `--prompts` denotes."""
+    match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", item)
+    if match:
+        first = int(match[1])
+        last = int(match[2] or first)
+        if not 1 <= first <= last <= len(prompts):
+            raise InputError(
+                f"prompt numbers run from 1 to {len(prompts)}, got {item}; for example 1,3-5"
+            )
+        return list(range(first, last + 1))
+    categories = [str(prompt.get("category", "custom")) for prompt in prompts]
+    if item not in categories:
+        raise unknown_name("category of prompts", item, dict.fromkeys(categories))
+    return [number for number, name in enumerate(categories, start=1) if name == item]
