@@ -18,7 +18,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bh_routing.analysis.calibration_file import read_calibration_samples
+from bh_routing.analysis.null_samples import read_null_samples
 from bh_routing.analysis.quality_row import read_quality
 from bh_routing.analysis.results import load_results
 from bh_routing.engine.texts import read_documents
@@ -256,7 +256,7 @@ def calibration_target(folder: Path, demo: LoadedModel) -> Target:
     def check(mutation: Mutation) -> None:
         path.write_bytes(mutate_calibration(good, mutation))
         with suppress(BHRoutingError):
-            read_calibration_samples(path)
+            read_null_samples(path)
         Calibration.load(path)
 
     return check, (NOTHING,), st.tuples(MUTATION)

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bh_routing.analysis.calibration_file import NullSample
+from bh_routing.analysis.null_samples import NullSample
 from bh_routing.errors import CalibrationError
 from bh_routing.report.charts.calibration import draw_null, finding, plot_calibration
 from bh_routing.report.charts.style import look
 from tests.nulls.test_calibration import make
 
 
-def panel(share_small: float) -> NullSample:
-    p = np.concatenate([np.full(round(100 * share_small), 0.01), np.full(300, 0.5)])
+def panel(fraction_small: float) -> NullSample:
+    p = np.concatenate([np.full(round(100 * fraction_small), 0.01), np.full(300, 0.5)])
     scores = np.sort(np.random.default_rng(0).normal(size=p.size))
     return NullSample(label="layer 7", reference_N=scores, observed_M=scores + 1, p_M=p)
 

@@ -22,7 +22,11 @@ from torch import Tensor
 
 from bh_routing.errors import CalibrationError
 from bh_routing.nulls.base import ReferenceTable
-from bh_routing.nulls.calibration_file import (
+from bh_routing.nulls.catalog import NULLS
+from bh_routing.nulls.contributions import NEEDED, Contributions, is_by_loss, remedy
+from bh_routing.nulls.cut_offs import DRAWS_ON_FIRST_LINE, MIN_DOCUMENTS, MIN_TOKENS
+from bh_routing.nulls.reservoir import row_capacity
+from bh_routing.results.calibration_file import (
     CONTRIBUTIONS,
     FORMAT,
     OBSERVED,
@@ -31,10 +35,6 @@ from bh_routing.nulls.calibration_file import (
     CalibrationFacts,
     read_calibration,
 )
-from bh_routing.nulls.catalog import NULLS
-from bh_routing.nulls.contributions import NEEDED, Contributions, is_by_loss, remedy
-from bh_routing.nulls.cut_offs import DRAWS_ON_FIRST_LINE, MIN_DOCUMENTS, MIN_TOKENS
-from bh_routing.nulls.reservoir import row_capacity
 from bh_routing.results.files import unwritable, write_atomically
 
 _REMEDY: Final = "run: bh-routing calibrate --model NAME --output FILE"
@@ -228,19 +228,26 @@ class Calibration:
         Raises:
             CalibrationError: the file is missing, damaged, no calibration, or of another schema.
         """
-        parts = read_calibration(Path(path))
-        fields: dict[str, Any] = parts.facts.model_dump(
+        file = read_calibration(Path(path))
+        fields: dict[str, Any] = file.facts.model_dump(
             exclude={"nulls", "contributions", "observed"}
         )
         loaded = cls(
-            tables=parts.tables,
-            observed=parts.observed,
-            passages=parts.passages,
-            contributions=parts.contributions,
-            created_at=parts.created_at,
+            tables={
+                null: tuple(ReferenceTable(torch.from_numpy(table)) for table in layers)
+                for null, layers in file.tables.items()
+            },
+            observed={
+                null: tuple(map(torch.from_numpy, layers)) for null, layers in file.observed.items()
+            },
+            passages=torch.from_numpy(file.passages),
+            contributions=Contributions.of_arrays(file.contributions)
+            if file.contributions
+            else None,
+            created_at=file.created_at,
             **fields,
         )
-        if loaded.fingerprint != parts.fingerprint:
+        if loaded.fingerprint != file.fingerprint:
             raise CalibrationError(
                 f"calibration {path} was changed after it was written: its contents don't match "
                 f"its fingerprint; {_REMEDY}"

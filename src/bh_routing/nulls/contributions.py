@@ -11,31 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from bh_routing.errors import CalibrationError
 from bh_routing.nulls.base import ReferenceTable
+from bh_routing.results.calibration_file import (
+    NEEDED,
+    RESIDUAL_NORMS,
+    Array,
+    Definition,
+    Statistic,
+)
 
-Statistic = Literal["contribution", "weight", "sensitivity", "layer_sensitivity"]
-"""contribution: weight x mean output norm of the expert / mean residual norm of the layer.
-weight: the routing weight alone. sensitivity: weight x root mean square of the loss's derivative
-with respect to the weight, an estimate of the increase in loss when the slot is dropped.
-layer_sensitivity: weight x mean output norm of the expert, scaled in each layer to the layer's mean
-sensitivity: fewer numbers to estimate from gradients, one per layer."""
+__all__ = ["BY_LOSS", "NEEDED", "Contributions", "Definition", "Statistic", "is_by_loss", "remedy"]
 
 BY_LOSS: Final[tuple[Statistic, ...]] = ("sensitivity", "layer_sensitivity")
 """Statistics that need gradients."""
-
-Definition = Literal["norm", "loss"]
-"""norm: the slot's true contribution, weight x its own output norm / its token's own residual
-norm, was above the median over all layers' slots. loss: |dL/dw x w|, the first-order change of the
-text's loss if the slot is dropped, was above its median."""
-
-NEEDED: Final[Mapping[Definition, str]] = {"norm": "needed", "loss": "needed_by_loss"}
-"""Definition -> its name in a calibration."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -81,13 +75,31 @@ class Contributions:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything as tensors by name, for a file or a fingerprint."""
-        named = {"residual_norms": self.residual_norms_L}
+        named = {RESIDUAL_NORMS: self.residual_norms_L}
         named |= {f"scale.{s}": scale_LE for s, scale_LE in self.scales.items()}
         named |= {f"all.{s}": table.sorted_scores_N for s, table in self.all_scores.items()}
         for (statistic, definition), table in self.needed_scores.items():
             named[f"needed.{statistic}.{definition}"] = table.sorted_scores_N
         named |= {f"cut.{definition}": torch.tensor(cut) for definition, cut in self.cuts.items()}
         return named
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, Array]) -> Contributions:
+        """Return contributions with the values of `tensors`, read from a file."""
+        kinds: dict[str, dict[Any, Any]] = {"scale": {}, "all": {}, "needed": {}, "cut": {}}
+        for name, values in arrays.items():
+            kind, *words = name.split(".")
+            if words:
+                key = words[0] if len(words) == 1 else tuple(words)
+                tensor = torch.from_numpy(values)
+                kinds[kind][key] = ReferenceTable(tensor) if kind in ("all", "needed") else tensor
+        return cls(
+            residual_norms_L=torch.from_numpy(arrays[RESIDUAL_NORMS]),
+            scales=kinds["scale"],
+            all_scores=kinds["all"],
+            needed_scores=kinds["needed"],
+            cuts={definition: float(cut) for definition, cut in kinds["cut"].items()},
+        )
 
     def extended_by(self, other: Contributions) -> Contributions:
         """Return these contributions plus the entries that only `other` has."""

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from scipy.special import expit
 
-from bh_routing.analysis.calibration_file import NullSample, read_calibration_samples
+from bh_routing.analysis.null_samples import NullSample, read_null_samples
 from bh_routing.errors import CalibrationError
 from bh_routing.report.charts.chart import Chart
 from bh_routing.report.charts.style import (
@@ -48,7 +48,7 @@ def null_charts(path: str | Path) -> dict[str, Chart]:
     for null, panels in _samples(path).items():
         some = np.unique(np.linspace(0, len(panels) - 1, PANELS_IN_HTML).round().astype(int))
         shares = (
-            (p.label, percent(p.share_below_05, 1), f"{p.reference_N.size:,}") for p in panels
+            (p.label, percent(p.fraction_below_05, 1), f"{p.reference_N.size:,}") for p in panels
         )
         charts[null] = Chart(
             finding=finding(null, panels),
@@ -87,7 +87,7 @@ def plot_calibration(path: str | Path, folder: str | Path) -> list[Path]:
 
 
 def _samples(path: str | Path) -> Mapping[str, Sequence[NullSample]]:
-    samples = read_calibration_samples(path).samples
+    samples = read_null_samples(path)
     if not samples:
         raise CalibrationError(
             f"calibration {path} holds no observed scores, which files have since schema 3; "
@@ -129,7 +129,7 @@ def finding(null: str, panels: Sequence[NullSample]) -> str:
         >>> finding("background", [same])
         'background: 50 % of all scores have p ≤ 0.05, 5 % if all came from the null'
     """
-    shares = sorted(panel.share_below_05 for panel in panels)
+    shares = sorted(panel.fraction_below_05 for panel in panels)
     low, high = percent(shares[0]), percent(shares[-1])
     span = low if low == high else f"{low.removesuffix(' %')} to {high}"
     what = "slots" if null in _SLOTS else "scores"
