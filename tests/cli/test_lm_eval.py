@@ -84,12 +84,28 @@ def test_the_table_shows_experts_scores_and_flips(
     assert "Differences from topk_8" in out
 
 
+def test_a_rule_in_one_word_is_brought_to_a_budget(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    selected = ["--tasks", "bh_cloze", "--limit", "3", "--rule", "top_k:k=8", "--rule", "top_p"]
+    text = tmp_path / "text.txt"
+    text.write_text("\n<|endoftext|>\n".join(f"Day {day} at sea was calm." for day in range(40)))
+    budget = ["--budget", "4", "--calibration-text", str(text)]
+    assert main([*COMMAND, *selected, *budget, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["reference"] == "top_k_k-8"
+    experts = {run["config_name"]: run["mean_experts"] for run in printed["runs"]}
+    assert experts["top_k_k-8"] == 8
+    assert 2 < experts["top_p@4"] < 7
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--configs", "bh_strict"], "is the model's own top-k (k = 8)"),
         (["--include-path", "/nowhere"], "task folder /nowhere doesn't exist"),
         (["--tasks", ","], "no task was given"),
+        (["--configs", "topk_8", "--device-map", "auto"], "--device-map auto spreads"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(

@@ -83,8 +83,14 @@ def test_an_old_spelling_warns_once_and_names_the_new_one(
         (["lm-eval", "--num-fewshot", "-1"], "--num-fewshot must be greater than or equal to 0"),
         (["evaluate", "--dtype", "float16", "--no-fp16"], "--no-fp16 and --dtype float16 exclude"),
         (["sweep", "--tokens", "5"], "'--output'"),
+        (["sweep", "--output", "x", "--budget", "5", "--budget", "0"], "--budget must be greater"),
+        (["evaluate", "--workers", "2"], "go with --executor ray; add it"),
+        (["run", "--model", ""], "--model must"),
+        (["lm-eval", "--model", "./nowhere"], "check the path, or use --model demo"),
+        (["run", "--device-map", "auto", "--device", "cpu", "--model", "demo", "--no-eval"],
+         "--device-map auto spreads a model over GPUs; leave out --device cpu"),
     ],
-)
+)  # fmt: skip
 def test_an_error_names_the_option(
     arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -102,6 +102,22 @@ def test_a_file_and_subsets_choose_the_grid(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("loaded_demo")
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--rule", "top_k:k=3", "--rule", "top_p:p=0.5"], ["top_k_k-3", "top_p_p-0.5"]),
+        (["--rule", "top_k:k=3", "--configs", "topk_8"], ["topk_8", "top_k_k-3"]),
+        (["--rule", "top_p", "--budget", "4", "--configs", "topk_8"], ["topk_8", "top_p@4"]),
+    ],
+)
+def test_a_rule_in_one_word_is_run(flags: list[str], names: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "r"
+    assert main(["run", *TINY, "--output", str(folder), "--prompts", "1", *flags], QUIET) == 0
+    lines = (folder / JOURNAL).read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["record"]["config_name"] for line in lines] == names
+
+
+@pytest.mark.usefixtures("loaded_demo")
 def test_one_token_per_prompt_is_enough_for_a_report(tmp_path: Path) -> None:
     overrides = Overrides(configs=CONFIGS, prompts=PROMPTS)
     flags = [*TINY, "--max-tokens", "1", "--output", str(tmp_path / "r")]

@@ -115,8 +115,8 @@ def test_without_ray_the_executor_is_refused_and_nothing_is_written(
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"workers": 2}, "--executor ray"),
-        ({"ray_address": "auto"}, "--executor ray"),
+        ({"workers": 2}, 'executor="ray"'),
+        ({"ray_address": "auto"}, 'executor="ray"'),
         ({"executor": "ray", "workers": 0}, "workers"),
         ({"executor": "dask"}, "local.*ray"),
         ({"executor": "ray", "device_map": "auto"}, "exclude each other"),

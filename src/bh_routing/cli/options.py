@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Final, NamedTuple, Union, get_args, get_origin
@@ -46,7 +47,7 @@ def with_options(*models: type[BaseModel]) -> Callable[[Callable[..., int]], Cal
 
     A field's name is the option's, its docstring the help and its default the default. The option
     of a list may be repeated and is called after one item: `rules` is `--rule`. A list of `Names`
-    is one word with commas. An error about a field names its option.
+    is one word with commas. Errors name options in place of fields, as `name_options` does.
 
     The command's parameters are the context, a dict per model, and options of its own.
     """
@@ -56,6 +57,7 @@ def with_options(*models: type[BaseModel]) -> Callable[[Callable[..., int]], Cal
         derived = [dict(_options(model)) for model in models]
         own = [context, *rest[len(models) :]]
         parameters = [*own, *(option for part in derived for option in part.values())]
+        flags = {p.name: _flag(p.name, get_args(p.annotation)[0]) for p in parameters[len(own) :]}
 
         @functools.wraps(command)
         def run(**given: Any) -> int:
@@ -65,10 +67,7 @@ def with_options(*models: type[BaseModel]) -> Callable[[Callable[..., int]], Cal
             try:
                 return command(given.pop(context.name), *parts, **given)
             except InputError as error:
-                name, colon, text = str(error).partition(": ")
-                if not colon or not any(name in part for part in derived):
-                    raise
-                raise type(error)(f"--{name.replace('_', '-')} {text}") from error
+                raise type(error)(name_options(str(error), flags)) from error
 
         signature = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in parameters])
         setattr(run, "__signature__", signature)  # noqa: B010  # mypy doesn't know the attribute
@@ -93,18 +92,44 @@ def _options(model: type[BaseModel]) -> Iterator[tuple[str, inspect.Parameter]]:
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     kind, about = _plain(field.annotation)
     default = field.get_default(call_default_factory=True)
-    flag = name.replace("_", "-")
     if get_origin(kind) is list and COMMAS in [*about, *field.metadata]:
         kind, default = str, ",".join(default) if default else None
     elif get_origin(kind) is list:
         (item,) = get_args(kind)
-        kind, flag = list[_plain(item).kind], flag.removesuffix("s")  # type: ignore[misc]
+        kind = list[_plain(item).kind]  # type: ignore[misc]
     # Of what is on by default, typer names both flags: --resume and --no-resume.
-    flags = [] if kind is bool and default else [f"--{flag}"]
+    flags = [] if kind is bool and default else [_flag(name, kind)]
     option = typer.Option(*flags, help=" ".join((field.description or "").split()))
     if field.is_required():
         return _parameter(name, kind, option, inspect.Parameter.empty)
     return _parameter(name, kind | None if default is None else kind, option, default)
+
+
+def _flag(name: str, kind: Any) -> str:
+    word = name.replace("_", "-")
+    return f"--{word.removesuffix('s') if get_origin(kind) is list else word}"
+
+
+def name_options(text: str, flags: Mapping[str, str]) -> str:
+    """Spell the keywords in a message of the library as options.
+
+    Args:
+        text: begins with the name of a field, or the number of an item, and a colon, or has
+            `name="value"` in it.
+        flags: field -> option.
+    Example:
+        >>> name_options('device_map="auto" needs accelerate', {"device_map": "--device-map"})
+        '--device-map auto needs accelerate'
+        >>> name_options("budget 2: must be at least 1", {"budgets": "--budget"})
+        '--budget must be at least 1'
+    """
+    flags = {**flags, **{f"{name.removesuffix('s')} #": flag for name, flag in flags.items()}}
+
+    def spell(match: re.Match[str]) -> str:
+        flag = flags.get(re.sub(r"\d+$", "#", match[1]))
+        return match[0] if flag is None else f"{flag} {match[2]}"
+
+    return re.sub(r'\b(\w+)="([^"]+)"', spell, re.sub(r"^(\w+(?: \d+)?): ()", spell, text))
 
 
 def _parameter(name: str, kind: Any, option: Any, default: Any) -> inspect.Parameter:

@@ -236,10 +236,10 @@ class ScoredSpec(CalibratedSpec):
     @model_validator(mode="after")
     def _one_place(self) -> ScoredSpec:
         if self.executor != "ray" and (self.ray_address or self.workers):
-            raise ValueError("ray_address and workers go with executor ray; add --executor ray")
+            raise ValueError('ray_address and workers go with executor="ray"; add it')
         if self.executor == "ray" and self.device_map:
             raise ValueError(
-                "device_map and executor ray exclude each other: a worker's model is on one GPU; "
+                'device_map="auto" and executor="ray" exclude each other: a worker has one GPU; '
                 "leave one of them out"
             )
         return self

@@ -210,7 +210,7 @@ def resolve_device(device: str) -> torch.device:
     if device not in get_args(DeviceName):
         raise InputError(f"device must be one of auto, cuda, cpu; got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device 'cuda' was asked for, but torch sees no GPU; use --device cpu")
+        raise InputError("device 'cuda' was asked for, but torch sees no GPU; use device=\"cpu\"")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
@@ -235,10 +235,10 @@ def _check_device_map(device_map: str | None, device: str) -> None:
     if device_map is None:
         return
     if device == "cpu":
-        raise InputError("--device-map auto spreads a model over GPUs; leave out --device cpu")
+        raise InputError('device_map="auto" spreads a model over GPUs; leave out device="cpu"')
     if importlib.util.find_spec("accelerate") is None:
         raise InputError(
-            "--device-map auto needs accelerate, which isn't installed; run: pip install accelerate"
+            'device_map="auto" needs the package accelerate; run: pip install accelerate'
         )
 
 
@@ -250,13 +250,13 @@ def _refuse_offloaded(name: str, model: Any, target: torch.device) -> None:
         raise ModelError(
             f"{num_away} of {len(places)} parts of model {name!r} don't fit onto the "
             f"{torch.cuda.device_count()} GPUs and would be fetched anew for each token; use more "
-            "or larger GPUs, or leave out --no-fp16"
+            'or larger GPUs, or leave out dtype="float32"'
         )
 
 
 def _is_folder(source: str) -> bool:
     if not source.strip():
-        raise ModelError("the model's name is empty; give one, for example --model demo")
+        raise ModelError('the model\'s name is empty; give one, such as model="demo"')
     path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -265,7 +265,7 @@ def _is_folder(source: str) -> bool:
             )
         return True
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise ModelError(f"folder {source} doesn't exist; check the path, or use --model demo")
+        raise ModelError(f'folder {source} doesn\'t exist; check the path, or use model="demo"')
     return False
 
 
@@ -291,7 +291,7 @@ def _explain(name: str, options: dict[str, Any], error: Exception) -> str:
     if options.get("local_files_only"):
         return (
             f"model {name!r} is not in the local cache and {constants.ENDPOINT} can't be reached; "
-            "connect to the network, give a local folder, or use --model demo"
+            'connect to the network, give a local folder, or use model="demo"'
         )
     if "backend tokenizer" in str(error):
         return _NO_TOKENIZER.format(name)
@@ -300,5 +300,5 @@ def _explain(name: str, options: dict[str, Any], error: Exception) -> str:
         reason = "it brings code of its own, which is never run"
     return (
         f"model {name!r} can't be loaded ({reason}); check the name, that it is a causal language "
-        "model of transformers in safetensors format, or use --model demo"
+        'model of transformers in safetensors format, or use model="demo"'
     )
