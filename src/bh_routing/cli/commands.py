@@ -7,12 +7,12 @@ works in the seconds that it takes.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
-from enum import StrEnum
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -40,6 +40,10 @@ TrackOption = Annotated[
 
 def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def _print(value: Any, as_json: bool, table: Callable[[Any], str]) -> None:
+    _print_json(value) if as_json else typer.echo(table(value))
 
 
 def _resumes(output: Path | None) -> str:
@@ -131,10 +135,7 @@ def evaluate(
         if spec.margin is not None:
             options = options._replace(margin=spec.margin)
         document = score(spec, lambda records: analyze_quality(records, options))
-    if as_json:
-        _print_json(document)
-    else:
-        typer.echo(tables.quality(document))
+    _print(document, as_json, tables.quality)
     return 0
 
 
@@ -177,19 +178,8 @@ def lm_eval(
 
         chosen = choose(Choice(**choice), context.obj.configs)
         document = evaluate_tasks(make_spec(LmEvalSpec, **values, **chosen), compare_tasks)
-    if as_json:
-        _print_json(document)
-    else:
-        typer.echo(tables.tasks(document))
+    _print(document, as_json, tables.tasks)
     return 0
-
-
-class PlotFormat(StrEnum):
-    """Formats of plots."""
-
-    PNG = "png"
-    PDF = "pdf"
-    SVG = "svg"
 
 
 def report(
@@ -200,7 +190,9 @@ def report(
         Path | None,
         typer.Option(help="HTML report; default: report.html in the folder. Required to compare."),
     ] = None,
-    format: Annotated[PlotFormat, typer.Option(help="Format of the plots.")] = PlotFormat.PNG,
+    format: Annotated[
+        Literal["png", "pdf", "svg"], typer.Option(help="Format of the plots.")
+    ] = "png",
     track: TrackOption = None,
 ) -> int:
     """Write report.html, REPORT.md and the plots of a run, or compare several runs."""
@@ -222,7 +214,7 @@ def report(
         return 0
     results = load_results(folders[0])
     facts = facts_of(results)
-    written = [*draw_plots(facts, format.value), write_report(facts), write_page_of(facts, output)]
+    written = [*draw_plots(facts, format), write_report(facts), write_page_of(facts, output)]
     for path in written:
         typer.echo(f"wrote {path}", err=True)
     if track is not None:
@@ -230,17 +222,9 @@ def report(
     return 0
 
 
-class ExportFormat(StrEnum):
-    """Formats of exported results."""
-
-    XLSX = "xlsx"
-    LATEX = "latex"
-    JSON = "json"
-
-
 def export(
     folder: Annotated[Path, typer.Argument(help="Folder that `bh-routing run` wrote.")],
-    to: Annotated[ExportFormat, typer.Option(help="Format of the file.")],
+    to: Annotated[Literal["xlsx", "latex", "json"], typer.Option(help="Format of the file.")],
     output: Annotated[
         Path | None, typer.Option(help="File to write; default: inside the folder.")
     ] = None,
@@ -248,7 +232,7 @@ def export(
     """Export the results of a run."""
     from bh_routing.report.export import export_results
 
-    typer.echo(f"wrote {export_results(folder, to.value, output)}", err=True)
+    typer.echo(f"wrote {export_results(folder, to, output)}", err=True)
     return 0
 
 
@@ -281,10 +265,7 @@ def models(
             )
             loaded = load_model(spec.model, device=spec.device, dtype=spec.dtype)
             rows = router_rows(find_routers(loaded.model).sites)
-    if as_json:
-        _print_json(rows)
-    else:
-        typer.echo(tables.aligned(rows))
+    _print(rows, as_json, tables.aligned)
     return 0
 
 
@@ -359,8 +340,5 @@ def bench(
             is_compiled=compiled,
         )
         document = measure(spec)
-    if as_json:
-        _print_json(document)
-    else:
-        typer.echo(tables.speeds(document))
+    _print(document, as_json, tables.speeds)
     return 0

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, Final, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Final, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -90,13 +90,13 @@ def _options(model: type[BaseModel]) -> Iterator[tuple[str, inspect.Parameter]]:
 
 
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:
-    kind, about = _plain(field.annotation)
+    kind, *about = _parts(field.annotation)
     default = field.get_default(call_default_factory=True)
     if get_origin(kind) is list and COMMAS in [*about, *field.metadata]:
         kind, default = str, ",".join(default) if default else None
     elif get_origin(kind) is list:
         (item,) = get_args(kind)
-        kind = list[_plain(item).kind]  # type: ignore[misc]
+        kind = list[_parts(item)[0]]  # type: ignore[misc]
     # Of what is on by default, typer names both flags: --resume and --no-resume.
     flags = [] if kind is bool and default else [_flag(name, kind)]
     option = typer.Option(*flags, help=" ".join((field.description or "").split()))
@@ -137,20 +137,15 @@ def _parameter(name: str, kind: Any, option: Any, default: Any) -> inspect.Param
     return inspect.Parameter(name, keyword, annotation=Annotated[kind, option], default=default)
 
 
-class _Plain(NamedTuple):
-    kind: Any
-    about: list[Any]
-
-
-def _plain(annotation: Any) -> _Plain:
-    """Take None and annotations off a type; return it with the annotations."""
+def _parts(annotation: Any) -> list[Any]:
+    """Return a type without None and annotations, followed by the annotations."""
     if get_origin(annotation) is Annotated:
         inner, *about = get_args(annotation)
-        return _Plain(_plain(inner).kind, about)
+        return [*_parts(inner), *about]
     if get_origin(annotation) in (Union, UnionType):
         (inner,) = (part for part in get_args(annotation) if part is not NoneType)
-        return _plain(inner)
-    return _Plain(annotation, [])
+        return _parts(inner)
+    return [annotation]
 
 
 def _expand(values: dict[str, Any]) -> None:
