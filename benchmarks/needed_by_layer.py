@@ -33,11 +33,10 @@ from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.observe import (
     LayerSlots,
     SlotObserver,
-    capture_proposals,
     join_windows,
-    mean_experts,
     summarize,
 )
+from bh_routing.engine.proposals import capture_proposals, mean_experts
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.engine.windows import TokenizedDocument, tokenize_documents
 from bh_routing.models import find_routers, load_model

@@ -28,7 +28,7 @@ from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.score import score
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.errors import CalibrationError
-from bh_routing.experiments.quality import prepare_text
+from bh_routing.experiments.quality_text import prepare_text
 from bh_routing.models.load import load_model
 from bh_routing.models.routers import describe_model
 from bh_routing.models.routing import bind_rule
@@ -101,8 +101,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         tokenizer, facts, packaged_documents("evaluation"), max_tokens=options.tokens
     )
     rules: dict[str, Rule] = {**top_k, **served}
-    windows = {"window": text.window, "stride": text.stride}
-    records = list(score(model, tokenizer, text.documents, rules, calibration, **windows))
+    records = list(
+        score(
+            *(model, tokenizer, text.documents, rules, calibration),
+            window=text.window,
+            stride=text.stride,
+        )
+    )
     rows = {row["config_name"]: row for row in analyze_quality(records)["rules"]}
     ks = [rows[name]["mean_experts"] for name in top_k]
     losses = [rows[name]["delta_nll"] for name in top_k]

@@ -111,8 +111,7 @@ def run(
 ) -> dict[tuple[str, str], list[QualityRecord]]:
     """Score rules on the text; return records by rule and domain."""
     records: dict[tuple[str, str], list[QualityRecord]] = {}
-    options = {"window": WINDOW, "stride": WINDOW}
-    for r in score(loaded.model, loaded.tokenizer, text, rules, calibration, **options):
+    for r in score(*loaded, text, rules, calibration, window=WINDOW, stride=WINDOW):
         records.setdefault((r.config_name, r.domain), []).append(r)
     return records
 

@@ -226,7 +226,9 @@ print(*[key for key in before if before[key] != after[key]])
 
 MODEL = "--model --device --dtype --no-fp16 --device-map --seed"
 CALIBRATED = f"{MODEL} --calibration --calibration-text"
-SCORED = f"{CALIBRATED} --text --tokens --batch-size --executor --ray-address --workers"
+SCORED = (
+    f"{CALIBRATED} --text --tokens --batch-size --decode-batch --executor --ray-address --workers"
+)
 CHOSEN = "--config --configs --rule --budget"
 FLAGS = {
     "run": (

@@ -14,6 +14,7 @@ from bh_routing.analysis.sweep import REFERENCES, compare_points
 from bh_routing.analysis.sweep_records import SWEEP, make_sweep
 from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.generate import RoutedGeneration, generate_routed
+from bh_routing.engine.score import check_steps
 from bh_routing.engine.texts import Document, as_documents, packaged_documents
 from bh_routing.errors import InputError
 from bh_routing.experiments import defaults
@@ -21,7 +22,7 @@ from bh_routing.experiments.calibrating import check_calibration_overlap, check_
 from bh_routing.experiments.evaluate import score_loaded
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.preparation import check_prompts
-from bh_routing.experiments.quality import prepare_text
+from bh_routing.experiments.quality_text import prepare_text
 from bh_routing.experiments.search import Goal, KnobSearch, check_budgets
 from bh_routing.experiments.sweep import score_settings
 from bh_routing.experiments.variants import variants_of
@@ -47,6 +48,7 @@ def evaluate(
     window: int | None = None,
     stride: int | None = None,
     batch_size: int | None = None,
+    decode_batch: int | None = None,
     margin: float = NON_INFERIORITY_MARGIN,
     seed: int = defaults.SEED,
 ) -> pd.DataFrame:
@@ -62,6 +64,8 @@ def evaluate(
         window: input tokens of a forward pass; None: the model's context, at most 1,024.
         stride: scored tokens of each window after a document's first; None: the window.
         batch_size: windows per forward pass; None: as many as fit the memory limits.
+        decode_batch: sequences per emulated decode step, each of another document: position t of
+            all of them is one step. Rules that decide by step need it. None: no steps.
         margin: largest increase of the loss, in nats per token, that counts as none.
         seed: seed of the bootstrap.
     Returns:
@@ -84,7 +88,9 @@ def evaluate(
         window=window,
         stride=stride,
         batch_size=batch_size,
+        decode_batch=decode_batch,
     )
+    check_steps(named.values(), decode_batch)
     records = score_loaded(Subject(model, tokenizer, calibration), text, named)
     rows = pd.DataFrame(map(asdict, quality_table(records, QualityOptions(margin, seed=seed))))
     is_nested = [isinstance(value, tuple | dict) for value in rows.iloc[0]]

@@ -10,7 +10,7 @@ import torch
 
 from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.generate import generate_greedy, generate_routed
-from bh_routing.engine.observe import capture_proposals
+from bh_routing.engine.proposals import capture_proposals
 from bh_routing.engine.score import score
 from bh_routing.engine.windows import TokenizedDocument
 from bh_routing.errors import ModelError

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bh_routing.engine.calibrate import calibrate
-from bh_routing.engine.observe import Proposals, capture_proposals, mean_experts
+from bh_routing.engine.proposals import Proposals, capture_proposals, mean_experts
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.engine.windows import TokenizedDocument, prefix_token, tokenize_documents
 from bh_routing.models import LoadedModel, find_routers, route

@@ -31,7 +31,8 @@ from bh_routing.experiments.configurations import (
     select_prompts,
 )
 from bh_routing.experiments.preparation import check_prompts
-from bh_routing.experiments.quality import QualityLedger, QualityText
+from bh_routing.experiments.quality import QualityLedger
+from bh_routing.experiments.quality_text import QualityText
 from bh_routing.experiments.specs import RunSpec, make_spec
 from bh_routing.experiments.store import ResultStore
 from bh_routing.experiments.token_traces import pack

@@ -16,13 +16,8 @@ from bh_routing.analysis.quality_row import read_quality
 from bh_routing.engine.texts import Document
 from bh_routing.errors import ExperimentError, InputError, ResultsError
 from bh_routing.experiments.identity import RunIdentity
-from bh_routing.experiments.quality import (
-    QualityLedger,
-    QualityText,
-    prepare_text,
-    score_missing,
-    static_references,
-)
+from bh_routing.experiments.quality import QualityLedger, score_missing, static_references
+from bh_routing.experiments.quality_text import QualityText, prepare_text
 from bh_routing.models import LoadedModel, describe_model, find_routers
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.results.records import QUALITY_JOURNAL, QualityRecord

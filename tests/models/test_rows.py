@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.decode import decode_greedily
-from bh_routing.engine.observe import capture_proposals, mean_experts
+from bh_routing.engine.proposals import capture_proposals, mean_experts
 from bh_routing.engine.score import score
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.engine.windows import TokenizedDocument, tokenize_documents

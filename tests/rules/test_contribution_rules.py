@@ -162,4 +162,18 @@ def test_blocks_end_with_their_sequence_and_start_again_behind_a_hole() -> None:
     rows = Rows.of_batch(is_real_BS, is_start_BS)
     assert rows.sequence_T.tolist() == [-1, 0, 0, -1, 0, 0, 1, 1, 2, 2, -1, -1]
     assert rows.position_T.tolist() == [0, 0, 1, 0, 2, 3, 0, 1, 0, 1, 0, 0]
-    assert number_blocks(*rows, 3).tolist() == [0, 1, 1, 3, 1, 5, 6, 6, 8, 8, 10, 11]
+    block_T = number_blocks(rows.sequence_T, rows.position_T, 3)
+    assert block_T.tolist() == [
+        0,
+        1,
+        1,
+        3,
+        1,
+        5,
+        6,
+        6,
+        8,
+        8,
+        10,
+        11,
+    ]

@@ -38,6 +38,7 @@ from bh_routing.analysis.quality_row import (
     QualityRow,
     QualitySlice,
     in_order,
+    mean_distinct,
     quality_definitions,
 )
 from bh_routing.analysis.sweep_equal_cost import compare_with_static
@@ -205,7 +206,7 @@ def _row(name: str, records: Sequence[QualityRecord], options: QualityOptions) -
         is_reference=False,
         mean_experts=experts,
         tokens=sum(r.tokens for r in records),
-        documents=estimate.num_documents,
+        documents=len({r.document for r in records}),
         clusters=estimate.num_clusters,
         nll=nll,
         top_k_nll=top_k_nll,
@@ -273,6 +274,7 @@ def _experts(records: Sequence[QualityRecord]) -> dict[str, Any]:
         "top_k_overlap": float(overlap_L.mean()),
         "top_k_overlap_by_layer": tuple(overlap_L.tolist()),
         "experts_by_layer": tuple(kept_L.tolist()),
+        "mean_distinct_experts": mean_distinct(records),
     }
 
 
@@ -364,15 +366,13 @@ def _slice(
 ) -> QualitySlice:
     tokens = sum(weight for _, weight in sums)
     if tokens == 0:
-        nan = math.nan
-        return QualitySlice(
-            tokens=0, documents=0, delta_nll=nan, low=nan, high=nan, note="No tokens here."
-        )
+        unknown = dict.fromkeys(("delta_nll", "low", "high"), math.nan)
+        return QualitySlice(tokens=0, documents=0, note="No tokens here.", **unknown)
     estimate = _estimate(records, [[v] for v, _ in sums], [w for _, w in sums], options)
     low, high = (float(end[0]) for end in estimate.interval(CONFIDENCE))
     return QualitySlice(
         tokens=tokens,
-        documents=estimate.num_documents,
+        documents=len({r.document for r, (_, weight) in zip(records, sums, strict=True) if weight}),
         delta_nll=float(estimate.estimate_R[0]),
         low=low,
         high=high,

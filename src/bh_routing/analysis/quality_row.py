@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
@@ -38,7 +38,11 @@ class QualityRow:
     rule: str = column("Name of its rule in the catalog; top_k is static top-k.")
     is_reference: bool = column("Every token came out as under the model's own top-k.")
     mean_experts: float = column("Mean experts kept, over scored tokens and layers.")
-    tokens: int = column("Scored tokens.")
+    mean_distinct_experts: float = column(
+        "Mean number of distinct experts in a decode step and layer, over scored tokens; NaN "
+        "without emulated decode steps."
+    )
+    tokens: int = column("Scored tokens; in emulated decode steps, of all draws of companions.")
     documents: int = column("Documents with a scored token.")
     clusters: int = column("Independent clusters of documents: the chapters of a book are one.")
     nll: float = column("Negative log-likelihood, nats per token.")
@@ -180,13 +184,26 @@ def read_quality(path: Path) -> tuple[QualityRecord, ...]:
     return tuple(records.values())
 
 
+def mean_distinct(records: Sequence[QualityRecord]) -> float:
+    """Return the mean distinct experts of a decode step; NaN without emulated decode steps."""
+    sums = [record.distinct_experts_sum for record in records]
+    if None in sums:
+        return math.nan
+    return sum(filter(None, sums)) / sum(record.units for record in records)
+
+
 def in_order(record: QualityRecord) -> tuple[str, str]:
     """Return a sort key: the document's name, then its key."""
     return record.document, record.document_key
 
 
 def _record(values: Mapping[str, Any]) -> QualityRecord:
-    values = {"rule": {}, "document_key": values["document"], **values}
+    values = {
+        "rule": {},
+        "document_key": values["document"],
+        "distinct_experts_sum": None,
+        **values,
+    }
     record = QualityRecord(**{f.name: values[f.name] for f in fields(QualityRecord)})
     numbers = (record.nll_sum, record.top_k_nll_sum, record.kl_sum, record.kl_max)
     if not all(isinstance(number, int | float) for number in numbers):

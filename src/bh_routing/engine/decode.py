@@ -386,6 +386,7 @@ def decode_greedily(
     has_ended = all(token in end_ids for token in first)
     steps = session.run(position, 0 if has_ended else max_new_tokens - 1, end_ids)
     for kept_LBK in steps.kept_SLBK:
+        trace.begin(None, is_step=True)
         for layer, kept_BK in enumerate(kept_LBK):
             trace._record(layer, kept_BK, kept_BK != DROPPED)
     token_SB = torch.cat([first_B.cpu().unsqueeze(0), steps.token_SB])

@@ -1,175 +1,20 @@
-"""Observe the unmodified model: its routers' proposals and each slot's contribution."""
+"""Observe each slot's contribution in the unmodified model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bh_routing.engine.windows import TokenizedDocument, cut_windows, prefix_token
 from bh_routing.errors import CalibrationError
-from bh_routing.models.capture import evaluating
 from bh_routing.models.experts import decoder_layer_of, slot_output_norms
-from bh_routing.models.routers import Routers, find_routers
-from bh_routing.models.routing import route
+from bh_routing.models.routers import Routers
 from bh_routing.models.sites import Callback, Decision, Proposal, RouterSite
 from bh_routing.nulls.base import ReferenceTable
-from bh_routing.nulls.calibration import Calibration
-from bh_routing.nulls.contributions import NEEDED, Contributions, Definition, Statistic
-from bh_routing.rules.base import Candidates, LayerContext, MixingRule, Rows, Rule, Selector, Unit
-
-MEMORY_BYTES: Final = 2**30
-"""Maximum memory for the proposals of a text."""
-_SLOT_BYTES: Final = 16  # index, weight and norm
-_ROW_BYTES: Final = 16  # sequence and position
-
-
-@dataclass(frozen=True, slots=True)
-class Proposals:
-    """Candidates of every layer for the same tokens, on their layers' devices."""
-
-    layers: tuple[Candidates, ...]
-    counted_T: Tensor
-    """Bool: False for tokens that are context only."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Recorder(MixingRule):
-    """Keeps all slots and records the proposals."""
-
-    method: ClassVar[str] = "recorder"
-    seen: tuple[list[Candidates], ...]
-    num_slots: int
-    with_norms: bool
-
-    @property
-    def unit(self) -> Unit:
-        return "block"
-
-    @property
-    def needs_output_norms(self) -> bool:
-        return self.with_norms
-
-    def most_kept(self, model_top_k: int) -> int:
-        return self.num_slots
-
-    def bind(self, context: LayerContext) -> Selector:
-        mine = self.seen[context.layer]
-
-        def select(candidates: Candidates) -> Tensor:
-            mine.append(candidates)
-            return torch.ones_like(candidates.top_k_index_TK, dtype=torch.bool)
-
-        return select
-
-
-def tokens_that_fit(routers: Routers) -> int:
-    """Return the number of tokens whose proposals fit into MEMORY_BYTES."""
-    layer_bytes = 4 * routers.num_experts + _SLOT_BYTES * routers.model_top_k + _ROW_BYTES
-    return MEMORY_BYTES // (len(routers.sites) * layer_bytes)
-
-
-@torch.inference_mode()
-def capture_proposals(
-    model: Any,
-    tokenizer: Any,
-    documents: Sequence[TokenizedDocument],
-    *,
-    window: int,
-    num_candidates: int,
-    with_norms: bool = False,
-) -> Proposals:
-    """Run the unmodified model over documents and return its routers' proposals.
-
-    Args:
-        model: a transformers model with routers, not inside `route`.
-        tokenizer: its tokenizer, for the prefix token.
-        documents: text of at most `tokens_that_fit` tokens.
-        window: maximum number of input tokens per forward pass.
-        num_candidates: slots that the routers propose, at least the model's own k.
-        with_norms: run every candidate expert and keep the norm of its output.
-    Raises:
-        InputError: the tokenizer has no prefix token.
-    """
-    routers = find_routers(model)
-    seen: tuple[list[Candidates], ...] = tuple([] for _ in routers.sites)
-    counted = []
-    with evaluating(model), route(model, _Recorder(seen, num_candidates, with_norms)):
-        for part in cut_windows(documents, prefix_token(tokenizer), window, stride=window):
-            ids = torch.tensor([part.ids[:-1]], device=model.device)
-            model(ids, use_cache=False, logits_to_keep=1)
-            counted.append(torch.arange(ids.shape[1], device=ids.device) >= part.first_scored)
-    return Proposals(tuple(_join(calls) for calls in seen), torch.cat(counted))
-
-
-def _join(calls: list[Candidates]) -> Candidates:
-    norms = [c.output_norms_TK for c in calls if c.output_norms_TK is not None]
-    rows = [c.rows for c in calls if c.rows is not None]
-    joined = Candidates(
-        router_logits_TE=torch.cat([c.router_logits_TE for c in calls]),
-        top_k_index_TK=torch.cat([c.top_k_index_TK for c in calls]),
-        top_k_weights_TK=torch.cat([c.top_k_weights_TK for c in calls]),
-        output_norms_TK=torch.cat(norms) if norms else None,
-        # Each call is one window, a separate sequence.
-        rows=Rows(
-            torch.cat([torch.full_like(r.sequence_T, call) for call, r in enumerate(rows)]),
-            torch.cat([r.position_T for r in rows]),
-        ),
-    )
-    calls.clear()  # so that only one layer at a time is in memory twice
-    return joined
-
-
-@torch.inference_mode()
-def mean_experts(
-    rule: Rule, proposals: Proposals, routers: Routers, calibration: Calibration | None = None
-) -> float:
-    """Return the mean number of proposed slots that a rule keeps per counted token and layer.
-
-    The rule is bound without checks: a search also tries levels that `bind_rule` rejects.
-
-    Raises:
-        CalibrationError: the calibration lacks a reference that the rule needs.
-    """
-    kept = []
-    for layer, candidates in enumerate(proposals.layers):
-        device = candidates.router_logits_TE.device
-        select = rule.bind(_context(rule, layer, routers, calibration, device))
-        counted_T = proposals.counted_T.to(device)
-        kept.append(select(candidates)[counted_T].sum().to(proposals.counted_T.device))
-    units = len(kept) * int(proposals.counted_T.sum())
-    return int(torch.stack(kept).sum()) / units
-
-
-def _context(
-    rule: Rule,
-    layer: int,
-    routers: Routers,
-    calibration: Calibration | None,
-    device: torch.device,
-) -> LayerContext:
-    null = rule.required_null
-    table = contributions = None
-    if null is not None and calibration is not None:
-        if null in NEEDED.values():
-            known = calibration.contributions
-            contributions = None if known is None else known.to(torch.device("cpu"))
-        else:
-            table = calibration.table(null, layer).to(device)
-    return LayerContext(
-        layer=layer,
-        num_experts=routers.num_experts,
-        model_top_k=routers.model_top_k,
-        device=device,
-        table=table,
-        contributions=contributions,
-        num_layers=len(routers.sites),
-    )
-
+from bh_routing.nulls.contributions import Contributions, Definition, Statistic
 
 _SMALLEST_NORM: Final = 1e-30
 

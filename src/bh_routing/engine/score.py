@@ -2,114 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from bh_routing.engine.quickest import bind_quickest
-from bh_routing.engine.windows import TokenizedDocument, Window, cut_windows, prefix_token
+from bh_routing.engine.tally import DocumentTally
+from bh_routing.engine.windows import (
+    TokenizedDocument,
+    Window,
+    check_decode_batch,
+    cut_windows,
+    plan_steps,
+    prefix_token,
+)
+from bh_routing.errors import InputError
 from bh_routing.models.capture import evaluating, text_config
 from bh_routing.models.routers import find_routers
 from bh_routing.models.routing import BoundRule, install
-from bh_routing.models.trace import DROPPED, count_experts
+from bh_routing.models.trace import count_distinct
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.results.records import EARLY_POSITIONS, KL_BIN_EDGES, QualityRecord
+from bh_routing.results.records import QualityRecord
 from bh_routing.rules.base import Rule
-from bh_routing.rules.catalog import rule_to_config
 from bh_routing.rules.fixed import TopK
-
-Floats = NDArray[np.floating[Any]]
-
-
-class DocumentTally:
-    """Float64 sums over one document's scored tokens under one rule."""
-
-    def __init__(self, num_layers: int, num_experts: int) -> None:
-        self._num_experts = num_experts
-        self._sums = dict.fromkeys(
-            ("nll", "top_k_nll", "kl", "delta_p", "delta_p_square", "early_delta_nll"), 0.0
-        )
-        self._tokens = self._early_tokens = self._same_top1 = 0
-        self._kl_max = 0.0
-        self._kl_histogram = np.zeros(len(KL_BIN_EDGES) + 1, dtype=np.int64)
-        self._expert_counts = torch.zeros(num_layers, num_experts, dtype=torch.int64)
-        self._count_histogram = np.zeros((num_layers, num_experts + 1), dtype=np.int64)
-        self._jaccard = np.zeros(num_layers)
-
-    def add(
-        self,
-        nll_T: Floats,
-        top_k_nll_T: Floats,
-        kl_T: Floats,
-        same_top1_T: NDArray[np.bool_],
-        delta_p_T: Floats,
-        *,
-        first_position: int,
-        kept_index_TLK: Tensor,
-        top_k_index_TLK: Tensor,
-    ) -> None:
-        """Add the scored tokens of one window; the first is at `first_position`."""
-        kl_T = np.maximum(kl_T.astype(np.float64), 0.0)
-        with np.errstate(invalid="ignore"):  # inf - inf is NaN, which the caller detects
-            delta_nll_T = nll_T.astype(np.float64) - top_k_nll_T
-        early = max(0, min(EARLY_POSITIONS - first_position, len(nll_T)))
-        for name, values in {
-            "nll": nll_T,
-            "top_k_nll": top_k_nll_T,
-            "kl": kl_T,
-            "delta_p": delta_p_T,
-            "delta_p_square": delta_p_T.astype(np.float64) ** 2,
-            "early_delta_nll": delta_nll_T[:early],
-        }.items():
-            self._sums[name] += float(values.sum(dtype=np.float64))
-        self._tokens += len(nll_T)
-        self._early_tokens += early
-        self._same_top1 += int(same_top1_T.sum())
-        self._kl_max = float(kl_T.max(initial=self._kl_max))  # numpy's max propagates NaN
-        bins = np.searchsorted(KL_BIN_EDGES, kl_T, side="right")
-        self._kl_histogram += np.bincount(bins, minlength=len(self._kl_histogram))
-        self._add_experts(kept_index_TLK, top_k_index_TLK)
-
-    def _add_experts(self, kept_index_TLK: Tensor, top_k_index_TLK: Tensor) -> None:
-        self._expert_counts += count_experts(kept_index_TLK, self._num_experts)
-        counts_TL = (kept_index_TLK != DROPPED).sum(-1).numpy()
-        for layer, histogram in enumerate(self._count_histogram):
-            histogram += np.bincount(counts_TL[:, layer], minlength=len(histogram))
-        same_TL = (kept_index_TLK[..., :, None] == top_k_index_TLK[..., None, :]) & (
-            kept_index_TLK[..., :, None] != DROPPED
-        )
-        both_TL = same_TL.sum((-1, -2)).numpy()
-        top_k_TL = (top_k_index_TLK != DROPPED).sum(-1).numpy()
-        self._jaccard += (both_TL / (counts_TL + top_k_TL - both_TL)).sum(0)
-
-    def record(self, config_name: str, rule: Rule, document: TokenizedDocument) -> QualityRecord:
-        """Return the finished record."""
-        widest = int(np.flatnonzero(self._count_histogram.any(axis=0)).max(initial=0))
-        return QualityRecord(
-            config_name=config_name,
-            rule=rule_to_config(rule),
-            document=document.name,
-            document_key=document.key,
-            cluster=document.cluster,
-            domain=document.domain,
-            tokens=self._tokens,
-            **{f"{name}_sum": value for name, value in self._sums.items()},
-            kl_max=self._kl_max,
-            kl_histogram=self._kl_histogram.tolist(),
-            same_top1=self._same_top1,
-            early_tokens=self._early_tokens,
-            experts_sum=int(self._expert_counts.sum()),
-            units=self._tokens * len(self._jaccard),
-            expert_counts=self._expert_counts.tolist(),
-            count_histogram=self._count_histogram[:, : widest + 1].tolist(),
-            jaccard_sum=self._jaccard.tolist(),
-        )
-
 
 LOGITS_BYTES = 256 * 2**20
 CHUNK_BYTES = {"cpu": 4 * 2**20}
@@ -143,6 +62,8 @@ class _Batch:
     targets_T: Tensor
     position_T: Tensor
     """Indices of the scored positions among all B * S."""
+    is_step: bool
+    """Whether position t of all windows is an emulated decode step."""
 
 
 class _Forward(NamedTuple):
@@ -150,6 +71,8 @@ class _Forward(NamedTuple):
     """Of all positions, P = B * S, in the model's dtype."""
     kept_index_TLK: Tensor
     """Kept experts of scored positions, -1 where dropped; on the host."""
+    distinct_TL: Tensor | None
+    """Distinct experts of each scored position's emulated decode step; None without steps."""
 
 
 def score(
@@ -162,8 +85,14 @@ def score(
     window: int,
     stride: int,
     batch_size: int | None = None,
+    decode_batch: int | None = None,
+    only: Collection[str] | None = None,
 ) -> Iterator[QualityRecord]:
     """Compare rules with the model's own top-k on the same tokens.
+
+    With `decode_batch`, the tokens are scored in emulated decode steps: position t of as many
+    windows of different documents is one step (`plan_steps`), still in one teacher-forced pass.
+    Windows that have ended leave the step. Documents of one draw share steps.
 
     R rules cost at most R + 1 forward passes per batch: the baseline runs once, and a rule that is
     the model's own top-k costs none.
@@ -177,31 +106,66 @@ def score(
         window: maximum number of input tokens per sequence, including the prefix token.
         stride: scored tokens per window, except in a document's first window.
         batch_size: maximum windows per forward pass; None: limited by tokens and logits only.
+        decode_batch: sequences per emulated decode step; None: no steps.
+        only: keys of the documents to score, the others being companions in steps; None: all.
     Yields:
-        One record per document and rule, in groups of documents.
+        One record per document and rule, in groups of documents; in emulated decode steps as soon
+        as a document is finished.
     Raises:
-        InputError: the tokenizer has no prefix token.
+        InputError: the tokenizer has no prefix token, a rule decides by decode step and there are
+            none, or there are fewer documents than sequences in a step.
     """
+    check_steps(rules.values(), decode_batch)
+    if decode_batch is not None:
+        check_decode_batch(documents, decode_batch)
     prefix = prefix_token(tokenizer)
     routers = find_routers(model)
     own = bind_quickest(model, TopK(k=routers.model_top_k))
     bound = {name: bind_quickest(model, rule, calibration) for name, rule in rules.items()}
-    for group in document_groups(documents):
+    for group in document_groups(documents, decode_batch):
         tallies = {
             name: [DocumentTally(len(routers.sites), routers.num_experts) for _ in group]
             for name in rules
         }
-        windows = list(cut_windows(group, prefix, window, stride))
-        for batch in _batches(windows, model, batch_size):
+        windows = [
+            w if only is None or group[w.document].key in only else w.as_companion()
+            for w in cut_windows(group, prefix, window, stride)
+        ]
+        left = Counter(w.document for w in windows if w.num_scored)
+        finished: set[int] = set()
+        if decode_batch is None:
+            batches = _batches(windows, model, batch_size)
+        else:
+            plan = plan_steps(windows, [d.cluster for d in group], decode_batch, seed=group[0].draw)
+            batches = (_collate(b, model.device, is_step=True) for b in plan)
+        for batch in batches:
+            done = Counter(w.document for w in batch.windows if w.num_scored)
+            if not done:
+                continue
             baseline = _forward(model, own, batch)
             top_k = _predictions(baseline.logits_PV, batch)
             for name, rule in bound.items():
                 ruled = baseline if rule.rule == own.rule else _forward(model, rule, batch)
                 scores = _compare(top_k, ruled.logits_PV, batch)
                 _add(tallies[name], batch, scores, baseline, ruled)
-        for name, row in tallies.items():
-            for document, tally in zip(group, row, strict=True):
-                yield tally.record(name, rules[name], document)
+            left -= done
+            finished |= done.keys() - left.keys()
+            if left and decode_batch is None:
+                continue
+            for name, row in tallies.items():
+                for number in sorted(finished):
+                    yield row[number].record(name, rules[name], group[number])
+            finished.clear()
+
+
+def check_steps(rules: Iterable[Rule], decode_batch: int | None) -> None:
+    """Raise InputError if a rule decides by decode step, and there are none."""
+    by_step = [rule.method for rule in rules if rule.unit == "step"]
+    if decode_batch is None and by_step:
+        raise InputError(
+            f"rule {by_step[0]!r} decides by decode step, which must not contain a text's own "
+            "future tokens; score it in emulated decode steps, such as decode_batch=16"
+        )
 
 
 class Prediction(NamedTuple):
@@ -252,9 +216,16 @@ def compare_predictions(top_k: Prediction, rule_logits_TV: Tensor) -> TokenScore
 
 
 def document_groups(
-    documents: Sequence[TokenizedDocument],
+    documents: Sequence[TokenizedDocument], decode_batch: int | None = None
 ) -> Iterator[list[TokenizedDocument]]:
-    """Split documents into groups whose windows are batched together."""
+    """Split documents into groups whose windows are batched together.
+
+    With emulated decode steps, the documents of one draw are one group.
+    """
+    if decode_batch is not None:
+        for draw in sorted({d.draw for d in documents}):
+            yield [d for d in documents if d.draw == draw]
+        return
     group: list[TokenizedDocument] = []
     for document in documents:
         group.append(document)
@@ -271,11 +242,11 @@ def _batches(windows: list[Window], model: Any, batch_size: int | None) -> Itera
     waiting = sorted(windows, key=lambda w: -len(w.ids))
     while waiting:
         size = batch_size or max(1, most // max(1, len(waiting[0].ids) - 1))
-        yield _collate(waiting[:size], model.device)
+        yield _collate(waiting[:size], model.device, is_step=False)
         waiting = waiting[size:]
 
 
-def _collate(windows: list[Window], device: torch.device) -> _Batch:
+def _collate(windows: list[Window], device: torch.device, *, is_step: bool) -> _Batch:
     longest = max(len(w.ids) for w in windows) - 1
     ids_BS = torch.zeros(len(windows), longest, dtype=torch.long)
     mask_BS = torch.zeros_like(ids_BS)
@@ -293,17 +264,24 @@ def _collate(windows: list[Window], device: torch.device) -> _Batch:
         scored_BS,
         torch.tensor(targets, device=device),
         scored_BS.flatten().nonzero().squeeze(1).to(device),
+        is_step,
     )
 
 
 @torch.inference_mode()
 def _forward(model: Any, rule: BoundRule, batch: _Batch) -> _Forward:
-    with evaluating(model), install(model, rule) as trace:
+    with evaluating(model), install(model, rule, emulates_steps=batch.is_step) as trace:
         output = model(
             input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False
         )
-    is_scored_T = batch.scored_BS[batch.attention_mask_BS.bool().cpu()]
-    return _Forward(output.logits.flatten(0, 1), trace.kept_index[is_scored_T])
+    is_real_BS = batch.attention_mask_BS.bool().cpu()
+    is_scored_T = batch.scored_BS[is_real_BS]
+    kept_TLK, distinct_TL = trace.kept_index, None
+    if batch.is_step:
+        step_T = is_real_BS.nonzero()[:, 1]
+        distinct_TL = count_distinct(step_T, kept_TLK, rule.routers.num_experts)[step_T]
+        distinct_TL = distinct_TL[is_scored_T]
+    return _Forward(output.logits.flatten(0, 1), kept_TLK[is_scored_T], distinct_TL)
 
 
 def _chunks(logits_PV: Tensor, batch: _Batch) -> Iterator[Tensor]:
@@ -345,12 +323,15 @@ def _add(
 ) -> None:
     start = 0
     for window in batch.windows:
-        count = len(window.ids) - 1 - window.first_scored
+        count = window.num_scored
+        if not count:
+            continue
         part = slice(start, start + count)
         tallies[window.document].add(
             *(column[part].numpy() for column in scores),
             first_position=window.first_scored,
             kept_index_TLK=ruled.kept_index_TLK[part],
             top_k_index_TLK=baseline.kept_index_TLK[part],
+            distinct_TL=None if ruled.distinct_TL is None else ruled.distinct_TL[part],
         )
         start += count

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bh_routing.engine.texts import Document
@@ -24,6 +26,8 @@ class TokenizedDocument:
     cluster: str
     domain: str
     ids: list[int]
+    draw: int = 0
+    """Number of the draw of step companions; documents of different draws share no step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,15 @@ class Window:
     document: int
     ids: list[int]
     first_scored: int
+
+    @property
+    def num_scored(self) -> int:
+        """Number of scored targets."""
+        return len(self.ids) - 1 - self.first_scored
+
+    def as_companion(self) -> Window:
+        """Return the window with no token scored."""
+        return replace(self, first_scored=len(self.ids) - 1)
 
 
 def prefix_token(tokenizer: Any) -> int:
@@ -128,6 +141,62 @@ def cut_windows(
             start = max(0, end - window)
             yield Window(number, ids[start : end + 1], scored - start)
             scored = end
+
+
+def plan_steps(
+    windows: Sequence[Window], clusters: Sequence[str], decode_batch: int, seed: int
+) -> Iterator[list[Window]]:
+    """Arrange windows in batches whose position t forms emulated decode step t.
+
+    As in a server with `decode_batch` places, each place takes the windows of one document after
+    the other, then those of the next document in a seeded random order, in which documents with
+    more windows come first. Documents of a batch differ, and as far as possible their clusters do.
+    Once no document is left, random windows of other documents join as companions, with no token
+    scored, so that every batch is full.
+
+    Args:
+        windows: windows of at least `decode_batch` documents.
+        clusters: the cluster of each document.
+        decode_batch: sequences per batch.
+        seed: seed of the order and of the companions.
+    Yields:
+        Batches; every window is in exactly one, except as a companion.
+    """
+    draw = random.Random(seed)
+    waiting: dict[int, list[Window]] = {}
+    for window in windows:
+        waiting.setdefault(window.document, []).append(window)
+    all_windows = {document: list(own) for document, own in waiting.items()}
+    queue = sorted(waiting, key=lambda document: (-len(waiting[document]), draw.random()))
+    places: list[int] = []
+    while True:
+        places = [document for document in places if waiting[document]]
+        while queue and len(places) < decode_batch:
+            places.append(queue.pop(_first_of_another(queue, places, clusters)))
+        if not places:
+            return
+        batch = [waiting[document].pop(0) for document in places]
+        others = sorted(all_windows.keys() - set(places))
+        for document in draw.sample(others, decode_batch - len(batch)):
+            batch.append(draw.choice(all_windows[document]).as_companion())
+        yield batch
+
+
+def check_decode_batch(documents: Sequence[TokenizedDocument], decode_batch: int) -> None:
+    """Raise InputError unless each draw has as many documents as a decode step has sequences."""
+    fewest = min(Counter(document.draw for document in documents).values())
+    if not 1 <= decode_batch <= fewest:
+        raise InputError(
+            f"decode_batch must be from 1 to the number of documents, {fewest}, because the "
+            f"sequences of a step are of different documents, got {decode_batch}; give more "
+            "documents or a smaller batch"
+        )
+
+
+def _first_of_another(queue: Sequence[int], places: Sequence[int], clusters: Sequence[str]) -> int:
+    """Return the index of the first document whose cluster has no place; 0 if all have one."""
+    taken = {clusters[document] for document in places}
+    return next((i for i, document in enumerate(queue) if clusters[document] not in taken), 0)
 
 
 def check_windows(window: int, stride: int, context: int | None) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from bh_routing.engine.score import check_steps
 from bh_routing.experiments.budget import bring_to_budget
 from bh_routing.experiments.calibrating import check_held_out, obtain_calibration
 from bh_routing.experiments.configurations import make_rules
@@ -17,13 +18,8 @@ from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.fitting import fit_to_config, fit_to_loaded
 from bh_routing.experiments.folder_lock import only_writer
 from bh_routing.experiments.identity import identify
-from bh_routing.experiments.quality import (
-    QualityLedger,
-    QualityText,
-    prepare_text,
-    score_missing,
-    scored_documents,
-)
+from bh_routing.experiments.quality import QualityLedger, score_missing, scored_documents
+from bh_routing.experiments.quality_text import QualityText, prepare_text
 from bh_routing.experiments.ray_executor import make_executor
 from bh_routing.experiments.specs import EvaluateSpec
 from bh_routing.models.load import load_model
@@ -64,7 +60,9 @@ def evaluate(
         window=spec.window,
         stride=spec.stride,
         batch_size=spec.batch_size,
+        decode_batch=spec.decode_batch,
     )
+    check_steps((named.rule for named in rules), spec.decode_batch)
     with ExitStack() as stack:
         stack.enter_context(torch_threads(choose_threads(model).batch))
         calibration = obtain_calibration(spec, rules, model, tokenizer).calibration
@@ -90,6 +88,7 @@ def evaluate(
             "text_sha256": text.sha256,
             "window": text.window,
             "stride": text.stride,
+            "decode_batch": text.decode_batch,
             "calibration_tokens": calibration.num_tokens if calibration else 0,
             "seconds": round(seconds, 2),
         } | analyze(records)

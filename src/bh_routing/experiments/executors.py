@@ -122,6 +122,8 @@ class ScoreSettings(NamedTuple):
     window: int
     stride: int
     batch_size: int | None = None
+    decode_batch: int | None = None
+    only: frozenset[str] | None = None
 
 
 class Executor(Protocol):

@@ -6,7 +6,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -15,18 +15,16 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
-from bh_routing.engine.texts import Document, packaged_documents, read_documents, text_sha256
+from bh_routing.engine.texts import Document, packaged_documents, read_documents
 from bh_routing.engine.windows import (
     TokenizedDocument,
-    check_windows,
-    prefix_token,
-    tokenize_documents,
 )
 from bh_routing.errors import ExperimentError, ResultsError
 from bh_routing.experiments.configurations import NamedRule
 from bh_routing.experiments.executors import Executor, ScoreSettings, SerialExecutor
 from bh_routing.experiments.experiment import Subject, find_nan
 from bh_routing.experiments.identity import RunIdentity, rule_key
+from bh_routing.experiments.quality_text import QualityText, prepare_text
 from bh_routing.experiments.specs import RunSpec, ScoredSpec
 from bh_routing.models.routers import ModelFacts
 from bh_routing.nulls.calibration import Calibration
@@ -38,65 +36,12 @@ from bh_routing.rules.fixed import TopK
 
 log = logging.getLogger(__name__)
 
-DEFAULT_WINDOW = 1024
 _REMEDY: Final = (
     f"choose another --output, or move {QUALITY_JOURNAL} away to have everything scored anew"
 )
 _KEY_LENGTH: Final = 16
 _SEED: Final = digest("quality")
 _RECORD: Final = TypeAdapter(QualityRecord)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class QualityText:
-    """Tokenized text and its windows; besides these, a record depends only on its rule."""
-
-    documents: Sequence[TokenizedDocument]
-    sha256: str
-    max_tokens: int | None
-    window: int
-    stride: int
-    batch_size: int | None = None
-    """Windows per forward pass, without effect on records; None: as many as memory bounds allow."""
-
-
-def prepare_text(
-    tokenizer: Any,
-    facts: ModelFacts,
-    documents: Sequence[Document],
-    *,
-    max_tokens: int | None,
-    window: int | None = None,
-    stride: int | None = None,
-    batch_size: int | None = None,
-) -> QualityText:
-    """Tokenize documents for scoring.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        facts: the model's properties, for its context.
-        documents: texts.
-        max_tokens: total number of scored tokens, spread over the documents; None: all.
-        window: input tokens per forward pass; None: the model's context, 1,024 at most.
-        stride: scored tokens of each window after the first; None: the window, so disjoint.
-        batch_size: windows per forward pass, as in `QualityText`.
-    Raises:
-        InputError: there is nothing to score, window and stride don't fit the model, or the
-            tokenizer has no token that can start a document.
-    """
-    prefix_token(tokenizer)
-    if window is None:
-        window = min(DEFAULT_WINDOW, facts.context_length or DEFAULT_WINDOW)
-    stride = window if stride is None else stride
-    check_windows(window, stride, facts.context_length)
-    return QualityText(
-        documents=tokenize_documents(tokenizer, documents, max_tokens),
-        sha256=text_sha256([document.text for document in documents]),
-        max_tokens=max_tokens,
-        window=window,
-        stride=stride,
-        batch_size=batch_size,
-    )
 
 
 class QualityLedger:
@@ -121,6 +66,7 @@ class QualityLedger:
             "max_tokens": text.max_tokens,
             "window": text.window,
             "stride": text.stride,
+            "decode_batch": text.decode_batch,
         }
         self._identity = identity
         self._content = read_chained(self._path, _SEED, _REMEDY)
@@ -252,6 +198,12 @@ def score_missing(
         for names, group in missing.items():
             part = {name: rules[name] for name in names}
             settings = ScoreSettings(text.window, text.stride, text.batch_size)
+            if text.decode_batch is not None:
+                # Steps are those of the whole text, whatever part of it is missing.
+                settings = settings._replace(
+                    decode_batch=text.decode_batch, only=frozenset(d.key for d in group)
+                )
+                group = list(text.documents)
             for record in executor.score(group, part, settings):
                 if not _is_finite(record):
                     raise ExperimentError(_why_not_finite(model, text, rules, calibration, record))
@@ -311,6 +263,7 @@ class QualityPhase:
             scored_documents(spec),
             max_tokens=spec.tokens,
             batch_size=spec.batch_size,
+            decode_batch=spec.decode_batch,
         )
 
     def ledger(self, folder: Path, identity: RunIdentity) -> QualityLedger:

@@ -199,7 +199,7 @@ class RayExecutor:
     ) -> Iterator[QualityRecord]:
         """Yield records, group by group, in order of completion."""
         # The same groups as in a serial run: another batch would round differently.
-        groups = list(document_groups(documents))
+        groups = list(document_groups(documents, settings.decode_batch))
         if not groups:
             return
         jobs = [

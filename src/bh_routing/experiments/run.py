@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bh_routing.engine.decode import startup_seconds
+from bh_routing.engine.score import check_steps
 from bh_routing.errors import BHRoutingError
 from bh_routing.experiments.calibrating import (
     check_held_out,
@@ -99,6 +100,7 @@ def run(spec: RunSpec, conclude: Conclude | None = None) -> RunOutcome:
         fitted = fit_to_config(spec)
         if not spec.no_eval:
             rules = make_rules(fitted.spec.configs, spec.budget)
+            check_steps((named.rule for named in rules), spec.decode_batch)
             check_held_out(spec, rules, scored_documents(spec))
         loaded = load(fitted.spec)
         spec, left_out = fit_to_loaded(fitted, loaded.model)

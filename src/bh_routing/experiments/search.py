@@ -11,11 +11,16 @@ from typing import Any, Final
 from scipy.optimize import brentq
 from tqdm import tqdm
 
-from bh_routing.engine.observe import Proposals, capture_proposals, mean_experts, tokens_that_fit
+from bh_routing.engine.proposals import (
+    Proposals,
+    capture_proposals,
+    mean_experts,
+    tokens_that_fit,
+)
 from bh_routing.engine.score import score
 from bh_routing.engine.texts import Document
 from bh_routing.errors import CalibrationError, InputError
-from bh_routing.experiments.quality import QualityText, prepare_text
+from bh_routing.experiments.quality_text import QualityText, prepare_text
 from bh_routing.experiments.variants import LAYER_TOKENS, LayerLosses, Variant, measure_layer_losses
 from bh_routing.models.routers import describe_model, find_routers
 from bh_routing.models.routing import bind_rule, check_calibration

@@ -226,6 +226,9 @@ class ScoredSpec(CalibratedSpec):
     batch_size: Count | None = None
     """Windows scored per forward pass. Default: as many as memory bounds allow. Experiments and
     their times stay at batch size 1."""
+    decode_batch: Count | None = None
+    """Score in emulated decode steps of this many sequences, each of another document: position t
+    of all of them is one step. Rules that decide by step need it. Default: no steps."""
     executor: Literal["local", "ray"] = "local"
     """local is this process; ray is workers, here or on a cluster (docs/scaling.md)."""
     ray_address: str | None = None

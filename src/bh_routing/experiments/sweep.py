@@ -28,12 +28,11 @@ from bh_routing.experiments.identity import RunIdentity, collect_provenance, dev
 from bh_routing.experiments.preparation import Loaded, load
 from bh_routing.experiments.quality import (
     QualityLedger,
-    QualityText,
-    prepare_text,
     score_missing,
     scored_documents,
     static_references,
 )
+from bh_routing.experiments.quality_text import QualityText, prepare_text
 from bh_routing.experiments.ray_executor import make_executor
 from bh_routing.experiments.search import Goal, KnobSearch, Setting, check_budgets
 from bh_routing.experiments.specs import SweepSpec
@@ -272,7 +271,7 @@ def _document(
         "text": {
             "sha256": text.sha256,
             "tokens": sum(len(document.ids) for document in text.documents),
-            "documents": len(text.documents),
+            "documents": text.num_documents,
             "window": text.window,
             "stride": text.stride,
         },

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from bh_routing.engine.score import score
 from bh_routing.errors import InputError
 from bh_routing.experiments.configurations import parse_rule
-from bh_routing.experiments.quality import QualityText
+from bh_routing.experiments.quality_text import QualityText
 from bh_routing.models.routers import find_routers
 from bh_routing.rules.base import Knob, Rule
 from bh_routing.rules.catalog import get_rule, make_rule, name_rules, rule_to_config

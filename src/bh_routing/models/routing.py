@@ -128,8 +128,17 @@ def _check_site(site: RouterSite, rule: Rule) -> None:
 
 
 @contextmanager
-def install(model: nn.Module, bound: BoundRule) -> Iterator[ExpertTrace]:
-    """Hook a bound rule into the model inside a `with` block, and yield a new trace."""
+def install(
+    model: nn.Module, bound: BoundRule, *, emulates_steps: bool = False
+) -> Iterator[ExpertTrace]:
+    """Hook a bound rule into the model inside a `with` block, and yield a new trace.
+
+    Args:
+        model: the model that the rule is bound to.
+        bound: the rule.
+        emulates_steps: in a call, position t of all sequences is decode step t. Only for batches of
+            independent sequences: a step must not contain a text's own future tokens.
+    """
     routers = bound.routers
     modules = [site.module for site in routers.sites]
     refuse_routed(modules)
@@ -140,7 +149,9 @@ def install(model: nn.Module, bound: BoundRule) -> Iterator[ExpertTrace]:
         # Compiled code ignores new hooks, and keeps running removed ones.
         torch.compiler.reset()
         undo.callback(torch.compiler.reset)
-        rows = None if bound.rule.unit == "token" else RowsOfCall()
+        rows = None
+        if bound.rule.unit != "token":
+            rows = RowsOfCall(emulates_steps=emulates_steps)
         for take_out in _watch_calls(text_stack_of(unwrapped(model), routers.sites), trace, rows):
             undo.callback(take_out)
         deciders = bound.deciders or (None,) * len(routers.sites)
@@ -212,7 +223,10 @@ def _watch_calls(stack: nn.Module, trace: ExpertTrace, rows: RowsOfCall | None) 
                 "after route(); disable it, or call model.eval(), first"
             )
         arguments = dict(zip(names, args, strict=False)) | keywords
-        trace.begin(real_tokens(arguments))
+        tokens = arguments.get("input_ids")
+        tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+        is_step = isinstance(tokens, Tensor) and tokens.shape[1] == 1
+        trace.begin(real_tokens(arguments), is_step=is_step)
         if rows is not None:
             rows.note(arguments)
 

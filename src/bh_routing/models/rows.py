@@ -17,9 +17,15 @@ from bh_routing.rules.base import Rows
 
 
 class RowsOfCall:
-    """Rows of the latest call of a model's layer stack."""
+    """Rows of the latest call of a model's layer stack.
 
-    def __init__(self) -> None:
+    Args:
+        emulates_steps: number rows as emulated decode steps, for teacher-forced batches of
+            independent sequences.
+    """
+
+    def __init__(self, *, emulates_steps: bool = False) -> None:
+        self._emulates_steps = emulates_steps
         self._rows: Rows | None = None
 
     def note(self, arguments: Mapping[str, Any]) -> None:
@@ -35,7 +41,8 @@ class RowsOfCall:
         if has_places and arguments.get("attention_mask") is None:
             # Packed sequences: positions restart, which transformers' own masks rely on too.
             is_start_BS[:, 1:] = places.diff(dim=-1) != 1
-        self._rows = Rows.of_batch(is_real_BS, is_start_BS)
+        rows = Rows.of_batch(is_real_BS, is_start_BS)
+        self._rows = rows.as_emulated_steps() if self._emulates_steps else rows
 
     def of(self, num_rows: int, device: torch.device) -> Rows:
         """Return the rows of the running call.

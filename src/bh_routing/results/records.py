@@ -205,6 +205,8 @@ class QualityRecord:
     """[layer][c]: scored tokens that kept c experts."""
     jaccard_sum: list[float]
     """[layer]: |kept and top-k's| / |kept or top-k's|, summed over scored tokens."""
+    distinct_experts_sum: int | None = None
+    """Distinct experts that the token's decode step kept, over units; None without steps."""
 
 
 TASK_OUTCOMES: Final = "lm_eval_outcomes.jsonl"

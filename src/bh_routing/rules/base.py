@@ -126,8 +126,9 @@ class Knob:
 
 WeightConvention = Literal["model", "renormalize", "preserve_mass"]
 TemperatureWeights = Literal["mass", "raw"]
-Unit = Literal["token", "block"]
-"""The rows that a rule decides jointly: single tokens, or blocks of a sequence's tokens."""
+Unit = Literal["token", "block", "step"]
+"""The rows that a rule decides jointly: single tokens, blocks of a sequence's tokens, or the tokens
+of all sequences in a decode step."""
 
 
 class Rows(NamedTuple):
@@ -140,6 +141,8 @@ class Rows(NamedTuple):
     """int64: number of the row's sequence, in the order of the batch; -1 for padding."""
     position_T: Tensor
     """int64: preceding rows of the same sequence in this forward pass, without padding."""
+    step_T: Tensor
+    """int64: number of the decode step that the row is part of; -1 for padding and in prefill."""
 
     @classmethod
     def of_batch(cls, is_real_BS: Tensor, is_start_BS: Tensor) -> Rows:
@@ -162,17 +165,23 @@ class Rows(NamedTuple):
         return cls(
             torch.where(is_real_T, is_start_T.cumsum(dim=0) - 1, -1),
             torch.where(is_real_T, number_T - first_T, 0),
+            # In a call of one position per sequence these are the sequences' next tokens.
+            torch.where(is_real_T & (is_real_BS.shape[1] == 1), 0, -1),
         )
 
     @classmethod
     def of_step(cls, num_rows: int, device: torch.device) -> Rows:
         """Number the rows of a decode step: one row per sequence."""
         numbers_T = torch.arange(num_rows, device=device)
-        return cls(numbers_T, torch.zeros_like(numbers_T))
+        return cls(numbers_T, torch.zeros_like(numbers_T), torch.zeros_like(numbers_T))
+
+    def as_emulated_steps(self) -> Rows:
+        """Return the rows with position t of all sequences as decode step t."""
+        return self._replace(step_T=torch.where(self.sequence_T >= 0, self.position_T, -1))
 
     def to(self, device: torch.device) -> Rows:
         """Return the rows with their tensors on `device`."""
-        return Rows(self.sequence_T.to(device), self.position_T.to(device))
+        return Rows(*(field_T.to(device) for field_T in self))
 
 
 class Candidates(NamedTuple):

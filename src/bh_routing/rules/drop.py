@@ -164,7 +164,8 @@ class BenjaminiHochbergDrop(ContributionRule):
         def select(candidates: Candidates) -> Tensor:
             scores_TK = slot_scores(candidates, scale_E)
             assert candidates.rows is not None  # our own bug: the caller sets them
-            block_T = number_blocks(*candidates.rows, block_tokens)
+            rows = candidates.rows
+            block_T = number_blocks(rows.sequence_T, rows.position_T, block_tokens)
             is_dropped_TK = reject_in_blocks(lower_tail(scores_TK, needed), alpha, block_T)
             return ~is_dropped_TK | (rank_slots(candidates, scores_TK).rank_TK < min_k)
 
