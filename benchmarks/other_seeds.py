@@ -26,7 +26,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.wrong_drops import HERE, publish
-from bh_routing.analysis.sweep import analyze_sweep
+from bh_routing.analysis.quality_row import STATIC
+from bh_routing.analysis.sweep import SweepTables, analyze_sweep
+from bh_routing.analysis.sweep_records import PointRow
 from bh_routing.demo import demo_folder
 from bh_routing.results.files import to_strict
 from tools.train_demo import END_OF_TEXT, encode
@@ -55,9 +56,10 @@ PACKAGED = 0
 MADE = ("bh_routing", "python", "torch", "transformers", "started_at")
 COLUMNS = (
     *("rule", "variant", "budget", "knob", "mean_experts", "delta_nll", "delta_nll_low"),
-    *("delta_nll_high", "perplexity_ratio", "top_k_at_mean", "top_k_difference", "top_k_low"),
-    *("top_k_high", "top_k_p_corrected", "top_k_saved", "top_k_domains", "domains", "tokens"),
+    *("delta_nll_high", "perplexity_ratio", "tokens"),
 )
+COMPARED = ("at_mean", "difference", "low", "high", "p_corrected", "saved")
+"""Columns of the comparison with static top-k."""
 
 
 def read_documents(path: Path) -> list[str]:
@@ -136,7 +138,18 @@ def read_seed(path: Path) -> dict[str, Any]:
         "made": {name: run["provenance"][name] for name in MADE},
         "text": run["text"],
         "training": {name: training[name] for name in facts},
-        "rows": [{name: asdict(row)[name] for name in COLUMNS} for row in tables.rows],
+        "rows": [row_of(tables, row) for row in tables.points],
+    }
+
+
+def row_of(tables: SweepTables, row: PointRow) -> dict[str, Any]:
+    """Return a point and its comparison with static top-k."""
+    compared = tables.against(row, STATIC)
+    return {
+        **{name: getattr(row, name) for name in COLUMNS},
+        **{f"top_k_{name}": getattr(compared, name) for name in COMPARED},
+        "top_k_domains": tables.domains_won(row, STATIC),
+        "domains": len(tables.domain_names),
     }
 
 

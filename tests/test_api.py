@@ -132,10 +132,15 @@ def test_sweep_gives_the_numbers_of_the_command_line(demo: LoadedModel, tmp_path
     assert list(zip(swept["rule"], swept["budget"], strict=True)) == [("min_p", 5), ("min_p", 3)]
     assert list(swept["config_name"]) == ["min_p@5", "min_p@3"]
     assert bool((abs(swept["calibration_mean_experts"] / swept["budget"] - 1) < 0.02).all())
-    printed = read_table(tmp_path / "out" / "sweep.csv")
-    numbers = table.select_dtypes("number").columns
-    assert len(numbers) > 20
+    printed = read_table(tmp_path / "out" / "points.csv")
+    numbers = table[[c for c in table if c in printed]].select_dtypes("number").columns
+    assert len(numbers) > 12
     pd.testing.assert_frame_equal(table[numbers], printed[numbers], check_dtype=False)
+    compared = read_table(tmp_path / "out" / "comparisons.csv").query(
+        "reference == 'top_k' and domain == 'all'"
+    )
+    for name in ("difference", "low", "high", "p_corrected", "saved", "answer"):
+        assert list(swept[f"top_k_{name}"]) == pytest.approx(list(compared[name]))
 
 
 def test_sweep_fits_the_calibration_that_its_rules_need(demo: LoadedModel) -> None:

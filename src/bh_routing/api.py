@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Final
+from typing import Any
 
 import pandas as pd
 
 from bh_routing.analysis.estimates import NON_INFERIORITY_MARGIN
 from bh_routing.analysis.quality import QualityOptions, quality_table
-from bh_routing.analysis.sweep import REFERENCES, compare_points
-from bh_routing.analysis.sweep_records import SWEEP, make_sweep
+from bh_routing.analysis.quality_row import STATIC
+from bh_routing.analysis.sweep import compare_points
+from bh_routing.analysis.sweep_records import ALL_DOMAINS, SWEEP, make_sweep
 from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.generate import RoutedGeneration, generate_routed
 from bh_routing.engine.score import check_steps
@@ -32,9 +33,6 @@ from bh_routing.nulls.calibration import Calibration
 from bh_routing.results.records import QualityRecord
 from bh_routing.rules.base import Rule, check_count
 from bh_routing.rules.catalog import name_rules, rule_to_config
-
-_WIDE: Final = tuple(f"{name}_" for name in REFERENCES[1:])
-"""Columns about references other than static top-k, which need points of their own."""
 
 
 def evaluate(
@@ -123,8 +121,9 @@ def sweep(
             needs one.
         seed: seed of the calibration and of the bootstrap.
     Returns:
-        One row per rule and budget, after static top-k, with the columns of sweep.csv about the
-        rule, its loss and static top-k at the same mean (docs/columns.md).
+        One row per rule and budget, after static top-k: the columns of points.csv, then those of
+        comparisons.csv against static top-k at the same mean, as `top_k_answer` and so on
+        (docs/columns.md).
     Raises:
         InputError: a rule, budget or text can't be used, or a text was calibrated on.
         CalibrationError: the calibration doesn't serve a rule.
@@ -164,10 +163,11 @@ def sweep(
         "points": search.to_documents(settings),
     }
     tables = compare_points(make_sweep({SWEEP: content}, records), QualityOptions(seed=seed))
-    rows = pd.DataFrame(map(asdict, tables.rows))
-    wide = [c for c in rows.columns if c.startswith(_WIDE) or c == "is_curve_only"]
-    wide += [f"beats_{name}" for name in REFERENCES[1:]]
-    return rows.drop(columns=wide)
+    rows = pd.DataFrame(map(asdict, tables.points)).drop(columns=["domain", "is_curve_only"])
+    compared = tables.comparisons
+    static = compared[(compared["reference"] == STATIC) & (compared["domain"] == ALL_DOMAINS)]
+    values = static.set_index("config_name").loc[:, "answer":"saved_high"]
+    return rows.join(values.add_prefix("top_k_"), on="config_name")
 
 
 def _check_budget_list(budgets: Sequence[float], model_top_k: int) -> list[float]:

@@ -117,7 +117,7 @@ def scored_text(
     return ScoredText(
         names=tuple(losses),
         losses_DC=np.array([losses[n] for n in losses], dtype=np.float64).T * tokens_D[:, None],
-        experts_DC=np.array([experts[n] for n in losses], dtype=np.float64).T * tokens_D[:, None],
+        cost_DC=np.array([experts[n] for n in losses], dtype=np.float64).T * tokens_D[:, None],
         tokens_D=tokens_D,
         clusters_D=clusters,
         domains_D=np.array(["prose"] * len(tokens)),

@@ -11,19 +11,17 @@ from typing import Any
 import pytest
 
 from bh_routing.analysis.quality import QualityOptions, quality_table
-from bh_routing.analysis.sweep import ALL_RULES, SweepTables, analyze_sweep
-from bh_routing.analysis.sweep_equal_cost import EqualCost
-from bh_routing.analysis.sweep_records import (
-    DomainRow,
-    SweepRow,
-    Winner,
-    align,
-    read_sweep,
-    sweep_definitions,
-    winner_columns,
+from bh_routing.analysis.sweep import (
+    ALL_RULES,
+    REFERENCES,
+    SweepTables,
+    analyze_sweep,
+    comparison_definitions,
 )
+from bh_routing.analysis.sweep_equal_cost import EqualCost
+from bh_routing.analysis.sweep_records import PointRow, align, read_sweep
 from bh_routing.errors import ResultsError
-from bh_routing.results.records import QUALITY_JOURNAL, RUN_JSON
+from bh_routing.results.records import QUALITY_JOURNAL, RUN_JSON, column_definitions
 from tests.analysis.scored import scored_documents
 from tests.analysis.swept import (
     STATIC_LOSSES,
@@ -67,23 +65,46 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> SweepTables:
     return analyze_sweep(write_sweep(tmp_path_factory.mktemp("odd"), points, records), FEW)
 
 
-def row(tables: SweepTables, name: str) -> SweepRow:
-    return next(row for row in tables.rows if row.config_name == name)
+def row(tables: SweepTables, name: str) -> PointRow:
+    return next(row for row in tables.points if row.config_name == name)
+
+
+def against(
+    tables: SweepTables, name: str, reference: str = "top_k", domain: str = "all"
+) -> EqualCost:
+    return tables.found.get((name, reference, domain), EqualCost())
 
 
 def test_the_first_columns_are_the_promised_ones() -> None:
-    names = [f.name for f in fields(SweepRow)]
-    assert names[:10] == [
-        "rule", "variant", "knob", "budget", "mean_experts", "delta_nll", "delta_nll_low",
-        "delta_nll_high", "perplexity_ratio", "kl_mean",
+    names = [f.name for f in fields(PointRow)]
+    assert names[:9] == [
+        "rule", "variant", "knob", "budget", "domain", "mean_experts", "delta_nll",
+        "delta_nll_low", "delta_nll_high",
     ]  # fmt: skip
-    assert all(text.endswith(".") for text in sweep_definitions().values())
+    definitions = {**column_definitions(PointRow), **comparison_definitions()}
+    assert all(text.endswith(".") for text in definitions.values())
+
+
+def test_a_comparison_is_one_row_per_point_reference_and_domain(tables: SweepTables) -> None:
+    compared = tables.comparisons
+    assert list(compared) == list(comparison_definitions())
+    assert not compared.duplicated(["config_name", "reference", "domain"]).any()
+    assert set(compared["domain"]) == {"all", "prose", "code"}
+    assert set(compared["reference"]) == {"top_k", "top_p"}
+    assert set(compared["cost"]) == {"mean_experts"}
+    assert not set(REFERENCES) & set(compared)
+    # Eight points against static top-k and the four of them that aren't top-p against top-p.
+    assert len(compared) == 3 * (8 + 4)
+    points = {own.config_name: own for own in tables.points}
+    budgets = [points[name].budget for name in compared["config_name"]]
+    assert list(compared["budget"]) == budgets
 
 
 def test_static_top_k_has_rows_and_is_the_curve(tables: SweepTables) -> None:
-    static = [row for row in tables.rows if row.rule == "top_k"]
+    static = [row for row in tables.points if row.rule == "top_k"]
     assert [row.mean_experts for row in static] == list(STATIC_LOSSES)
-    assert all(math.isnan(row.top_k_difference) and not row.note for row in static)
+    assert all(math.isnan(tables.against(row, "top_k").difference) for row in static)
+    assert all(row.rank is None and not row.note for row in static)
 
 
 def test_losses_are_those_of_the_quality_table(tables: SweepTables) -> None:
@@ -94,14 +115,15 @@ def test_losses_are_those_of_the_quality_table(tables: SweepTables) -> None:
 
 
 def test_a_good_rule_wins_and_a_bad_one_does_not(tables: SweepTables) -> None:
-    good, bad = row(tables, "bh_drop-block@5"), row(tables, "bh@5")
+    good, bad = against(tables, "bh_drop-block@5"), against(tables, "bh@5")
     line = STATIC_LOSSES[5] + 0.05 * (STATIC_LOSSES[6] - STATIC_LOSSES[5])
-    assert good.top_k_at_mean == pytest.approx(line, rel=0.1)
-    assert good.top_k_high < 0 < bad.top_k_low
-    assert good.top_k_p_corrected < 0.05 > bad.top_k_p_corrected
-    assert good.top_k_saved == pytest.approx(0.4, abs=0.1)
-    assert (good.top_k_domains, bad.top_k_domains, good.domains) == (2, 0, 2)
-    assert good.top_p_high < 0
+    assert good.at_mean == pytest.approx(line, rel=0.1)
+    assert good.high < 0 < bad.low
+    assert good.p_corrected < 0.05 > bad.p_corrected
+    assert good.saved == pytest.approx(0.4, abs=0.1)
+    won = [tables.domains_won(row(tables, n), "top_k") for n in ("bh_drop-block@5", "bh@5")]
+    assert (won, tables.domain_names) == ([2, 0], ["code", "prose"])
+    assert against(tables, "bh_drop-block@5", "top_p").high < 0
 
 
 def test_every_test_is_counted_once(tables: SweepTables) -> None:
@@ -126,17 +148,17 @@ def layered(tmp_path_factory: pytest.TempPathFactory) -> SweepTables:
 
 
 def test_a_rule_can_beat_static_top_k_and_lose_to_shares_of_layers(layered: SweepTables) -> None:
-    good = row(layered, "bh_drop-block@5")
-    assert (good.beats_top_k, good.beats_top_p, good.beats_per_layer_top_k) == ("yes", "yes", "no")
+    good = [against(layered, "bh_drop-block@5", name) for name in REFERENCES]
+    assert [one.answer for one in good] == ["yes", "yes", "no"]
     line = 0.4 * (0.95 * STATIC_LOSSES[5] + 0.05 * STATIC_LOSSES[6])
-    assert good.per_layer_top_k_at_mean == pytest.approx(line, rel=0.1)
-    own = next(d for d in layered.domains if d.config_name == "bh_drop-block@5")
-    assert own.per_layer_top_k_difference > 0 > own.top_k_difference
+    assert good[-1].at_mean == pytest.approx(line, rel=0.1)
+    own = [against(layered, "bh_drop-block@5", name, "code") for name in REFERENCES]
+    assert own[-1].difference > 0 > own[0].difference
 
 
 def test_points_that_lengthen_a_curve_are_neither_tested_nor_winners(layered: SweepTables) -> None:
     assert row(layered, "per_layer_top_k@6").is_curve_only
-    assert math.isnan(row(layered, "per_layer_top_k@6").top_k_difference)
+    assert math.isnan(against(layered, "per_layer_top_k@6").difference)
     assert {winner.budget for winner in layered.winners} == {5}
     # Four points against static top-k, three against per-layer; against top-p, which begins at
     # 5.01 experts, two.
@@ -144,26 +166,25 @@ def test_points_that_lengthen_a_curve_are_neither_tested_nor_winners(layered: Sw
 
 
 def test_a_mean_off_its_budget_is_flagged(odd: SweepTables) -> None:
-    assert {row.config_name for row in odd.rows if row.off_budget} == {"min_p@4"}
+    assert {row.config_name for row in odd.points if row.off_budget} == {"min_p@4"}
 
 
 def test_domains_are_compared_at_their_own_mean(tables: SweepTables) -> None:
-    own = {d.domain: d for d in tables.domains if d.config_name == "bh_drop-block@5"}
+    own = {d.domain: d for d in tables.by_domain if d.config_name == "bh_drop-block@5"}
     assert own["prose"].mean_experts == pytest.approx(5.15, abs=1e-3)
     assert own["code"].mean_experts == pytest.approx(4.95, abs=1e-3)
-    assert own["prose"].drift > 0 > own["code"].drift
-    assert own["code"].top_k_at_mean > own["prose"].top_k_at_mean
-    assert all(d.top_k_difference < 0 for d in own.values())
+    found = {domain: tables.against(one, "top_k") for domain, one in own.items()}
+    assert found["code"].at_mean > found["prose"].at_mean
+    assert all(one.difference < 0 for one in found.values())
 
 
 def test_the_winner_of_a_budget_saves_most_of_static_top_ks_loss(tables: SweepTables) -> None:
     first = next(w for w in tables.winners if w.among == ALL_RULES and w.budget == 5)
     assert first.row == row(tables, "bh_drop-block@5")
-    assert (first.beats_top_k, first.beats_top_p, first.runner_up) == ("yes", "yes", "top_p@5")
+    assert (row(tables, "bh_drop-block@5").rank, row(tables, "top_p@5").rank) == (1, 2)
+    assert row(tables, "bh@5").rank == 3
     last = next(w for w in tables.winners if w.among == "bh_drop" and w.budget == 3)
-    assert (last.row, last.beats_top_k) == (None, "unknown")
-    assert winner_columns(first)["top_k_saved"] == first.row.top_k_saved
-    assert winner_columns(last)["rule"] is None
+    assert last.row is None
 
 
 @pytest.mark.parametrize(
@@ -184,7 +205,7 @@ def test_a_win_needs_interval_and_corrected_p(
 
 
 def test_an_oracle_has_a_row_and_does_not_win(odd: SweepTables) -> None:
-    assert row(odd, "oracle_contribution@5").top_k_saved > 0.8
+    assert against(odd, "oracle_contribution@5").saved > 0.8
     assert all(w.row is None or w.row.rule != "oracle_contribution" for w in odd.winners)
 
 
@@ -194,7 +215,7 @@ def test_unreachable_and_unfinished_points_stay_as_rows_with_reasons(odd: SweepT
     assert "Not scored yet" in row(odd, "entropy@4").note
     assert "all documents" in row(odd, "bh@5").note
     assert math.isfinite(row(odd, "bh@5").delta_nll)
-    assert math.isnan(row(odd, "bh@5").top_k_difference)
+    assert math.isnan(against(odd, "bh@5").difference)
 
 
 def test_points_of_an_earlier_sweep_are_left_out(tmp_path: Path) -> None:
@@ -205,17 +226,18 @@ def test_points_of_an_earlier_sweep_are_left_out(tmp_path: Path) -> None:
 
 def test_few_books_use_students_t_and_none_of_it_needs_a_bootstrap(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path, usual_points(), usual_records(documents=8))
-    good = row(analyze_sweep(folder, FEW), "bh_drop-block@5")
-    assert good.top_k_high < 0
-    assert "cluster t" in good.note
+    few = analyze_sweep(folder, FEW)
+    assert against(few, "bh_drop-block@5").high < 0
+    assert "cluster t" in row(few, "bh_drop-block@5").note
 
 
 def test_only_the_seed_moves_intervals(tables: SweepTables, folder: Path) -> None:
-    assert repr(analyze_sweep(folder, FEW).rows) == repr(tables.rows)
-    other = row(analyze_sweep(folder, FEW._replace(seed=1)), "bh@5")
-    own = row(tables, "bh@5")
-    assert other.top_k_difference == own.top_k_difference
-    assert other.top_k_low != own.top_k_low
+    again = analyze_sweep(folder, FEW)
+    assert repr((again.points, again.found)) == repr((tables.points, tables.found))
+    other = against(analyze_sweep(folder, FEW._replace(seed=1)), "bh@5")
+    own = against(tables, "bh@5")
+    assert other.difference == own.difference
+    assert other.low != own.low
 
 
 @pytest.mark.parametrize(
@@ -245,8 +267,3 @@ def test_a_folder_without_anything_is_refused(tmp_path: Path) -> None:
     (tmp_path / QUALITY_JOURNAL).touch()
     with pytest.raises(ResultsError, match=RUN_JSON):
         read_sweep(tmp_path)
-
-
-def test_every_column_has_a_definition() -> None:
-    names = {f.name for row in (SweepRow, DomainRow, Winner) for f in fields(row)} - {"row"}
-    assert names == set(sweep_definitions())

@@ -42,7 +42,7 @@ def draw(rng: np.random.Generator, *, tail: bool) -> ScoredText:
     return ScoredText(
         names=(*KNOTS, *RULES),
         losses_DC=np.stack(losses, axis=1) * tokens_D[:, None],
-        experts_DC=np.stack(experts, axis=1) * tokens_D[:, None],
+        cost_DC=np.stack(experts, axis=1) * tokens_D[:, None],
         tokens_D=tokens_D,
         clusters_D=np.array([f"{book}" for book in book_D]),
         domains_D=np.array(["prose"] * len(book_D)),
@@ -62,7 +62,7 @@ def measure(trials: int, *, tail: bool, simultaneous: bool) -> dict[str, float]:
         for rule in RULES:
             own, (difference, saved) = found[rule, "top_k"], truth(rule)
             inside["difference"].append(own.low <= difference <= own.high)
-            inside["saved"].append(own.share_low <= saved <= own.share_high)
+            inside["saved"].append(own.saved_low <= saved <= own.saved_high)
         for name, flags in inside.items():
             held[name] += float(np.all(flags) if simultaneous else np.mean(flags))
     return {name: count / trials for name, count in held.items()}

@@ -42,7 +42,7 @@ def test_a_small_table_comes_out_as_by_hand() -> None:
     line = 0.45 * 0.27 + 0.55 * 0.14
     assert found.at_mean == pytest.approx(line)
     assert found.difference == pytest.approx(0.14 - line)
-    assert found.share_saved == pytest.approx(1 - math.expm1(0.14) / math.expm1(line))
+    assert found.saved == pytest.approx(1 - math.expm1(0.14) / math.expm1(line))
     assert found.geometric == pytest.approx(0.27**0.45 * 0.14**0.55)
     # Four documents: Student's t of the linearised document values.
     share = np.array([4.0, 5.0, 4.5, 4.5]) - 4.55
@@ -107,7 +107,7 @@ def random_text(num_documents: int = 40, seed: int = 0, shift: float = 0.0) -> S
 def test_the_uncertainty_of_the_mean_is_in_the_interval() -> None:
     text = random_text()
     fixed = random_text()
-    own = fixed.experts_DC[:, 0]
+    own = fixed.cost_DC[:, 0]
     own[:] = fixed.tokens_D * own.sum() / fixed.tokens_D.sum()
     varying, constant = compared(text, resamples=2000), compared(fixed, resamples=2000)
     assert varying.difference == pytest.approx(constant.difference)
@@ -132,7 +132,7 @@ def test_a_joint_interval_is_wider_than_one_alone_and_p_is_holms() -> None:
 
 def test_the_same_losses_everywhere_give_no_interval_but_a_reason() -> None:
     text = random_text()
-    text.losses_DC[:, 0], text.experts_DC[:, 0] = text.losses_DC[:, 2], text.experts_DC[:, 2]
+    text.losses_DC[:, 0], text.cost_DC[:, 0] = text.losses_DC[:, 2], text.cost_DC[:, 2]
     found = compared(text)
     assert found.difference == pytest.approx(0, abs=1e-12)
     assert math.isnan(found.low)
@@ -144,7 +144,7 @@ def test_a_reference_without_loss_leaves_nothing_to_save() -> None:
     text.losses_DC[:, 1:] = 0.0
     found = compared(text)
     assert math.isfinite(found.difference + found.low)
-    assert math.isnan(found.share_saved)
+    assert math.isnan(found.saved)
     assert "share" in found.note
 
 

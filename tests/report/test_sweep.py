@@ -72,7 +72,7 @@ def test_all_files_are_written_and_the_same_again(
 ) -> None:
     names = [str(path.relative_to(folder)) for path in written]
     assert names == [
-        "sweep.csv", "sweep_domains.csv", "winners.csv", "SWEEP.md", "plots/pareto.png",
+        "points.csv", "points_by_domain.csv", "comparisons.csv", "SWEEP.md", "plots/pareto.png",
         "plots/pareto_domains.png",
     ]  # fmt: skip
     again = conclude_sweep(write_sweep(tmp_path, usual_points(), usual_records(24)), FEW)
@@ -90,18 +90,18 @@ def test_every_value_of_the_pictures_is_in_a_row(
 
     monkeypatch.setattr("bh_routing.report.sweep.save", keep)
     conclude_sweep(folder, FEW)
-    for figure, name in zip(figures, ("sweep.csv", "sweep_domains.csv"), strict=True):
+    for figure, name in zip(figures, ("points.csv", "points_by_domain.csv"), strict=True):
         rows = rows_of(folder / name)
         expected = {
             (round(float(r["mean_experts"]), 9), round(percent_change(float(r["delta_nll"])), 9))
             for r in rows
         }
-        panels = figure.axes[:1] if name == "sweep.csv" else figure.axes
+        panels = figure.axes[:1] if name == "points.csv" else figure.axes
         assert set.union(*map(drawn_points, panels)) == expected
     saved = {
-        round(100 * float(r["top_k_saved"]), 9)
-        for r in rows_of(folder / "sweep.csv")
-        if r["top_k_saved"] and float(r["top_k_saved"]) > -0.4
+        round(100 * float(r["saved"]), 9)
+        for r in rows_of(folder / "comparisons.csv")
+        if (r["reference"], r["domain"]) == ("top_k", "all") and float(r["saved"] or "nan") > -0.4
     }
     below = figures[0].axes[1]
     assert {y for _, y in drawn_points(below)} - {0.0} == saved
@@ -109,10 +109,16 @@ def test_every_value_of_the_pictures_is_in_a_row(
 
 def test_numbers_of_the_report_are_those_of_the_tables(written: list[Path], folder: Path) -> None:
     text = (folder / "SWEEP.md").read_text(encoding="utf-8")
-    best = next(r for r in rows_of(folder / "winners.csv") if r["budget"] == "5.0")
+    ranked = [r for r in rows_of(folder / "points.csv") if r["rank"] == "1"]
+    best = next(r for r in ranked if r["budget"] == "5.0")
     assert best["config_name"] == "bh_drop-block@5"
-    assert f"saves {100 * float(best['top_k_saved']):.0f} %" in text
-    for row in rows_of(folder / "sweep.csv"):
+    compared = next(
+        r
+        for r in rows_of(folder / "comparisons.csv")
+        if (r["config_name"], r["reference"], r["domain"]) == (best["config_name"], "top_k", "all")
+    )
+    assert f"saves {100 * float(compared['saved']):.0f} %" in text
+    for row in rows_of(folder / "points.csv"):
         assert f"{float(row['delta_nll']):+.4f}" in text
     assert "bh-routing sweep --model demo --budget 6 --budget 5" in text
 
@@ -122,14 +128,14 @@ def test_the_verdict_is_three_sentences_that_follow_the_statistics(tables: Sweep
     assert "at 5.05 experts `bh_drop block` saves" in first
     assert "the same points lose less at 5 and 4 experts" in second
     assert "than static top-k at 5 and 4 experts and than top-p at 5 and 4 experts" in third
-    assert pareto_title(tables.winners).startswith("The best rule saves")
+    assert pareto_title(tables).startswith("The best rule saves")
 
 
 def test_a_rule_that_wins_nowhere_is_not_praised(tmp_path: Path) -> None:
     records = [r for r in usual_records(24) if not r.config_name.startswith(("bh_drop", "top_p"))]
     points = [p for p in usual_points() if p["rule"] == "bh"]
     found = analyze_sweep(write_sweep(tmp_path, points, records), FEW)
-    assert pareto_title(found.winners) == (
+    assert pareto_title(found) == (
         "No rule clearly loses less than static top-k with as many experts"
     )
     first, second = verdict(found)
@@ -150,24 +156,30 @@ def test_a_bh_rule_that_loses_clearly_is_said_to(tmp_path: Path) -> None:
     assert "less than static top-k: 0 of 2 at 5.0 and 0 of 2 at 4.0" in sentence
 
 
+def doubtful(tables: SweepTables, *domains: str) -> SweepTables:
+    """Return the tables with intervals against static top-k that include 0 in these domains."""
+    found = {
+        key: replace(one, high=0.01) if key[1] == "top_k" and key[2] in domains else one
+        for key, one in tables.found.items()
+    }
+    return replace(tables, found=found)
+
+
 def test_domains_are_counted_by_their_intervals(tables: SweepTables) -> None:
-    assert domains_title(tables.winners, tables.domains) == (
+    assert domains_title(tables) == (
         "The best rule clearly loses less than static top-k in all 2 domains, at every budget"
     )
-    doubtful = [replace(row, top_k_high=0.01) for row in tables.domains]
-    assert "in no domain" in domains_title(tables.winners, doubtful)
-    half = [replace(row, top_k_high=0.01) if row.domain == "prose" else row
-            for row in tables.domains]  # fmt: skip
-    assert "in 1 of 2 domains" in domains_title(tables.winners, half)
+    assert "in no domain" in domains_title(doubtful(tables, "prose", "code"))
+    assert "in 1 of 2 domains" in domains_title(doubtful(tables, "prose"))
 
 
 def test_only_points_that_were_scored_are_said_to_keep_their_budget(tables: SweepTables) -> None:
-    rows = [replace(row, off_budget=False) for row in tables.rows]
+    rows = [replace(row, off_budget=False) for row in tables.points]
     unscored = replace(rows[0], mean_experts=math.nan)
     every = "keeps within 2 % of its budget"
-    assert f"Every point {every}" in render_sweep(replace(tables, rows=tuple(rows)))
-    assert f"Every scored point {every}" in render_sweep(replace(tables, rows=(*rows, unscored)))
-    assert every not in render_sweep(replace(tables, rows=(unscored,), winners=()))
+    assert f"Every point {every}" in render_sweep(replace(tables, points=tuple(rows)))
+    assert f"Every scored point {every}" in render_sweep(replace(tables, points=(*rows, unscored)))
+    assert every not in render_sweep(replace(tables, points=(unscored,), by_domain=()))
 
 
 def test_the_report_asks_every_rule_whether_it_beats_each_reference(tmp_path: Path) -> None:
@@ -201,26 +213,35 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     widths = [len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line[:1] == "|"]
     assert set(widths) <= {3, 7, 12, 14}
     assert "--model MODEL" in text
-    kept = next(r for r in rows_of(folder / "sweep.csv") if r["config_name"] == "hostile")
+    kept = next(r for r in rows_of(folder / "points.csv") if r["config_name"] == "hostile")
     assert kept["variant"] == HOSTILE
 
 
 def test_a_variant_named_after_its_rule_is_named_once(tables: SweepTables) -> None:
-    row = next(row for row in tables.rows if row.variant == "block")
+    row = next(row for row in tables.points if row.variant == "block")
     assert series_label(row) == "bh_drop block"
 
 
 def test_pictures_of_nothing_are_still_pictures(tables: SweepTables) -> None:
-    unknown = [replace(row, delta_nll=math.nan, top_k_saved=math.nan) for row in tables.rows]
-    for chart in (pareto([], "Nothing"), pareto(unknown, "Nothing"), domains([], "Nothing")):
+    unknown = tuple(replace(row, delta_nll=math.nan) for row in tables.points)
+    unknown_tables = replace(tables, points=unknown, found={})
+    empty = replace(tables, points=(), by_domain=(), found={})
+    charts = (
+        pareto(empty, "Nothing"),
+        pareto(unknown_tables, "Nothing"),
+        domains(empty, "Nothing"),
+    )
+    for chart in charts:
         assert rendered(chart.picture(), "png").startswith(b"\x89PNG")
 
 
 def test_a_rule_that_loses_far_more_stands_at_the_edge(tables: SweepTables) -> None:
-    rows = [replace(row, top_k_saved=-3.0) if row.rule == "bh" else row for row in tables.rows]
-    below = pareto(rows, "Edge").picture().axes[1]
+    bad = {row.config_name for row in tables.points if row.rule == "bh" and not row.is_curve_only}
+    found = {
+        key: replace(one, saved=-3.0) if key[0] in bad else one for key, one in tables.found.items()
+    }
+    below = pareto(replace(tables, found=found), "Edge").picture().axes[1]
     assert below.get_ylim()[0] > -60
     triangles = [line for line in below.get_lines() if line.get_marker() == "v"]
-    assert len([line for line in triangles if line.get_transform() != below.transData]) == len(
-        [row for row in rows if row.rule == "bh" and not row.is_curve_only]
-    )
+    at_edge = [line for line in triangles if line.get_transform() != below.transData]
+    assert len(at_edge) == len(bad)

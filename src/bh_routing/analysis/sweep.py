@@ -1,28 +1,30 @@
 """Find the rule with the lowest loss at equal cost: points, domains and winners of a sweep.
 
-`analyze_sweep` turns the folder of a `bh-routing sweep` into three tables. Every rule is compared
-with static top-k, top-p and per-layer top-k at its own measured mean number of experts;
-sweep_equal_cost.py describes the method, sweep_records.py the columns.
+`analyze_sweep` turns the folder of a `bh-routing sweep` into tidy tables: one row per point, and
+one per comparison of a point with static top-k, top-p or per-layer top-k at the point's own
+measured cost. sweep_equal_cost.py describes the method.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, NamedTuple
+
+import pandas as pd
 
 from bh_routing.analysis.quality import DEFAULT_OPTIONS, QualityOptions, quality_table
 from bh_routing.analysis.quality_row import STATIC, QualityRow
 from bh_routing.analysis.sweep_equal_cost import Curve, EqualCost, compare_at_equal_cost
 from bh_routing.analysis.sweep_records import (
-    DomainRow,
+    ALL_DOMAINS,
+    MEAN_EXPERTS,
+    PointRow,
     ScoredText,
     Sweep,
     SweepPoint,
-    SweepRow,
-    Winner,
     align,
     read_sweep,
 )
@@ -42,7 +44,39 @@ STATIC_STEP: Final = 1.0
 CURVE_STEP: Final = 1.25
 """Points of other curves lie one expert apart, plus the drift of their means between texts."""
 
-Comparisons = Mapping[tuple[str, str], EqualCost]
+Found = Mapping[tuple[str, str, str], EqualCost]
+_KEYS: Final = {
+    "config_name": "As in points.csv.",
+    "rule": "As in points.csv.",
+    "variant": "As in points.csv.",
+    "budget": "As in points.csv.",
+    "reference": "Rule that the point is compared with.",
+    "domain": "Domain of the text, or all.",
+    "cost": "Quantity that is equal in the comparison: mean_experts.",
+}
+_ANSWER: Final = (
+    "Whether the rule loses less; yes: the interval of difference lies below 0 and p_corrected "
+    "below 0.05; no: both say that it loses more; undecided: neither; unknown: not compared."
+)
+
+
+def comparison_definitions() -> dict[str, str]:
+    """Map each column of comparisons.csv to its definition."""
+    values = {f.name: str(f.metadata["definition"]) for f in fields(EqualCost)}
+    return {**_KEYS, "answer": _ANSWER, **values}
+
+
+class Winner(NamedTuple):
+    """The point of a budget that saves the largest share of static top-k's loss, at its own mean.
+
+    Not that with the lowest loss: means differ by a few percent within a budget.
+    """
+
+    budget: float
+    among: str
+    """all rules, or the one rule whose variants competed."""
+    row: PointRow | None
+    """None if no point could be compared."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,11 +84,62 @@ class SweepTables:
     """Tables of an analysed sweep."""
 
     sweep: Sweep
-    rows: tuple[SweepRow, ...]
-    domains: tuple[DomainRow, ...]
-    winners: tuple[Winner, ...]
-    num_tests: int
-    """Size of the family for Holm's correction and the joint intervals."""
+    points: tuple[PointRow, ...]
+    by_domain: tuple[PointRow, ...]
+    found: Mapping[tuple[str, str, str], EqualCost]
+    """(configuration, reference, domain or all) -> comparison."""
+
+    @property
+    def num_tests(self) -> int:
+        """Size of the family for Holm's correction and the joint intervals."""
+        whole = (one for (*_, domain), one in self.found.items() if domain == ALL_DOMAINS)
+        return sum(math.isfinite(one.p) for one in whole)
+
+    @property
+    def domain_names(self) -> list[str]:
+        """Domains of the text."""
+        return list(dict.fromkeys(domain for *_, domain in self.found if domain != ALL_DOMAINS))
+
+    @property
+    def comparisons(self) -> pd.DataFrame:
+        """One row per point, reference and domain: the content of comparisons.csv."""
+        points = {row.config_name: row for row in self.points}
+        rows = [
+            (name, points[name].rule, points[name].variant, points[name].budget, reference, domain,
+             MEAN_EXPERTS, one.answer, *(getattr(one, f.name) for f in fields(EqualCost)))
+            for (name, reference, domain), one in self.found.items()
+        ]  # fmt: skip
+        return pd.DataFrame(rows, columns=list(comparison_definitions()))
+
+    @property
+    def winners(self) -> list[Winner]:
+        """Winners of each budget: among all rules, and among the variants of BH-drop."""
+        tested = [row for row in self.points if _is_tested(row)]
+        contests = (ALL_RULES, *(rule for rule in BH_RULES if any(r.rule == rule for r in tested)))
+        ranked = sorted((row for row in tested if row.rank), key=lambda row: row.rank or 0)
+        return [
+            Winner(
+                budget,
+                among,
+                next((row for row in ranked
+                      if row.budget == budget and among in (ALL_RULES, row.rule)), None),
+            )
+            for budget in sorted({row.budget for row in tested}, reverse=True)
+            for among in contests
+        ]  # fmt: skip
+
+    def against(self, row: PointRow, reference: str) -> EqualCost:
+        """Return a row's comparison with a reference, in its domain; NaN if there is none."""
+        return self.found.get((row.config_name, reference, row.domain), EqualCost())
+
+    def domains_won(self, row: PointRow, reference: str) -> int:
+        """Count the domains in which a point's estimate is below that of a reference."""
+        there = (self.against(replace(row, domain=name), reference) for name in self.domain_names)
+        return sum(one.difference < 0 for one in there)
+
+
+def _is_tested(row: PointRow) -> bool:
+    return not (row.rule in (STATIC, *CONTROLS) or row.is_curve_only)
 
 
 def analyze_sweep(folder: Path, options: QualityOptions = DEFAULT_OPTIONS) -> SweepTables:
@@ -74,35 +159,29 @@ def analyze_sweep(folder: Path, options: QualityOptions = DEFAULT_OPTIONS) -> Sw
 def compare_points(sweep: Sweep, options: QualityOptions = DEFAULT_OPTIONS) -> SweepTables:
     """Compare the points of a sweep that was read or has just been made."""
     text = align(sweep.records)
-    domain_names = sorted(set(text.domains_D.tolist()))
+    parts = {name: text.domain(name) for name in sorted(set(text.domains_D.tolist()))}
     quality = {row.config_name: row for row in quality_table(sweep.records, options)}
-    overall = _compare(sweep, text, options, simultaneous=True)
-    by_domain = {
-        domain: _compare(sweep, text.domain(domain), options, simultaneous=False)
-        for domain in domain_names
+    found = {
+        (*key, domain): one
+        for domain, part in ((ALL_DOMAINS, text), *parts.items())
+        for key, one in _compare(sweep, part, options, simultaneous=domain == ALL_DOMAINS).items()
     }
-    rows = tuple(
-        _row(point, quality.get(point.config_name), overall, by_domain) for point in sweep.points
-    )
-    domains = tuple(
-        _domain_row(point, quality[point.config_name], text.domain(domain), domain, compared)
-        for point in sweep.points
-        if point.config_name in quality and not point.is_curve_only
-        for domain, compared in by_domain.items()
-        if domain in quality[point.config_name].by_domain
+    points = [_row(point, quality.get(point.config_name), found) for point in sweep.points]
+    by_domain = tuple(
+        _domain_row(row, quality[row.config_name], part, domain, found)
+        for row in points
+        if row.config_name in quality and not row.is_curve_only
+        for domain, part in parts.items()
+        if domain in quality[row.config_name].by_domain
     )
     return SweepTables(
-        sweep=sweep,
-        rows=rows,
-        domains=domains,
-        winners=_winners(rows),
-        num_tests=sum(math.isfinite(found.p) for found in overall.values()),
+        sweep=sweep, points=tuple(_ranked(points, found)), by_domain=by_domain, found=found
     )
 
 
 def _compare(
     sweep: Sweep, text: ScoredText, options: QualityOptions, *, simultaneous: bool
-) -> Comparisons:
+) -> Mapping[tuple[str, str], EqualCost]:
     # A reference that wasn't requested gets no note on missing points.
     rules = {point.rule for point in sweep.points} | {STATIC, TOP_P}
     curves = [
@@ -129,12 +208,24 @@ def _compare(
     )
 
 
-def _row(
-    point: SweepPoint,
-    quality: QualityRow | None,
-    overall: Comparisons,
-    by_domain: Mapping[str, Comparisons],
-) -> SweepRow:
+def _ranked(rows: Sequence[PointRow], found: Found) -> list[PointRow]:
+    saved = {
+        row.config_name: found.get((row.config_name, STATIC, ALL_DOMAINS), EqualCost()).saved
+        for row in rows
+        if _is_tested(row)
+    }
+    known = pd.Series(saved, dtype=float).dropna()
+    budgets = {row.config_name: row.budget for row in rows}
+    ranks = (
+        known.groupby([budgets[name] for name in known.index])
+        .rank(method="first", ascending=False)
+        .astype(int)
+        .to_dict()
+    )
+    return [replace(row, rank=ranks.get(row.config_name)) for row in rows]
+
+
+def _row(point: SweepPoint, quality: QualityRow | None, found: Found) -> PointRow:
     nan = math.nan
     mean = quality.mean_experts if quality else nan
     notes = [point.unreachable]
@@ -142,11 +233,7 @@ def _row(
         notes.append("Not scored yet; run bh-routing sweep again to finish.")
     if quality:
         notes.append(quality.note)
-    for name in REFERENCES:
-        notes.append(_found(overall, point, name).note)
-    # Static top-k isn't tested, and both references may have the same reason.
-    note = " ".join(dict.fromkeys(filter(None, notes)))
-    return SweepRow(
+    return PointRow(
         rule=point.rule,
         variant=point.variant,
         knob=point.knob,
@@ -164,115 +251,46 @@ def _row(
         corrections=point.corrections,
         is_curve_only=point.is_curve_only,
         off_budget=abs(mean / point.budget - 1) > OFF_BUDGET,
-        domains=len(by_domain),
         tokens=quality.tokens if quality else 0,
         documents=quality.documents if quality else 0,
         clusters=quality.clusters if quality else 0,
         method=quality.method if quality else "",
-        note=note,
-        **_against(point, overall, by_domain),
+        note=_joined([*notes, *_notes(point.config_name, ALL_DOMAINS, found)]),
     )
-
-
-def _found(compared: Comparisons, point: SweepPoint, reference: str) -> EqualCost:
-    return compared.get((point.config_name, reference), EqualCost())
-
-
-def _against(
-    point: SweepPoint, overall: Comparisons, by_domain: Mapping[str, Comparisons]
-) -> dict[str, Any]:
-    """Return the columns of all references."""
-    columns: dict[str, Any] = {}
-    for name in REFERENCES:
-        found = _found(overall, point, name)
-        columns |= {
-            f"{name}_at_mean": found.at_mean,
-            f"{name}_geometric": found.geometric,
-            f"{name}_difference": found.difference,
-            f"{name}_low": found.low,
-            f"{name}_high": found.high,
-            f"{name}_p": found.p,
-            f"{name}_p_corrected": found.p_corrected,
-            f"{name}_saved": found.share_saved,
-            f"{name}_saved_low": found.share_low,
-            f"{name}_saved_high": found.share_high,
-            f"{name}_domains": sum(
-                _found(compared, point, name).difference < 0 for compared in by_domain.values()
-            ),
-            f"beats_{name}": found.answer,
-        }
-    return columns
 
 
 def _domain_row(
-    point: SweepPoint,
-    quality: QualityRow,
-    text: ScoredText,
-    domain: str,
-    compared: Comparisons,
-) -> DomainRow:
+    row: PointRow, quality: QualityRow, text: ScoredText, domain: str, found: Found
+) -> PointRow:
     part = quality.by_domain[domain]
-    against = {name: _found(compared, point, name) for name in REFERENCES}
     mean = math.nan
-    if point.config_name in text.names:
-        kept_D = text.experts_DC[:, text.names.index(point.config_name)]
+    if row.config_name in text.names:
+        kept_D = text.cost_DC[:, text.names.index(row.config_name)]
         mean = float(kept_D.sum() / text.tokens_D.sum())
-    return DomainRow(
-        rule=point.rule,
-        variant=point.variant,
-        budget=point.budget,
+    return replace(
+        row,
         domain=domain,
         mean_experts=mean,
-        drift=mean - quality.mean_experts,
         delta_nll=part.delta_nll,
         delta_nll_low=part.low,
         delta_nll_high=part.high,
+        perplexity_ratio=math.exp(part.delta_nll),
+        kl_mean=math.nan,
+        same_top1_share=math.nan,
         tokens=part.tokens,
         documents=part.documents,
-        config_name=point.config_name,
-        note=" ".join(
-            dict.fromkeys(filter(None, [part.note, *(one.note for one in against.values())]))
-        ),
-        **{
-            f"{name}_{column}": value
-            for name, one in against.items()
-            for column, value in (
-                ("at_mean", one.at_mean),
-                ("difference", one.difference),
-                ("low", one.low),
-                ("high", one.high),
-                ("saved", one.share_saved),
-            )
-        },
+        clusters=len(set(text.clusters_D.tolist())),
+        method="",
+        off_budget=abs(mean / row.budget - 1) > OFF_BUDGET,
+        note=_joined([part.note, *_notes(row.config_name, domain, found)]),
     )
 
 
-def _winners(rows: Sequence[SweepRow]) -> tuple[Winner, ...]:
-    tested = [r for r in rows if not (r.rule in (STATIC, *CONTROLS) or r.is_curve_only)]
-    budgets = sorted({row.budget for row in tested}, reverse=True)
-    contests = (ALL_RULES, *(rule for rule in BH_RULES if any(r.rule == rule for r in tested)))
-    return tuple(
-        _winner(budget, among, [row for row in tested if row.budget == budget])
-        for budget in budgets
-        for among in contests
-    )
+def _notes(config_name: str, domain: str, found: Found) -> list[str]:
+    # Static top-k isn't tested.
+    return [found.get((config_name, name, domain), EqualCost()).note for name in REFERENCES]
 
 
-def _winner(budget: float, among: str, rows: Sequence[SweepRow]) -> Winner:
-    compared = [
-        row for row in rows if among in (ALL_RULES, row.rule) and math.isfinite(row.top_k_saved)
-    ]
-    if not compared:
-        return Winner(budget=budget, among=among)
-    # Not by loss alone: means differ by a few percent within a budget.
-    ranked = sorted(compared, key=lambda row: -row.top_k_saved)
-    best = ranked[0]
-    return Winner(
-        budget=budget,
-        among=among,
-        beats_top_k=best.beats_top_k,
-        beats_top_p=best.beats_top_p,
-        beats_per_layer_top_k=best.beats_per_layer_top_k,
-        runner_up=ranked[1].config_name if len(ranked) > 1 else "",
-        row=best,
-    )
+def _joined(notes: Sequence[str]) -> str:
+    """Join sentences; several references may have the same reason."""
+    return " ".join(dict.fromkeys(filter(None, notes)))

@@ -35,7 +35,7 @@ import numpy as np
 from scipy import stats
 
 from bh_routing.analysis.sweep_records import ScoredText, align
-from bh_routing.results.records import QualityRecord
+from bh_routing.results.records import QualityRecord, column
 from bh_routing.stats.bootstrap import (
     SPREAD_FLOOR,
     ClusterSums,
@@ -65,24 +65,39 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EqualCost:
-    """A rule compared with a curve at the rule's mean; NaN is unknown, `note` gives the reason."""
+    """A rule compared with a reference at equal cost, as in a row of `comparisons.csv`.
 
-    at_mean: float = math.nan
-    """Loss of the curve at the rule's mean, in nats per token."""
-    geometric: float = math.nan
-    """The same, interpolated in log loss: lower, so stricter, and closer to a curve whose loss
-    grows by a constant factor with each expert dropped."""
-    difference: float = math.nan
-    """The rule's loss minus at_mean."""
-    low: float = math.nan
-    high: float = math.nan
-    p: float = math.nan
-    p_corrected: float = math.nan
-    share_saved: float = math.nan
-    """1 - the rule's increase of perplexity divided by the curve's."""
-    share_low: float = math.nan
-    share_high: float = math.nan
-    note: str = ""
+    NaN is unknown, and `note` gives the reason. Intervals and p of the whole text hold jointly over
+    all tests of the table, those of one domain for the row alone.
+    """
+
+    at_mean: float = column(
+        "Loss of the reference at the rule's own mean, on the line between its neighbouring "
+        "points, in nats per token.",
+        default=math.nan,
+    )
+    geometric: float = column(
+        "The same on the line of log losses: lower, so a harder bar, where the curve is convex.",
+        default=math.nan,
+    )
+    difference: float = column("The rule's loss minus at_mean.", default=math.nan)
+    low: float = column("Lower end of its 95 % interval.", default=math.nan)
+    high: float = column("Upper end of that interval.", default=math.nan)
+    p: float = column("Two-sided p of no difference, uncorrected.", default=math.nan)
+    p_corrected: float = column("p after Holm's correction over all tests.", default=math.nan)
+    saved: float = column(
+        "1 - the rule's increase in perplexity divided by the reference's.", default=math.nan
+    )
+    saved_low: float = column("Lower end of its 95 % interval.", default=math.nan)
+    saved_high: float = column("Upper end of that interval.", default=math.nan)
+    note: str = column("The missing values and the reason.", default="")
+
+    @property
+    def is_kept_in_logs(self) -> bool:
+        """Whether a clear win remains if the reference is interpolated in log loss."""
+        return self.high + self.at_mean - self.geometric < 0 and (
+            self.p_corrected < SIGNIFICANCE_LEVEL
+        )
 
     @property
     def answer(self) -> str:
@@ -171,9 +186,9 @@ def compare_at_equal_cost(
             high=float(ends.high_R[i]),
             p=float(p_N[i]),
             p_corrected=float(corrected_N[i]),
-            share_saved=shares[i].estimate,
-            share_low=float(share_ends.low_R[i]),
-            share_high=float(share_ends.high_R[i]),
+            saved=shares[i].estimate,
+            saved_low=float(share_ends.low_R[i]),
+            saved_high=float(share_ends.high_R[i]),
             note=_why_no_interval(ends.low_R[i], share_ends.low_R[i], num_clusters),
         )
     return found
@@ -205,9 +220,9 @@ def _plan(text: ScoredText, config_name: str, curve: Curve) -> _Test:
     """Choose the part of the curve around the rule's mean, or give the reason for none."""
     if config_name not in text.names:
         return _Test(config_name, curve, (), "It wasn't scored on all documents: not compared.")
-    mean = _mean_experts(text, config_name)
+    mean = _mean_cost(text, config_name)
     scored = [name for name in curve.config_names if name in text.names]
-    knots = sorted((_mean_experts(text, name), name) for name in scored)
+    knots = sorted((_mean_cost(text, name), name) for name in scored)
     stretches: list[list[tuple[float, str]]] = []
     for knot in knots:
         if not stretches or knot[0] - stretches[-1][-1][0] > curve.widest + _ROUNDING:
@@ -226,13 +241,13 @@ def _plan(text: ScoredText, config_name: str, curve: Curve) -> _Test:
     )  # fmt: skip
 
 
-def _mean_experts(text: ScoredText, name: str) -> float:
-    return float(text.experts_DC[:, text.names.index(name)].sum() / text.tokens_D.sum())
+def _mean_cost(text: ScoredText, name: str) -> float:
+    return float(text.cost_DC[:, text.names.index(name)].sum() / text.tokens_D.sum())
 
 
 def _columns(text: ScoredText, test: _Test) -> Floats:
     at = [text.names.index(name) for name in (test.config_name, *test.knots)]
-    return np.hstack([text.losses_DC[:, at], text.experts_DC[:, at]])
+    return np.hstack([text.losses_DC[:, at], text.cost_DC[:, at]])
 
 
 def _ratios(text: ScoredText, test: _Test) -> Floats:

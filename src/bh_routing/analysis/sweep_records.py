@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,167 +24,47 @@ from bh_routing.results.records import (
 )
 from bh_routing.stats.bootstrap import Floats
 
-_AT_SAME_MEAN = "at this row's own mean experts"
+ALL_DOMAINS: Final = "all"
+MEAN_EXPERTS: Final = "mean_experts"
+"""The cost at which points are compared: experts kept per token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SweepRow:
-    """One row of `sweep.csv`: a rule with its tuning parameter set for one budget.
+class PointRow:
+    """One row of `points.csv`: a rule with its tuning parameter set for one budget.
 
-    Losses are in nats per token relative to the model's own top-k. NaN means unknown, and `note`
-    gives the reason. Units are documents; the chapters of a book are resampled together.
+    `points_by_domain.csv` has the same columns for the documents of one domain. Losses are in nats
+    per token relative to the model's own top-k. NaN means unknown, and `note` gives the reason.
     """
 
     rule: str = column("Name in the catalog of rules; top_k is static top-k.")
-    variant: str = column("What tells several forms of one rule apart.")
-    knob: float = column("Value of the knob, found on calibration text.")
-    budget: float = column("Mean experts that the knob was set for.")
-    mean_experts: float = column("Mean experts kept on the evaluation text.")
+    variant: str = column("Distinguishes several forms of one rule.")
+    knob: float = column("Value of the tuning parameter, found on calibration text.")
+    budget: float = column("Cost per token that the tuning parameter was set for.")
+    domain: str = column("Domain of the text, or all.", default=ALL_DOMAINS)
+    mean_experts: float = column("Mean experts kept per token on the evaluation text.")
     delta_nll: float = column("Loss: NLL minus that of the model's own top-k.")
     delta_nll_low: float = column("Lower end of its 95 % interval, for this row alone.")
     delta_nll_high: float = column("Upper end of that interval.")
     perplexity_ratio: float = column("exp(delta_nll): 1.01 is one per cent more perplexity.")
     kl_mean: float = column("KL(top-k || rule) over the full vocabulary, nats per token.")
     same_top1_share: float = column("Share of tokens where both rank the same token first.")
+    rank: int | None = column(
+        "Rank in its budget by the share of static top-k's increase in perplexity that it saves at "
+        "its own mean; static top-k, oracles and controls have none.",
+        default=None,
+    )
     config_name: str = column("Name of the point in quality.jsonl.")
-    knob_field: str = column("Field of the rule that is the knob.")
+    knob_field: str = column("Name of the tuning parameter.")
     calibration_mean_experts: float = column("Mean experts on calibration text.")
-    corrections: float = column("Forward passes on calibration text that corrected the knob.")
+    corrections: float = column("Forward passes on calibration text that corrected the parameter.")
     off_budget: bool = column("mean_experts is more than 2 % away from the budget.")
-    top_k_at_mean: float = column(
-        f"Loss of static top-k {_AT_SAME_MEAN}: on the line between its whole neighbours."
-    )
-    top_k_geometric: float = column(
-        "The same on the line of log losses: lower, so a harder bar, where the curve is convex."
-    )
-    top_k_difference: float = column("delta_nll - top_k_at_mean: below 0 the rule loses less.")
-    top_k_low: float = column(
-        "Lower end of its 95 % interval, which holds jointly over all tests of the table."
-    )
-    top_k_high: float = column("Upper end of that interval.")
-    top_k_p: float = column("Two-sided p of no difference, uncorrected.")
-    top_k_p_corrected: float = column("p after Holm's correction over all tests of the table.")
-    top_k_saved: float = column(
-        f"1 - increase of perplexity over static top-k's {_AT_SAME_MEAN}: the share saved."
-    )
-    top_k_saved_low: float = column("Lower end of its joint 95 % interval.")
-    top_k_saved_high: float = column("Upper end of that interval.")
-    top_k_domains: int = column("Domains in which the rule loses less than static top-k.")
-    top_p_at_mean: float = column(f"Loss of top-p {_AT_SAME_MEAN}: between its own points.")
-    top_p_geometric: float = column("The same on the line of log losses.")
-    top_p_difference: float = column("delta_nll - top_p_at_mean.")
-    top_p_low: float = column("Lower end of its joint 95 % interval.")
-    top_p_high: float = column("Upper end of that interval.")
-    top_p_p: float = column("Two-sided p of no difference, uncorrected.")
-    top_p_p_corrected: float = column("p after Holm's correction over all tests of the table.")
-    top_p_saved: float = column("Share of top-p's increase of perplexity saved.")
-    top_p_saved_low: float = column("Lower end of its joint 95 % interval.")
-    top_p_saved_high: float = column("Upper end of that interval.")
-    top_p_domains: int = column("Domains in which the rule loses less than top-p.")
-    per_layer_top_k_at_mean: float = column(
-        f"Loss of per-layer top-k {_AT_SAME_MEAN}: between its own points."
-    )
-    per_layer_top_k_geometric: float = column("The same on the line of log losses.")
-    per_layer_top_k_difference: float = column("delta_nll - per_layer_top_k_at_mean.")
-    per_layer_top_k_low: float = column("Lower end of its joint 95 % interval.")
-    per_layer_top_k_high: float = column("Upper end of that interval.")
-    per_layer_top_k_p: float = column("Two-sided p of no difference, uncorrected.")
-    per_layer_top_k_p_corrected: float = column(
-        "p after Holm's correction over all tests of the table."
-    )
-    per_layer_top_k_saved: float = column("Share of per-layer top-k's increase saved.")
-    per_layer_top_k_saved_low: float = column("Lower end of its joint 95 % interval.")
-    per_layer_top_k_saved_high: float = column("Upper end of that interval.")
-    per_layer_top_k_domains: int = column("Domains where the rule loses less than per-layer top-k.")
-    beats_top_k: str = column(
-        "yes: the joint interval of top_k_difference lies below 0 and top_k_p_corrected below "
-        "0.05; no: both say that it loses more; undecided: neither; unknown: not compared."
-    )
-    beats_top_p: str = column("The same against top-p.")
-    beats_per_layer_top_k: str = column("The same against per-layer top-k.")
-    is_curve_only: bool = column(
-        "Nobody asked for this budget: the point only lengthens a reference curve."
-    )
-    domains: int = column("Domains of the text.")
+    is_curve_only: bool = column("The point only lengthens a reference curve.")
     tokens: int = column("Scored tokens.")
     documents: int = column("Documents with a scored token.")
     clusters: int = column("Independent clusters of documents: the chapters of a book are one.")
-    method: str = column("Where the interval of delta_nll comes from.")
+    method: str = column("Source of the interval of delta_nll.")
     note: str = column("The missing values and the reason; empty if none is missing.")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DomainRow:
-    """One row of `sweep_domains.csv`: a point, on the documents of one domain.
-
-    Each interval holds for its row alone: compare signs across domains, not single tests.
-    """
-
-    rule: str = column("As in sweep.csv.")
-    variant: str = column("As in sweep.csv.")
-    budget: float = column("As in sweep.csv.")
-    domain: str = column("Domain of the text.")
-    mean_experts: float = column("Mean experts kept in the domain.")
-    drift: float = column("mean_experts minus that of the whole text.")
-    delta_nll: float = column("Loss in the domain, nats per token.")
-    delta_nll_low: float = column("Lower end of its 95 % interval.")
-    delta_nll_high: float = column("Upper end of that interval.")
-    top_k_at_mean: float = column("Loss of static top-k in the domain at the same mean.")
-    top_k_difference: float = column("delta_nll - top_k_at_mean.")
-    top_k_low: float = column("Lower end of its 95 % interval.")
-    top_k_high: float = column("Upper end of that interval.")
-    top_k_saved: float = column("Share of static top-k's increase of perplexity saved.")
-    top_p_at_mean: float = column("Loss of top-p in the domain at the same mean.")
-    top_p_difference: float = column("delta_nll - top_p_at_mean.")
-    top_p_low: float = column("Lower end of its 95 % interval.")
-    top_p_high: float = column("Upper end of that interval.")
-    top_p_saved: float = column("Share of top-p's increase of perplexity saved.")
-    per_layer_top_k_at_mean: float = column("Loss of per-layer top-k at the same mean.")
-    per_layer_top_k_difference: float = column("delta_nll - per_layer_top_k_at_mean.")
-    per_layer_top_k_low: float = column("Lower end of its 95 % interval.")
-    per_layer_top_k_high: float = column("Upper end of that interval.")
-    per_layer_top_k_saved: float = column("Share of per-layer top-k's increase saved.")
-    tokens: int = column("Scored tokens.")
-    documents: int = column("Documents with a scored token.")
-    config_name: str = column("As in sweep.csv.")
-    note: str = column("The missing values and the reason.")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Winner:
-    """One row of `winners.csv`: the best rule at a budget, relative to static top-k.
-
-    Points of one budget keep slightly different numbers of experts, so they are ranked by the
-    fraction of static top-k's loss that each saves at its own mean.
-    """
-
-    budget: float = column("Mean experts that the knobs were set for.")
-    among: str = column("all rules, or the one rule whose variants competed.")
-    beats_top_k: str = column("As in sweep.csv.", default="unknown")
-    beats_top_p: str = column("As in sweep.csv.", default="unknown")
-    beats_per_layer_top_k: str = column("As in sweep.csv.", default="unknown")
-    runner_up: str = column(
-        "config_name of the point that saves the next largest share.", default=""
-    )
-    row: SweepRow | None = None
-    """The winner's row in sweep.csv; None if no point could be compared."""
-
-
-def winner_columns(winner: Winner) -> dict[str, object]:
-    """Return one row of `winners.csv`: the winner's fields, then those of its row in sweep.csv."""
-    own = {f.name: getattr(winner, f.name) for f in fields(Winner) if f.name != "row"}
-    names = (f.name for f in fields(SweepRow) if f.name not in own)
-    return own | {name: getattr(winner.row, name, None) for name in names}
-
-
-def sweep_definitions() -> dict[str, str]:
-    """Map each column of sweep.csv, sweep_domains.csv and winners.csv to its definition."""
-    return {
-        f.name: str(f.metadata["definition"])
-        for row in (DomainRow, Winner, SweepRow)
-        for f in fields(row)
-        if f.name != "row"
-    }
 
 
 SWEEP: Final = "sweep"
@@ -233,8 +113,8 @@ class ScoredText:
     """Configurations scored on all these documents."""
     losses_DC: Floats
     """NLL minus that of the model's own top-k, in nats."""
-    experts_DC: Floats
-    """Kept experts, averaged over layers."""
+    cost_DC: Floats
+    """Kept experts, averaged over layers: a point costs their sum divided by that of tokens."""
     tokens_D: Floats
     clusters_D: NDArray[np.str_]
     domains_D: NDArray[np.str_]
@@ -245,7 +125,7 @@ class ScoredText:
         return ScoredText(
             names=self.names,
             losses_DC=self.losses_DC[here],
-            experts_DC=self.experts_DC[here],
+            cost_DC=self.cost_DC[here],
             tokens_D=self.tokens_D[here],
             clusters_D=self.clusters_D[here],
             domains_D=self.domains_D[here],
@@ -326,7 +206,7 @@ def align(records: Sequence[QualityRecord]) -> ScoredText:
     return ScoredText(
         names=names,
         losses_DC=np.array([[r.nll_sum - r.top_k_nll_sum for r in row] for row in columns]),
-        experts_DC=np.array([[r.experts_sum * r.tokens / r.units for r in row] for row in columns]),
+        cost_DC=np.array([[r.experts_sum * r.tokens / r.units for r in row] for row in columns]),
         tokens_D=np.array([fullest[d].tokens for d in documents], dtype=np.float64),
         clusters_D=np.array([fullest[d].cluster for d in documents]),
         domains_D=np.array([fullest[d].domain for d in documents]),

@@ -22,7 +22,7 @@ from bh_routing.report import findings, text
 from bh_routing.report.facts import BALANCE, EXPERTS, METRICS, SECONDS, SPEED, Facts, read_facts
 from bh_routing.report.files import write_text
 from bh_routing.report.judge import compare_expectations, count_verdicts
-from bh_routing.report.sweep_findings import budgets_of, series_label, span_saved
+from bh_routing.report.sweep_findings import budgets_of, series_label
 from bh_routing.report.text import MISSING, as_float
 from bh_routing.results.records import LEFT_OUT, REPORT_MD
 
@@ -223,7 +223,6 @@ _FILTERS: Final[Mapping[str, Callable[..., str]]] = {
     "percent": text.percent,
     "short": lambda v: f"{v:g}" if isinstance(v, float) else text.markdown(v, 40),
     "signed": text.signed,
-    "span": span_saved,
     "verbatim": str,
     "some": _some,
     "times": _times,

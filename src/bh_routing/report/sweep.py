@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
@@ -12,8 +11,8 @@ from bh_routing.analysis.sweep import (
     OFF_BUDGET,
     SweepTables,
     analyze_sweep,
+    comparison_definitions,
 )
-from bh_routing.analysis.sweep_records import winner_columns
 from bh_routing.report.charts.style import save
 from bh_routing.report.charts.sweep import DOMAINS_PLOT, PARETO_PLOT, domains, pareto
 from bh_routing.report.files import write_bytes, write_text
@@ -23,9 +22,9 @@ from bh_routing.results.files import render_csv
 from bh_routing.results.records import PLOTS
 from bh_routing.stats.bootstrap import RESAMPLES
 
-SWEEP_CSV: Final = "sweep.csv"
-DOMAINS_CSV: Final = "sweep_domains.csv"
-WINNERS_CSV: Final = "winners.csv"
+POINTS_CSV: Final = "points.csv"
+DOMAINS_CSV: Final = "points_by_domain.csv"
+COMPARISONS_CSV: Final = "comparisons.csv"
 SWEEP_MD: Final = "SWEEP.md"
 
 
@@ -38,17 +37,19 @@ def conclude_sweep(folder: Path, options: QualityOptions | None = None) -> list[
         folder: contains run.json and quality.jsonl.
         options: resamples and seed of the bootstrap.
     Returns:
-        Paths of sweep.csv, sweep_domains.csv, winners.csv, SWEEP.md and the two charts.
+        Paths of the three tables, SWEEP.md and the two charts.
     Raises:
         ResultsError: the folder isn't that of a sweep, or one of its files is damaged.
     """
     tables = analyze_sweep(folder, options or QualityOptions())
-    whole = pareto(tables.rows, pareto_title(tables.winners))
-    by_domain = domains(tables.domains, domains_title(tables.winners, tables.domains))
+    whole = pareto(tables, pareto_title(tables))
+    by_domain = domains(tables, domains_title(tables))
+    columns = list(comparison_definitions())
+    compared = (dict(zip(columns, row, strict=True)) for row in tables.comparisons.to_numpy())
     return [
-        _write_csv(folder / SWEEP_CSV, map(asdict, tables.rows)),
-        _write_csv(folder / DOMAINS_CSV, map(asdict, tables.domains)),
-        _write_csv(folder / WINNERS_CSV, map(winner_columns, tables.winners)),
+        write_bytes(folder / POINTS_CSV, render_csv(map(asdict, tables.points))),
+        write_bytes(folder / DOMAINS_CSV, render_csv(map(asdict, tables.by_domain))),
+        write_bytes(folder / COMPARISONS_CSV, render_csv(compared, columns)),
         write_text(folder / SWEEP_MD, render_sweep(tables)),
         save(whole.picture(), folder / PLOTS / PARETO_PLOT),
         save(by_domain.picture(), folder / PLOTS / DOMAINS_PLOT),
@@ -59,7 +60,3 @@ def render_sweep(tables: SweepTables) -> str:
     """Render `SWEEP.md`."""
     values = {"facts": SweepFacts(tables), "OFF_BUDGET": OFF_BUDGET, "RESAMPLES": RESAMPLES}
     return render("SWEEP.md.j2", **values)
-
-
-def _write_csv(path: Path, rows: Iterable[Mapping[str, object]]) -> Path:
-    return write_bytes(path, render_csv(rows))

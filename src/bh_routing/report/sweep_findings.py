@@ -5,30 +5,17 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Final
 
 from bh_routing.analysis.quality_row import STATIC
-from bh_routing.analysis.sweep import ALL_RULES, PER_LAYER, TOP_P, SweepTables
-from bh_routing.analysis.sweep_equal_cost import SIGNIFICANCE_LEVEL
-from bh_routing.analysis.sweep_records import DomainRow, SweepRow, Winner
+from bh_routing.analysis.sweep import ALL_RULES, PER_LAYER, TOP_P, SweepTables, Winner
+from bh_routing.analysis.sweep_equal_cost import EqualCost
+from bh_routing.analysis.sweep_records import PointRow
 from bh_routing.report.facts import child
 from bh_routing.report.text import listed, percent, plain
 
 NAMES: Final = {STATIC: "static top-k", TOP_P: "top-p", PER_LAYER: "per-layer top-k"}
-
-
-class Against(NamedTuple):
-    """Comparison of a sweep's row with one reference."""
-
-    difference: float
-    low: float
-    high: float
-    saved: float
-    saved_low: float
-    saved_high: float
-    p: float
-    answer: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +42,7 @@ class SweepFacts:
     @property
     def references(self) -> list[tuple[str, str]]:
         """Names of the references; per-layer top-k only if requested."""
-        asked = {row.rule for row in self.tables.rows} | {STATIC, TOP_P}
+        asked = {row.rule for row in self.tables.points} | {STATIC, TOP_P}
         return [(name, shown) for name, shown in NAMES.items() if name in asked]
 
     @property
@@ -69,7 +56,7 @@ class SweepFacts:
         return [w for w in self.tables.winners if w.among != ALL_RULES]
 
     @property
-    def bh_rows(self) -> list[SweepRow]:
+    def bh_rows(self) -> list[PointRow]:
         """Rows of the best BH variants that could be compared."""
         return [winner.row for winner in self.bh if winner.row]
 
@@ -78,56 +65,58 @@ class SweepFacts:
         """Less or more -> reference -> budgets with a clearly lower or higher loss."""
         found = []
         for answer, how in (("yes", "less"), ("no", "more")):
-            parts = [
-                (shown, [w for w in self.bh if getattr(w, f"beats_{name}") == answer])
-                for name, shown in NAMES.items()
-            ]
+            parts = [(shown, self.having(answer, name)) for name, shown in NAMES.items()]
             if parts := [(shown, own) for shown, own in parts if own]:
                 found.append((how, parts))
         return found
 
+    def having(self, answer: str, name: str) -> list[Winner]:
+        """Return the best BH variants with an answer about one reference."""
+        return [w for w in self.bh if w.row and self.against(w.row, name).answer == answer]
+
     @property
-    def bh_domains(self) -> list[tuple[int, SweepRow]]:
+    def bh_domains(self) -> list[tuple[int, PointRow]]:
         """Domains in which the best BH variant clearly loses less than static top-k."""
         rows = self.bh_rows
-        return list(zip(clear_domains(rows, self.tables.domains), rows, strict=True))
+        return list(zip(clear_domains(self.tables, rows), rows, strict=True))
 
     @property
     def harder_bar(self) -> list[tuple[int, int, str]]:
         """(remaining wins, wins, reference) if the reference is interpolated in log loss."""
         found = []
         for name, shown in NAMES.items():
-            won = [row for row in self.tables.rows if self.against(row, name).answer == "yes"]
+            compared = [self.against(row, name) for row in self.tables.points]
+            won = [one for one in compared if one.answer == "yes"]
             if won:
-                kept = sum(is_kept_on_the_harder_bar(row, name) for row in won)
+                kept = sum(one.is_kept_in_logs for one in won)
                 found.append((kept, len(won), shown))
         return found
 
     @property
-    def compared(self) -> list[SweepRow]:
+    def compared(self) -> list[PointRow]:
         """Rows of rules at the requested budgets, by budget."""
-        rows = [r for r in self.tables.rows if r.rule != STATIC and not r.is_curve_only]
+        rows = [r for r in self.tables.points if r.rule != STATIC and not r.is_curve_only]
         return sorted(rows, key=lambda row: -row.budget)
 
     @property
-    def scored(self) -> list[SweepRow]:
+    def scored(self) -> list[PointRow]:
         """Scored rows."""
-        return [row for row in self.tables.rows if math.isfinite(row.mean_experts)]
+        return [row for row in self.tables.points if math.isfinite(row.mean_experts)]
 
     @property
-    def off_budget(self) -> list[SweepRow]:
+    def off_budget(self) -> list[PointRow]:
         """Rows whose mean deviates from their budget."""
-        return [row for row in self.tables.rows if row.off_budget]
+        return [row for row in self.tables.points if row.off_budget]
 
     @property
-    def domains(self) -> list[DomainRow]:
+    def domains(self) -> list[PointRow]:
         """Rows by domain, without static top-k."""
-        return [row for row in self.tables.domains if row.rule != STATIC]
+        return [row for row in self.tables.by_domain if row.rule != STATIC]
 
     @property
-    def used(self) -> SweepRow:
+    def used(self) -> PointRow:
         """The row scored on the most text."""
-        return max(self.tables.rows, key=lambda row: row.clusters)
+        return max(self.tables.points, key=lambda row: row.clusters)
 
     @property
     def provenance(self) -> list[tuple[str, list[tuple[str, str | int]]]]:
@@ -159,11 +148,18 @@ class SweepFacts:
         size = f" --tokens {tokens}" if isinstance(tokens, int) else ""
         return f"bh-routing sweep --model {quoted}{budgets}{size} --output FOLDER"
 
-    def against(self, row: SweepRow, name: str) -> Against:
-        """Return the comparison of a row with one reference."""
-        fields = ("difference", "low", "high", "saved", "saved_low", "saved_high", "p_corrected")
-        values = [getattr(row, f"{name}_{field}") for field in fields]
-        return Against._make([*values, getattr(row, f"beats_{name}")])
+    def against(self, row: PointRow, name: str) -> EqualCost:
+        """Return the comparison of a row with one reference, in the row's domain."""
+        return self.tables.against(row, name)
+
+    def drift(self, row: PointRow) -> float:
+        """Return a domain's mean experts minus that of the whole text."""
+        whole = next(own for own in self.tables.points if own.config_name == row.config_name)
+        return row.mean_experts - whole.mean_experts
+
+    def span(self, winners: Sequence[Winner], name: str = STATIC) -> str:
+        """Format the range of fractions saved of a reference's increase."""
+        return span_saved(self.tables, winners, name)
 
     def by_answer(self, winners: Sequence[Winner], name: str) -> dict[str, list[list[Winner]]]:
         """Group winners by answer, without those that are the reference itself."""
@@ -175,7 +171,7 @@ class SweepFacts:
         return found
 
 
-def series_label(row: SweepRow | DomainRow) -> str:
+def series_label(row: PointRow) -> str:
     """Return the names of a rule and its variant, without repetition.
 
     A variant's label may begin with the rule's own name.
@@ -190,35 +186,35 @@ def budgets_of(winners: Sequence[Winner]) -> str:
     return f"{listed(f'{w.budget:g}' for w in winners)} experts"
 
 
-def span_saved(winners: Sequence[Winner], name: str = STATIC) -> str:
+def span_saved(tables: SweepTables, winners: Sequence[Winner], name: str = STATIC) -> str:
     """Format the range of fractions saved of a reference's increase."""
-    shares = [getattr(w.row, f"{name}_saved") for w in winners if w.row]
-    shares = sorted(share for share in shares if math.isfinite(share))
+    shares = sorted(tables.against(w.row, name).saved for w in winners if w.row)
+    shares = [share for share in shares if math.isfinite(share)]
     return " to ".join(dict.fromkeys(percent(share) for share in (shares[:1] + shares[-1:])))
 
 
-def pareto_title(winners: Sequence[Winner]) -> str:
+def pareto_title(tables: SweepTables) -> str:
     """State which rules beat static top-k at equal cost, and by how much."""
-    known = [w for w in winners if w.among == ALL_RULES and w.row]
-    clear = [w for w in known if w.beats_top_k == "yes"]
+    known = [w for w in tables.winners if w.among == ALL_RULES and w.row]
+    clear = [w for w in known if w.row and tables.against(w.row, STATIC).answer == "yes"]
     if not known:
         return "Loss and experts of each rule"
     if not clear:
         return "No rule clearly loses less than static top-k with as many experts"
     names = {series_label(w.row) for w in clear if w.row}
     who = plain(names.pop()) if len(names) == 1 else "The best rule"
-    saves = f"{who} saves {span_saved(clear)} of static top-k's loss"
+    saves = f"{who} saves {span_saved(tables, clear)} of static top-k's loss"
     if len(clear) == len(known):
         return f"{saves} with as many experts"
     return f"At {budgets_of(clear)} {saves[0].lower() + saves[1:]}"
 
 
-def domains_title(winners: Sequence[Winner], domains: Sequence[DomainRow]) -> str:
+def domains_title(tables: SweepTables) -> str:
     """State in how many domains the winners clearly lose less than static top-k."""
-    rows = [w.row for w in winners if w.among == ALL_RULES and w.row]
+    rows = [w.row for w in tables.winners if w.among == ALL_RULES and w.row]
     if not rows:
         return "Loss and experts of each rule by domain"
-    clear, of = clear_domains(rows, domains), rows[0].domains
+    clear, of = clear_domains(tables, rows), len(tables.domain_names)
     ends = dict.fromkeys(str(end(clear)) for end in (min, max))
     loses = "clearly loses less than static top-k in"
     if min(clear) == of:
@@ -228,15 +224,10 @@ def domains_title(winners: Sequence[Winner], domains: Sequence[DomainRow]) -> st
     return f"The best rule of a budget {loses} {' to '.join(ends)} of {of} domains"
 
 
-def clear_domains(rows: Sequence[SweepRow], domains: Sequence[DomainRow]) -> list[int]:
+def clear_domains(tables: SweepTables, rows: Sequence[PointRow]) -> list[int]:
     """Count, for each row, the domains whose interval against static top-k is below 0."""
     return [
-        sum(d.config_name == row.config_name and d.top_k_high < 0 for d in domains) for row in rows
-    ]
-
-
-def is_kept_on_the_harder_bar(row: SweepRow, reference: str) -> bool:
-    """Return whether a clear win remains if the reference is interpolated in log loss."""
-    gap = getattr(row, f"{reference}_at_mean") - getattr(row, f"{reference}_geometric")
-    high, p = getattr(row, f"{reference}_high"), getattr(row, f"{reference}_p_corrected")
-    return bool(high + gap < 0 and p < SIGNIFICANCE_LEVEL)
+        sum(tables.against(replace(row, domain=name), STATIC).high < 0
+            for name in tables.domain_names)
+        for row in rows
+    ]  # fmt: skip

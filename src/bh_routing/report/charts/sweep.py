@@ -11,7 +11,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from bh_routing.analysis.quality_row import STATIC
-from bh_routing.analysis.sweep_records import DomainRow, SweepRow
+from bh_routing.analysis.sweep import SweepTables
+from bh_routing.analysis.sweep_records import PointRow
 from bh_routing.report.charts.chart import Chart
 from bh_routing.report.charts.marks import (
     Looks,
@@ -31,10 +32,10 @@ DOMAINS_PLOT: Final = "pareto_domains.png"
 LEAST_SAVED: Final = -40.0
 """Rules that save less, in percent, are shown as small triangles at the lower edge."""
 
-Rows = Sequence[SweepRow | DomainRow]
+Rows = Sequence[PointRow]
 
 
-def pareto(rows: Sequence[SweepRow], finding: str) -> Chart:
+def pareto(tables: SweepTables, finding: str) -> Chart:
     """Increase in perplexity against mean experts, and the percentage of it that each rule saves.
 
     In the upper panel static top-k is the grey line; lower is better, and intervals are pointwise.
@@ -43,13 +44,13 @@ def pareto(rows: Sequence[SweepRow], finding: str) -> Chart:
     """
 
     def draw() -> Picture:
-        shown = [row for row in rows if not row.is_curve_only]
+        shown = [row for row in tables.points if not row.is_curve_only]
         looks = _looks(shown)
         figure, (above, below) = new_figure(
             6.2 + 0.1 * len(looks), width_inches=6.4, nrows=2, height_ratios=[1.6, 1]
         )
         _draw_losses(figure, above, shown, looks)
-        _draw_saved(figure, below, shown, looks)
+        _draw_saved(figure, below, tables, looks)
         add_legend(figure, looks, above.get_lines()[0])
         return figure
 
@@ -57,8 +58,9 @@ def pareto(rows: Sequence[SweepRow], finding: str) -> Chart:
     return Chart(finding=finding, description=what, views={"": draw})
 
 
-def domains(rows: Sequence[DomainRow], finding: str) -> Chart:
+def domains(tables: SweepTables, finding: str) -> Chart:
     """Increase in perplexity against mean experts, in each domain of the text."""
+    rows = tables.by_domain
 
     def draw() -> Picture:
         names, looks = list(dict.fromkeys(row.domain for row in rows)), _looks(rows)
@@ -115,21 +117,23 @@ def _draw_losses(figure: Picture, axes: Axes, rows: Rows, looks: Looks) -> None:
     axes.set(xlabel="Experts kept per token", ylabel="Increase in perplexity (%)")
 
 
-def _point(row: SweepRow | DomainRow, label: str) -> Point:
+def _point(row: PointRow, label: str) -> Point:
     y, low, high = map(percent_change, (row.delta_nll, row.delta_nll_low, row.delta_nll_high))
     return Point(label, row.mean_experts, y, low, high)
 
 
-def _draw_saved(figure: Picture, axes: Axes, rows: Sequence[SweepRow], looks: Looks) -> None:
-    budgets = sorted({row.budget for row in rows if row.rule != STATIC})
+def _draw_saved(figure: Picture, axes: Axes, tables: SweepTables, looks: Looks) -> None:
+    rows = [row for row in tables.points if not (row.is_curve_only or row.rule == STATIC)]
+    budgets = sorted({row.budget for row in rows})
     slots = {label: (i + 0.5) / len(looks) - 0.5 for i, label in enumerate(looks)}
     for row in rows:
-        label, saved = series_label(row), 100 * row.top_k_saved
-        if row.rule == STATIC or not math.isfinite(saved):
+        compared, label = tables.against(row, STATIC), series_label(row)
+        saved = 100 * compared.saved
+        if not math.isfinite(saved):
             continue
         at = budgets.index(row.budget) + 0.8 * slots[label]
         if saved > LEAST_SAVED:
-            low, high = 100 * row.top_k_saved_low, 100 * row.top_k_saved_high
+            low, high = 100 * compared.saved_low, 100 * compared.saved_high
             point = Point(label, at, saved, max(low, LEAST_SAVED), high)
             draw_points(figure, axes, [point], looks)
         else:  # at the edge, where it doesn't set the scale
