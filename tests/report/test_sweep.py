@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from bh_routing.analysis.quality import QualityOptions
 from bh_routing.analysis.sweep import SweepTables, analyze_sweep
+from bh_routing.cli.main import main
 from bh_routing.report.charts.marks import percent_change
 from bh_routing.report.charts.style import rendered
 from bh_routing.report.charts.sweep import domains, pareto
@@ -77,6 +78,35 @@ def test_all_files_are_written_and_the_same_again(
     ]  # fmt: skip
     again = conclude_sweep(write_sweep(tmp_path, usual_points(), usual_records(24)), FEW)
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in written]
+
+
+def test_report_of_a_sweeps_folder_writes_the_same_tables(tmp_path: Path) -> None:
+    # An older version left its tables.
+    folder = write_sweep(tmp_path / "old", usual_points(), usual_records(6), provenance={"seed": 7})
+    (folder / "sweep.csv").write_text("rule,beats_top_k\n")
+    assert main(["report", str(folder)]) == 0
+    direct = write_sweep(tmp_path / "new", usual_points(), usual_records(6))
+    conclude_sweep(direct, QualityOptions(seed=7))
+    for name in ("points.csv", "points_by_domain.csv", "comparisons.csv"):
+        assert (folder / name).read_bytes() == (direct / name).read_bytes()
+
+
+def test_report_names_options_that_a_sweep_has_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_sweep(tmp_path, usual_points(), usual_records(4))
+    assert main(["report", str(folder), "--output", "page.html"]) == 2
+    assert "leave out --output and --track" in capsys.readouterr().err
+    assert not (folder / "SWEEP.md").exists()
+
+
+def test_report_of_a_sweep_that_is_not_whole_names_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_sweep(tmp_path, usual_points(), usual_records(4))
+    (folder / "quality.jsonl").unlink()
+    assert main(["report", str(folder)]) != 0
+    assert "holds no quality.jsonl" in capsys.readouterr().err
 
 
 def test_every_value_of_the_pictures_is_in_a_row(

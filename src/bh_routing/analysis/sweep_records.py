@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bh_routing.analysis.quality_row import STATIC, in_order, read_quality
 from bh_routing.errors import ResultsError
-from bh_routing.results.files import half_read, read_json_object
+from bh_routing.results.files import find_json_object, half_read, read_json_object
 from bh_routing.results.records import (
     QUALITY_JOURNAL,
     RUN_JSON,
@@ -130,6 +130,12 @@ class ScoredText:
             clusters_D=self.clusters_D[here],
             domains_D=self.domains_D[here],
         )
+
+
+def is_sweep(folder: Path) -> bool:
+    """Return whether a folder's run.json is that of a sweep."""
+    found = find_json_object(folder / RUN_JSON)
+    return found is not None and found.get("kind") == SWEEP
 
 
 def read_sweep(folder: Path) -> Sweep:

@@ -184,7 +184,7 @@ def lm_eval(
 
 def report(
     folders: Annotated[
-        list[Path], typer.Argument(help="Folder that `bh-routing run` wrote; several: compare.")
+        list[Path], typer.Argument(help="Folder of a run or sweep; several runs: compare them.")
     ],
     output: Annotated[
         Path | None,
@@ -195,14 +195,16 @@ def report(
     ] = "png",
     track: TrackOption = None,
 ) -> int:
-    """Write report.html, REPORT.md and the plots of a run, or compare several runs."""
+    """Write report.html, REPORT.md and the plots of a run, SWEEP.md of a sweep, or compare runs."""
     from bh_routing.analysis.results import load_results
+    from bh_routing.analysis.sweep_records import is_sweep
     from bh_routing.analysis.trackers import track_run
     from bh_routing.report.facts import facts_of
     from bh_routing.report.figures import draw_plots
     from bh_routing.report.markdown import write_report
     from bh_routing.report.page.compare import write_comparison
     from bh_routing.report.page.page import write_page_of
+    from bh_routing.report.sweep import conclude_sweep
 
     if len(folders) > 1:
         if output is None:
@@ -211,6 +213,15 @@ def report(
                 "with --output, such as --output comparison.html"
             )
         typer.echo(f"wrote {write_comparison(folders, output)}", err=True)
+        return 0
+    if is_sweep(folders[0]):
+        if output is not None or track is not None:
+            raise InputError(
+                f"{folders[0]} is a sweep: its report is SWEEP.md in that folder and isn't logged; "
+                "leave out --output and --track"
+            )
+        for path in conclude_sweep(folders[0]):
+            typer.echo(f"wrote {path}", err=True)
         return 0
     results = load_results(folders[0])
     facts = facts_of(results)

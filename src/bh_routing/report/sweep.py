@@ -10,11 +10,13 @@ from bh_routing.analysis.quality import QualityOptions
 from bh_routing.analysis.sweep import (
     OFF_BUDGET,
     SweepTables,
-    analyze_sweep,
+    compare_points,
     comparison_definitions,
 )
+from bh_routing.analysis.sweep_records import read_sweep
 from bh_routing.report.charts.style import save
 from bh_routing.report.charts.sweep import DOMAINS_PLOT, PARETO_PLOT, domains, pareto
+from bh_routing.report.facts import child
 from bh_routing.report.files import write_bytes, write_text
 from bh_routing.report.markdown import render
 from bh_routing.report.sweep_findings import SweepFacts, domains_title, pareto_title
@@ -35,13 +37,16 @@ def conclude_sweep(folder: Path, options: QualityOptions | None = None) -> list[
 
     Args:
         folder: contains run.json and quality.jsonl.
-        options: resamples and seed of the bootstrap.
+        options: resamples and seed of the bootstrap; None: the sweep's own seed.
     Returns:
         Paths of the three tables, SWEEP.md and the two charts.
     Raises:
         ResultsError: the folder isn't that of a sweep, or one of its files is damaged.
     """
-    tables = analyze_sweep(folder, options or QualityOptions())
+    sweep = read_sweep(folder)
+    seed = child(sweep.run, "provenance").get("seed")
+    own = QualityOptions(seed=seed) if isinstance(seed, int) else QualityOptions()
+    tables = compare_points(sweep, options or own)
     whole = pareto(tables, pareto_title(tables))
     by_domain = domains(tables, domains_title(tables))
     columns = list(comparison_definitions())
