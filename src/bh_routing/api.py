@@ -10,9 +10,8 @@ import pandas as pd
 
 from bh_routing.analysis.estimates import NON_INFERIORITY_MARGIN
 from bh_routing.analysis.quality import QualityOptions, quality_table
-from bh_routing.analysis.quality_row import STATIC
 from bh_routing.analysis.sweep import compare_points
-from bh_routing.analysis.sweep_records import ALL_DOMAINS, SWEEP, make_sweep
+from bh_routing.analysis.sweep_records import SWEEP, make_sweep
 from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.generate import RoutedGeneration, generate_routed
 from bh_routing.engine.score import check_steps
@@ -164,8 +163,7 @@ def sweep(
     }
     tables = compare_points(make_sweep({SWEEP: content}, records), QualityOptions(seed=seed))
     rows = pd.DataFrame(map(asdict, tables.points)).drop(columns=["domain", "is_curve_only"])
-    compared = tables.comparisons
-    static = compared[(compared["reference"] == STATIC) & (compared["domain"] == ALL_DOMAINS)]
+    static = tables.comparisons.query("reference == 'top_k' and domain == 'all'")
     values = static.set_index("config_name").loc[:, "answer":"saved_high"]
     return rows.join(values.add_prefix("top_k_"), on="config_name")
 

@@ -19,8 +19,6 @@ from bh_routing.analysis.quality import DEFAULT_OPTIONS, QualityOptions, quality
 from bh_routing.analysis.quality_row import STATIC, QualityRow
 from bh_routing.analysis.sweep_equal_cost import Curve, EqualCost, compare_at_equal_cost
 from bh_routing.analysis.sweep_records import (
-    ALL_DOMAINS,
-    MEAN_EXPERTS,
     PointRow,
     ScoredText,
     Sweep,
@@ -34,6 +32,9 @@ PER_LAYER: Final = "per_layer_top_k"
 REFERENCES: Final = (STATIC, TOP_P, PER_LAYER)
 OFF_BUDGET: Final = 0.02
 """A mean that deviates from its budget by more than this fraction is flagged."""
+ALL_DOMAINS: Final = "all"
+MEAN_EXPERTS: Final = "mean_experts"
+"""The cost at which points are compared: experts kept per token."""
 ALL_RULES: Final = "all rules"
 BH_RULES: Final = ("bh_drop",)
 """Rules with a winner of their own, in addition to the overall winner."""
@@ -238,6 +239,7 @@ def _row(point: SweepPoint, quality: QualityRow | None, found: Found) -> PointRo
         variant=point.variant,
         knob=point.knob,
         budget=point.budget,
+        domain=ALL_DOMAINS,
         mean_experts=mean,
         delta_nll=quality.delta_nll if quality else nan,
         delta_nll_low=quality.delta_nll_low if quality else nan,

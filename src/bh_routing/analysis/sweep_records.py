@@ -24,10 +24,6 @@ from bh_routing.results.records import (
 )
 from bh_routing.stats.bootstrap import Floats
 
-ALL_DOMAINS: Final = "all"
-MEAN_EXPERTS: Final = "mean_experts"
-"""The cost at which points are compared: experts kept per token."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PointRow:
@@ -41,7 +37,7 @@ class PointRow:
     variant: str = column("Distinguishes several forms of one rule.")
     knob: float = column("Value of the tuning parameter, found on calibration text.")
     budget: float = column("Cost per token that the tuning parameter was set for.")
-    domain: str = column("Domain of the text, or all.", default=ALL_DOMAINS)
+    domain: str = column("Domain of the text, or all.")
     mean_experts: float = column("Mean experts kept per token on the evaluation text.")
     delta_nll: float = column("Loss: NLL minus that of the model's own top-k.")
     delta_nll_low: float = column("Lower end of its 95 % interval, for this row alone.")

@@ -7,12 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from bh_routing.analysis.quality import QualityOptions
-from bh_routing.analysis.sweep import (
-    OFF_BUDGET,
-    SweepTables,
-    compare_points,
-    comparison_definitions,
-)
+from bh_routing.analysis.sweep import OFF_BUDGET, SweepTables, compare_points
 from bh_routing.analysis.sweep_records import read_sweep
 from bh_routing.report.charts.style import save
 from bh_routing.report.charts.sweep import DOMAINS_PLOT, PARETO_PLOT, domains, pareto
@@ -49,12 +44,13 @@ def conclude_sweep(folder: Path, options: QualityOptions | None = None) -> list[
     tables = compare_points(sweep, options or own)
     whole = pareto(tables, pareto_title(tables))
     by_domain = domains(tables, domains_title(tables))
-    columns = list(comparison_definitions())
-    compared = (dict(zip(columns, row, strict=True)) for row in tables.comparisons.to_numpy())
+    compared = tables.comparisons
+    columns = list(map(str, compared))
+    cells = (dict(zip(columns, row, strict=True)) for row in compared.to_numpy())
     return [
         write_bytes(folder / POINTS_CSV, render_csv(map(asdict, tables.points))),
         write_bytes(folder / DOMAINS_CSV, render_csv(map(asdict, tables.by_domain))),
-        write_bytes(folder / COMPARISONS_CSV, render_csv(compared, columns)),
+        write_bytes(folder / COMPARISONS_CSV, render_csv(cells, columns)),
         write_text(folder / SWEEP_MD, render_sweep(tables)),
         save(whole.picture(), folder / PLOTS / PARETO_PLOT),
         save(by_domain.picture(), folder / PLOTS / DOMAINS_PLOT),
