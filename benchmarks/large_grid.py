@@ -68,7 +68,7 @@ def make_experiment(cell: Cell) -> Experiment:
         output_token_ids=list(range(1000, 1050)),
         experts_by_layer=[layer / 7 for layer in range(LAYERS)],
         count_histogram=[[0] * 8 + [61] for _ in range(LAYERS)],
-        expert_counts=[[300 + layer for _ in range(EXPERTS)] for layer in range(LAYERS)],
+        expert_load=[[300 + layer for _ in range(EXPERTS)] for layer in range(LAYERS)],
     )
     return Experiment(record, detail)
 

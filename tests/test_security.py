@@ -25,7 +25,7 @@ DETAIL = ExperimentDetail(
     output_token_ids=[1, 2],
     experts_by_layer=[1.0],
     count_histogram=[[0, 2]],
-    expert_counts=[[1, 1]],
+    expert_load=[[1, 1]],
 )
 
 

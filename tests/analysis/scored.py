@@ -64,7 +64,7 @@ def scored_documents(
                 early_delta_nll_sum=shift * 128 / tokens,
                 experts_sum=tokens * LAYERS * kept,
                 units=tokens * LAYERS,
-                expert_counts=counts.tolist(),
+                expert_load=counts.tolist(),
                 count_histogram=[[0] * kept + [tokens] for _ in range(LAYERS)],
                 jaccard_sum=[0.5 * tokens, 0.25 * tokens],
             )

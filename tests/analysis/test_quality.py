@@ -14,7 +14,7 @@ from bh_routing.analysis.quality import QualityOptions, analyze_quality, quality
 from bh_routing.analysis.quality_row import quality_definitions, read_quality
 from bh_routing.analysis.results import load_results
 from bh_routing.errors import InputError, ResultsError
-from bh_routing.experiments.stored_run import render_header
+from bh_routing.experiments.folder import render_header
 from bh_routing.results.files import render_json
 from bh_routing.results.records import QUALITY_JOURNAL, RESULTS_CSV, QualityRecord
 from bh_routing.stats.bootstrap import cluster_bootstrap
@@ -187,5 +187,5 @@ def test_a_line_that_lacks_a_field_is_refused(tmp_path: Path, records: list[Qual
     path = tmp_path / QUALITY_JOURNAL
     _write(path, records[:2], wrapped=False)
     path.write_text(path.read_text(encoding="utf-8").replace('"kl_max"', '"kl_least"', 1))
-    with pytest.raises(ResultsError, match=r"line 2 isn't a quality record \('kl_max'\)"):
+    with pytest.raises(ResultsError, match=r"line 2 isn't a record \(kl_max: Field required\)"):
         read_quality(path)

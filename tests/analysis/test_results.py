@@ -13,7 +13,7 @@ import pytest
 from bh_routing.analysis.comparisons import choose_baseline
 from bh_routing.analysis.results import load_results
 from bh_routing.errors import ResultsError
-from bh_routing.experiments.stored_run import render_header, render_row
+from bh_routing.experiments.folder import render_header, render_row
 from bh_routing.results.records import (
     CSV_COLUMNS,
     JOURNAL,

@@ -18,7 +18,7 @@ from filelock import FileLock
 from bh_routing.cli.main import main
 from bh_routing.cli.options import Overrides
 from bh_routing.experiments.experiment import find_nan
-from bh_routing.experiments.folder_lock import LOCK
+from bh_routing.experiments.folder import LOCK
 from bh_routing.models.load import LoadedModel
 from bh_routing.models.routers import find_routers
 from bh_routing.results.records import (
@@ -119,8 +119,7 @@ SECOND_RUN = {
     ),
     "journal-foreign": (write(JOURNAL, b"{}\n"), "line 1"),
     "journal-nested": (write(JOURNAL, b"[" * 100_000 + b"\n"), "line 1"),
-    "csv-edited": (change(RESULTS_CSV, b"topk_8", b"topk_9"), "move the CSV away"),
-    "csv-cut": (cut(RESULTS_CSV), "move the CSV away"),
+    "csv-longer": (write(RESULTS_CSV, b"line\n" * 99), "move the CSV away"),
     "checkpoint-cut": (cut(CHECKPOINT), "put it back"),
     "run-json-cut": (cut(RUN_JSON), "put it back"),
     "run-json-older": (
@@ -162,7 +161,10 @@ def test_a_damaged_folder_is_refused_with_its_file_and_the_ways_out(
     [
         (change(JOURNAL, b'"status":"ok"', b'"status":"no"'), "line 1 doesn't fit its checksum"),
         (change(QUALITY_JOURNAL, b'"topk_8"', b'"topk_9"'), "line 2 doesn't fit its checksum"),
-        (change(TOKEN_TRACES, b'"slots":8', b'"slots":9'), "isn't a token trace"),
+        (
+            change(TOKEN_TRACES, b'"slots":8', b'"slots":9'),
+            "token_traces.jsonl can't be read whole: line 1 isn't a record",
+        ),
         (write(TOKEN_TRACES, b"[" * 100_000 + b"\n"), "line 1 isn't a record"),
         (cut(RESULTS_CSV), "can't be read whole"),
     ],

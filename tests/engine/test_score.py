@@ -117,7 +117,7 @@ def test_padding_is_never_counted_whatever_the_batch_size(
     together = run(demo, demo_calibration, rules, **settings, batch_size=8)
     for key, record in alone.items():
         found = together[key]
-        for name in ("tokens", "units", "experts_sum", "expert_counts", "count_histogram"):
+        for name in ("tokens", "units", "experts_sum", "expert_load", "count_histogram"):
             assert getattr(found, name) == getattr(record, name), name
         for name in ("nll_sum", "top_k_nll_sum", "kl_sum"):
             assert getattr(found, name) == pytest.approx(getattr(record, name), rel=1e-5)

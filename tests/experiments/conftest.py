@@ -73,7 +73,7 @@ def make_record(name: str = "bh", text: str = "a", **changes: Any) -> Experiment
 
 def make_detail() -> ExperimentDetail:
     """Return a detail with one layer of two experts."""
-    return ExperimentDetail(output_token_ids=[1, 2], expert_counts=[[1, 2]])
+    return ExperimentDetail(output_token_ids=[1, 2], expert_load=[[1, 2]])
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:

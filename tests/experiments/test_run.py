@@ -72,7 +72,7 @@ def test_one_experiment_measures_what_was_kept(
     histogram = torch.tensor(detail.count_histogram)
     assert histogram.sum() == num_units
     total = (histogram * torch.arange(histogram.shape[1])).sum()
-    assert total == torch.tensor(detail.expert_counts).sum()
+    assert total == torch.tensor(detail.expert_load).sum()
     assert record.avg_experts_per_token == pytest.approx(float(total) / num_units)
     assert len(detail.output_token_ids) == record.num_output_tokens <= 12
     assert record.inference_time_sec == pytest.approx(

@@ -134,7 +134,7 @@ def _document(name: str, experts: float, loss: float, document: int, noise: floa
         early_delta_nll_sum=delta / 4,
         experts_sum=kept * layers,
         units=tokens * layers,
-        expert_counts=[counts] * layers,
+        expert_load=[counts] * layers,
         count_histogram=[kept_by_tokens] * layers,
         jaccard_sum=[tokens * experts / 8] * layers,
     )

@@ -12,7 +12,7 @@ import pytest
 from bh_routing.analysis.results import read_experiments
 from bh_routing.analysis.speed import read_timings
 from bh_routing.errors import ResultsError
-from bh_routing.experiments.stored_run import render_header, render_row
+from bh_routing.experiments.folder import render_header, render_row
 from bh_routing.results.files import read_csv, render_csv
 from bh_routing.results.records import TIMING_COLUMNS
 from tests.experiments.conftest import make_record

@@ -11,12 +11,11 @@ import pytest
 
 from bh_routing.errors import ResultsError
 from bh_routing.results.files import (
-    read_json_lines,
     read_json_object,
     render_json,
     render_json_lines,
 )
-from bh_routing.results.records import SCHEMA_VERSION, line_checksum
+from bh_routing.results.journal import Journal, as_object
 
 
 def test_json_holds_no_nan_and_no_numpy() -> None:
@@ -35,7 +34,7 @@ def test_any_text_is_valid_utf8_and_reads_back(text: str, tmp_path: Path) -> Non
     assert read_json_object(path) == {"text": text}
     path.write_bytes(render_json_lines([{"text": text}, {"n": 1}]))
     path.read_text(encoding="utf-8")
-    assert read_json_lines(path).objects == [{"text": text}, {"n": 1}]
+    assert Journal.read(path, as_object).items == [{"text": text}, {"n": 1}]
 
 
 def test_a_path_is_written_as_its_text() -> None:
@@ -53,22 +52,3 @@ def test_no_json_object_is_an_error_that_ends_in_the_remedy(content: bytes, tmp_
     path.write_bytes(content)
     with pytest.raises(ResultsError, match=r"run\.json can't be read whole: .*; do that$"):
         read_json_object(path, remedy="do that")
-
-
-def test_checksums_are_demanded_of_every_line_as_soon_as_the_first_has_one(
-    tmp_path: Path,
-) -> None:
-    bodies = [{"schema_version": SCHEMA_VERSION, "n": n} for n in range(3)]
-    previous, lines = "seed", []
-    for body in bodies:
-        previous = line_checksum(previous, body)
-        lines.append({**body, "checksum": previous})
-    path = tmp_path / "records.jsonl"
-    path.write_bytes(render_json_lines(lines) + b'{"torn')
-    found = read_json_lines(path, "seed")
-    assert found.objects == bodies
-    assert found.torn_bytes == 6
-    for damaged in ([lines[0], lines[2]], [*lines[:2], bodies[2]], [{**lines[0], "n": 7}]):
-        path.write_bytes(render_json_lines(damaged))
-        with pytest.raises(ResultsError, match="doesn't fit its checksum"):
-            read_json_lines(path, "seed")

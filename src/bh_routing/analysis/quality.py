@@ -101,7 +101,7 @@ def analyze_quality(
         "static_top_k": _against_static(by_rule, options),
         "load_balance": {
             name: measure_load(
-                _total(own, "expert_counts"), _total(own, "count_histogram"), seed=options.seed
+                _total(own, "expert_load"), _total(own, "count_histogram"), seed=options.seed
             )
             for name, own in by_rule.items()
         },
@@ -269,7 +269,7 @@ def _divergence_tail(records: Sequence[QualityRecord]) -> dict[str, Any]:
 def _experts(records: Sequence[QualityRecord]) -> dict[str, Any]:
     tokens = sum(r.tokens for r in records)
     overlap_L = _total(records, "jaccard_sum") / tokens
-    kept_L = _total(records, "expert_counts").sum(axis=1) / tokens
+    kept_L = _total(records, "expert_load").sum(axis=1) / tokens
     return {
         "top_k_overlap": float(overlap_L.mean()),
         "top_k_overlap_by_layer": tuple(overlap_L.tolist()),

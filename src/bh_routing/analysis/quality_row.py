@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
-from bh_routing.results.files import half_read, read_json_lines
+from bh_routing.results.journal import Journal, parse_quality
 from bh_routing.results.records import QualityRecord, column, json_digest
 
 STATIC: Final = "top_k"
@@ -170,18 +170,16 @@ def read_quality(path: Path) -> tuple[QualityRecord, ...]:
     Raises:
         ResultsError: a line isn't a complete record of this schema.
     """
-    records: dict[tuple[str, str, str], QualityRecord] = {}
-    for number, entry in enumerate(read_json_lines(path).objects, start=1):
-        if "header" in entry:
-            continue
-        values = entry.get("record", entry)
-        try:
-            record = _record(values)
-            key = (record.config_name, json_digest(record.rule), record.document_key)
-            records[key] = record
-        except (KeyError, TypeError, ValueError) as error:
-            raise half_read(path, f"line {number} isn't a quality record ({error})") from error
+    records = {
+        (record.config_name, json_digest(record.rule), record.document_key): record
+        for record in Journal.read(path, _parse).items
+        if record is not None
+    }
     return tuple(records.values())
+
+
+def _parse(body: dict[str, Any]) -> QualityRecord | None:
+    return None if "header" in body else parse_quality(body.get("record", body))
 
 
 def mean_distinct(records: Sequence[QualityRecord]) -> float:
@@ -195,17 +193,3 @@ def mean_distinct(records: Sequence[QualityRecord]) -> float:
 def in_order(record: QualityRecord) -> tuple[str, str]:
     """Return a sort key: the document's name, then its key."""
     return record.document, record.document_key
-
-
-def _record(values: Mapping[str, Any]) -> QualityRecord:
-    values = {
-        "rule": {},
-        "document_key": values["document"],
-        "distinct_experts_sum": None,
-        **values,
-    }
-    record = QualityRecord(**{f.name: values[f.name] for f in fields(QualityRecord)})
-    numbers = (record.nll_sum, record.top_k_nll_sum, record.kl_sum, record.kl_max)
-    if not all(isinstance(number, int | float) for number in numbers):
-        raise ValueError("a loss isn't a number")
-    return record

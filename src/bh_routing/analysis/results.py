@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import webbrowser
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
@@ -20,8 +20,8 @@ from bh_routing.results.files import (
     half_read,
     planned_keys,
     read_csv,
-    read_json_lines,
 )
+from bh_routing.results.journal import Entry, Journal, parse_entry, to_values
 from bh_routing.results.records import (
     BASELINE,
     CSV_COLUMNS,
@@ -117,11 +117,11 @@ def load_results(folder: str | Path) -> Results:
     identity = run.get("identity")
     seed = journal_seed(identity) if isinstance(identity, dict) else None
     planned = planned_keys(path)
-    entries = list(_journal_entries(journal, seed, planned)) if journal.is_file() else []
+    entries = _journal_entries(journal, seed, planned)
     if table.is_file():
         experiments = read_experiments(table)
     else:
-        rows = {(record["config_name"], record["prompt_text"]): record for record, _ in entries}
+        rows = {(e.record.config_name, e.record.prompt_text): to_values(e.record) for e in entries}
         experiments = experiments_frame(rows.values())
     configs = run.get("spec", {}).get("configs", {})
     if BASELINE in run or configs:
@@ -130,9 +130,9 @@ def load_results(folder: str | Path) -> Results:
         experiments.attrs[BASELINE] = run.get(BASELINE, next(static, None))
     wanted = set(zip(experiments["config_name"], experiments["prompt_text"], strict=True))
     details = {
-        key: detail
-        for record, detail in entries
-        if (key := (str(record["config_name"]), str(record["prompt_text"]))) in wanted
+        key: entry.detail
+        for entry in entries
+        if (key := (entry.record.config_name, entry.record.prompt_text)) in wanted
     }
     scored = path / QUALITY_JOURNAL
     return Results(
@@ -209,22 +209,10 @@ def _numbers(column: pd.Series, source: Path | None) -> pd.Series:
     return numbers.astype(np.int64) if whole and not absent.any() else numbers
 
 
-def _journal_entries(
-    path: Path, seed: str | None, planned: Container[str] | None
-) -> Iterator[tuple[dict[str, Any], ExperimentDetail]]:
-    """Yield the journal's experiments of the last run, in order; the last of repeats counts."""
-    known = {f.name for f in fields(ExperimentDetail)}
-    lines = read_json_lines(path, seed)
-    if lines.torn_bytes:
+def _journal_entries(path: Path, seed: str | None, planned: Container[str] | None) -> list[Entry]:
+    """Return the journal's experiments of the last run, in order."""
+    journal = Journal.read(path, parse_entry, seed=seed)
+    if journal.torn_bytes:
         _log.warning("%s: the last line has no end; it is being written, and is skipped", path)
-    for number, entry in enumerate(lines.objects, start=1):
-        try:
-            record, detail = dict(entry["record"]), dict(entry["detail"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise half_read(path, f"line {number} isn't a record ({error})") from error
-        if planned is not None and str(entry.get("key")) not in planned:
-            continue  # its configuration was removed or redefined since
-        missing = [name for name in CSV_COLUMNS if name not in record]
-        if missing:
-            raise half_read(path, f"line {number} lacks {', '.join(missing)}")
-        yield record, ExperimentDetail(**{k: v for k, v in detail.items() if k in known})
+    # The others' configurations were removed or redefined since.
+    return [entry for entry in journal.items if planned is None or entry.key in planned]

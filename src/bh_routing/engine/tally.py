@@ -31,7 +31,7 @@ class DocumentTally:
         self._tokens = self._early_tokens = self._same_top1 = 0
         self._kl_max = 0.0
         self._kl_histogram = np.zeros(len(KL_BIN_EDGES) + 1, dtype=np.int64)
-        self._expert_counts = torch.zeros(num_layers, num_experts, dtype=torch.int64)
+        self._expert_load = torch.zeros(num_layers, num_experts, dtype=torch.int64)
         self._count_histogram = np.zeros((num_layers, num_experts + 1), dtype=np.int64)
         self._jaccard = np.zeros(num_layers)
         self._distinct: int | None = None
@@ -74,7 +74,7 @@ class DocumentTally:
         self._add_experts(kept_index_TLK, top_k_index_TLK)
 
     def _add_experts(self, kept_index_TLK: Tensor, top_k_index_TLK: Tensor) -> None:
-        self._expert_counts += count_experts(kept_index_TLK, self._num_experts)
+        self._expert_load += count_experts(kept_index_TLK, self._num_experts)
         counts_TL = (kept_index_TLK != DROPPED).sum(-1).numpy()
         for layer, histogram in enumerate(self._count_histogram):
             histogram += np.bincount(counts_TL[:, layer], minlength=len(histogram))
@@ -101,9 +101,9 @@ class DocumentTally:
             kl_histogram=self._kl_histogram.tolist(),
             same_top1=self._same_top1,
             early_tokens=self._early_tokens,
-            experts_sum=int(self._expert_counts.sum()),
+            experts_sum=int(self._expert_load.sum()),
             units=self._tokens * len(self._jaccard),
-            expert_counts=self._expert_counts.tolist(),
+            expert_load=self._expert_load.tolist(),
             count_histogram=self._count_histogram[:, : widest + 1].tolist(),
             jaccard_sum=self._jaccard.tolist(),
             distinct_experts_sum=self._distinct,

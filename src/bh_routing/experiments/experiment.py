@@ -191,7 +191,7 @@ def _summarise(
         count_histogram=[
             np.bincount(layer_T, minlength=longest + 1).tolist() for layer_T in counts_TL.T
         ],
-        expert_counts=assignments_LE.tolist(),
+        expert_load=assignments_LE.tolist(),
         peak_memory_bytes=peak,
     )
     return Experiment(record, detail)

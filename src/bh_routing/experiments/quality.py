@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Final
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from bh_routing.engine.texts import Document, packaged_documents, read_documents
@@ -28,8 +28,7 @@ from bh_routing.experiments.quality_text import QualityText, prepare_text
 from bh_routing.experiments.specs import RunSpec, ScoredSpec
 from bh_routing.models.routers import ModelFacts
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.results.files import JsonLines
-from bh_routing.results.journal import ChainedWriter, digest, read_chained
+from bh_routing.results.journal import Journal, as_object, digest, parse_quality
 from bh_routing.results.records import QUALITY_JOURNAL, QualityRecord
 from bh_routing.rules.base import Rule
 from bh_routing.rules.fixed import TopK
@@ -41,7 +40,6 @@ _REMEDY: Final = (
 )
 _KEY_LENGTH: Final = 16
 _SEED: Final = digest("quality")
-_RECORD: Final = TypeAdapter(QualityRecord)
 
 
 class QualityLedger:
@@ -69,19 +67,18 @@ class QualityLedger:
             "decode_batch": text.decode_batch,
         }
         self._identity = identity
-        self._content = read_chained(self._path, _SEED, _REMEDY)
-        self._writer: ChainedWriter | None = None
+        self._journal = Journal.resume(self._path, as_object, seed=_SEED, remedy=_REMEDY)
         self._records: dict[str, QualityRecord] = {}
         self._lines: dict[tuple[str, str], QualityRecord] = {}
-        self._read(self._content)
+        self._read()
 
     def begin(self) -> None:
         """Open the file for writing."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._writer = ChainedWriter(self._path, self._content, _SEED)
-        if not self._content.objects:
+        self._journal.open()
+        if not self._journal.checksums:
             header = {**self._header, "identity": self._identity.of_scores()}
-            self._writer.append({"header": header})
+            self._journal.append({"header": header})
 
     def __contains__(self, key: str) -> bool:
         """Return whether a rule and document were scored, under any name."""
@@ -89,8 +86,7 @@ class QualityLedger:
 
     def add(self, key: str, record: QualityRecord) -> None:
         """Append one record, which is on disk when this returns."""
-        assert self._writer is not None, "begin comes first"
-        self._writer.append({"key": key, "record": asdict(record)})
+        self._journal.append({"key": key, "record": asdict(record)})
         self._remember(key, record)
 
     def labelled(self, key: str, config_name: str, document: TokenizedDocument) -> QualityRecord:
@@ -116,21 +112,20 @@ class QualityLedger:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        self._journal.close()
 
     def _remember(self, key: str, record: QualityRecord) -> None:
         self._records[key] = self._lines[key, record.config_name] = record
 
-    def _read(self, content: JsonLines) -> None:
-        for number, body in enumerate(content.objects):
+    def _read(self) -> None:
+        for number, body in enumerate(self._journal.items):
             if number == 0:
                 self._check_header(body.get("header"))
                 continue
             try:
-                record = _RECORD.validate_python(body["record"])
+                record = parse_quality(body["record"])
                 self._remember(str(body["key"]), record)
-            except (KeyError, ValidationError) as error:
+            except (KeyError, TypeError, ValidationError) as error:
                 raise ResultsError(
                     f"line {number + 1} of {self._path} isn't a quality record; {_REMEDY}"
                 ) from error

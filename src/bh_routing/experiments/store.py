@@ -18,24 +18,22 @@ from typing import Any, Final
 from filelock import FileLock, Timeout
 
 from bh_routing.errors import ResultsError
-from bh_routing.experiments.folder_lock import LOCK, in_use, refuse_links
-from bh_routing.experiments.identity import RunIdentity
-from bh_routing.experiments.stored_run import (
+from bh_routing.experiments.folder import (
+    LOCK,
     OWN_NAMES,
+    WAYS_OUT,
     StoredRun,
-    latest_entries,
+    in_use,
+    move_aside,
     read_stored_run,
+    refuse_links,
+    remove_leftovers,
     render_header,
     render_row,
 )
-from bh_routing.results.files import (
-    TEMPORARY_SUFFIX,
-    render_json,
-    sync_folder,
-    unwritable,
-    write_atomically,
-)
-from bh_routing.results.journal import WAYS_OUT, Entry, JournalContent, JournalWriter, to_values
+from bh_routing.experiments.identity import RunIdentity
+from bh_routing.results.files import render_json, unwritable, write_atomically
+from bh_routing.results.journal import Entry, Journal, to_values
 from bh_routing.results.records import (
     CHECKPOINT,
     JOURNAL,
@@ -74,11 +72,10 @@ class ResultStore:
         self._resume = resume
         self._interval = checkpoint_interval
         self._plan: list[str] = []
-        self._entries: list[Entry] = []
-        self._latest: dict[str, Entry] = {}
+        self._latest: dict[str, ExperimentRecord] = {}
         self._rows: dict[str, str] = {}
         self._document: dict[str, Any] = {}
-        self._writer: JournalWriter | None = None
+        self._journal: Journal[Entry] = Journal(path=folder / JOURNAL)
         self._lock: FileLock | None = None
         self._lock_is_new = False
         self._refresh_after = self._snapshot_after = float("-inf")
@@ -121,23 +118,21 @@ class ResultStore:
                 if (self.folder / RUN_JSON).exists():
                     raise ResultsError(f"another run has just begun in {self.folder}; {WAYS_OUT}")
             if not self._resume:
-                self._move_aside()
-            self._remove_leftovers()
+                move_aside(self.folder)
+            remove_leftovers(self.folder)
             self._take_over(identity, document, plan)
         except OSError as error:
             raise unwritable(self.folder, error) from error
 
     def finished_record(self, key: str) -> ExperimentRecord | None:
         """Return the row of a finished experiment; None if it is missing or failed."""
-        entry = self._latest.get(key)
-        if entry is None or entry.record.status != STATUS_OK:
-            return None
-        return entry.record
+        record = self._latest.get(key)
+        return record if record is not None and record.status == STATUS_OK else None
 
     @property
     def records(self) -> list[ExperimentRecord]:
         """Existing rows of the plan, in the CSV's order."""
-        return [self._latest[key].record for key in self._plan if key in self._latest]
+        return [self._latest[key] for key in self._plan if key in self._latest]
 
     @property
     def num_unplanned(self) -> int:
@@ -150,8 +145,9 @@ class ResultStore:
         Raises:
             ResultsError: the disk is full, or the folder is gone.
         """
-        self._append(key, record, detail)
-        if len(self._entries) % self._interval == 0:
+        self._journal.append({"key": key, "record": to_values(record), "detail": to_values(detail)})
+        self._latest[key], self._rows[key] = record, render_row(record)
+        if len(self._journal.checksums) % self._interval == 0:
             self._snapshot_is_due = True
         self._refresh()
 
@@ -172,14 +168,12 @@ class ResultStore:
         Raises:
             ResultsError: the derived files can't be written; the journal is complete.
         """
-        began = self._writer is not None
+        began = self._journal.is_open
         try:
             if began:
                 self.flush()
         finally:
-            if self._writer is not None:
-                self._writer.close()
-                self._writer = None
+            self._journal.close()
             self._release_lock(undo=not began)
 
     def __enter__(self) -> ResultStore:
@@ -236,36 +230,12 @@ class ResultStore:
             (self.folder / LOCK).unlink(missing_ok=True)
         lock.release()
 
-    def _move_aside(self) -> None:
-        present = [name for name in OWN_NAMES if (self.folder / name).exists()]
-        if not present:
-            return
-        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-        target = self.folder / f"previous-{stamp}"
-        number = 1
-        while target.exists():
-            number += 1
-            target = self.folder / f"previous-{stamp}-{number}"
-        target.mkdir()
-        for name in present:
-            (self.folder / name).rename(target / name)
-        sync_folder(self.folder)
-        log.info("moved the earlier run to %s", target)
-
-    def _remove_leftovers(self) -> None:
-        """Remove temporary files that a killed run left."""
-        for name in (*OWN_NAMES, CHECKPOINT):
-            path = self.folder / name
-            for leftover in path.parent.glob(f".{path.name}.*{TEMPORARY_SUFFIX}"):
-                leftover.unlink(missing_ok=True)
-
     def _take_over(
         self, identity: RunIdentity, document: Mapping[str, Any], plan: Sequence[str]
     ) -> None:
-        content, plans, is_changed = JournalContent(), [], False
+        plans, is_changed = [], False
         tables = identity.tables
         if self.stored is not None:
-            content = self.stored.content
             plans = [old for old in self.stored.document["plans"] if old != list(plan)]
             is_changed = self.stored.document["plans"][-1:] != [list(plan)]
             tables = {**self.stored.document["identity"]["tables"], **identity.tables}
@@ -283,41 +253,27 @@ class ResultStore:
             (self.folder / SUMMARY_JSON).unlink(missing_ok=True)
         # After run.json, without which any other file of a run is rejected.
         (self.folder / CHECKPOINT).parent.mkdir(exist_ok=True)
-        if content.chain.torn_bytes:
+        if self.stored is not None:
+            self._journal = self.stored.journal
+        self._journal.seed = identity.journal_seed()
+        if self._journal.torn_bytes:
             log.warning(
                 "dropped the unfinished last line of %s (%d bytes): a run was cut off while "
                 "writing it; its experiment runs again",
                 JOURNAL,
-                content.chain.torn_bytes,
+                self._journal.torn_bytes,
             )
-        self._entries = list(content.entries)
-        self._latest = latest_entries(self._entries)
-        self._rows = {key: render_row(entry.record) for key, entry in self._latest.items()}
-        self._writer = JournalWriter(self.folder / JOURNAL, content, identity.journal_seed())
-        self._forget_details()
+        # The last of several: a retried experiment has a line per try.
+        self._latest = {entry.key: entry.record for entry in self._journal.items}
+        self._rows = {key: render_row(record) for key, record in self._latest.items()}
+        self._journal.open()
         self._refresh()
-
-    def _append(self, key: str, record: ExperimentRecord, detail: ExperimentDetail) -> None:
-        assert self._writer is not None, "begin comes first"
-        entry = replace(self._writer.append(key, record, detail), detail=ExperimentDetail())
-        self._entries.append(entry)
-        self._latest[key] = entry
-        self._rows[key] = render_row(record)
-
-    def _forget_details(self) -> None:
-        """Discard details, which would fill the memory for a large grid."""
-        nothing = ExperimentDetail()
-        self._entries = [replace(entry, detail=nothing) for entry in self._entries]
-        self._latest = latest_entries(self._entries)
-        if self.stored is not None:
-            self.stored = self.stored._replace(content=JournalContent())
 
     def _refresh(self) -> None:
         """Render the derived files, each at most about once per second."""
-        assert self._writer is not None, "begin comes first"
         start = time.monotonic()
         if start >= self._refresh_after:
-            self._writer.check_place()
+            self._journal.check_place()
             rows = (self._rows[key] for key in self._plan if key in self._rows)
             text = render_header() + "".join(rows)
             write_atomically(self.folder / RESULTS_CSV, text.encode())
@@ -329,16 +285,17 @@ class ResultStore:
             self._snapshot_is_due = False
 
     def _snapshot(self) -> dict[str, Any]:
-        done = [self._latest[key] for key in self._plan if key in self._latest]
+        done = {key: self._latest[key] for key in self._plan if key in self._latest}
+        checksums = self._journal.checksums
         return {
             "schema_version": SCHEMA_VERSION,
             "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "finished": len(self._entries),
-            "last_checksum": self._entries[-1].checksum if self._entries else "",
+            "finished": len(checksums),
+            "last_checksum": checksums[-1] if checksums else "",
             "planned": len(self._plan),
-            "completed": sum(entry.record.status == STATUS_OK for entry in done),
-            "failed": sum(entry.record.status != STATUS_OK for entry in done),
-            "records": [{"key": entry.key, **to_values(entry.record)} for entry in done],
+            "completed": sum(record.status == STATUS_OK for record in done.values()),
+            "failed": sum(record.status != STATUS_OK for record in done.values()),
+            "records": [{"key": key, **to_values(record)} for key, record in done.items()],
         }
 
 

@@ -23,7 +23,7 @@ from bh_routing.experiments.calibrating import (
 from bh_routing.experiments.configurations import NamedRule
 from bh_routing.experiments.executors import Executor, torch_threads
 from bh_routing.experiments.experiment import Subject
-from bh_routing.experiments.folder_lock import only_writer
+from bh_routing.experiments.folder import only_writer
 from bh_routing.experiments.identity import RunIdentity, collect_provenance, device_name, identify
 from bh_routing.experiments.preparation import Loaded, load
 from bh_routing.experiments.quality import (

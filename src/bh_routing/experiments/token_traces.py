@@ -27,7 +27,8 @@ from bh_routing.experiments.executors import Cell
 from bh_routing.experiments.experiment import Subject
 from bh_routing.models.routing import BoundRule, bind_rule, install
 from bh_routing.models.sites import Proposal
-from bh_routing.results.files import read_json_lines, render_json_lines, write_atomically
+from bh_routing.results.files import render_json_lines, write_atomically
+from bh_routing.results.journal import Journal, as_object
 from bh_routing.results.records import JOURNAL, TOKEN_TRACES, TokenTrace
 from bh_routing.rules.base import Candidates
 
@@ -56,7 +57,7 @@ def write_token_traces(
     known = _known_traces(path)
     generated = {
         line["key"]: line["detail"]["output_token_ids"]
-        for line in read_json_lines(folder / JOURNAL).objects
+        for line in Journal.read(folder / JOURNAL, as_object).items
         if line["key"] in wanted and line["record"]["status"] == "ok"
     }
     traces = []
@@ -119,11 +120,11 @@ def trace_tokens(subject: Subject, cell: Cell, token_ids: Sequence[int]) -> Toke
 def _slots(bound: BoundRule, layer: int, proposal: Proposal) -> tuple[NDArray[Any], ...]:
     """Return expert, fraction of the weight, and p-value of each slot of one layer."""
     index_TK, weights_TK = proposal.top_k_index_TK, proposal.top_k_weights_TK.float()
-    share_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(1e-30)
-    p_TK = torch.full_like(share_TK, float("nan"))
+    fraction_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(1e-30)
+    p_TK = torch.full_like(fraction_TK, float("nan"))
     if (p_values := bound.rule.slot_p_values(bound.contexts[layer])) is not None:
         p_TK = p_values(Candidates(proposal.scores_TE, index_TK, proposal.top_k_weights_TK))
-    return index_TK.cpu().numpy(), share_TK.cpu().numpy(), p_TK.double().cpu().numpy()
+    return index_TK.cpu().numpy(), fraction_TK.cpu().numpy(), p_TK.double().cpu().numpy()
 
 
 def pack(
@@ -152,6 +153,6 @@ def pack(
 def _known_traces(path: Path) -> dict[str, dict[str, Any]]:
     """Return the traces of an earlier run by key; none if the file is damaged."""
     try:
-        return {trace["key"]: trace for trace in read_json_lines(path).objects}
+        return {trace["key"]: trace for trace in Journal.read(path, as_object).items}
     except (ResultsError, KeyError):
         return {}

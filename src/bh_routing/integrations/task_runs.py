@@ -165,12 +165,12 @@ def _append(output: Path | None, run: TaskRun) -> None:
     if output is None:
         return
     output.mkdir(parents=True, exist_ok=True)
-    with (output / TASK_OUTCOMES).open("ab") as file:
-        file.write(
-            render_json_lines(
-                {"schema_version": SCHEMA_VERSION, **asdict(outcome)} for outcome in run.outcomes
-            )
-        )
+    path = output / TASK_OUTCOMES
+    lines = render_json_lines(
+        {"schema_version": SCHEMA_VERSION, **asdict(outcome)} for outcome in run.outcomes
+    )
+    # Whole, so that a run that is killed leaves no incomplete line.
+    write_atomically(path, (path.read_bytes() if path.exists() else b"") + lines)
 
 
 def _run_facts(run: TaskRun) -> dict[str, Any]:

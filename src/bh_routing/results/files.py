@@ -11,14 +11,13 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from bh_routing.errors import ResultsError
-from bh_routing.results.records import RUN_JSON, SCHEMA_VERSION, line_checksum
+from bh_routing.results.records import RUN_JSON
 
 TEMPORARY_SUFFIX: Final = ".tmp"
 
@@ -240,55 +239,6 @@ def _read(cell: str) -> str:
     return text
 
 
-@dataclass(frozen=True, slots=True)
-class JsonLines:
-    """Complete lines of a JSON lines file; the default stands for a missing file."""
-
-    objects: list[dict[str, Any]] = field(default_factory=list)
-    """Without their checksums."""
-    checksums: list[str] = field(default_factory=list)
-    """One per object; empty if the lines have none."""
-    valid_bytes: int = 0
-    """Length of the file without an incomplete last line."""
-    torn_bytes: int = 0
-    """Length of an incomplete last line, 0 if there is none."""
-
-
-def read_json_lines(path: Path, seed: str | None = None, remedy: str = RESTORE) -> JsonLines:
-    """Read every complete line, and verify the checksums if the first line has one.
-
-    Args:
-        path: the file; a missing one counts as empty.
-        seed: predecessor of the first line's checksum; None: the first line isn't verified.
-        remedy: advice at the end of an error message.
-    Raises:
-        ResultsError: a line isn't a JSON object, has another schema version, or doesn't match its
-            checksum.
-    """
-    if not path.exists():
-        return JsonLines()
-    content = path.read_bytes()
-    *lines, torn = content.split(b"\n")
-    found = JsonLines(valid_bytes=len(content) - len(torn), torn_bytes=len(torn))
-    previous, is_chained = seed, False
-    for number, line in enumerate(lines, start=1):
-        entry = _parse(line, number, path, remedy)
-        stored = entry.pop("checksum", None)
-        is_chained = is_chained or (number == 1 and stored is not None)
-        if is_chained:
-            if previous is not None and stored != line_checksum(previous, entry):
-                raise half_read(
-                    path,
-                    f"line {number} doesn't fit its checksum: it or the line before was edited, "
-                    "removed or damaged, or it is of another run",
-                    remedy,
-                )
-            previous = str(stored)
-            found.checksums.append(previous)
-        found.objects.append(entry)
-    return found
-
-
 def planned_keys(folder: Path) -> frozenset[str] | None:
     """Return the keys of the experiments planned by the folder's last run; None if unknown.
 
@@ -298,19 +248,3 @@ def planned_keys(folder: Path) -> frozenset[str] | None:
         return frozenset(json.loads((folder / RUN_JSON).read_bytes())["plans"][-1])
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
-
-
-def _parse(line: bytes, number: int, path: Path, remedy: str) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise half_read(path, f"line {number} isn't a record ({error})", remedy) from error
-    if not isinstance(entry, dict):
-        raise half_read(path, f"line {number} isn't a record", remedy)
-    version = entry.get("schema_version", SCHEMA_VERSION)
-    if version != SCHEMA_VERSION:
-        raise ResultsError(
-            f"line {number} of {path} has schema version {version}, this version of bh-routing "
-            f"writes {SCHEMA_VERSION}; {remedy}"
-        )
-    return entry

@@ -1,22 +1,26 @@
-"""The journal of a run: one fsynced and checksummed line per finished experiment."""
+"""Journals: JSON lines files to which a run appends, each line fsynced and checksummed.
+
+A line's checksum covers the line before it, so that a removed, doubled or copied line is found.
+"""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, get_type_hints
+from typing import Any, Final, Generic, NamedTuple, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from bh_routing.errors import ResultsError
 from bh_routing.results.files import (
-    JsonLines,
+    RESTORE,
     half_read,
-    read_json_lines,
     render_json_line,
     sync_folder,
     to_strict,
@@ -26,9 +30,12 @@ from bh_routing.results.records import (
     SCHEMA_VERSION,
     ExperimentDetail,
     ExperimentRecord,
+    QualityRecord,
     json_digest,
     line_checksum,
 )
+
+Item = TypeVar("Item")
 
 
 def digest(value: Any) -> str:
@@ -36,48 +43,118 @@ def digest(value: Any) -> str:
     return json_digest(to_strict(value))
 
 
-def read_chained(path: Path, seed: str, remedy: str) -> JsonLines:
-    """Read lines that must have checksums.
-
-    Args:
-        path: the file; a missing one counts as empty.
-        seed: predecessor of the first line's checksum.
-        remedy: advice at the end of an error message.
-    Raises:
-        ResultsError: a line isn't JSON, has another schema, or doesn't match its checksum.
-    """
-    lines = read_json_lines(path, seed, remedy)
-    if len(lines.checksums) != len(lines.objects):
-        raise half_read(path, "line 1 doesn't fit its checksum: it has none", remedy)
-    return lines
+def as_object(body: dict[str, Any]) -> dict[str, Any]:
+    """Return a line as it is: the parser of a journal whose lines are dictionaries."""
+    return body
 
 
-class ChainedWriter:
-    """Append checksummed lines; each is on disk when `append` returns."""
+@dataclass(kw_only=True, slots=True)
+class Journal(Generic[Item]):
+    """A JSON lines file, read whole; `open` makes it writable."""
 
-    def __init__(self, path: Path, content: JsonLines, seed: str) -> None:
-        is_new = not path.exists()
-        self._path = path
-        self._last_checksum = content.checksums[-1] if content.checksums else seed
-        self._length = content.valid_bytes
+    path: Path
+    items: list[Item] = field(default_factory=list)
+    """The complete lines that were read; `append` adds none, as their details fill the memory."""
+    checksums: list[str] = field(default_factory=list)
+    """One per line, appended ones included; empty if the lines have none."""
+    torn_bytes: int = 0
+    """Length of an incomplete last line, 0 if there is none."""
+    seed: str = ""
+    """Predecessor of the first line's checksum."""
+    _length: int = 0
+    _descriptor: int = -1
+
+    @classmethod
+    def read(
+        cls,
+        path: Path,
+        parse: Callable[[dict[str, Any]], Item],
+        *,
+        seed: str | None = None,
+        remedy: str = RESTORE,
+    ) -> Journal[Item]:
+        """Read every complete line, and verify the checksums if the first line has one.
+
+        Args:
+            path: the file; a missing one counts as empty.
+            parse: makes an item of a line without its checksum; may raise ValueError, TypeError,
+                OverflowError, KeyError or zlib.error.
+            seed: predecessor of the first line's checksum; None: the first line isn't verified.
+            remedy: advice at the end of an error message.
+        Raises:
+            ResultsError: a line isn't an item, has another schema version, or doesn't match its
+                checksum.
+        """
+        if not path.exists():
+            return cls(path=path, seed=seed or "")
+        content = path.read_bytes()
+        *lines, torn = content.split(b"\n")
+        found = cls(
+            path=path, torn_bytes=len(torn), seed=seed or "", _length=len(content) - len(torn)
+        )
+        previous, is_chained = seed, False
+        for number, line in enumerate(lines, start=1):
+            body = _parse_line(line, number, path, remedy)
+            stored = body.pop("checksum", None)
+            is_chained = is_chained or (number == 1 and stored is not None)
+            if is_chained:
+                if previous is not None and stored != line_checksum(previous, body):
+                    raise half_read(
+                        path,
+                        f"line {number} doesn't fit its checksum: it or the line before was "
+                        "edited, removed or damaged, or it is of another run",
+                        remedy,
+                    )
+                previous = str(stored)
+                found.checksums.append(previous)
+            try:
+                found.items.append(parse(body))
+            except (KeyError, TypeError, ValueError, OverflowError, zlib.error) as error:
+                what = f"line {number} isn't a record ({_first_fault(error)})"
+                raise half_read(path, what, remedy) from error
+        return found
+
+    @classmethod
+    def resume(
+        cls, path: Path, parse: Callable[[dict[str, Any]], Item], *, seed: str, remedy: str
+    ) -> Journal[Item]:
+        """Read lines like `read`, all of which must have checksums, so that more can follow."""
+        found = cls.read(path, parse, seed=seed, remedy=remedy)
+        if len(found.checksums) != len(found.items):
+            raise half_read(path, "line 1 doesn't fit its checksum: it has none", remedy)
+        return found
+
+    def open(self) -> None:
+        """Open the file for `append`, and cut off an incomplete last line.
+
+        Raises:
+            ResultsError: the file isn't writable.
+        """
+        is_new = not self.path.exists()
         try:
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-            if content.torn_bytes:
+            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            if self.torn_bytes:
                 os.ftruncate(self._descriptor, self._length)
                 os.fsync(self._descriptor)
             if is_new:
-                sync_folder(path.parent)
+                sync_folder(self.path.parent)
         except OSError as error:
-            raise unwritable(path, error) from error
+            raise unwritable(self.path, error) from error
 
-    def append(self, body: Mapping[str, Any]) -> str:
-        """Write one line, fsync it, and return its checksum.
+    @property
+    def is_open(self) -> bool:
+        """Whether lines can be appended."""
+        return self._descriptor >= 0
+
+    def append(self, body: Mapping[str, Any]) -> None:
+        """Write one line and fsync it.
 
         Raises:
             ResultsError: the disk is full, or the file was removed or replaced.
         """
+        assert self.is_open, "open comes first"
         plain = {"schema_version": SCHEMA_VERSION, **to_strict(body)}
-        checksum = line_checksum(self._last_checksum, plain)
+        checksum = line_checksum(self.checksums[-1] if self.checksums else self.seed, plain)
         # One write call: a signal handler can't interrupt a line.
         data = render_json_line({**plain, "checksum": checksum})
         try:
@@ -88,94 +165,54 @@ class ChainedWriter:
             # An incomplete line before a later one would corrupt the whole file.
             with suppress(OSError):  # readers drop an incomplete last line
                 os.ftruncate(self._descriptor, self._length)
-            raise unwritable(self._path, error) from error
+            raise unwritable(self.path, error) from error
         self._length += len(data)
-        self._last_checksum = checksum
+        self.checksums.append(checksum)
         self.check_place()
-        return checksum
 
     def check_place(self) -> None:
         """Raise ResultsError if the path no longer refers to the open file."""
         try:
-            is_ours = os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
+            is_ours = os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
         except OSError:
             is_ours = False
         if not is_ours:
             raise ResultsError(
-                f"{self._path} was removed or replaced while this run was writing it; put the "
+                f"{self.path} was removed or replaced while this run was writing it; put the "
                 "folder back and give the same command again, or choose another --output"
             )
 
     def close(self) -> None:
-        """Close the file."""
-        os.close(self._descriptor)
+        """Close the file; may be called twice."""
+        if self.is_open:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
-WAYS_OUT: Final = "start over with --no-resume, or choose another --output"
-_FLOAT_FIELDS: Final = frozenset(
-    name for name, kind in get_type_hints(ExperimentRecord).items() if kind is float
-)
-_KEY: Final = TypeAdapter(str)
-_RECORD: Final = TypeAdapter(ExperimentRecord)
-_DETAIL: Final = TypeAdapter(ExperimentDetail)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
-    """One finished experiment."""
+class Entry(NamedTuple):
+    """One line of records.jsonl: one finished experiment."""
 
     key: str
     record: ExperimentRecord
     detail: ExperimentDetail
-    checksum: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JournalContent:
-    """The verified entries of a journal; the default stands for a missing file."""
-
-    entries: list[Entry] = field(default_factory=list)
-    chain: JsonLines = field(default_factory=JsonLines)
-
-
-def read_journal(path: Path, seed: str) -> JournalContent:
-    """Read the entries of a journal and verify the chain of checksums.
-
-    Args:
-        path: the journal; a missing file counts as empty.
-        seed: predecessor of the first checksum: the run's own fingerprint.
-    Raises:
-        ResultsError: a line doesn't match its checksum, or isn't a line of a journal.
-    """
-    chain = read_chained(path, seed, WAYS_OUT)
-    entries = [
-        _entry(body, checksum, where=f"line {number} of {path}")
-        for number, (body, checksum) in enumerate(
-            zip(chain.objects, chain.checksums, strict=True), start=1
-        )
-    ]
-    return JournalContent(entries=entries, chain=chain)
+def parse_entry(body: Mapping[str, Any]) -> Entry:
+    """Parse a line of records.jsonl of any version; null, JSON's NaN, is NaN again."""
+    record, detail = dict(body["record"]), dict(body["detail"])
+    for name in _FLOATS & {name for name, value in record.items() if value is None}:
+        record[name] = float("nan")
+    return Entry(
+        str(body.get("key", "")),
+        _RECORD.validate_python(record),
+        _DETAIL.validate_python(_renamed(detail)),
+    )
 
 
-class JournalWriter:
-    """Append entries to a journal; each is on disk when `append` returns."""
-
-    def __init__(self, path: Path, content: JournalContent, seed: str) -> None:
-        self._writer = ChainedWriter(path, content.chain, seed)
-
-    def append(self, key: str, record: ExperimentRecord, detail: ExperimentDetail) -> Entry:
-        """Write one line and fsync it; raise ResultsError if it can't be written."""
-        body = {"key": key, "record": to_values(record), "detail": to_values(detail)}
-        checksum = self._writer.append(body)
-        return Entry(key=key, record=record, detail=detail, checksum=checksum)
-
-    def check_place(self) -> None:
-        """Raise ResultsError if the journal was removed or replaced."""
-        self._writer.check_place()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._writer.close()
+def parse_quality(body: Mapping[str, Any]) -> QualityRecord:
+    """Parse a record of quality.jsonl of any version."""
+    values = {"rule": {}, "document_key": body["document"], **body}
+    return _QUALITY.validate_python(_renamed(values))
 
 
 def to_values(item: ExperimentRecord | ExperimentDetail) -> dict[str, Any]:
@@ -183,21 +220,39 @@ def to_values(item: ExperimentRecord | ExperimentDetail) -> dict[str, Any]:
     return {f.name: getattr(item, f.name) for f in fields(item)}
 
 
-def _entry(body: Mapping[str, Any], checksum: str, where: str) -> Entry:
+_FLOATS: Final = {n for n, kind in get_type_hints(ExperimentRecord).items() if kind is float}
+_RECORD: Final = TypeAdapter(ExperimentRecord)
+_DETAIL: Final = TypeAdapter(ExperimentDetail)
+_QUALITY: Final = TypeAdapter(QualityRecord)
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """Rename what older versions called `expert_counts`, the name of experts per token."""
+    if "expert_counts" in values:
+        values.setdefault("expert_load", values.pop("expert_counts"))
+    return values
+
+
+def _first_fault(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(error)
+
+
+def _parse_line(line: bytes, number: int, path: Path, remedy: str) -> dict[str, Any]:
     try:
-        return Entry(
-            key=_KEY.validate_python(body["key"]),
-            record=_record(body["record"]),
-            detail=_DETAIL.validate_python(body["detail"], extra="forbid"),
-            checksum=checksum,
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise half_read(path, f"line {number} isn't a record ({error})", remedy) from error
+    if not isinstance(entry, dict):
+        raise half_read(path, f"line {number} isn't a record", remedy)
+    version = entry.get("schema_version", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:
+        raise ResultsError(
+            f"line {number} of {path} has schema version {version}, this version of bh-routing "
+            f"writes {SCHEMA_VERSION}; {remedy}"
         )
-    except (KeyError, AttributeError, ValidationError) as error:
-        raise ResultsError(f"{where} isn't an experiment; {WAYS_OUT}") from error
-
-
-def _record(values: Mapping[str, Any]) -> ExperimentRecord:
-    restored: dict[str, Any] = {
-        name: float("nan") if value is None and name in _FLOAT_FIELDS else value
-        for name, value in values.items()
-    }
-    return _RECORD.validate_python(restored, extra="forbid")
+    return entry

@@ -130,7 +130,7 @@ class ExperimentDetail:
     """Mean experts kept in each layer."""
     count_histogram: list[list[int]] = field(default_factory=list)
     """[layer][c]: tokens that kept c experts, c from 0."""
-    expert_counts: list[list[int]] = field(default_factory=list)
+    expert_load: list[list[int]] = field(default_factory=list)
     """[layer][expert]: tokens that kept this expert."""
     peak_memory_bytes: int | None = None
     """Peak device memory of the experiment; None on CPU."""
@@ -199,7 +199,7 @@ class QualityRecord:
     experts_sum: int
     """Experts kept, over units: pairs of (scored token, layer)."""
     units: int
-    expert_counts: list[list[int]]
+    expert_load: list[list[int]]
     """[layer][expert]: scored tokens that kept this expert."""
     count_histogram: list[list[int]]
     """[layer][c]: scored tokens that kept c experts."""

@@ -54,9 +54,10 @@ def uniform_router_cv(
         >>> uniform_router_cv(np.full((8, 1), 2), num_experts=4).round(4).tolist()
         [0.3536]
     """
-    share_TL = expert_counts_TL.astype(np.float64) / num_experts
+    fraction_TL = expert_counts_TL.astype(np.float64) / num_experts
     with np.errstate(invalid="ignore"):
-        return np.asarray(np.sqrt((share_TL * (1 - share_TL)).sum(axis=0)) / share_TL.sum(axis=0))
+        spread_L = np.sqrt((fraction_TL * (1 - fraction_TL)).sum(axis=0))
+        return np.asarray(spread_L / fraction_TL.sum(axis=0))
 
 
 def load_balance(
@@ -130,7 +131,7 @@ class LoadBalance:
 
 
 def measure_load(
-    expert_counts: ArrayLike,
+    expert_load: ArrayLike,
     count_histogram: ArrayLike,
     *,
     simulations: int = SIMULATIONS,
@@ -144,7 +145,7 @@ def measure_load(
     over the simulations that leave no expert unused, NaN if they are fewer than half.
 
     Args:
-        expert_counts: [layer][expert], tokens that kept this expert.
+        expert_load: [layer][expert], tokens that kept this expert.
         count_histogram: [layer][c], tokens that kept c experts, c from 0.
         simulations: S.
         seed: seed of the simulation.
@@ -157,7 +158,7 @@ def measure_load(
         >>> load.measures["cv"].mean, load.measures["dead_share"].mean
         (1.0, 0.5)
     """
-    counts_LE, histogram_LC = _checked(expert_counts, count_histogram)
+    counts_LE, histogram_LC = _checked(expert_load, count_histogram)
     num_tokens, num_experts = int(histogram_LC[0].sum()), counts_LE.shape[1]
     kept_C = np.arange(histogram_LC.shape[1])
     kept_L = histogram_LC @ kept_C / num_tokens
@@ -221,14 +222,14 @@ def measures_of(loads: Floats, mean_experts: Floats | float) -> dict[str, Floats
         }
 
 
-def mean_distinct_experts(expert_counts: ArrayLike, num_tokens: int, batch: int) -> Floats:
+def mean_distinct_experts(expert_load: ArrayLike, num_tokens: int, batch: int) -> Floats:
     """Return the mean number of distinct experts in a step of `batch` random tokens, per layer.
 
     Exact over all sets of `batch` of these tokens. Neighbouring tokens of one text are more alike
     than random tokens, so a batch from one text uses fewer distinct experts.
 
     Args:
-        expert_counts: [layer][expert], tokens that kept this expert.
+        expert_load: [layer][expert], tokens that kept this expert.
         num_tokens: number of counted tokens.
         batch: tokens per step, 1 to num_tokens.
     Returns:
@@ -241,7 +242,7 @@ def mean_distinct_experts(expert_counts: ArrayLike, num_tokens: int, batch: int)
     """
     if not 1 <= batch <= num_tokens:
         raise InputError(f"batch must be in 1 to {num_tokens}, the tokens at hand, got {batch}")
-    without_LE = num_tokens - np.asarray(expert_counts, dtype=np.float64)
+    without_LE = num_tokens - np.asarray(expert_load, dtype=np.float64)
     enough = without_LE >= batch
     others_LE = np.where(enough, without_LE, batch)
     log_missed_LE = _log_binomial(others_LE, batch) - _log_binomial(float(num_tokens), batch)
@@ -284,8 +285,8 @@ def _sd_known(values_S: Floats) -> float:
     return float(known_S.std(ddof=1)) if len(known_S) >= max(2, len(values_S) / 2) else math.nan
 
 
-def _checked(expert_counts: ArrayLike, count_histogram: ArrayLike) -> tuple[Floats, Floats]:
-    counts_LE = np.asarray(expert_counts, dtype=np.float64)
+def _checked(expert_load: ArrayLike, count_histogram: ArrayLike) -> tuple[Floats, Floats]:
+    counts_LE = np.asarray(expert_load, dtype=np.float64)
     histogram_LC = np.asarray(count_histogram, dtype=np.float64)
     if counts_LE.ndim != 2 or histogram_LC.ndim != 2 or len(counts_LE) != len(histogram_LC):
         raise InputError(

@@ -27,7 +27,7 @@ def detail_of(kept_TLK: np.ndarray, expert_TLK: np.ndarray) -> ExperimentDetail:
     return ExperimentDetail(
         experts_by_layer=counts_TL.mean(axis=0).tolist(),
         count_histogram=[np.bincount(c_T, minlength=SLOTS + 1).tolist() for c_T in counts_TL.T],
-        expert_counts=[
+        expert_load=[
             np.bincount(expert_TLK[:, layer][kept_TLK[:, layer]], minlength=EXPERTS).tolist()
             for layer in range(LAYERS)
         ],

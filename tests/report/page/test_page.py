@@ -171,7 +171,7 @@ def test_a_run_without_finished_experiments_or_details_still_has_a_page(
 
 def test_a_damaged_trace_is_named(page_folder: Path) -> None:
     (page_folder / "token_traces.jsonl").write_text('{"tokens": []}\n')
-    with pytest.raises(ResultsError, match="line 1 isn't a token trace"):
+    with pytest.raises(ResultsError, match="line 1 isn't a record"):
         write_page(page_folder)
 
 

@@ -96,7 +96,7 @@ def _percent(counts_YC: Floats) -> Floats:
 @chart("layers")
 def expert_load(facts: Facts) -> Chart | None:
     """Load of each expert, as a multiple of an even load, by configuration."""
-    loads = _summed(facts, lambda detail: detail.expert_counts)
+    loads = _summed(facts, lambda detail: detail.expert_load)
     if not loads:
         return None
     views, rows, busiest = {}, [], (0.0, "")

@@ -11,12 +11,16 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
-from bh_routing.results.files import half_read, planned_keys, read_json_lines
+from bh_routing.results.files import planned_keys
+from bh_routing.results.journal import Journal
 from bh_routing.results.records import TOKEN_TRACES, TokenTrace
 
 PAGE_BYTES: Final = 3_000_000
 """Limit on the embedded traces, in bytes of text; prompts beyond it are left out."""
+
+_TRACE: Final = TypeAdapter(TokenTrace)
 
 
 class Slots(NamedTuple):
@@ -37,15 +41,16 @@ def read_traces(folder: Path) -> list[TokenTrace]:
     """
     path, planned = folder / TOKEN_TRACES, planned_keys(folder)
     found: dict[tuple[str, str], TokenTrace] = {}
-    for number, entry in enumerate(read_json_lines(path).objects, start=1):
-        try:
-            trace = TokenTrace(**entry)
-            unpack(trace)
-            if planned is None or trace.key in planned:
-                found[trace.config_name, trace.prompt_text] = trace
-        except (TypeError, ValueError, OverflowError, zlib.error) as error:
-            raise half_read(path, f"line {number} isn't a token trace ({error})") from error
+    for trace in Journal.read(path, _parse).items:
+        if planned is None or trace.key in planned:
+            found[trace.config_name, trace.prompt_text] = trace
     return list(found.values())
+
+
+def _parse(entry: dict[str, Any]) -> TokenTrace:
+    trace = _TRACE.validate_python(entry)
+    unpack(trace)
+    return trace
 
 
 def unpack(trace: TokenTrace) -> Slots:
