@@ -11,7 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bh_routing.nulls import ReferenceTable, RouterPass, get_null
-from bh_routing.nulls.contributions import NEEDED, Contributions, Definition, Statistic
+from bh_routing.nulls.contributions import (
+    ALL_STEPS,
+    NEEDED_STEPS,
+    OF_SLOTS,
+    STEP_SIZES,
+    Contributions,
+    Definition,
+    Statistic,
+)
 from bh_routing.rules import Candidates, LayerContext, Rows, Rule
 
 NUM_EXPERTS = 64
@@ -51,7 +59,7 @@ def context_for(
 ) -> LayerContext:
     """A layer whose reference, if the rule needs one, comes from other random logits."""
     table = contributions = None
-    if rule.required_null in NEEDED.values():
+    if rule.required_null in OF_SLOTS:
         contributions = made_up_contributions(num_experts, model_top_k)
     elif rule.required_null is not None:
         logits_TE = random_logits(2_000, num_experts, seed=99)
@@ -91,6 +99,9 @@ def made_up_contributions(num_experts: int, model_top_k: int) -> Contributions:
     truth_TK = scores["contribution"] * (0.5 + noise_TK)
     is_needed_TK = truth_TK > truth_TK.median()
     definitions: tuple[Definition, ...] = ("norm", "loss")
+    # More tokens have larger masses, and so have the masses of needed pairs.
+    all_BN = torch.stack([scores["sensitivity"].flatten() * size**0.5 for size in STEP_SIZES])
+    needed_BN = torch.stack([row[is_needed_TK.flatten()] for row in all_BN])
     return Contributions(
         residual_norms_L=torch.tensor([1.0, 2.0, 3.0]),
         scales=scales,
@@ -99,6 +110,10 @@ def made_up_contributions(num_experts: int, model_top_k: int) -> Contributions:
             (name, definition): ReferenceTable.from_scores(s[is_needed_TK])
             for name, s in scores.items()
             for definition in definitions
+        },
+        steps={
+            ALL_STEPS: all_BN.sort(dim=-1).values,
+            NEEDED_STEPS: needed_BN.sort(dim=-1).values,
         },
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bh_routing.engine.observe import SlotObserver, join_windows, summarize
+from bh_routing.engine.steps import step_tables
 from bh_routing.engine.texts import Document, as_documents, passage_hashes, text_sha256
 from bh_routing.engine.windows import spread_tokens
 from bh_routing.errors import CalibrationError, InputError
@@ -19,7 +21,7 @@ from bh_routing.models.sites import Callback, Proposal, RouterSite
 from bh_routing.nulls.base import ReferenceTable, RouterPass
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.catalog import get_null
-from bh_routing.nulls.contributions import NEEDED, Contributions
+from bh_routing.nulls.contributions import NEEDED, OF_SLOTS, STEPS, Contributions
 from bh_routing.nulls.cut_offs import OBSERVED_TOKENS
 from bh_routing.nulls.reservoir import Reservoir, reservoir_capacity, row_capacity
 from bh_routing.rules.base import Rule
@@ -45,7 +47,8 @@ def calibrate(
         texts: texts or documents, diverse ones for a better reference; duplicates count once.
         rules: all that they need is fitted; without rules and nulls, what `bh` needs.
         nulls: names of further nulls to fit; "needed" observes each slot's contribution, which
-            doubles the time, and "needed_by_loss" its gradient too.
+            doubles the time, "needed_by_loss" its gradient too, and "needed_steps" also draws
+            decode steps from the observed slots.
         max_tokens: total number of tokens, spread evenly over the documents.
         seed: seed of the sampling that keeps a table at its fixed size.
     Returns:
@@ -62,7 +65,7 @@ def calibrate(
     read = {text: ids for text in text_only if (ids := tokenizer(text, verbose=False)["input_ids"])}
     if not (documents := list(read.values())):
         raise InputError("the calibration text is empty; give at least one document")
-    tabled = [name for name in nulls if name not in NEEDED.values()]
+    tabled = [name for name in nulls if name not in OF_SLOTS]
     # Seeded by layer, not by null: a table doesn't depend on the nulls fitted with it.
     reservoirs = {
         (name, site.layer): _reservoir(name, routers.num_experts, (seed, 0, site.layer))
@@ -115,7 +118,7 @@ def _nulls_to_fit(
     if not given and not nulls:
         return [BenjaminiHochberg.null]
     for name in nulls:
-        if name not in NEEDED.values():
+        if name not in OF_SLOTS:
             get_null(name)
     needed = [null for rule in given if (null := rule.required_null) is not None]
     if not needed and not nulls:
@@ -135,12 +138,14 @@ def _texts_read(
             yield tokenizer.decode(ids[:length], skip_special_tokens=True)
 
 
-def _windows(model: Any, documents: Sequence[list[int]], taken: Sequence[int]) -> list[Tensor]:
-    """Cut the start of each document into windows within the model's context."""
+def _windows(
+    model: Any, documents: Sequence[list[int]], taken: Sequence[int]
+) -> list[tuple[int, Tensor]]:
+    """Cut the start of each document, by number, into windows within the model's context."""
     context = int(getattr(text_config(model), "max_position_embeddings", None) or 2048)
     return [
-        torch.tensor([ids[start : min(start + context, length)]])
-        for ids, length in zip(documents, taken, strict=True)
+        (number, torch.tensor([ids[start : min(start + context, length)]]))
+        for number, (ids, length) in enumerate(zip(documents, taken, strict=True))
         for start in range(0, length, context)
     ]
 
@@ -184,21 +189,34 @@ def _observe(
 def _read(
     model: Any,
     routers: Routers,
-    windows: Sequence[Tensor],
+    windows: Sequence[tuple[int, Tensor]],
     nulls: set[str],
     seed: int,
 ) -> Contributions | None:
     """Run the model over the windows; observe slots and losses only if a null needs them."""
     bar = tqdm(windows, desc="calibration", unit="window")
-    if not nulls & set(NEEDED.values()):
+    if not nulls & set(OF_SLOTS):
         with torch.inference_mode():
-            for window in bar:
+            for _, window in bar:
                 model(window.to(model.device), use_cache=False, logits_to_keep=1)
         return None
-    observer = SlotObserver(model, routers, by_loss=NEEDED["loss"] in nulls)
+    observer = SlotObserver(model, routers, by_loss=bool(nulls & {NEEDED["loss"], STEPS}))
     try:
-        layers = join_windows([observer.read(window.to(model.device)) for window in bar])
+        seen = [(number, observer.read(window.to(model.device))) for number, window in bar]
     finally:
         observer.close()
     capacity = reservoir_capacity(routers.num_experts)
-    return summarize(layers, routers.num_experts, capacity, seed)
+    layers = join_windows([slots for _, slots in seen])
+    contributions = summarize(layers, routers.num_experts, capacity, seed)
+    if STEPS not in nulls:
+        return contributions
+    lengths = [(number, len(slots[0].experts)) for number, slots in seen if slots]
+    steps = step_tables(
+        layers,
+        routers.model_top_k,
+        contributions.scales["sensitivity"],
+        torch.cat([torch.full((length,), number) for number, length in lengths]),
+        capacity=capacity,
+        seed=seed,
+    )
+    return replace(contributions, steps=steps)

@@ -22,7 +22,7 @@ from bh_routing.models.routers import Routers, find_routers
 from bh_routing.models.routing import bind_rule, install
 from bh_routing.models.trace import DROPPED, count_distinct
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.nulls.contributions import NEEDED
+from bh_routing.nulls.contributions import OF_SLOTS
 from bh_routing.rules.base import Candidates, LayerContext, MixingRule, Rows, Rule, Selector, Unit
 
 MEMORY_BYTES: Final = 2**30
@@ -223,7 +223,7 @@ def _context(
     null = rule.required_null
     table = contributions = None
     if null is not None and calibration is not None:
-        if null in NEEDED.values():
+        if null in OF_SLOTS:
             known = calibration.contributions
             contributions = None if known is None else known.to(torch.device("cpu"))
         else:

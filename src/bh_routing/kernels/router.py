@@ -108,7 +108,7 @@ def _benjamini_hochberg(rule: BenjaminiHochberg, context: LayerContext) -> Route
 def _benjamini_hochberg_drop(
     rule: BenjaminiHochbergDrop, context: LayerContext
 ) -> RouterPlan | None:
-    if rule.scope == "block":
+    if rule.unit != "token":
         return None
     if rule.scope == "population":
         return _threshold_plan(rule, context, rule.cut_off(context))

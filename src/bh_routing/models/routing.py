@@ -26,7 +26,7 @@ from bh_routing.models.rows import RowsOfCall
 from bh_routing.models.sites import Decision, Proposal, RouterSite, RoutingHook, Undo
 from bh_routing.models.trace import ExpertTrace
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.nulls.contributions import NEEDED
+from bh_routing.nulls.contributions import OF_SLOTS
 from bh_routing.rules.base import Candidates, LayerContext, Rule, Selector
 from bh_routing.rules.weights import alias_dropped, kept_weights
 
@@ -196,7 +196,7 @@ def _layer_context(
 ) -> LayerContext:
     device = next(site.module.parameters()).device
     table = contributions = None
-    if rule.required_null in NEEDED.values() and calibration is not None:
+    if rule.required_null in OF_SLOTS and calibration is not None:
         if calibration.contributions is not None:
             contributions = calibration.contributions.to(torch.device("cpu"))
     elif rule.required_null is not None and calibration is not None:

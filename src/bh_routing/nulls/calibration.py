@@ -23,7 +23,7 @@ from torch import Tensor
 from bh_routing.errors import CalibrationError
 from bh_routing.nulls.base import ReferenceTable
 from bh_routing.nulls.catalog import NULLS
-from bh_routing.nulls.contributions import NEEDED, Contributions, is_by_loss, remedy
+from bh_routing.nulls.contributions import OF_SLOTS, Contributions, is_of_null, remedy
 from bh_routing.nulls.cut_offs import DRAWS_ON_FIRST_LINE, MIN_DOCUMENTS, MIN_TOKENS
 from bh_routing.nulls.reservoir import row_capacity
 from bh_routing.results.calibration_file import (
@@ -110,7 +110,7 @@ class Calibration:
         """Names of all calibrated nulls, including "needed"."""
         needed = [
             null
-            for null in NEEDED.values()
+            for null in OF_SLOTS
             if self.contributions is not None and self.contributions.sizes(null)
         ]
         return (*sorted(self.tables), *needed)
@@ -141,9 +141,9 @@ class Calibration:
 
     def _table_fingerprint(self, null: str) -> str:
         digest = hashlib.sha256()
-        if null in NEEDED.values():
+        if null in OF_SLOTS:
             for name, tensor in sorted(self._contribution_tensors().items()):
-                if null == NEEDED["loss"] or not is_by_loss(name):
+                if is_of_null(name, null):
                     digest.update(name.encode())
                     digest.update(tensor.cpu().numpy().astype("<f4").tobytes())
         for table in self.tables.get(null, ()):
@@ -298,7 +298,7 @@ class Calibration:
 
     def _tables_of(self, null: str) -> tuple[ReferenceTable, ...]:
         if null not in self.tables:
-            advice = remedy(null) if null in NEEDED.values() else _REMEDY
+            advice = remedy(null) if null in OF_SLOTS else _REMEDY
             raise CalibrationError(
                 f"calibration holds no table of null {null!r}, only of: "
                 f"{', '.join(self.nulls) or 'none'}; {advice}"

@@ -19,14 +19,32 @@ from torch import Tensor
 from bh_routing.errors import CalibrationError
 from bh_routing.nulls.base import ReferenceTable
 from bh_routing.results.calibration_file import (
+    ALL_STEPS,
     NEEDED,
+    NEEDED_STEPS,
+    OF_SLOTS,
     RESIDUAL_NORMS,
+    STEP_SIZES,
+    STEPS,
     Array,
     Definition,
     Statistic,
 )
 
-__all__ = ["BY_LOSS", "NEEDED", "Contributions", "Definition", "Statistic", "is_by_loss", "remedy"]
+__all__ = [
+    "ALL_STEPS",
+    "BY_LOSS",
+    "NEEDED",
+    "NEEDED_STEPS",
+    "OF_SLOTS",
+    "STEPS",
+    "STEP_SIZES",
+    "Contributions",
+    "Definition",
+    "Statistic",
+    "is_of_null",
+    "remedy",
+]
 
 BY_LOSS: Final[tuple[Statistic, ...]] = ("sensitivity", "layer_sensitivity")
 """Statistics that need gradients."""
@@ -46,6 +64,9 @@ class Contributions:
     """Statistic and definition -> a sample of the scores of the slots that mattered."""
     cuts: Mapping[Definition, float] = field(default_factory=dict)
     """Definition -> the contribution above which a slot mattered."""
+    steps: Mapping[str, Tensor] = field(default_factory=dict)
+    """NEEDED_STEPS and ALL_STEPS -> ascending roots of the Fisher masses of needed and of all pairs
+    of expert and decode step, float32, a row per size of STEP_SIZES; empty if not calibrated."""
 
     def scale(self, statistic: Statistic, layer: int) -> Tensor:
         """Return the scale of each expert in a layer, shape (E,)."""
@@ -65,8 +86,19 @@ class Contributions:
             raise _lacks(f"{statistic} with needed by {definition}")
         return self.needed_scores[statistic, definition]
 
+    def step_tables(self, name: str) -> Tensor:
+        """Return the tables NEEDED_STEPS or ALL_STEPS."""
+        if name not in self.steps:
+            raise CalibrationError(
+                f"calibration holds no table of null {STEPS!r}, which rules on decode steps need; "
+                f"{remedy(STEPS)}"
+            )
+        return self.steps[name]
+
     def sizes(self, null: str) -> list[int]:
-        """Return the table sizes of "needed" or "needed_by_loss"; empty if not calibrated."""
+        """Return the table sizes of a null of OF_SLOTS; empty if not calibrated."""
+        if null == STEPS:
+            return [table_BN.shape[-1] for table_BN in self.steps.values()]
         return [
             len(table)
             for (_, definition), table in self.needed_scores.items()
@@ -80,6 +112,7 @@ class Contributions:
         named |= {f"all.{s}": table.sorted_scores_N for s, table in self.all_scores.items()}
         for (statistic, definition), table in self.needed_scores.items():
             named[f"needed.{statistic}.{definition}"] = table.sorted_scores_N
+        named |= self.steps
         named |= {f"cut.{definition}": torch.tensor(cut) for definition, cut in self.cuts.items()}
         return named
 
@@ -87,7 +120,10 @@ class Contributions:
     def of_arrays(cls, arrays: Mapping[str, Array]) -> Contributions:
         """Return contributions with the values of `tensors`, read from a file."""
         kinds: dict[str, dict[Any, Any]] = {"scale": {}, "all": {}, "needed": {}, "cut": {}}
+        steps = {n: torch.from_numpy(arrays[n]) for n in (NEEDED_STEPS, ALL_STEPS) if n in arrays}
         for name, values in arrays.items():
+            if name in steps:
+                continue
             kind, *words = name.split(".")
             if words:
                 key = words[0] if len(words) == 1 else tuple(words)
@@ -99,6 +135,7 @@ class Contributions:
             all_scores=kinds["all"],
             needed_scores=kinds["needed"],
             cuts={definition: float(cut) for definition, cut in kinds["cut"].items()},
+            steps=steps,
         )
 
     def extended_by(self, other: Contributions) -> Contributions:
@@ -109,6 +146,7 @@ class Contributions:
             all_scores={**other.all_scores, **self.all_scores},
             needed_scores={**other.needed_scores, **self.needed_scores},
             cuts={**other.cuts, **self.cuts},
+            steps={**other.steps, **self.steps},
         )
 
     def to(self, device: torch.device) -> Contributions:
@@ -119,16 +157,20 @@ class Contributions:
             all_scores={name: table.to(device) for name, table in self.all_scores.items()},
             needed_scores={name: table.to(device) for name, table in self.needed_scores.items()},
             cuts=self.cuts,
+            steps={name: table_BN.to(device) for name, table_BN in self.steps.items()},
         )
 
 
-def is_by_loss(name: str) -> bool:
-    """Return whether a tensor of `Contributions.tensors` needs gradients."""
-    return any(word in (*BY_LOSS, "loss") for word in name.split("."))
+def is_of_null(name: str, null: str) -> bool:
+    """Return whether rules of a null of OF_SLOTS read a tensor of `Contributions.tensors`."""
+    if name in (NEEDED_STEPS, ALL_STEPS):
+        return null == STEPS
+    is_by_loss = any(word in (*BY_LOSS, "loss") for word in name.split("."))
+    return null != NEEDED["norm"] or not is_by_loss
 
 
 def remedy(null: str) -> str:
-    """Return the remedy for a calibration without "needed" or "needed_by_loss"."""
+    """Return the remedy for a calibration without a null of OF_SLOTS."""
     calibrate = f"run: bh-routing calibrate --nulls background,{null} --model NAME --output FILE"
     if null == NEEDED["loss"]:
         return f"{calibrate}, or use statistic: contribution, which needs no gradients"

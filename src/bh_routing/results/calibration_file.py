@@ -30,6 +30,15 @@ text's loss if the slot is dropped, was above its median."""
 
 NEEDED: Final[Mapping[Definition, str]] = {"norm": "needed", "loss": "needed_by_loss"}
 """Definition -> its name in a calibration."""
+STEPS: Final = "needed_steps"
+"""Name in a calibration of the pairs of expert and decode step that mattered."""
+OF_SLOTS: Final = (*NEEDED.values(), STEPS)
+"""Names in a calibration that describe observed slots."""
+STEP_SIZES: Final = (2, 4, 8, 16, 32, 64)
+"""Tokens of the calibrated decode steps."""
+NEEDED_STEPS: Final = f"{STEPS}.sensitivity"
+ALL_STEPS: Final = "all_steps.sensitivity"
+"""Tensors with the roots of the pairs' Fisher masses, a row per size of step."""
 
 FORMAT: Final = "bh_routing.calibration"
 SCHEMA: Final = 4
@@ -40,6 +49,7 @@ CONTRIBUTIONS: Final = "contributions"
 PASSAGES: Final = "passages"
 RESIDUAL_NORMS: Final = "residual_norms"
 _KINDS: Final = {"residual_norms": 0, "scale": 1, "all": 1, "needed": 2, "cut": 1}
+_KINDS_OF_STEPS: Final = (NEEDED_STEPS, ALL_STEPS)
 """Kind of a tensor that describes slots -> number of words after it in the tensor's name."""
 _WORDS: Final = (*get_args(Statistic), *get_args(Definition))
 BY_EXPERT: Final = ("per_expert",)
@@ -195,6 +205,8 @@ def _take_observed(path: Path, arrays: dict[str, Array], name: str, num_experts:
 def _take_contribution(
     path: Path, arrays: dict[str, Array], name: str, facts: CalibrationFacts
 ) -> Array:
+    if name in _KINDS_OF_STEPS:
+        return _take_table(path, arrays, f"{CONTRIBUTIONS}.{name}", (len(STEP_SIZES),))
     kind, *words = name.split(".")
     if _KINDS.get(kind) != len(words) or not set(words) <= set(_WORDS):
         raise CalibrationError(

@@ -17,8 +17,9 @@ from bh_routing.rules.drop import BenjaminiHochbergDrop
 from bh_routing.rules.fixed import PerLayerTopK, RandomK, TopK
 from bh_routing.rules.functional import RoutedExperts, benjamini_hochberg_routing
 from bh_routing.rules.higher_criticism import HigherCriticism
-from bh_routing.rules.mass import Entropy, MinP, Threshold, TopP
+from bh_routing.rules.mass import Entropy, FloorThreshold, MinP, Threshold, TopP
 from bh_routing.rules.noise import NoiseResult, noise_control
+from bh_routing.rules.step import ExpertBudget, FisherMass, OpportunisticActivation
 from bh_routing.rules.weights import AliasedSlots, alias_dropped, kept_weights
 
 __all__ = [
@@ -29,10 +30,14 @@ __all__ = [
     "Candidates",
     "ContributionThreshold",
     "Entropy",
+    "ExpertBudget",
+    "FisherMass",
+    "FloorThreshold",
     "HigherCriticism",
     "LayerContext",
     "MinP",
     "NoiseResult",
+    "OpportunisticActivation",
     "OracleContribution",
     "PerLayerTopK",
     "RandomK",

@@ -16,7 +16,8 @@ from bh_routing.rules.contribution import ContributionThreshold, OracleContribut
 from bh_routing.rules.drop import BenjaminiHochbergDrop
 from bh_routing.rules.fixed import PerLayerTopK, RandomK, TopK
 from bh_routing.rules.higher_criticism import HigherCriticism
-from bh_routing.rules.mass import Entropy, MinP, Threshold, TopP
+from bh_routing.rules.mass import Entropy, FloorThreshold, MinP, Threshold, TopP
+from bh_routing.rules.step import ExpertBudget, FisherMass, OpportunisticActivation
 
 _ALL: Final[tuple[type[Rule], ...]] = (
     TopK,
@@ -27,9 +28,13 @@ _ALL: Final[tuple[type[Rule], ...]] = (
     PerLayerTopK,
     TopP,
     MinP,
+    FloorThreshold,
     Threshold,
     Entropy,
     HigherCriticism,
+    FisherMass,
+    OpportunisticActivation,
+    ExpertBudget,
     RandomK,
 )
 

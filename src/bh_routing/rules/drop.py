@@ -12,10 +12,11 @@ from typing import ClassVar, Final, Literal, get_args
 import torch
 from torch import Tensor
 
+from bh_routing.errors import InputError
 from bh_routing.multitest import check_alpha, on_or_below_line
 from bh_routing.multitest.step_up import number_blocks, ranks, reject_in_blocks
 from bh_routing.nulls.base import ReferenceTable
-from bh_routing.nulls.contributions import Definition
+from bh_routing.nulls.contributions import ALL_STEPS, NEEDED_STEPS, STEPS, Definition
 from bh_routing.nulls.cut_offs import count_at_cut_offs, smallest_scores
 from bh_routing.rules.base import (
     LOG_ODDS,
@@ -35,8 +36,18 @@ from bh_routing.rules.contribution import (
     require_contributions,
     slot_scores,
 )
+from bh_routing.rules.step import (
+    Between,
+    StepExperts,
+    count_tokens,
+    keep_read,
+    reject_in_steps,
+    step_experts,
+    step_of,
+)
 
-Scope = Literal["token", "block", "population"]
+Scope = Literal["token", "block", "population", "step", "step_population"]
+_STEP_SCOPES: Final = ("step", "step_population")
 
 _NOTHING: Final = -float("inf")
 
@@ -54,6 +65,13 @@ class BenjaminiHochbergDrop(ContributionRule):
       doesn't depend on the rest of the batch; in a decode step it equals "token".
     - scope "population": BH once over the calibration's own slots of all layers; its critical
       value t is then a fixed threshold: the same decisions as ContributionThreshold(t).
+    - scope "step": BH over the experts that a decode step reads, in one layer. An expert's score is
+      the root of its Fisher mass, sum of (weight x sensitivity) ** 2 over the step's tokens, and
+      its p-value the fraction of needed calibration pairs of expert and step with no larger score.
+      Steps of other sizes than 2, 4, 8, 16, 32 and 64 tokens interpolate p-values linearly in log2
+      of the size; a step of one token is decided as by scope "token". See `rules.step`.
+    - scope "step_population": BH once over the calibration's own pairs, for each step size; its
+      critical values are interpolated likewise.
 
     If slots were exchangeable with the calibration's and their p-values independent or PRDS, the
     expected fraction of dropped slots that mattered would be at most alpha times the fraction of
@@ -74,7 +92,8 @@ class BenjaminiHochbergDrop(ContributionRule):
     scope: Scope = "token"
     """The slots that are tested together."""
     needed: Definition = "norm"
-    """Definition of the slots that mattered: see `nulls.contributions.Definition`."""
+    """Definition of the slots that mattered: see `nulls.contributions.Definition`. The
+    scopes of steps always define them by loss."""
     block_tokens: int = 64
     """Tokens per block; only for scope "block"."""
 
@@ -84,16 +103,28 @@ class BenjaminiHochbergDrop(ContributionRule):
         check_choice("scope", self.scope, get_args(Scope))
         check_choice("needed", self.needed, get_args(Definition))
         check_count("block_tokens", self.block_tokens)
+        if self.scope in _STEP_SCOPES:
+            if self.statistic != "sensitivity":
+                raise InputError(
+                    f"scope {self.scope!r} is calibrated for statistic 'sensitivity', got "
+                    f"{self.statistic!r}; leave it out, or use the rule fisher_mass"
+                )
+            # Only squared losses of slots add up to those of experts.
+            object.__setattr__(self, "needed", "loss")
         super().__post_init__()
 
     @property
     def required_null(self) -> str | None:
         """Name of the null that must be calibrated."""
+        if self.scope in _STEP_SCOPES:
+            return STEPS
         return needed_null(self.statistic, self.needed)
 
     @property
     def unit(self) -> Unit:
-        """The block for scope "block", else the token."""
+        """The step for the scopes of steps, the block for scope "block", else the token."""
+        if self.scope in _STEP_SCOPES:
+            return "step"
         return "block" if self.scope == "block" else "token"
 
     def smallest_alpha(self, num_experts: int) -> float | None:
@@ -110,6 +141,8 @@ class BenjaminiHochbergDrop(ContributionRule):
             return self._bind_token(context)
         if self.scope == "block":
             return self._bind_block(context)
+        if self.scope in _STEP_SCOPES:
+            return self._bind_step(context)
         return self._bind_population(context)
 
     def slot_p_values(self, context: LayerContext) -> Callable[[Candidates], Tensor] | None:
@@ -138,7 +171,10 @@ class BenjaminiHochbergDrop(ContributionRule):
         """Return the largest score that scope "population" drops; -inf if nothing is rejected."""
         contributions = require_contributions(self.method, context)
         all_N = contributions.all_of(self.statistic).sorted_scores_N
-        needed = contributions.needed(self.statistic, self.needed)
+        return self._largest_rejected(all_N, contributions.needed(self.statistic, self.needed))
+
+    def _largest_rejected(self, all_N: Tensor, needed: ReferenceTable) -> float:
+        """Return the largest of ascending scores that BH over all of them rejects, or -inf."""
         is_below_N = on_or_below_line(lower_tail(all_N, needed), self.alpha)
         return float(all_N[is_below_N][-1]) if bool(is_below_N.any()) else _NOTHING
 
@@ -170,6 +206,72 @@ class BenjaminiHochbergDrop(ContributionRule):
             return ~is_dropped_TK | (rank_slots(candidates, scores_TK).rank_TK < min_k)
 
         return select
+
+    def _bind_step(self, context: LayerContext) -> Selector:
+        scale_E, min_k = layer_scale(self.method, self.statistic, context), self.min_k
+        reads = (self._reads_by_p if self.scope == "step" else self._reads_by_cut_off)(context)
+
+        def select(candidates: Candidates) -> Tensor:
+            scores_TK, step_T = slot_scores(candidates, scale_E), step_of(candidates)
+            experts = step_experts(
+                scores_TK, candidates.top_k_index_TK, step_T, num_experts=len(scale_E)
+            )
+            is_own_TK = rank_slots(candidates, scores_TK).rank_TK < min_k
+            return keep_read(candidates, reads(experts, count_tokens(step_T)), is_own_TK)
+
+        return select
+
+    def _reads_by_p(self, context: LayerContext) -> Callable[[StepExperts, Tensor], Tensor]:
+        """Return experts and tokens of each step -> whether BH leaves an expert to be read."""
+        p_values = self.step_p_values(context)
+        alpha = self.alpha
+
+        def reads(experts: StepExperts, tokens_S: Tensor) -> Tensor:
+            p_SE = p_values(experts, tokens_S)
+            return ~reject_in_steps(p_SE, experts.is_present_SE, alpha)
+
+        return reads
+
+    def step_p_values(self, context: LayerContext) -> Callable[[StepExperts, Tensor], Tensor]:
+        """Return experts and tokens of each step -> p-value of each expert, float64 (S, E)."""
+        contributions = require_contributions(self.method, context)
+        one = contributions.needed(self.statistic, self.needed).to(context.device)
+        needed_BN = contributions.step_tables(NEEDED_STEPS).to(context.device)
+        between = Between.on(context.device)
+        last = len(between.lower_B) - 1
+
+        def p_values(experts: StepExperts, tokens_S: Tensor) -> Tensor:
+            norms_SE = experts.norms_SE
+            every_BM = norms_SE.flatten().expand(len(needed_BN), -1).contiguous()
+            not_above_BM = torch.searchsorted(needed_BN, every_BM, side="right")
+            larger_BM = (1 + not_above_BM).double() / (needed_BN.shape[-1] + 1)
+            p_BSE = torch.cat(
+                [lower_tail(norms_SE, one)[None], larger_BM.unflatten(-1, norms_SE.shape)]
+            )
+            size_S = tokens_S.clamp_max(last)
+            lower_S, weight_S1 = between.lower_B[size_S], between.weight_B[size_S][:, None]
+            at_1SE = lower_S[None, :, None].expand(1, *norms_SE.shape)
+            p_SE, upper_SE = p_BSE.gather(0, at_1SE)[0], p_BSE.gather(0, at_1SE + 1)[0]
+            return p_SE * (1 - weight_S1) + upper_SE * weight_S1
+
+        return p_values
+
+    def _reads_by_cut_off(self, context: LayerContext) -> Callable[[StepExperts, Tensor], Tensor]:
+        """Return experts and tokens of each step -> whether a score is above the critical value."""
+        contributions = require_contributions(self.method, context)
+        needed_BN = contributions.step_tables(NEEDED_STEPS)
+        every_BN = contributions.step_tables(ALL_STEPS)
+        cut_offs = [self.cut_off(context)] + [
+            self._largest_rejected(all_N, ReferenceTable(needed_N))
+            for all_N, needed_N in zip(every_BN, needed_BN, strict=True)
+        ]
+        cut_off_B = Between.values(cut_offs).to(context.device)
+
+        def reads(experts: StepExperts, tokens_S: Tensor) -> Tensor:
+            at_S = tokens_S.clamp_max(len(cut_off_B) - 1)
+            return experts.norms_SE > cut_off_B[at_S][:, None]
+
+        return reads
 
     def _bind_population(self, context: LayerContext) -> Selector:
         scale_E = layer_scale(self.method, self.statistic, context)

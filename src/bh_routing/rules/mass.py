@@ -1,4 +1,4 @@
-"""Rules on routing weights: top-p, min-p, relative threshold, entropy. Axes: T tokens, K slots."""
+"""Rules on routing weights: top-p, min-p, thresholds, entropy. Axes: T tokens, K slots."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from bh_routing.errors import InputError
@@ -17,6 +18,8 @@ from bh_routing.rules.base import (
     LayerContext,
     MixingRule,
     Selector,
+    check_count,
+    check_min_k,
     check_share,
 )
 from bh_routing.rules.weights import by_slot, keep_best, sort_slots
@@ -89,6 +92,69 @@ class MinP(MixingRule):
         def select(candidates: Candidates) -> Tensor:
             weights_TK = candidates.top_k_weights_TK.double()
             return weights_TK >= share * weights_TK.amax(dim=-1, keepdim=True)
+
+        return select
+
+
+@dataclass(frozen=True)
+class FloorThreshold(MixingRule):
+    """Keep the min_k best slots, and others whose weight is at least `ratio` times the largest.
+
+    Source: Lu et al. (2024), "Not All Experts are Equal", arXiv 2402.14800, for dynamic skipping
+        in top-2 routers, with one calibrated ratio per layer; a floor above 1 is this rule's.
+    Example:
+        >>> FloorThreshold(min_k=2, ratio=[0.5, 0.3]).ratio
+        (0.5, 0.3)
+    """
+
+    method: ClassVar[str] = "floor_threshold"
+    knob: ClassVar[Knob | None] = Knob("ratio", LOG_ODDS, keeps_more=False)
+
+    min_k: int
+    """Slots with the largest weights that always stay, at least 1."""
+    ratio: float | tuple[float, ...]
+    """Fraction of the token's largest weight, in (0, 1], or one for each layer with a router, first
+    layer first, which may be given as a list; a larger one keeps fewer experts."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError if a field is out of range."""
+        check_count("min_k", self.min_k)
+        if isinstance(self.ratio, (list, tuple)):
+            if not self.ratio:
+                raise InputError("ratio must be a number, or a list of one per layer, got none")
+            for layer, ratio in enumerate(self.ratio):
+                check_share(f"ratio of layer {layer}", ratio)
+            # A configuration file gives a list, but a rule must be hashable.
+            object.__setattr__(self, "ratio", tuple(self.ratio))
+        else:
+            check_share("ratio", self.ratio)
+        super().__post_init__()
+
+    def check(self, *, num_experts: int, model_top_k: int) -> None:
+        """Raise InputError if min_k exceeds the model's own k."""
+        check_min_k(self.min_k, model_top_k)
+
+    def bind(self, context: LayerContext) -> Selector:
+        """Return a selector with the layer's ratio.
+
+        Raises:
+            InputError: there is not one ratio per layer.
+        """
+        min_k, ratio = self.min_k, self.ratio
+        if isinstance(ratio, tuple):
+            expected = context.num_layers or len(ratio)
+            if len(ratio) != expected or context.layer >= len(ratio):
+                raise InputError(
+                    f"ratio must have one number for each of the {expected} layers with a router, "
+                    f"got {len(ratio)}; give one number for all layers, or {expected}"
+                )
+            ratio = ratio[context.layer]
+
+        def select(candidates: Candidates) -> Tensor:
+            weights_TK = candidates.top_k_weights_TK.double()
+            is_large_TK = weights_TK >= ratio * weights_TK.amax(dim=-1, keepdim=True)
+            floor_T1 = torch.full_like(candidates.top_k_index_TK[:, :1], min_k)
+            return is_large_TK | keep_best(candidates, floor_T1, weights_TK)
 
         return select
 

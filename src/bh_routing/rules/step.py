@@ -1,0 +1,378 @@
+"""Rules that decide which experts a decode step reads, for all of its tokens together.
+
+A step reads the union of its tokens' experts, so dropping an expert saves a read only if no token
+of the step keeps it. Each token keeps the slots of its own top-k that the step reads, and always
+its best. In prefill, which has no decode steps, a token keeps all slots of its own top-k; padding
+keeps its best slot and never votes. A token's result depends on the other tokens of its step, but
+not on their order.
+
+Axes: S steps, T tokens, E experts, K slots. As many steps as tokens are provided for: their number
+is on the device, and reading it would be a host sync.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Final, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from bh_routing.errors import InputError
+from bh_routing.nulls.contributions import STEP_SIZES
+from bh_routing.rules.base import (
+    LOG,
+    WHOLE,
+    Candidates,
+    Knob,
+    LayerContext,
+    MixingRule,
+    Scale,
+    Selector,
+    Unit,
+    check_at_most_experts,
+    check_choice,
+    check_count,
+)
+from bh_routing.rules.contribution import (
+    ContributionRule,
+    check_contribution_threshold,
+    layer_scale,
+    rank_slots,
+    slot_scores,
+)
+
+_UNITS: Final = 2.0**40
+_SMALLEST: Final = 1e-300
+
+BudgetBy = Literal["gate_mass", "fisher_mass"]
+
+
+class StepExperts(NamedTuple):
+    """The experts of each decode step in one layer."""
+
+    norms_SE: Tensor
+    """float32: (sum of score ** exponent over the step's tokens) ** (1 / exponent)."""
+    is_present_SE: Tensor
+    """Bool: whether a token of the step has the expert in its top-k."""
+
+
+def step_experts(
+    scores_TK: Tensor,
+    index_TK: Tensor,
+    step_T: Tensor,
+    *,
+    num_experts: int,
+    num_steps: int | None = None,
+    exponent: float = 2.0,
+) -> StepExperts:
+    """Return the norm over a step's tokens of each expert's scores; no host sync.
+
+    Scores are summed as whole multiples of 2 ** -40 of the largest one, so the result doesn't
+    depend on the tokens' order, and the norm of a single score is that score.
+
+    Args:
+        scores_TK: score of each slot, at least 0.
+        index_TK: int64 expert of each slot.
+        step_T: int64 step of each token, from 0 to num_steps - 1; -1 for none.
+        num_experts: E.
+        num_steps: S; None: the number of tokens.
+        exponent: above 0; 2 for Fisher mass, 1 for a sum.
+    """
+    num_steps = len(step_T) if num_steps is None else num_steps
+    size = (num_steps + 1) * num_experts  # the last row is for tokens in no step
+    row_T = torch.where(step_T < 0, num_steps, step_T)
+    pair_M = (row_T[:, None] * num_experts + index_TK).flatten()
+    score_M = scores_TK.double().flatten()
+    largest_P = score_M.new_zeros(size).scatter_reduce(0, pair_M, score_M, "amax")
+    ratio_M = score_M / largest_P[pair_M].clamp_min(_SMALLEST)
+    units_M = (ratio_M.pow(exponent) * _UNITS).round().long()
+    sums_P = torch.zeros_like(largest_P, dtype=torch.int64).scatter_add(0, pair_M, units_M)
+    norms_P = largest_P * (sums_P.double() / _UNITS).pow(1 / exponent)
+    is_present_P = torch.zeros_like(norms_P, dtype=torch.bool).scatter(
+        0, pair_M, torch.ones_like(pair_M, dtype=torch.bool)
+    )
+    shape = (num_steps + 1, num_experts)
+    return StepExperts(
+        norms_P.float().view(shape)[:num_steps], is_present_P.view(shape)[:num_steps]
+    )
+
+
+def keep_read(candidates: Candidates, is_read_SE: Tensor, is_own_TK: Tensor) -> Tensor:
+    """Keep each token's slots whose expert its step reads, and the slots that are its own.
+
+    Args:
+        candidates: the slots of T tokens, with rows.
+        is_read_SE: bool, whether a step reads an expert for tokens other than its own.
+        is_own_TK: bool, the slots that a token keeps in any step.
+    Returns:
+        Bool tensor (T, K): in prefill all slots, for padding those of its own.
+    """
+    rows = candidates.rows
+    assert rows is not None, "the unit isn't the token"
+    pair_TK = rows.step_T.clamp_min(0)[:, None] * is_read_SE.shape[-1] + candidates.top_k_index_TK
+    is_read_TK = is_read_SE.flatten()[pair_TK]
+    is_prefill_T1 = (rows.sequence_T >= 0)[:, None]
+    return torch.where((rows.step_T >= 0)[:, None], is_read_TK, is_prefill_T1) | is_own_TK
+
+
+def step_of(candidates: Candidates) -> Tensor:
+    """Return the step of each token, -1 for none, int64 (T,)."""
+    assert candidates.rows is not None, "the unit isn't the token"
+    return candidates.rows.step_T
+
+
+def count_tokens(step_T: Tensor) -> Tensor:
+    """Return the number of tokens in each step, int64 (S,)."""
+    num_steps = len(step_T)
+    row_T = torch.where(step_T < 0, num_steps, step_T)
+    counts = torch.zeros(num_steps + 1, dtype=torch.int64, device=step_T.device)
+    return counts.scatter_add(0, row_T, torch.ones_like(row_T))[:num_steps]
+
+
+class Between(NamedTuple):
+    """For each number of tokens up to 64, its place among the calibrated step sizes 1, 2, ... 64.
+
+    Between sizes, values are interpolated linearly in log2 of the number of tokens; larger steps
+    use the values of 64.
+    """
+
+    lower_B: Tensor
+    """int64: the next smaller size's number, 0 for one token."""
+    weight_B: Tensor
+    """float64: weight of the next larger size, in [0, 1]."""
+
+    @classmethod
+    def on(cls, device: torch.device) -> Between:
+        """Compute the places on a device."""
+        last = len(STEP_SIZES) - 1
+        places = [math.log2(max(count, 1)) for count in range(STEP_SIZES[-1] + 1)]
+        lower = [min(int(place), last) for place in places]
+        weights = [place - low for place, low in zip(places, lower, strict=True)]
+        return cls(
+            torch.tensor(lower, device=device),
+            torch.tensor(weights, dtype=torch.float64, device=device),
+        )
+
+    @classmethod
+    def values(cls, sizes_7: list[float]) -> Tensor:
+        """Interpolate one value per size to every number of tokens, on the CPU; -inf spreads."""
+        lower_B, weight_B = cls.on(torch.device("cpu"))
+        lower = torch.tensor(sizes_7, dtype=torch.float64)[lower_B]
+        upper = torch.tensor(sizes_7[1:], dtype=torch.float64)[lower_B]
+        mixed_B = lower * (1 - weight_B) + upper * weight_B
+        mixed_B = torch.where(weight_B == 0, lower, mixed_B)
+        return torch.where(weight_B == 1, upper, mixed_B)
+
+
+def reject_in_steps(p_SE: Tensor, is_present_SE: Tensor, alpha: float) -> Tensor:
+    """Reject by BH among the experts present in each step; no validation, no host sync."""
+    p_SE = torch.where(is_present_SE, p_SE, torch.inf)
+    sorted_p_SE = p_SE.sort(dim=-1).values
+    rank_E = torch.arange(1, p_SE.shape[-1] + 1, device=p_SE.device)
+    # Size over rank first, as in `on_or_below_line`.
+    sizes_S1 = is_present_SE.sum(dim=-1, keepdim=True)
+    is_below_SE = sorted_p_SE * (sizes_S1.double() / rank_E) <= alpha
+    last_S1 = torch.where(is_below_SE, sorted_p_SE, -1.0).amax(dim=-1, keepdim=True)
+    return p_SE <= last_S1
+
+
+@dataclass(frozen=True)
+class FisherMass(ContributionRule):
+    """Read the experts whose mass in the step is above one threshold for all layers.
+
+    The mass is the sum of (weight x sensitivity) ** exponent over the step's tokens with the expert
+    in their top-k. With exponent 2 it is twice the diagonal-Fisher estimate of the loss that
+    leaving the expert out costs. A step of one token is decided as by ContributionThreshold.
+
+    Source: Theis et al. (2018), "Faster gaze prediction with dense networks and Fisher pruning",
+        for the estimate, there of a network's parameters.
+    Example:
+        >>> FisherMass(0.05).unit
+        'step'
+    """
+
+    method: ClassVar[str] = "fisher_mass"
+    knob: ClassVar[Knob | None] = Knob("threshold", LOG, keeps_more=False)
+
+    threshold: float
+    """At least 0, for mass ** (1 / exponent), which has the statistic's unit; a larger one reads
+    fewer experts."""
+    exponent: float = 2.0
+    """From 1 to 3; other exponents than 2 are ablations."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError if a field is out of range."""
+        check_contribution_threshold(self.threshold)
+        is_number = isinstance(self.exponent, (int, float)) and not isinstance(self.exponent, bool)
+        if not is_number or not 1.0 <= self.exponent <= 3.0:
+            raise InputError(f"exponent must be a number from 1 to 3, got {self.exponent!r}")
+        super().__post_init__()
+
+    @property
+    def unit(self) -> Unit:
+        """The decode step."""
+        return "step"
+
+    def bind(self, context: LayerContext) -> Selector:
+        """Return a selector with the layer's scale.
+
+        Raises:
+            CalibrationError: the context has no contributions.
+        """
+        scale_E = layer_scale(self.method, self.statistic, context)
+        threshold, exponent, min_k = self.threshold, float(self.exponent), self.min_k
+
+        def select(candidates: Candidates) -> Tensor:
+            scores_TK = slot_scores(candidates, scale_E)
+            experts = step_experts(
+                scores_TK,
+                candidates.top_k_index_TK,
+                step_of(candidates),
+                num_experts=len(scale_E),
+                exponent=exponent,
+            )
+            is_own_TK = rank_slots(candidates, scores_TK).rank_TK < min_k
+            return keep_read(candidates, experts.norms_SE > threshold, is_own_TK)
+
+        return select
+
+
+@dataclass(frozen=True)
+class OpportunisticActivation(MixingRule):
+    """Keep each token's k0 best slots, and more of its top-k where the step reads them anyway.
+
+    Source: Oncescu et al. (2025), "Opportunistic Expert Activation", arXiv 2511.02237 (read:
+        abstract and introduction), there with piggybacked experts from outside the top-k too.
+    Example:
+        >>> OpportunisticActivation(k0=4).unit
+        'step'
+    """
+
+    method: ClassVar[str] = "oea"
+    knob: ClassVar[Knob | None] = Knob("k0", WHOLE, keeps_more=True)
+
+    k0: int
+    """Slots per token whose experts are read, at least 1 and at most the model's own k."""
+    refill: bool = True
+    """Whether a token also keeps the slots of its top-k that other tokens' slots have read;
+    otherwise the rule is static top-k0."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError if a field is out of range."""
+        check_count("k0", self.k0)
+        if not isinstance(self.refill, bool):
+            raise InputError(f"refill must be true or false, got {self.refill!r}")
+        super().__post_init__()
+
+    @property
+    def unit(self) -> Unit:
+        """The decode step."""
+        return "step"
+
+    @property
+    def keeps_best_by_logit(self) -> bool:
+        """False: another token may have read the expert of a slot with a smaller logit."""
+        return False
+
+    def check(self, *, num_experts: int, model_top_k: int) -> None:
+        """Raise InputError if k0 exceeds the model's own k."""
+        if self.k0 > model_top_k:
+            raise InputError(
+                f"k0 must be at most {model_top_k}, the model's own experts per token, got "
+                f"{self.k0}; set k0={model_top_k} or less"
+            )
+
+    def bind(self, context: LayerContext) -> Selector:
+        """Return the selector, which doesn't depend on the layer's calibration."""
+        k0, refill, num_experts = self.k0, self.refill, context.num_experts
+
+        def select(candidates: Candidates) -> Tensor:
+            weights_TK = candidates.top_k_weights_TK.float()
+            is_own_TK = rank_slots(candidates, weights_TK).rank_TK < k0
+            experts = step_experts(
+                is_own_TK.double(),
+                candidates.top_k_index_TK,
+                step_of(candidates),
+                num_experts=num_experts,
+            )
+            is_read_SE = (experts.norms_SE > 0) & refill
+            return keep_read(candidates, is_read_SE, is_own_TK)
+
+        return select
+
+
+@dataclass(frozen=True)
+class ExpertBudget(ContributionRule):
+    """Read the `budget` experts with the largest mass in the step, and every token's best.
+
+    Source: Vankov et al. (2026), "XShare", arXiv 2602.07265 (read: abstract), for the budget by
+        gate mass, the sum of routing weights.
+    Example:
+        >>> ExpertBudget(40).required_null is None
+        True
+    """
+
+    method: ClassVar[str] = "expert_budget"
+    knob: ClassVar[Knob | None] = Knob(
+        "budget", Scale(lambda x: round(math.exp(x)), low=0.0, high=6.5), keeps_more=True
+    )
+
+    budget: int
+    """Experts per step and layer, from 1 to all; a step whose tokens' best slots have more experts
+    reads more."""
+    by: BudgetBy = "gate_mass"
+    """gate_mass: sum of weights. fisher_mass: sum of (weight x statistic's scale) ** 2."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError if a field is out of range."""
+        check_count("budget", self.budget)
+        check_choice("by", self.by, get_args(BudgetBy))
+        super().__post_init__()
+
+    @property
+    def unit(self) -> Unit:
+        """The decode step."""
+        return "step"
+
+    @property
+    def required_null(self) -> str | None:
+        """Name of the null that must be calibrated; None by gate mass."""
+        return None if self.by == "gate_mass" else super().required_null
+
+    def check(self, *, num_experts: int, model_top_k: int) -> None:
+        """Raise InputError if the budget exceeds the experts, or min_k the model's own k."""
+        check_at_most_experts("budget", self.budget, num_experts)
+        super().check(num_experts=num_experts, model_top_k=model_top_k)
+
+    def bind(self, context: LayerContext) -> Selector:
+        """Return a selector, with the layer's scale if the mass needs it.
+
+        Raises:
+            CalibrationError: the mass is Fisher's and the context has no contributions.
+        """
+        if self.by == "gate_mass":
+            scale_E, exponent = torch.ones(context.num_experts, device=context.device), 1.0
+        else:
+            scale_E, exponent = layer_scale(self.method, self.statistic, context), 2.0
+        budget, min_k = self.budget, self.min_k
+
+        def select(candidates: Candidates) -> Tensor:
+            scores_TK = slot_scores(candidates, scale_E)
+            experts = step_experts(
+                scores_TK,
+                candidates.top_k_index_TK,
+                step_of(candidates),
+                num_experts=len(scale_E),
+                exponent=exponent,
+            )
+            # Ties go to the smaller expert index.
+            order_SE = experts.norms_SE.argsort(dim=-1, descending=True, stable=True)
+            is_read_SE = torch.zeros_like(experts.is_present_SE).scatter(
+                -1, order_SE[:, :budget], torch.ones_like(experts.is_present_SE)
+            )
+            is_own_TK = rank_slots(candidates, scores_TK).rank_TK < min_k
+            return keep_read(candidates, is_read_SE, is_own_TK)
+
+        return select
