@@ -1,7 +1,9 @@
-# `make demo` and `make test` do all the set-up they need, on a machine with Python 3.11 or newer.
+# `make demo` and `make test` do all the set-up they need, on a machine with Python 3.11 or newer:
+# the first installs what the package needs to run, the second the test tools as well.
 
 VENV := .venv
 BIN := $(VENV)/bin
+RUNTIME := $(VENV)/.runtime
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 EXTRAS := dev
@@ -16,7 +18,15 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --du
 setup: $(STAMP)
 
 # --no-compile: Python compiles what is imported when it first is; everything takes as long again.
-$(STAMP): pyproject.toml constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
+	-c constraints.txt -e
+
+$(STAMP): $(RUNTIME)
+	@echo "installing the test tools"
+	$(INSTALL) '.[$(EXTRAS)]'
+	@touch $(STAMP)
+
+$(RUNTIME): pyproject.toml constraints.txt
 	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 		found=; for python in $(PYTHON) python3.11 python3.12 python3.13 python3.14 python3 python; do \
 			if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
@@ -29,11 +39,11 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "creating $(VENV) with $$found"; \
 		$$found -m venv --clear $(VENV); \
 	fi
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
-		-c constraints.txt -e '.[$(EXTRAS)]'
-	@touch $(STAMP)
+	@echo "installing bh-routing and what it needs to run"
+	$(INSTALL) .
+	@touch $(RUNTIME)
 
-demo: $(STAMP)
+demo: $(RUNTIME)
 	$(BIN)/bh-routing run --model demo --output results
 
 lint: $(STAMP)
