@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 READERS = ["bh_routing.analysis", "bh_routing.engine.texts", "bh_routing.experiments"]
-READERS += ["bh_routing.results", "bh_routing.report.page.traces"]
+READERS += ["bh_routing.results", "bh_routing.report.traces"]
 
 
 def main() -> None:

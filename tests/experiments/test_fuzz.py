@@ -39,7 +39,7 @@ from bh_routing.experiments.token_traces import pack
 from bh_routing.models.load import LoadedModel
 from bh_routing.models.routers import describe_model
 from bh_routing.nulls import Calibration, ReferenceTable
-from bh_routing.report.page.traces import read_traces
+from bh_routing.report.traces import read_traces
 from bh_routing.results.records import (
     CHECKPOINT,
     JOURNAL,

@@ -13,7 +13,7 @@ from bh_routing.analysis.results import Results, load_results
 from bh_routing.errors import ResultsError
 from bh_routing.experiments.run import run
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.report.page.traces import read_traces
+from bh_routing.report.traces import read_traces
 from bh_routing.results.records import (
     CALIBRATION,
     CHECKPOINT,

@@ -10,7 +10,7 @@ import pytest
 from bh_routing.analysis.results import load_results
 from bh_routing.experiments.run import run
 from bh_routing.models.load import LoadedModel
-from bh_routing.report.page.traces import read_traces, unpack
+from bh_routing.report.traces import read_traces, unpack
 from bh_routing.results.records import TOKEN_TRACES
 from tests.experiments.conftest import TINY_CONFIGS, TINY_PROMPTS, MakeTinySpec
 

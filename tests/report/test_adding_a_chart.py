@@ -11,7 +11,7 @@ import pytest
 
 from bh_routing.report import create_visualizations
 from bh_routing.report.charts import chart
-from bh_routing.report.page.page import write_page
+from bh_routing.report.page import write_page
 from tests.report.conftest import FillFolder
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-a-chart.md"

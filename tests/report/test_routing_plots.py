@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from bh_routing.errors import InputError
-from bh_routing.report.arrays import numbers
 from bh_routing.report.charts.routing import (
+    numbers,
     plot_alpha_sensitivity,
     plot_expert_count_distribution,
     plot_expert_utilization,

@@ -202,8 +202,7 @@ def report(
     from bh_routing.report.facts import facts_of
     from bh_routing.report.figures import draw_plots
     from bh_routing.report.markdown import write_report
-    from bh_routing.report.page.compare import write_comparison
-    from bh_routing.report.page.page import write_page_of
+    from bh_routing.report.page import write_comparison, write_page_of
     from bh_routing.report.sweep import conclude_sweep
 
     if len(folders) > 1:

@@ -14,7 +14,7 @@ from bh_routing.analysis.results import Results, load_results
 from bh_routing.report.facts import facts_of
 from bh_routing.report.figures import draw_plots
 from bh_routing.report.markdown import write_report
-from bh_routing.report.page.page import write_page_of
+from bh_routing.report.page import write_page_of
 from bh_routing.results.files import render_json, write_atomically
 from bh_routing.results.records import SUMMARY_JSON
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from bh_routing.analysis.comparisons import analyze_results
+import pandas as pd
+
 from bh_routing.analysis.results import Results, load_results
 from bh_routing.errors import InputError, unknown_name
-from bh_routing.report.facts import BALANCE, EXPERTS, SECONDS, SPEED, Facts
+from bh_routing.report.facts import BALANCE, EXPERTS, METRICS, SECONDS, SPEED, Facts, facts_of
 from bh_routing.report.files import write_bytes
-from bh_routing.report.table import experiments_of
 from bh_routing.report.text import as_float, latex, number, signed, spreadsheet
 from bh_routing.results.files import render_json
 from bh_routing.results.records import SCHEMA_VERSION, column_definitions
 
 ENDINGS: Final = {"xlsx": "xlsx", "latex": "tex", "json": "json"}
 STEM: Final = "bh_routing_results"
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def export_results(folder: str | Path, to: str, output: str | Path | None = None) -> Path:
@@ -44,13 +45,7 @@ def export_results(folder: str | Path, to: str, output: str | Path | None = None
     results = load_results(folder)
     path = Path(output) if output is not None else results.folder / f"{STEM}.{ENDINGS[to]}"
     _check_output(path, results.folder, ENDINGS[to])
-    summary = results.summary or analyze_results(results.experiments)
-    facts = Facts(
-        table=experiments_of(results.experiments, results.timings),
-        summary=summary,
-        run=results.run,
-        folder=results.folder,
-    )
+    facts = facts_of(results)
     write = {"xlsx": _workbook, "latex": _latex, "json": _json}[to]
     return write_bytes(path, write(results, facts))
 
@@ -79,7 +74,7 @@ def _json(results: Results, facts: Facts) -> bytes:
 def _visible(value: Any) -> Any:
     """Remove control characters other than line breaks and tabs from every string."""
     if isinstance(value, str):
-        return "".join(c for c in value if c in "\n\t" or not _is_control(c))
+        return _CONTROL.sub("", value)
     if isinstance(value, Mapping):
         return {_visible(str(key)): _visible(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -87,38 +82,29 @@ def _visible(value: Any) -> Any:
     return value
 
 
-def _is_control(character: str) -> bool:
-    return ord(character) < 32 or 127 <= ord(character) < 160 or 0xD800 <= ord(character) < 0xE000
-
-
 def _workbook(results: Results, facts: Facts) -> bytes:
+    definitions = pd.DataFrame(column_definitions().items(), columns=["column", "definition"])
+    sheets = {
+        "configurations": _means(facts),
+        "comparisons": _comparisons(facts),
+        "experiments": results.experiments,
+        "columns": definitions,
+    }
+    buffer = io.BytesIO()
     try:
-        openpyxl = importlib.import_module("openpyxl")
+        writer = pd.ExcelWriter(buffer, engine="openpyxl")
     except ModuleNotFoundError:
         raise InputError(
             "the export to xlsx needs openpyxl, which isn't installed; run: pip install openpyxl"
         ) from None
-    book = openpyxl.Workbook(write_only=True)
-    header, rows = _means(facts)
-    _sheet(book, "configurations", header, rows)
-    header, rows = _comparisons(facts)
-    _sheet(book, "comparisons", header, rows)
-    frame = results.experiments
-    _sheet(book, "experiments", list(frame.columns), frame.to_numpy(dtype=object).tolist())
-    _sheet(book, "columns", ["column", "definition"], list(column_definitions().items()))
-    buffer = io.BytesIO()
-    book.save(buffer)
+    with writer:
+        for title, frame in sheets.items():
+            cells = frame.astype(object).map(_cell)
+            cells.to_excel(writer, sheet_name=title, index=False, freeze_panes=(1, 0))
+            for column in writer.sheets[title].columns:
+                width = writer.sheets[title].column_dimensions[column[0].column_letter]
+                width.width = min(max(len(str(column[0].value)) + 2, 12), 40)
     return buffer.getvalue()
-
-
-def _sheet(book: Any, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    sheet = book.create_sheet(title)
-    sheet.freeze_panes = "A2"
-    for number_, name in enumerate(header, start=1):
-        letter = importlib.import_module("openpyxl.utils").get_column_letter(number_)
-        sheet.column_dimensions[letter].width = min(max(len(str(name)) + 2, 12), 40)
-    for row in [header, *rows]:
-        sheet.append([_cell(value) for value in row])
 
 
 def _cell(value: Any) -> float | int | str | None:
@@ -129,75 +115,61 @@ def _cell(value: Any) -> float | int | str | None:
     return None if value is None else spreadsheet(value)
 
 
-def _means(facts: Facts) -> tuple[list[str], list[list[Any]]]:
-    header = ["configuration", "experiments", "experts", "experts_sd", "reduction_share",
-              "seconds", "tokens_per_second", "load_cv", "load_cv_noise"]  # fmt: skip
-    rows: list[list[Any]] = []
-    for name in facts.names:
-        rows.append(
-            [
-                name,
-                len(facts.table.values(name, EXPERTS)),
-                facts.table.mean(name, EXPERTS),
-                as_float(facts.describe(name, EXPERTS).get("sd")),
-                facts.compared(name, EXPERTS, "reduction"),
-                facts.table.mean(name, SECONDS),
-                facts.table.mean(name, SPEED),
-                facts.table.mean(name, BALANCE),
-                facts.table.mean(name, f"{BALANCE}_noise"),
-            ]
-        )
-    return header, rows
+def _means(facts: Facts) -> pd.DataFrame:
+    table = facts.table
+    rows = {
+        name: {
+            "experiments": len(table.values(name, EXPERTS)),
+            "experts": table.mean(name, EXPERTS),
+            "experts_sd": as_float(facts.describe(name, EXPERTS).get("sd")),
+            "reduction_share": facts.compared(name, EXPERTS, "reduction"),
+            "seconds": table.mean(name, SECONDS),
+            "tokens_per_second": table.mean(name, SPEED),
+            "load_cv": table.mean(name, BALANCE),
+            "load_cv_noise": table.mean(name, f"{BALANCE}_noise"),
+        }
+        for name in facts.names
+    }
+    return pd.DataFrame([{"configuration": name, **row} for name, row in rows.items()])
 
 
-def _comparisons(facts: Facts) -> tuple[list[str], list[list[Any]]]:
-    fields = ["n", "mean_difference", "low", "high", "t", "df", "p", "p_corrected", "cohens_d",
-              "wilcoxon_p", "wilcoxon_floor", "reduction", "significant", "note"]  # fmt: skip
-    rows: list[list[Any]] = []
-    for name in facts.others:
-        for metric in (EXPERTS, SECONDS, SPEED, BALANCE):
-            found = facts.compare(name, metric)
-            if found:
-                rows.append([name, metric, *(found.get(field) for field in fields)])
-    return ["configuration", "metric", *fields], rows
+def _comparisons(facts: Facts) -> pd.DataFrame:
+    fields = ["configuration", "metric", "n", "mean_difference", "low", "high", "t", "df", "p",
+              "p_corrected", "cohens_d", "wilcoxon_p", "wilcoxon_floor", "reduction",
+              "significant", "note"]  # fmt: skip
+    rows = [
+        {"configuration": name, "metric": metric, **facts.compare(name, metric)}
+        for name in facts.others
+        for metric in METRICS
+        if facts.compare(name, metric)
+    ]
+    return pd.DataFrame(rows, columns=fields, dtype=object)
 
 
 def _latex(results: Results, facts: Facts) -> bytes:
     losses = facts.quality.by_name
-    columns = ["Configuration", "Experts", r"Saved (\%)", "Time (s)", "Tokens/s", "CV"]
-    columns += [r"$\Delta$PPL (\%)"] if losses else []
-    lines = []
+    rows = []
     for name in facts.names:
-        cells = [
-            rf"\texttt{{{latex(name, 60)}}}",
-            _pm(facts, name, EXPERTS, 2),
-            _tex(number(100 * facts.compared(name, EXPERTS, "reduction"), 1)),
-            _pm(facts, name, SECONDS, 2),
-            _tex(number(facts.table.mean(name, SPEED), 1)),
-            _tex(number(facts.table.mean(name, BALANCE), 2)),
-        ]
+        row = {
+            "Configuration": rf"\texttt{{{latex(name, 60)}}}",
+            "Experts": _pm(facts, name, EXPERTS, 2),
+            r"Saved (\%)": _tex(number(100 * facts.compared(name, EXPERTS, "reduction"), 1)),
+            "Time (s)": _pm(facts, name, SECONDS, 2),
+            "Tokens/s": _tex(number(facts.table.mean(name, SPEED), 1)),
+            "CV": _tex(number(facts.table.mean(name, BALANCE), 2)),
+        }
         if losses:
             ratio = losses[name].perplexity_ratio if name in losses else math.nan
-            cells.append(_tex(signed(100 * (ratio - 1), 1)))
-        lines.append(" & ".join(cells) + r" \\")
+            row[r"$\Delta$PPL (\%)"] = _tex(signed(100 * (ratio - 1), 1))
+        rows.append(row)
     model = latex(results.run.get("model", {}).get("name", ""), 80)
     caption = f"BH routing against Top-K{' on ' + model if model else ''}: mean $\\pm$ standard "
     caption += f"deviation over {facts.num_prompts} prompts."
-    text = [
-        "% needs \\usepackage{booktabs}",
-        "\\begin{table}",
-        "  \\centering",
-        f"  \\caption{{{caption}}}",
-        f"  \\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}",
-        "    \\toprule",
-        "    " + " & ".join(columns) + r" \\",
-        "    \\midrule",
-        *(f"    {line}" for line in lines),
-        "    \\bottomrule",
-        "  \\end{tabular}",
-        "\\end{table}",
-    ]
-    return ("\n".join(text) + "\n").encode("utf-8")
+    table = pd.DataFrame(rows).to_latex(
+        index=False, caption=caption, column_format="l" + "r" * (len(rows[0]) - 1 if rows else 0)
+    )
+    table = table.replace("\\caption", "\\centering\n\\caption", 1)
+    return f"% needs \\usepackage{{booktabs}}\n{table}".encode()
 
 
 def _pm(facts: Facts, name: str, metric: str, digits: int) -> str:

@@ -23,11 +23,11 @@ from bh_routing.analysis.results import Results, load_results
 from bh_routing.analysis.speed import TextAgreement, read_timings, text_agreement
 from bh_routing.errors import ResultsError
 from bh_routing.report import findings
-from bh_routing.report.files import read_run
 from bh_routing.report.quality import QualityFindings, margin_of, quality_findings
 from bh_routing.report.table import Experiments, experiments_of
 from bh_routing.report.text import as_float, number
-from bh_routing.results.records import TIMINGS, ExperimentDetail, QualityRecord
+from bh_routing.results.files import find_json_object
+from bh_routing.results.records import RUN_JSON, TIMINGS, ExperimentDetail, QualityRecord
 
 EXPERTS: Final = "avg_experts_per_token"
 SECONDS: Final = "inference_time_sec"
@@ -271,7 +271,12 @@ def read_facts(experiments: pd.DataFrame, summary: Mapping[str, Any], folder: Pa
         stored = load_results(folder)
     except ResultsError:  # the table is complete: few sections need the folder
         table = experiments_of(experiments, read_timings(folder / TIMINGS))
-        return Facts(table=table, summary=summary, run=read_run(folder), folder=folder)
+        return Facts(
+            table=table,
+            summary=summary,
+            run=find_json_object(folder / RUN_JSON) or {},
+            folder=folder,
+        )
     return Facts(
         table=experiments_of(experiments, stored.timings),
         summary=_with_quality(summary, stored.quality),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from bh_routing.errors import ResultsError
-from bh_routing.results.files import find_json_object, unwritable, write_atomically
-from bh_routing.results.records import PLOTS, RUN_JSON
+from bh_routing.results.files import unwritable, write_atomically
+from bh_routing.results.records import PLOTS
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
@@ -32,12 +31,3 @@ def write_bytes(path: Path, content: bytes) -> Path:
 def write_text(path: Path, content: str) -> Path:
     """Write UTF-8 text the same way; unencodable characters become question marks."""
     return write_bytes(path, content.encode("utf-8", errors="replace"))
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """Read run.json of a results folder; empty if there is none.
-
-    Raises:
-        ResultsError: the file isn't a valid JSON object.
-    """
-    return find_json_object(folder / RUN_JSON) or {}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bh_routing.report.page.page import write_page
+from bh_routing.report.page import write_page
 from tests.report.conftest import MakeResults
 from tests.report.page.conftest import FillPage
 from tests.report.page.test_page import HOSTILE

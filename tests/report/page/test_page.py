@@ -17,9 +17,8 @@ from bh_routing.errors import InputError, ResultsError
 from bh_routing.experiments.token_traces import pack
 from bh_routing.report import create_visualizations
 from bh_routing.report.charts.style import DARK
-from bh_routing.report.page.compare import write_comparison
-from bh_routing.report.page.page import write_page
-from bh_routing.report.page.traces import read_traces, unpack
+from bh_routing.report.page import write_comparison, write_page
+from bh_routing.report.traces import read_traces, unpack
 from bh_routing.results.records import TokenTrace
 from tests.report.conftest import MakeResults
 from tests.report.page.conftest import FillPage
