@@ -334,7 +334,7 @@ def test_the_end_of_a_run_reads_its_folder_once(
     def read_again(*_: Any) -> None:
         raise AssertionError("the folder was read again")
 
-    for module in ("facts", "page.page"):
+    for module in ("facts", "page"):
         monkeypatch.setattr(f"bh_routing.report.{module}.load_results", read_again)
     monkeypatch.setattr("bh_routing.analysis.results.load_results", read_again)
     steps: list[str] = []
