@@ -15,7 +15,14 @@ from bh_routing.errors import CalibrationError
 from bh_routing.models import load_model, route
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.contributions import ALL_STEPS, NEEDED_STEPS, STEP_SIZES, STEPS
-from bh_routing.rules import BenjaminiHochbergDrop, ExpertBudget, FisherMass, Rule, TopK
+from bh_routing.rules import (
+    BenjaminiHochbergDrop,
+    ContributionThreshold,
+    ExpertBudget,
+    FisherMass,
+    Rule,
+    TopK,
+)
 
 RULE = BenjaminiHochbergDrop(0.4, scope="step")
 
@@ -95,3 +102,39 @@ def test_tokens_of_a_drawn_step_come_from_different_documents() -> None:
     # Six tokens of four documents: none gives more than two.
     for row in document_T[draw_steps(document_T, 100, 6, seed=1)].tolist():
         assert sorted(row.count(document) for document in (0, 1, 2, 5)) == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("ended", ["eos_token_id", "pad_token_id"])
+def test_a_sequence_that_has_ended_leaves_the_step(
+    ended: str, demo: Any, calibration: Calibration
+) -> None:
+    model, tokenizer = demo
+    end_id = getattr(model.generation_config, ended)
+    if end_id is None:
+        end_id = model.generation_config.eos_token_id
+    inputs = tokenizer(["The castle was", "A recipe for bread"], return_tensors="pt", padding=True)
+    mask_BS = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], dim=-1)
+
+    def kept(rule: Rule, first: int) -> torch.Tensor:
+        past = model(**inputs, use_cache=True).past_key_values
+        with route(model, rule, calibration) as trace:
+            token_B1 = torch.tensor([[first], [42]])
+            model(token_B1, attention_mask=mask_BS, past_key_values=past)
+        return trace.kept_index
+
+    by_step, by_token = FisherMass(0.3), ContributionThreshold(0.3)
+    assert torch.equal(kept(by_step, end_id)[1], kept(by_token, end_id)[1])
+    assert bool((kept(by_step, end_id)[0] >= 0).sum(-1).eq(1).all())
+    assert not torch.equal(kept(by_step, 43)[1], kept(by_token, 43)[1])
+
+
+def test_a_prompt_of_one_token_has_not_ended(demo: Any, calibration: Calibration) -> None:
+    model, _ = demo
+    ids_B1 = torch.tensor([[model.generation_config.eos_token_id]])
+    rules = FisherMass(0.0), TopK(8)
+    kept = []
+    for rule in rules:
+        with route(model, rule, calibration) as trace:
+            model(ids_B1, attention_mask=torch.ones_like(ids_B1))
+        kept.append(int((trace.kept_index >= 0).sum()))
+    assert kept[0] == kept[1]

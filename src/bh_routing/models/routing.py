@@ -22,7 +22,7 @@ from bh_routing.models.routers import (
     refuse_routed,
     unwrapped,
 )
-from bh_routing.models.rows import RowsOfCall
+from bh_routing.models.rows import RowsOfCall, end_ids
 from bh_routing.models.sites import Decision, Proposal, RouterSite, RoutingHook, Undo
 from bh_routing.models.trace import ExpertTrace
 from bh_routing.nulls.calibration import Calibration
@@ -151,7 +151,7 @@ def install(
         undo.callback(torch.compiler.reset)
         rows = None
         if bound.rule.unit != "token":
-            rows = RowsOfCall(emulates_steps=emulates_steps)
+            rows = RowsOfCall(emulates_steps=emulates_steps, end_ids=end_ids(unwrapped(model)))
         for take_out in _watch_calls(text_stack_of(unwrapped(model), routers.sites), trace, rows):
             undo.callback(take_out)
         deciders = bound.deciders or (None,) * len(routers.sites)

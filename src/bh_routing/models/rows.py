@@ -5,7 +5,7 @@ Axes: B batch, S positions of the call, T = B * S rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -22,10 +22,13 @@ class RowsOfCall:
     Args:
         emulates_steps: number rows as emulated decode steps, for teacher-forced batches of
             independent sequences.
+        end_ids: tokens that `generate` feeds to sequences that have ended; in a decode step these
+            rows count as padding.
     """
 
-    def __init__(self, *, emulates_steps: bool = False) -> None:
+    def __init__(self, *, emulates_steps: bool = False, end_ids: Collection[int] = ()) -> None:
         self._emulates_steps = emulates_steps
+        self._end_ids = end_ids
         self._rows: Rows | None = None
 
     def note(self, arguments: Mapping[str, Any]) -> None:
@@ -35,6 +38,9 @@ class RowsOfCall:
         is_real_BS = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         if (known_BS := real_tokens(arguments)) is not None:
             is_real_BS = is_real_BS & known_BS.to(tokens.device)
+        if _is_continuation(arguments):
+            for end_id in self._end_ids:
+                is_real_BS = is_real_BS & (tokens != end_id)
         is_start_BS = torch.zeros_like(is_real_BS)
         places: Any = arguments.get("position_ids")
         has_places = isinstance(places, Tensor) and places.ndim == 2
@@ -57,3 +63,21 @@ class RowsOfCall:
                 "sequence can't be told apart; choose scope token or population"
             )
         return self._rows.to(device)
+
+
+def _is_continuation(arguments: Mapping[str, Any]) -> bool:
+    """Return whether a call feeds back one token of each sequence, with its past in the mask."""
+    ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+    if not isinstance(ids, Tensor) or not isinstance(mask, Tensor):
+        return False
+    return ids.shape[1] == 1 and mask.ndim == 2 and mask.shape[1] > 1
+
+
+def end_ids(model: Any) -> frozenset[int]:
+    """Return the end and padding tokens of a model's own generation settings."""
+    settings = getattr(model, "generation_config", None)
+    found: set[int] = set()
+    for name in ("eos_token_id", "pad_token_id"):
+        value = getattr(settings, name, None)
+        found.update(value if isinstance(value, list) else [] if value is None else [value])
+    return frozenset(found)

@@ -209,7 +209,7 @@ class BenjaminiHochbergDrop(ContributionRule):
 
     def _bind_step(self, context: LayerContext) -> Selector:
         scale_E, min_k = layer_scale(self.method, self.statistic, context), self.min_k
-        reads = (self._reads_by_p if self.scope == "step" else self._reads_by_cut_off)(context)
+        reads = self.step_reads(context)
 
         def select(candidates: Candidates) -> Tensor:
             scores_TK, step_T = slot_scores(candidates, scale_E), step_of(candidates)
@@ -221,10 +221,14 @@ class BenjaminiHochbergDrop(ContributionRule):
 
         return select
 
-    def _reads_by_p(self, context: LayerContext) -> Callable[[StepExperts, Tensor], Tensor]:
-        """Return experts and tokens of each step -> whether BH leaves an expert to be read."""
-        p_values = self.step_p_values(context)
-        alpha = self.alpha
+    def step_reads(self, context: LayerContext) -> Callable[[StepExperts, Tensor], Tensor]:
+        """Return experts and tokens of each step -> whether it reads an expert, bool (S, E).
+
+        Only for the scopes of steps. A token's `min_k` best slots are read in addition.
+        """
+        if self.scope == "step_population":
+            return self._reads_by_cut_off(context)
+        p_values, alpha = self.step_p_values(context), self.alpha
 
         def reads(experts: StepExperts, tokens_S: Tensor) -> Tensor:
             p_SE = p_values(experts, tokens_S)
@@ -257,7 +261,6 @@ class BenjaminiHochbergDrop(ContributionRule):
         return p_values
 
     def _reads_by_cut_off(self, context: LayerContext) -> Callable[[StepExperts, Tensor], Tensor]:
-        """Return experts and tokens of each step -> whether a score is above the critical value."""
         contributions = require_contributions(self.method, context)
         needed_BN = contributions.step_tables(NEEDED_STEPS)
         every_BN = contributions.step_tables(ALL_STEPS)
