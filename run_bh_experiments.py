@@ -29,7 +29,7 @@ try:
     from bh_routing.analysis.comparisons import analyze_results
     from bh_routing.cli.options import Overrides
     from bh_routing.experiments.defaults import ROUTING_CONFIGS, TEST_PROMPTS
-    from bh_routing.report.figures import create_visualizations
+    from bh_routing.report.charts import create_visualizations
     from bh_routing.report.markdown import generate_markdown_report
 except ModuleNotFoundError as error:
     _PROBLEM = (

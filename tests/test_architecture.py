@@ -76,7 +76,7 @@ MODULE_CHECKS: list[tuple[Callable[[Modules], list[str]], Mapping[str, str]]] = 
     (architecture.upward_imports, {"experiments.run": "from bh_routing.analysis import results"}),
     (architecture.upward_imports, {"analysis.results": "from bh_routing.report import text"}),
     (architecture.homeless_modules, {"attic": "shelf = 1"}),
-    (architecture.strangers, {"report.figures": "import torch"}),
+    (architecture.strangers, {"report.facts": "import torch"}),
     (architecture.strangers, {"analysis.results": "from safetensors.torch import load_file"}),
     (architecture.strangers, {"engine.generate": "from transformers import AutoTokenizer"}),
     (architecture.strangers, {"experiments.store": "import pickle"}),

@@ -18,10 +18,10 @@ from typing import Any
 
 from playwright.sync_api import sync_playwright
 
-from bh_routing.report.figures import QUALITY_PLOT
 from bh_routing.results.records import PLOTS, REPORT_HTML, RUN_JSON, SUMMARY_JSON
 
 ROOT = Path(__file__).resolve().parents[1]
+QUALITY_PLOT = "quality_vs_experts.png"
 KEPT = ROOT / "benchmarks" / "demo_run.json"
 PAGE = ROOT / "docs" / "results.md"
 IMAGES = ROOT / "docs" / "images"

@@ -11,7 +11,7 @@ import pytest
 
 from bh_routing.analysis.trackers import find_tracker, track_run
 from bh_routing.errors import InputError
-from bh_routing.report.figures import create_visualizations
+from bh_routing.report import create_visualizations
 from bh_routing.results.records import RUN_JSON
 from tests.report.conftest import FillFolder, MakeResults, fill_folder, make_results
 

@@ -19,7 +19,7 @@ from bh_routing.analysis.speed import read_timings
 from bh_routing.errors import InputError
 from bh_routing.report import create_visualizations, findings
 from bh_routing.report.charts import draw_charts
-from bh_routing.report.charts.style import FIXED_COLOURS, OTHER_COLOURS, colours_of, save
+from bh_routing.report.charts.style import FIXED_LOOKS, OTHER_COLOURS, looks_of, save
 from bh_routing.report.facts import Facts
 from bh_routing.report.quality import QualityFindings, quality_findings, reference_at
 from bh_routing.report.table import experiments_of
@@ -133,10 +133,9 @@ def test_six_plots_take_at_most_four_seconds_of_one_core(
 
 
 def test_the_standard_configurations_keep_their_colours() -> None:
-    assert colours_of(["new", *FIXED_COLOURS])["bh_strict"] == FIXED_COLOURS["bh_strict"]
-    assert len(set(FIXED_COLOURS.values()) | set(OTHER_COLOURS)) == len(FIXED_COLOURS) + len(
-        OTHER_COLOURS
-    )
+    assert looks_of(["new", *FIXED_LOOKS])["bh_strict"] == FIXED_LOOKS["bh_strict"]
+    fixed = {colour for colour, _ in FIXED_LOOKS.values()}
+    assert len(fixed | set(OTHER_COLOURS)) == len(FIXED_LOOKS) + len(OTHER_COLOURS)
 
 
 def test_a_failed_write_leaves_the_old_plot(results: pd.DataFrame, tmp_path: Path) -> None:

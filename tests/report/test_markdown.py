@@ -15,8 +15,8 @@ from bh_routing.analysis.comparisons import analyze_results
 from bh_routing.errors import InputError
 from bh_routing.report import create_visualizations, generate_markdown_report
 from bh_routing.report import markdown as markdown_report
+from bh_routing.report.charts import STANDARD
 from bh_routing.report.conclusion import conclude_run
-from bh_routing.report.figures import QUALITY_PLOT, STANDARD
 from bh_routing.report.text import MISSING, markdown, signed_percent
 from bh_routing.results.records import TIMING_COLUMNS, TIMINGS
 
@@ -180,7 +180,7 @@ def test_the_plots_of_the_run_are_embedded(
     report = write(results, folder, quality=quality)
     embedded = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", report)
     assert set(embedded) <= {str(path.relative_to(folder)) for path in paths}
-    assert {Path(name).name for name in embedded} == {QUALITY_PLOT, *STANDARD}
+    assert {Path(name).stem for name in embedded} == {"quality_vs_experts", *STANDARD}
 
 
 def test_the_null_is_described_with_its_noise(

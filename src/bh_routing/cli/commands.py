@@ -199,8 +199,8 @@ def report(
     from bh_routing.analysis.results import load_results
     from bh_routing.analysis.sweep_records import is_sweep
     from bh_routing.analysis.trackers import track_run
+    from bh_routing.report.charts import draw_plots
     from bh_routing.report.facts import facts_of
-    from bh_routing.report.figures import draw_plots
     from bh_routing.report.markdown import write_report
     from bh_routing.report.page import write_comparison, write_page_of
     from bh_routing.report.sweep import conclude_sweep

@@ -11,8 +11,8 @@ import pandas as pd
 
 from bh_routing.analysis.comparisons import analyze_results, summarize
 from bh_routing.analysis.results import Results, load_results
+from bh_routing.report.charts import draw_plots
 from bh_routing.report.facts import facts_of
-from bh_routing.report.figures import draw_plots
 from bh_routing.report.markdown import write_report
 from bh_routing.report.page import write_page_of
 from bh_routing.results.files import render_json, write_atomically

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -250,10 +250,10 @@ def facts_of(results: Results, summary: Mapping[str, Any] | None = None) -> Fact
         results: contents of a results folder.
         summary: return value of `analyze_results`; None: that of the folder, or a new one.
     """
-    known = summary if summary is not None else results.summary
+    known = results.summary or analyze_results(results.experiments) if summary is None else summary
     return Facts(
         table=experiments_of(results.experiments, results.timings),
-        summary=_with_quality(known or analyze_results(results.experiments), results.quality),
+        summary=_with_quality(known, results.quality),
         run=results.run,
         folder=results.folder,
         details=results.details,
@@ -271,19 +271,9 @@ def read_facts(experiments: pd.DataFrame, summary: Mapping[str, Any], folder: Pa
         stored = load_results(folder)
     except ResultsError:  # the table is complete: few sections need the folder
         table = experiments_of(experiments, read_timings(folder / TIMINGS))
-        return Facts(
-            table=table,
-            summary=summary,
-            run=find_json_object(folder / RUN_JSON) or {},
-            folder=folder,
-        )
-    return Facts(
-        table=experiments_of(experiments, stored.timings),
-        summary=_with_quality(summary, stored.quality),
-        run=stored.run,
-        folder=folder,
-        details=stored.details,
-    )
+        run = find_json_object(folder / RUN_JSON) or {}
+        return Facts(table=table, summary=summary, run=run, folder=folder)
+    return facts_of(replace(stored, experiments=experiments), summary)
 
 
 def _with_quality(

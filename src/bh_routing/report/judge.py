@@ -8,13 +8,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
-from markupsafe import Markup
 
 from bh_routing.analysis.estimates import signed_rank_floor
 from bh_routing.report import findings
@@ -26,23 +24,21 @@ from bh_routing.report.text import (
     markdown,
     number,
     p_value,
-    percent,
-    signed_percent,
+    signed,
 )
 
 Verdict = Literal["met", "not met", "not comparable"]
 Range = tuple[float, float]
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """One expectation and this run's measurement; all strings are Markdown."""
 
-    subject: Markup
-    expected: Markup
-    measured: Markup
+    subject: str
+    expected: str
+    measured: str
     verdict: Verdict
-    why: Markup
+    why: str
 
 
 @cache
@@ -56,23 +52,30 @@ def expected() -> Mapping[str, Any]:
 def compare_expectations(facts: Facts) -> list[Line]:
     """Judge all expectations, in the order of the report."""
     given = expected()
-    base = given["baseline"]
+    other = _other_baseline(facts)
+    reductions = list(_compared(facts, "reduction").values())
+    mean = sum(reductions) / len(reductions) if reductions else math.nan
+    gigabytes = as_float(facts.run.get("peak_memory_bytes")) / 1e9
     return [
-        *(_experts(facts, name, tuple(ends)) for name, ends in given["experts"].items()),
+        *(
+            _judged(f"Experts, {code(name)}", facts.mean(name), ends, _deviation(facts, name))
+            for name, ends in given["experts"].items()
+        ),
         _p_values(facts),
         _effect_sizes(facts),
         _time(facts),
-        _load(facts, "Top-K", [] if _other_baseline(facts) else [base]),
+        _load(facts, "Top-K", [] if other else [given["baseline"]]),
         _load(facts, "BH", _bh(facts)),
-        _saved(facts, "mean of the BH configurations", _saved_by_all(facts), given["saved_by_all"],
-               "" if _compared(facts, "reduction") else _no_test(facts)),
+        _judged("Experts saved, mean of the BH configurations", 100 * mean, given["saved_by_all"],
+                "" if reductions else _no_test(facts), " %"),
         *(
-            _saved(facts, code(name), facts.saved(name), ends,
-                   _other_baseline(facts) or _deviation(facts, name))
+            _judged(f"Experts saved, {code(name)}", 100 * facts.saved(name), ends,
+                    other or _deviation(facts, name), " %")
             for name, ends in given["saved"].items()
         ),
         *(_duration(facts, duration) for duration in given["durations"]),
-        _memory(facts),
+        _judged("Peak memory", gigabytes, given["memory_gb"],
+                _other_model(facts) if math.isfinite(gigabytes) else "", " GB"),
     ]  # fmt: skip
 
 
@@ -90,38 +93,18 @@ def judge(value: float, ends: Range, digits: int) -> tuple[Verdict, str]:
     return "not met", "below the range" if shown < low else "above the range"
 
 
-def _line(subject: str, wanted: str, measured: str, verdict: Verdict, why: str) -> Line:
-    shown = measured or MISSING
-    return Line(Markup(subject), Markup(wanted), Markup(shown), verdict, Markup(why))
-
-
-def _judged(
-    subject: str, wanted: str, measured: str, value: float, ends: Range, digits: int, why_not: str
-) -> Line:
-    """Judge one number, unless it is missing or not comparable."""
-    why_not = why_not or ("" if math.isfinite(value) else "not measured in this run")
-    if why_not:
-        return _line(subject, wanted, measured, "not comparable", why_not)
-    return _line(subject, wanted, measured, *judge(value, ends, digits))
-
-
-def _experts(facts: Facts, name: str, ends: Range) -> Line:
+def _judged(subject: str, value: float, ends: Range, why_not: str, unit: str = "") -> Line:
+    """Judge one number, in the unit of its range, unless it is missing or not comparable."""
     low, high = ends
-    wanted = number(low) if low == high else f"{number(low, 1)} to {number(high, 1)}"
-    mean = facts.mean(name)
-    subject, why_not = f"Experts, {code(name)}", _deviation(facts, name)
-    return _judged(subject, wanted, number(mean), mean, ends, 2, why_not)
-
-
-def _saved(facts: Facts, who: str, fraction: float, ends: Range, why_not: str) -> Line:
-    subject, wanted = f"Experts saved, {who}", f"{percent(ends[0])} to {percent(ends[1])}"
-    measured = percent(fraction, 1) if math.isfinite(fraction) else ""
-    return _judged(subject, wanted, measured, fraction, ends, 3, why_not)
-
-
-def _saved_by_all(facts: Facts) -> float:
-    fractions = _compared(facts, "reduction")
-    return sum(fractions.values()) / len(fractions) if fractions else math.nan
+    digits = 1 if unit else 2
+    wanted = number(low) if low == high else f"{low} to {high}{unit}"
+    if not math.isfinite(value):
+        why = why_not or "not measured in this run"
+        return Line(subject, wanted, MISSING, "not comparable", why)
+    measured = number(value, digits) + unit
+    if why_not:
+        return Line(subject, wanted, measured, "not comparable", why_not)
+    return Line(subject, wanted, measured, *judge(value, ends, digits))
 
 
 def _p_values(facts: Facts) -> Line:
@@ -130,7 +113,7 @@ def _p_values(facts: Facts) -> Line:
     wanted = f"p < {below:g} in every BH configuration"
     tested = _compared(facts, "p")
     if not tested:
-        return _line(subject, wanted, "", "not comparable", _no_test(facts))
+        return Line(subject, wanted, MISSING, "not comparable", _no_test(facts))
     worst = max(tested, key=tested.__getitem__)
     why = ""
     if facts.exact_pairs:
@@ -142,7 +125,7 @@ def _p_values(facts: Facts) -> Line:
         why = "; ".join(filter(None, [f"no test for {', '.join(map(code, untested))}", why]))
     measured = f"largest: {p_value(tested[worst])} ({code(worst)})"
     is_met = tested[worst] < below and not untested
-    return _line(subject, wanted, measured, "met" if is_met else "not met", why)
+    return Line(subject, wanted, measured, "met" if is_met else "not met", why)
 
 
 def _effect_sizes(facts: Facts) -> Line:
@@ -150,26 +133,26 @@ def _effect_sizes(facts: Facts) -> Line:
     subject, wanted = "Cohen's d of that difference, paired", f"above {above:g} in size"
     effects = {name: abs(d) for name, d in _compared(facts, "cohens_d").items()}
     if not effects:
-        return _line(subject, wanted, "", "not comparable", _no_test(facts))
+        return Line(subject, wanted, MISSING, "not comparable", _no_test(facts))
     least = min(effects, key=effects.__getitem__)
     measured = f"smallest: {number(effects[least], 1)} ({code(least)})"
     why = "the unit is the variation of the difference between prompts"
-    return _line(subject, wanted, measured, "met" if effects[least] > above else "not met", why)
+    return Line(subject, wanted, measured, "met" if effects[least] > above else "not met", why)
 
 
 def _time(facts: Facts) -> Line:
-    subject, wanted = "Generation time of BH against Top-K", "5 % to 15 % longer"
+    subject, wanted = "Generation time of BH against Top-K", "5 to 15 % longer"
     if why_not := _other_baseline(facts):
-        return _line(subject, wanted, "", "not comparable", why_not)
-    changes = {n: c.mean for n, c in facts.time_changes.items() if n in _bh(facts)}
+        return Line(subject, wanted, MISSING, "not comparable", why_not)
+    changes = {n: 100 * c.mean for n, c in facts.time_changes.items() if n in _bh(facts)}
     if not changes:
-        return _line(subject, wanted, "", "not comparable", "no prompt was timed under both")
-    off = _off(changes, expected()["slower"], 3)
+        return Line(subject, wanted, MISSING, "not comparable", "no prompt was timed under both")
+    off = _off(changes, expected()["slower"], 1)
     if off and findings.is_unsteady(facts.table):
         off.append("the machine's own speed was not steady")
-    ends = dict.fromkeys(signed_percent(end(changes.values()), 1) for end in (min, max))
+    ends = dict.fromkeys(f"{signed(end(changes.values()), 1)} %" for end in (min, max))
     verdict: Verdict = "not met" if off else "met"
-    return _line(subject, wanted, " to ".join(ends), verdict, "; ".join(off))
+    return Line(subject, wanted, " to ".join(ends), verdict, "; ".join(off))
 
 
 def _off(values: Mapping[str, float], ends: Range, digits: int) -> list[str]:
@@ -190,7 +173,7 @@ def _load(facts: Facts, label: str, names: list[str]) -> Line:
     means = {name: mean for name, mean in means.items() if math.isfinite(mean)}
     if not means:
         why_not = f"no standard {label} configuration has a value"
-        return _line(subject, wanted, "", "not comparable", why_not)
+        return Line(subject, wanted, MISSING, "not comparable", why_not)
     off = _off(means, ends, 2)
     noise = min(facts.mean(name, f"{BALANCE}_noise") for name in means)
     if off and noise > ends[1]:
@@ -198,26 +181,14 @@ def _load(facts: Facts, label: str, names: list[str]) -> Line:
                "range"]  # fmt: skip
     shown = dict.fromkeys(number(end(means.values())) for end in (min, max))
     verdict: Verdict = "not met" if off else "met"
-    return _line(subject, wanted, " to ".join(shown), verdict, "; ".join(off))
+    return Line(subject, wanted, " to ".join(shown), verdict, "; ".join(off))
 
 
 def _duration(facts: Facts, duration: Mapping[str, Any]) -> Line:
-    low, high = duration["minutes"]
     subject = f"{expected()['experiments']} experiments on {duration['shown']}"
     minutes = as_float(child(facts.run, "timing").get("experiments_sec")) / 60.0
-    measured = f"{number(minutes, 1)} minutes" if math.isfinite(minutes) else ""
     why_not = _other_hardware(facts, duration) or _other_task(facts)
-    wanted = f"{low:g} to {high:g} minutes"
-    return _judged(subject, wanted, measured, minutes, (low, high), 1, why_not)
-
-
-def _memory(facts: Facts) -> Line:
-    low, high = expected()["memory_gb"]
-    gigabytes = as_float(facts.run.get("peak_memory_bytes")) / 1e9
-    measured = f"{number(gigabytes, 1)} GB" if math.isfinite(gigabytes) else ""
-    why_not = "" if not measured else _other_model(facts)
-    wanted = f"{low:g} to {high:g} GB"
-    return _judged("Peak memory", wanted, measured, gigabytes, (low, high), 1, why_not)
+    return _judged(subject, minutes, duration["minutes"], why_not, " minutes")
 
 
 def _bh(facts: Facts) -> list[str]:

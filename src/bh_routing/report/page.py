@@ -140,7 +140,7 @@ def _sections(facts: Facts) -> list[dict[str, Any]]:
     """Return the sections of REPORT.md, each with its charts on top; empty ones are left out."""
     _, *pieces = _HEADING.split(render_markdown("REPORT.md.j2", **context(facts)))
     texts = dict(zip(pieces[::2], pieces[1::2], strict=True))
-    charts = draw_charts(facts) if facts.names else {}
+    charts = draw_charts(facts)
     if (facts.folder / CALIBRATION).is_file():
         try:
             nulls = null_charts(facts.folder / CALIBRATION)

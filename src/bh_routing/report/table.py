@@ -44,11 +44,6 @@ class Experiments:
     """Speed-ups from interleaved rounds; empty if there were none."""
 
     @property
-    def num_failed(self) -> int:
-        """Number of failed experiments."""
-        return len(self.failures)
-
-    @property
     def others(self) -> list[str]:
         """Configurations other than the baseline."""
         return [name for name in self.names if name != self.baseline]

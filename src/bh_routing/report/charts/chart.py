@@ -60,6 +60,8 @@ def chart(section: str) -> Callable[[ChartFunction], ChartFunction]:
 
 def draw_charts(facts: Facts) -> dict[str, dict[str, Chart]]:
     """Return all charts for which the run has data: section -> name -> chart."""
+    if not facts.names:
+        return {}
     made = {name: function(facts) for name, (_, function) in CHARTS.items()}
     return {
         section: {name: c for name, c in made.items() if c and CHARTS[name][0] == section}

@@ -16,10 +16,9 @@ from bh_routing.report.charts.marks import (
     draw_heat_map,
     draw_points,
     from_zero,
-    looks_of,
     table_of,
 )
-from bh_routing.report.charts.style import BASELINE, Picture, new_figure
+from bh_routing.report.charts.style import BASELINE, Picture, looks_of, new_figure
 from bh_routing.report.facts import BALANCE, EXPERTS, SECONDS, Facts, child
 from bh_routing.report.table import Experiments
 from bh_routing.report.text import as_float, number, plain

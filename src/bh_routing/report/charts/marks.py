@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from numpy.typing import NDArray
 
 from bh_routing.report.charts.chart import Chart
-from bh_routing.report.charts.style import INK, PAPER, Picture, colours_of, markers_of, new_figure
+from bh_routing.report.charts.style import INK, PAPER, Picture, looks_of, new_figure
 from bh_routing.report.text import MISSING, number, plain, short_labels
 
 Floats = NDArray[np.float64]
@@ -80,11 +80,11 @@ def bar_chart(
 def _draw_bars(bars: Sequence[Bar], label: str) -> Picture:
     up = 0.17 * any(bar.dots for bar in bars)
     figure, axes = new_figure(0.9 + (0.42 if up else 0.34) * len(bars))
-    colours = colours_of([bar.name for bar in bars])
+    known = looks_of(bar.name for bar in bars)
     drawn = [v for bar in bars for v in (bar.value, *bar.dots, bar.high, bar.reference)]
     longest = max([v for v in drawn if math.isfinite(v)], default=0.0) or 1.0
     for row, bar in enumerate(bars):
-        at, looks = row - up, {"color": bar.colour or colours[bar.name], "edgecolor": INK}
+        at, looks = row - up, {"color": bar.colour or known[bar.name][0], "edgecolor": INK}
         if math.isfinite(bar.value):
             axes.barh(at, bar.value, 0.42 if up else 0.6, linewidth=0.6, **looks)
         axes.plot([bar.low, bar.high], [at, at], color=INK, linewidth=1.8)
@@ -165,13 +165,6 @@ def table_of(
         ("configuration", *(plain(column, 40) for column in columns)),
         *((plain(name, 40), *map(number, row)) for name, row in zip(rows, values_YX, strict=True)),
     ]
-
-
-def looks_of(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Assign a colour and a marker to each name."""
-    known = list(names)
-    colours, markers = colours_of(known), markers_of(known)
-    return {name: (colours[name], markers[name]) for name in known}
 
 
 def draw_points(figure: Picture, axes: Axes, points: Iterable[Point], looks: Looks) -> None:

@@ -14,11 +14,10 @@ from bh_routing.report.charts.marks import (
     add_legend,
     draw_points,
     from_zero,
-    looks_of,
     loss_axis,
     percent_change,
 )
-from bh_routing.report.charts.style import BASELINE, INK, SOFT, Picture, new_figure
+from bh_routing.report.charts.style import BASELINE, INK, SOFT, Picture, looks_of, new_figure
 from bh_routing.report.facts import Facts
 from bh_routing.report.quality import reference_at
 from bh_routing.report.text import loss_percent, number, plain

@@ -20,7 +20,6 @@ from bh_routing.report.charts.marks import (
     add_legend,
     draw_heat_map,
     from_zero,
-    looks_of,
     spread,
 )
 from bh_routing.report.charts.style import (
@@ -30,6 +29,7 @@ from bh_routing.report.charts.style import (
     OTHER_COLOURS,
     SOFT,
     look,
+    looks_of,
     new_figure,
     save,
     set_title,

@@ -11,8 +11,9 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,22 +40,15 @@ BASELINE: Final = "#4d4d4d"
 BLUE: Final = "#0072b2"
 ORANGE: Final = "#e69f00"
 # Okabe & Ito (2008), distinguishable with all common forms of colour blindness. The five
-# configurations of the standard run have the same colours in every chart and run.
-FIXED_COLOURS: Final = {
-    "topk_8": BASELINE,
-    "bh_strict": BLUE,
-    "bh_moderate": "#009e73",
-    "bh_loose": ORANGE,
-    "bh_adaptive": "#cc79a7",
+# configurations of the standard run have the same colour and marker in every chart and run.
+FIXED_LOOKS: Final = {
+    "topk_8": (BASELINE, "o"),
+    "bh_strict": (BLUE, "s"),
+    "bh_moderate": ("#009e73", "^"),
+    "bh_loose": (ORANGE, "D"),
+    "bh_adaptive": ("#cc79a7", "v"),
 }
 OTHER_COLOURS: Final = ("#d55e00", "#56b4e9", "#8c6d1f", "#332288", "#882255", "#44aa99")
-FIXED_MARKERS: Final = {
-    "topk_8": "o",
-    "bh_strict": "s",
-    "bh_moderate": "^",
-    "bh_loose": "D",
-    "bh_adaptive": "v",
-}
 OTHER_MARKERS: Final = ("P", "X", "*", "<", ">", "p", "h", "d", "8")
 DARK: Final = {
     INK: "#e8eaee",
@@ -210,19 +204,10 @@ def theme(*, dark: bool) -> str:
     return "".join(f"--c{c[1:]}:{DARK[c] if dark else c};" for c in DARK)
 
 
-def colours_of(names: Sequence[str]) -> dict[str, str]:
-    """Assign a colour to each configuration: fixed for the standard five, then in order."""
-    return _assign(names, FIXED_COLOURS, OTHER_COLOURS)
+def looks_of(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Assign a colour and a marker to each name: fixed for the standard five, then in order.
 
-
-def markers_of(names: Sequence[str]) -> dict[str, str]:
-    """Assign a marker to each configuration, so that colour is never the only difference."""
-    return _assign(names, FIXED_MARKERS, OTHER_MARKERS)
-
-
-def _assign(
-    names: Sequence[str], fixed: Mapping[str, str], others: Sequence[str]
-) -> dict[str, str]:
-    rest = [name for name in names if name not in fixed]
-    given = {name: others[i % len(others)] for i, name in enumerate(rest)}
-    return {name: fixed.get(name) or given[name] for name in names}
+    Colour is never the only difference.
+    """
+    others = zip(cycle(OTHER_COLOURS), cycle(OTHER_MARKERS), strict=False)
+    return {name: FIXED_LOOKS.get(name) or next(others) for name in dict.fromkeys(names)}

@@ -19,11 +19,10 @@ from bh_routing.report.charts.marks import (
     Point,
     add_legend,
     draw_points,
-    looks_of,
     loss_axis,
     percent_change,
 )
-from bh_routing.report.charts.style import BASELINE, FIXED_COLOURS, Picture, new_figure
+from bh_routing.report.charts.style import BASELINE, FIXED_LOOKS, Picture, looks_of, new_figure
 from bh_routing.report.sweep_findings import series_label
 from bh_routing.report.text import for_plot
 
@@ -86,7 +85,7 @@ def domains(tables: SweepTables, finding: str) -> Chart:
 def _looks(rows: Rows) -> Looks:
     """Return colour and marker of each rule and variant, distinct from the baseline's."""
     labels = dict.fromkeys(series_label(row) for row in rows if row.rule != STATIC)
-    looks = looks_of([*list(FIXED_COLOURS)[1:], *(f"rule {i}" for i in range(len(labels)))])
+    looks = looks_of([*list(FIXED_LOOKS)[1:], *(f"rule {i}" for i in range(len(labels)))])
     return dict(zip(labels, looks.values(), strict=False))
 
 
