@@ -10,9 +10,9 @@ from tools.measure_house import House, measure
 
 HOUSE = measure()
 MOST = House(
-    lines=30_100,
-    files=159,
-    record_types=184,
+    lines=29_950,
+    files=155,
+    record_types=183,
     import_percent=8.1,
     prose_words=45_000,
     what_per_thousand=0.5,
