@@ -50,16 +50,12 @@ def conclude_run(
     table = results.experiments
     facts = cache(lambda: facts_of(results, summary))
 
-    def draw() -> Any:
-        if visualize is not None:
-            return visualize(table, folder)
-        return draw_plots(facts())
-
-    def write() -> Any:
-        if report is not None:
-            return report(table, summary, folder)
-        return write_report(facts())
-
-    attempt("drawing the plots", draw)
-    attempt("writing the report", write)
+    if visualize is None:
+        attempt("drawing the plots", lambda: draw_plots(facts()))
+    else:
+        attempt("drawing the plots", lambda: visualize(table, folder))
+    if report is None:
+        attempt("writing the report", lambda: write_report(facts()))
+    else:
+        attempt("writing the report", lambda: report(table, summary, folder))
     attempt("writing the page", lambda: write_page_of(facts()))

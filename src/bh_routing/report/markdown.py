@@ -181,14 +181,9 @@ def _parameters(count: object) -> str:
     return f"{text.number(number / (1e9 if is_big else 1e6), 1)} {unit} parameters"
 
 
-def _count(value: object) -> str:
+def _formatted(value: object, form: str) -> str:
     number = as_float(value)
-    return f"{number:,.0f}" if math.isfinite(number) else MISSING
-
-
-def _general(value: object, digits: int = 6) -> str:
-    number = as_float(value)
-    return f"{number:.{digits}g}" if math.isfinite(number) else MISSING
+    return f"{number:{form}}" if math.isfinite(number) else MISSING
 
 
 def _times(ratio: object) -> str:
@@ -201,12 +196,12 @@ _FILTERS: Final[Mapping[str, Callable[..., str]]] = {
     "chain": lambda rendered: "; ".join(_clauses(rendered)),
     "change": text.signed_percent,
     "code": text.code,
-    "count": _count,
+    "count": lambda value: _formatted(value, ",.0f"),
     "detectable": lambda d: text.loss_percent(math.exp(d)) if as_float(d) > 0 else MISSING,
     "ends": lambda low, high: text.interval(100 * (low - 1), 100 * (high - 1), 1),
     "fewer": _fewer,
     "budgets": budgets_of,
-    "general": _general,
+    "general": lambda value, digits=6: _formatted(value, f".{digits}g"),
     "interval": text.interval,
     "interval_percent": lambda low, high, digits=0: text.interval(
         100 * as_float(low), 100 * as_float(high), digits
