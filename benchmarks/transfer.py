@@ -42,7 +42,8 @@ from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.score import score
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.engine.windows import TokenizedDocument, tokenize_documents
-from bh_routing.experiments.search import Goal, KnobSearch, Setting
+from bh_routing.experiments.search import KnobSearch
+from bh_routing.experiments.settings import Goal, Setting
 from bh_routing.experiments.variants import parse_variants
 from bh_routing.models import load_model
 from bh_routing.models.load import DeviceName, LoadedModel

@@ -241,7 +241,7 @@ FLAGS = {
     ),
     "calibrate": f"{MODEL} --output --calibration-text --nulls --max-tokens --plots --json",
     "evaluate": f"{SCORED} {CHOSEN} --window --stride --margin --output --json",
-    "sweep": f"{SCORED} --output --budget --rule --json",
+    "sweep": f"{SCORED} --output --cost --budget --rule --json",
     "lm-eval": (
         f"{CALIBRATED} {CHOSEN} --tasks --include-path --limit --num-fewshot --batch-size "
         "--chat-template --output --json"

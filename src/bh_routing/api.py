@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -23,15 +23,17 @@ from bh_routing.experiments.evaluate import score_loaded
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.preparation import check_prompts
 from bh_routing.experiments.quality_text import prepare_text
-from bh_routing.experiments.search import Goal, KnobSearch, check_budgets
-from bh_routing.experiments.sweep import score_settings
+from bh_routing.experiments.search import KnobSearch, check_budgets, check_fractions
+from bh_routing.experiments.settings import Goal
+from bh_routing.experiments.specs import DISTINCT_NEEDS_STEPS
+from bh_routing.experiments.sweep import describe_references, score_settings
 from bh_routing.experiments.variants import variants_of
 from bh_routing.models.routers import describe_model
 from bh_routing.models.routing import bind_rule
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.results.records import QualityRecord
 from bh_routing.rules.base import Rule, check_count
-from bh_routing.rules.catalog import name_rules, rule_to_config
+from bh_routing.rules.catalog import name_rules
 
 
 def evaluate(
@@ -105,23 +107,28 @@ def sweep(
     calibration: Calibration | None = None,
     max_tokens: int | None = None,
     batch_size: int | None = None,
+    decode_batch: int | None = None,
+    cost: Literal["experts", "distinct"] = "experts",
     seed: int = defaults.SEED,
 ) -> pd.DataFrame:
-    """Compare rules at equal mean numbers of experts, as `bh-routing sweep` does.
+    """Compare rules at equal cost, as `bh-routing sweep` does.
 
     Each rule's tuning parameter is set on calibration text for each budget; the rules and static
     top-k are then scored on other text.
 
     Args:
-        model, tokenizer, rules, texts, max_tokens, batch_size: as in `evaluate`.
-        budgets: mean experts per token, from 1 to the model's own k.
+        model, tokenizer, rules, texts, max_tokens, batch_size, decode_batch: as in `evaluate`.
+        budgets: mean experts per token, from 1 to the model's own k; with cost "distinct",
+            fractions of the distinct experts that the model's own top-k reads in a decode step.
+        cost: "experts" is the mean experts per token; "distinct" is the mean distinct experts per
+            decode step, and needs `decode_batch`.
         calibration_texts: texts that parameters are set on; None: the packaged calibration text.
         calibration: what `calibrate` returned; None: fitted on the calibration texts if a rule
             needs one.
         seed: seed of the calibration and of the bootstrap.
     Returns:
         One row per rule and budget, after static top-k: the columns of points.csv, then those of
-        comparisons.csv against static top-k at the same mean, as `top_k_answer` and so on
+        comparisons.csv against static top-k at the same cost, as `top_k_answer` and so on
         (docs/columns.md).
     Raises:
         InputError: a rule, budget or text can't be used, or a text was calibrated on.
@@ -132,9 +139,12 @@ def sweep(
     source = packaged_documents("calibration") if calibration_texts is None else calibration_texts
     search_documents = as_documents(source)
     facts = describe_model(model)
-    budgets = _check_budget_list(budgets, facts.model_top_k)
+    if (cost == "distinct") != (decode_batch is not None):
+        raise InputError(f"{DISTINCT_NEEDS_STEPS}, got cost={cost!r}, decode_batch={decode_batch}")
+    budgets = _check_budget_list(budgets, None if decode_batch else facts.model_top_k)
     check_overlap(documents, search_documents)
-    text = prepare_text(tokenizer, facts, documents, max_tokens=max_tokens, batch_size=batch_size)
+    sizes = {"batch_size": batch_size, "decode_batch": decode_batch}
+    text = prepare_text(tokenizer, facts, documents, max_tokens=max_tokens, **sizes)
     if calibration is not None:
         check_calibration_overlap(documents, calibration, "the calibration")
     elif needy := [v.anywhere() for v in variants if v.anywhere().required_null]:
@@ -142,7 +152,11 @@ def sweep(
             model, tokenizer, search_documents, rules=needy,
             max_tokens=defaults.CALIBRATION_TOKENS, seed=seed,
         )  # fmt: skip
-    search = KnobSearch(model, tokenizer, search_documents, calibration, batch_size=batch_size)
+    search = KnobSearch(
+        *(model, tokenizer, search_documents, calibration),
+        batch_size=batch_size,
+        decode_batch=decode_batch,
+    )
     settings = search.find([Goal(variant=v, budget=b) for v in variants for b in budgets])
     if all(setting.unreachable for setting in settings):
         raise InputError(f"no rule can meet a budget: {settings[0].unreachable}")
@@ -153,12 +167,9 @@ def sweep(
         records.extend(score_loaded(subject, text, part))
         return records
 
-    references = score_settings(settings, [], score_all)
+    references = score_settings(settings, [], score_all, search)
     content = {
-        "references": [
-            {"config_name": name, "k": rule.k, "config": rule_to_config(rule)}
-            for name, rule in references.items()
-        ],
+        "references": describe_references(references, search),
         "points": search.to_documents(settings),
     }
     tables = compare_points(make_sweep({SWEEP: content}, records), QualityOptions(seed=seed))
@@ -168,14 +179,17 @@ def sweep(
     return rows.join(values.add_prefix("top_k_"), on="config_name")
 
 
-def _check_budget_list(budgets: Sequence[float], model_top_k: int) -> list[float]:
+def _check_budget_list(budgets: Sequence[float], model_top_k: int | None) -> list[float]:
     try:
         found = list(dict.fromkeys(map(float, budgets)))
     except (TypeError, ValueError):
         found = []
     if not found or isinstance(budgets, str):
         raise InputError(f"budgets must be a list of numbers such as [5, 4], got {budgets!r}")
-    check_budgets(found, model_top_k)
+    if model_top_k is None:
+        check_fractions(found)
+    else:
+        check_budgets(found, model_top_k)
     return found
 
 

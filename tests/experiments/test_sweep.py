@@ -15,7 +15,8 @@ from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.errors import InputError, ResultsError
 from bh_routing.experiments.run import run
-from bh_routing.experiments.search import Goal, KnobSearch, check_budgets
+from bh_routing.experiments.search import KnobSearch, check_budgets
+from bh_routing.experiments.settings import Goal
 from bh_routing.experiments.specs import RunSpec, SweepSpec, make_spec
 from bh_routing.experiments.sweep import default_budgets, sweep
 from bh_routing.experiments.variants import parse_variants

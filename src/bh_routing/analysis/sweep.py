@@ -1,8 +1,9 @@
 """Find the rule with the lowest loss at equal cost: points, domains and winners of a sweep.
 
 `analyze_sweep` turns the folder of a `bh-routing sweep` into tidy tables: one row per point, and
-one per comparison of a point with static top-k, top-p or per-layer top-k at the point's own
-measured cost. sweep_equal_cost.py describes the method.
+one per comparison of a point with a reference, such as static top-k, at the point's own measured
+cost: mean experts per token or, of records in decode steps, mean distinct experts per step.
+sweep_equal_cost.py describes the method.
 """
 
 from __future__ import annotations
@@ -30,11 +31,19 @@ from bh_routing.analysis.sweep_records import (
 TOP_P: Final = "top_p"
 PER_LAYER: Final = "per_layer_top_k"
 REFERENCES: Final = (STATIC, TOP_P, PER_LAYER)
+BH_DROP: Final = "bh_drop"
+OEA: Final = "oea"
+GATE_MASS: Final = "expert_budget"
+STEP_REFERENCES: Final = (STATIC, BH_DROP, OEA, GATE_MASS)
+"""References in decode steps: BH-drop per token, and the budget by gate mass."""
+_REFERENCE_FIELDS: Final = {BH_DROP: ("scope", "token"), GATE_MASS: ("by", "gate_mass")}
 OFF_BUDGET: Final = 0.02
 """A mean that deviates from its budget by more than this fraction is flagged."""
 ALL_DOMAINS: Final = "all"
 MEAN_EXPERTS: Final = "mean_experts"
 """The cost at which points are compared: experts kept per token."""
+MEAN_DISTINCT: Final = "mean_distinct_experts"
+"""The same in decode steps: distinct experts per step and layer."""
 ALL_RULES: Final = "all rules"
 BH_RULES: Final = ("bh_drop",)
 """Rules with a winner of their own, in addition to the overall winner."""
@@ -53,7 +62,7 @@ _KEYS: Final = {
     "budget": "As in points.csv.",
     "reference": "Rule that the point is compared with.",
     "domain": "Domain of the text, or all.",
-    "cost": "Quantity that is equal in the comparison: mean_experts.",
+    "cost": "Quantity that is equal in the comparison: mean_experts or mean_distinct_experts.",
 }
 _ANSWER: Final = (
     "Whether the rule loses less; yes: the interval of difference lies below 0 and p_corrected "
@@ -91,6 +100,11 @@ class SweepTables:
     """(configuration, reference, domain or all) -> comparison."""
 
     @property
+    def has_steps(self) -> bool:
+        """Whether the rules were compared in decode steps, at equal distinct experts."""
+        return any(math.isfinite(row.mean_distinct_experts) for row in self.points)
+
+    @property
     def num_tests(self) -> int:
         """Size of the family for Holm's correction and the joint intervals."""
         whole = (one for (*_, domain), one in self.found.items() if domain == ALL_DOMAINS)
@@ -105,9 +119,10 @@ class SweepTables:
     def comparisons(self) -> pd.DataFrame:
         """One row per point, reference and domain: the content of comparisons.csv."""
         points = {row.config_name: row for row in self.points}
+        cost = MEAN_DISTINCT if self.has_steps else MEAN_EXPERTS
         rows = [
             (name, points[name].rule, points[name].variant, points[name].budget, reference, domain,
-             MEAN_EXPERTS, one.answer, *(getattr(one, f.name) for f in fields(EqualCost)))
+             cost, one.answer, *(getattr(one, f.name) for f in fields(EqualCost)))
             for (name, reference, domain), one in self.found.items()
         ]  # fmt: skip
         return pd.DataFrame(rows, columns=list(comparison_definitions()))
@@ -167,7 +182,8 @@ def compare_points(sweep: Sweep, options: QualityOptions = DEFAULT_OPTIONS) -> S
         for domain, part in ((ALL_DOMAINS, text), *parts.items())
         for key, one in _compare(sweep, part, options, simultaneous=domain == ALL_DOMAINS).items()
     }
-    points = [_row(point, quality.get(point.config_name), found) for point in sweep.points]
+    own = next((r.mean_distinct_experts for r in quality.values() if r.is_reference), math.nan)
+    points = [_row(p, quality.get(p.config_name), found, own) for p in sweep.points]
     by_domain = tuple(
         _domain_row(row, quality[row.config_name], part, domain, found)
         for row in points
@@ -183,17 +199,7 @@ def compare_points(sweep: Sweep, options: QualityOptions = DEFAULT_OPTIONS) -> S
 def _compare(
     sweep: Sweep, text: ScoredText, options: QualityOptions, *, simultaneous: bool
 ) -> Mapping[tuple[str, str], EqualCost]:
-    # A reference that wasn't requested gets no note on missing points.
-    rules = {point.rule for point in sweep.points} | {STATIC, TOP_P}
-    curves = [
-        Curve(
-            name=name,
-            config_names=tuple(p.config_name for p in sweep.points if p.rule == name),
-            widest=STATIC_STEP if name == STATIC else CURVE_STEP,
-        )
-        for name in REFERENCES
-        if name in rules
-    ]
+    curves = _step_curves(sweep) if text.has_steps else _curves(sweep)
     return compare_at_equal_cost(
         text,
         [
@@ -207,6 +213,35 @@ def _compare(
         seed=options.seed,
         simultaneous=simultaneous,
     )
+
+
+def _curves(sweep: Sweep) -> list[Curve]:
+    # A reference that wasn't requested gets no note on missing points.
+    rules = {point.rule for point in sweep.points} | {STATIC, TOP_P}
+    return [
+        Curve(
+            name=name,
+            config_names=tuple(p.config_name for p in sweep.points if p.rule == name),
+            widest=STATIC_STEP if name == STATIC else CURVE_STEP,
+        )
+        for name in REFERENCES
+        if name in rules
+    ]
+
+
+def _step_curves(sweep: Sweep) -> list[Curve]:
+    """Return the references in decode steps, each the first variant of its rule that is one.
+
+    Neighbouring points are one expert per token or a twentieth of the reads apart.
+    """
+    curves = []
+    for name in STEP_REFERENCES:
+        field, value = _REFERENCE_FIELDS.get(name, ("method", name))
+        own = [p for p in sweep.points if p.rule == name and p.config.get(field) == value]
+        names = tuple(p.config_name for p in own if p.variant == own[0].variant)
+        if names:
+            curves.append(Curve(name=name, config_names=names))
+    return curves
 
 
 def _ranked(rows: Sequence[PointRow], found: Found) -> list[PointRow]:
@@ -226,9 +261,12 @@ def _ranked(rows: Sequence[PointRow], found: Found) -> list[PointRow]:
     return [replace(row, rank=ranks.get(row.config_name)) for row in rows]
 
 
-def _row(point: SweepPoint, quality: QualityRow | None, found: Found) -> PointRow:
+def _row(point: SweepPoint, quality: QualityRow | None, found: Found, own: float) -> PointRow:
+    """Return a point's row; `own` is what the model's own top-k reads in a decode step."""
     nan = math.nan
     mean = quality.mean_experts if quality else nan
+    distinct = quality.mean_distinct_experts if quality else nan
+    cost = distinct / own if math.isfinite(distinct) else mean
     notes = [point.unreachable]
     if quality is None and not point.unreachable:
         notes.append("Not scored yet; run bh-routing sweep again to finish.")
@@ -241,6 +279,7 @@ def _row(point: SweepPoint, quality: QualityRow | None, found: Found) -> PointRo
         budget=point.budget,
         domain=ALL_DOMAINS,
         mean_experts=mean,
+        mean_distinct_experts=distinct,
         delta_nll=quality.delta_nll if quality else nan,
         delta_nll_low=quality.delta_nll_low if quality else nan,
         delta_nll_high=quality.delta_nll_high if quality else nan,
@@ -252,7 +291,7 @@ def _row(point: SweepPoint, quality: QualityRow | None, found: Found) -> PointRo
         calibration_mean_experts=point.calibration_mean_experts,
         corrections=point.corrections,
         is_curve_only=point.is_curve_only,
-        off_budget=abs(mean / point.budget - 1) > OFF_BUDGET,
+        off_budget=abs(cost / point.budget - 1) > OFF_BUDGET,
         tokens=quality.tokens if quality else 0,
         documents=quality.documents if quality else 0,
         clusters=quality.clusters if quality else 0,
@@ -269,10 +308,13 @@ def _domain_row(
     if row.config_name in text.names:
         kept_D = text.cost_DC[:, text.names.index(row.config_name)]
         mean = float(kept_D.sum() / text.tokens_D.sum())
+    # In steps a budget is a fraction, and that of the whole text is the measure.
+    goal = row.cost if text.has_steps else row.budget
     return replace(
         row,
         domain=domain,
-        mean_experts=mean,
+        mean_experts=math.nan if text.has_steps else mean,
+        mean_distinct_experts=mean if text.has_steps else math.nan,
         delta_nll=part.delta_nll,
         delta_nll_low=part.low,
         delta_nll_high=part.high,
@@ -283,14 +325,15 @@ def _domain_row(
         documents=part.documents,
         clusters=len(set(text.clusters_D.tolist())),
         method="",
-        off_budget=abs(mean / row.budget - 1) > OFF_BUDGET,
+        off_budget=abs(mean / goal - 1) > OFF_BUDGET,
         note=_joined([part.note, *_notes(row.config_name, domain, found)]),
     )
 
 
 def _notes(config_name: str, domain: str, found: Found) -> list[str]:
     # Static top-k isn't tested.
-    return [found.get((config_name, name, domain), EqualCost()).note for name in REFERENCES]
+    names = dict.fromkeys((*REFERENCES, *STEP_REFERENCES))
+    return [found.get((config_name, name, domain), EqualCost()).note for name in names]
 
 
 def _joined(notes: Sequence[str]) -> str:

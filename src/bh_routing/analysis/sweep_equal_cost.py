@@ -1,11 +1,10 @@
-"""Compare the loss of a rule with a reference at the same mean number of experts.
+"""Compare the loss of a rule with a reference at the same mean cost: experts per token or per step.
 
-The reference is a curve of loss against mean experts, linear between neighbouring points. The
-difference is taken at the rule's own measured mean, so a rule pays for every expert that it keeps
-beyond its budget. Means and losses are ratios of sums over documents, and the difference is a
-smooth function of them. Books are drawn with replacement, every mean and every point of the curve
-is recomputed in each resample, and t is the shift of the difference divided by its linearised
-cluster-robust standard error (delta method). With fewer than 20 books, t is Student's.
+The reference is a curve of loss against cost, linear between neighbouring points. The difference is
+taken at the rule's own measured mean, so a rule pays for what it keeps beyond its budget. It is a
+smooth function of means and losses, ratios of sums over documents. Books are drawn with
+replacement, every ratio is recomputed in each resample, and t is the shift of the difference
+divided by its linearised cluster-robust standard error. Below 20 books, t is Student's.
 
 Intervals are simultaneous over all tests of a family: the largest t of a resample replaces that of
 a single test (single-step max-t; Bonferroni where t is Student's). They remain valid for a test
@@ -18,10 +17,10 @@ in 400 simulated sweeps per row, 42 books, 4 rules (test_sweep_coverage.py, mark
     normal            0.948          0.955
     exponential       0.926          0.908
 
-So with a long tail of books that a rule harms badly, the intervals are slightly too narrow.
+With a long tail of badly harmed books, the intervals are slightly too narrow.
 
-Axes: D documents, G clusters, B resamples, K points of the curve, N tests, J ratios: the rule's
-loss, the curve's K losses, the rule's mean experts, the curve's K means.
+Axes: D documents, G clusters, B resamples, K points of the curve, N tests, J ratios: losses of the
+rule and the curve's K points, then their means.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class Curve:
 
     name: str
     config_names: tuple[str, ...]
-    widest: float
+    widest: float = math.inf
     """Longest segment, in experts. Losses are convex in experts: longer ones favour the rule."""
 
 
@@ -211,9 +210,11 @@ def compare_with_static(
     others = [name for name in names if name not in static]
     if not static or not others:
         return {}
-    curve = Curve(name="static top-k", config_names=tuple(static), widest=1.0)
-    found = compare_at_equal_cost(align(records), others, [curve], resamples=resamples, seed=seed)
-    return {name: found[name, curve.name] for name in others}
+    text, name = align(records), "static top-k"
+    widest = math.inf if text.has_steps else 1.0
+    curve = Curve(name=name, config_names=tuple(static), widest=widest)
+    found = compare_at_equal_cost(text, others, [curve], resamples=resamples, seed=seed)
+    return {other: found[other, name] for other in others}
 
 
 def _plan(text: ScoredText, config_name: str, curve: Curve) -> _Test:

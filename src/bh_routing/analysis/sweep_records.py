@@ -36,7 +36,10 @@ class PointRow:
     rule: str = column("Name in the catalog of rules; top_k is static top-k.")
     variant: str = column("Distinguishes several forms of one rule.")
     knob: float = column("Value of the tuning parameter, found on calibration text.")
-    budget: float = column("Cost per token that the tuning parameter was set for.")
+    budget: float = column(
+        "Cost that the tuning parameter was set for: mean experts per token, or in decode steps a "
+        "fraction of the distinct experts that the model's own top-k reads."
+    )
     domain: str = column("Domain of the text, or all.")
     mean_experts: float = column("Mean experts kept per token on the evaluation text.")
     delta_nll: float = column("Loss: NLL minus that of the model's own top-k.")
@@ -45,6 +48,10 @@ class PointRow:
     perplexity_ratio: float = column("exp(delta_nll): 1.01 is one per cent more perplexity.")
     kl_mean: float = column("KL(top-k || rule) over the full vocabulary, nats per token.")
     same_top1_share: float = column("Share of tokens where both rank the same token first.")
+    mean_distinct_experts: float = column(
+        "Mean distinct experts per decode step and layer, over its tokens; NaN without decode "
+        "steps. With them it is the cost that is equal."
+    )
     rank: int | None = column(
         "Rank in its budget by the share of static top-k's increase in perplexity that it saves at "
         "its own mean; static top-k, oracles and controls have none.",
@@ -54,13 +61,19 @@ class PointRow:
     knob_field: str = column("Name of the tuning parameter.")
     calibration_mean_experts: float = column("Mean experts on calibration text.")
     corrections: float = column("Forward passes on calibration text that corrected the parameter.")
-    off_budget: bool = column("mean_experts is more than 2 % away from the budget.")
+    off_budget: bool = column("The cost is more than 2 % away from the budget.")
     is_curve_only: bool = column("The point only lengthens a reference curve.")
     tokens: int = column("Scored tokens.")
     documents: int = column("Documents with a scored token.")
     clusters: int = column("Independent clusters of documents: the chapters of a book are one.")
     method: str = column("Source of the interval of delta_nll.")
     note: str = column("The missing values and the reason; empty if none is missing.")
+
+    @property
+    def cost(self) -> float:
+        """The cost that is equal: distinct experts per decode step, else experts per token."""
+        is_known = math.isfinite(self.mean_distinct_experts)
+        return self.mean_distinct_experts if is_known else self.mean_experts
 
 
 SWEEP: Final = "sweep"
@@ -110,7 +123,10 @@ class ScoredText:
     losses_DC: Floats
     """NLL minus that of the model's own top-k, in nats."""
     cost_DC: Floats
-    """Kept experts, averaged over layers: a point costs their sum divided by that of tokens."""
+    """Kept experts, or in decode steps the distinct experts of the token's step, averaged over
+    layers: a point costs their sum divided by that of tokens."""
+    has_steps: bool = False
+    """Whether the tokens were scored in decode steps."""
     tokens_D: Floats
     clusters_D: NDArray[np.str_]
     domains_D: NDArray[np.str_]
@@ -122,6 +138,7 @@ class ScoredText:
             names=self.names,
             losses_DC=self.losses_DC[here],
             cost_DC=self.cost_DC[here],
+            has_steps=self.has_steps,
             tokens_D=self.tokens_D[here],
             clusters_D=self.clusters_D[here],
             domains_D=self.domains_D[here],
@@ -205,14 +222,22 @@ def align(records: Sequence[QualityRecord]) -> ScoredText:
     size = {key: record.tokens for key, record in fullest.items()}
     names = tuple(n for n, own in by_name.items() if {d: r.tokens for d, r in own.items()} == size)
     columns = [[by_name[name][key] for name in names] for key in documents]
+    has_steps = all(r.distinct_experts_sum is not None for row in columns for r in row)
     return ScoredText(
         names=names,
         losses_DC=np.array([[r.nll_sum - r.top_k_nll_sum for r in row] for row in columns]),
-        cost_DC=np.array([[r.experts_sum * r.tokens / r.units for r in row] for row in columns]),
+        cost_DC=np.array([[_cost(r, has_steps) for r in row] for row in columns]),
+        has_steps=has_steps,
         tokens_D=np.array([fullest[d].tokens for d in documents], dtype=np.float64),
         clusters_D=np.array([fullest[d].cluster for d in documents]),
         domains_D=np.array([fullest[d].domain for d in documents]),
     )
+
+
+def _cost(record: QualityRecord, has_steps: bool) -> float:
+    """Return a record's cost, averaged over layers."""
+    total = record.distinct_experts_sum if has_steps else record.experts_sum
+    return (total or 0) * record.tokens / record.units
 
 
 def _static_point(entry: Mapping[str, Any]) -> SweepPoint:
@@ -224,7 +249,7 @@ def _static_point(entry: Mapping[str, Any]) -> SweepPoint:
         variant="",
         knob=k,
         knob_field="k",
-        budget=k,
+        budget=_budget(entry.get("budget", k)),
         calibration_mean_experts=k,
         corrections=0,
         unreachable="",

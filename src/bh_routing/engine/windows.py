@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from bh_routing.engine.texts import Document
@@ -205,6 +206,20 @@ def check_windows(window: int, stride: int, context: int | None) -> None:
         raise InputError(f"window must be from 1 to the model's context {context}, got {window}")
     if not 1 <= stride <= window:
         raise InputError(f"stride must be from 1 to the window {window}, got {stride}")
+
+
+def cut_pieces(documents: Sequence[TokenizedDocument], longest: int) -> Iterator[TokenizedDocument]:
+    """Cut each document into pieces of nearly equal length, at most `longest` tokens."""
+    for document in documents:
+        number = -(-len(document.ids) // longest)
+        ends = [len(document.ids) * i // number for i in range(number + 1)]
+        for start, end in pairwise(ends):
+            yield replace(
+                document,
+                key=f"{document.key}+{start}",
+                name=f"{document.name}+{start}",
+                ids=document.ids[start:end],
+            )
 
 
 def spread_tokens(lengths: Sequence[int], budget: int) -> list[int]:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from bh_routing.errors import InputError
 from bh_routing.experiments.calibrating import calibration_documents
 from bh_routing.experiments.configurations import NamedRule
-from bh_routing.experiments.search import Goal, KnobSearch
+from bh_routing.experiments.search import KnobSearch
+from bh_routing.experiments.settings import Goal
 from bh_routing.experiments.specs import EvaluateSpec, LmEvalSpec, RunSpec
 from bh_routing.experiments.variants import Variant
 from bh_routing.nulls.calibration import Calibration

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any, Final
 
 from scipy.optimize import brentq
@@ -14,119 +14,30 @@ from tqdm import tqdm
 from bh_routing.engine.proposals import (
     Proposals,
     capture_proposals,
+    mean_distinct_experts,
     mean_experts,
     tokens_that_fit,
 )
 from bh_routing.engine.score import score
 from bh_routing.engine.texts import Document
+from bh_routing.engine.windows import check_decode_batch, cut_pieces
 from bh_routing.errors import CalibrationError, InputError
 from bh_routing.experiments.quality_text import QualityText, prepare_text
+from bh_routing.experiments.settings import Goal, Setting, recall_settings
 from bh_routing.experiments.variants import LAYER_TOKENS, LayerLosses, Variant, measure_layer_losses
 from bh_routing.models.routers import describe_model, find_routers
-from bh_routing.models.routing import bind_rule, check_calibration
+from bh_routing.models.routing import bind_rule, check_calibration, check_rule
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.results.journal import digest
 from bh_routing.results.records import QualityRecord
-from bh_routing.rules.base import Rule
-from bh_routing.rules.catalog import make_rule, rule_to_config
-from bh_routing.rules.fixed import PerLayerTopK
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Goal:
-    """A rule variant and its target mean number of experts."""
-
-    variant: Variant
-    budget: float
-
-    @property
-    def config_name(self) -> str:
-        """For example `bh_drop-block-sensitivity@5`."""
-        return f"{self.variant.name}@{self.budget:g}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Setting:
-    """The tuning parameter's value found for a goal."""
-
-    goal: Goal
-    rule: Rule
-    knob: float
-    mean_experts: float
-    """Measured under the rule on the text of the search."""
-    delta_nll: float
-    """Increase in loss over the model's own top-k on that text, in nats per token."""
-    corrections: int
-    """Number of runs of the rule, each with a shifted target, before this value was found."""
-    unreachable: str | None
-    """Why the budget isn't met, with the closest mean; None if it is met."""
-
-    def to_document(self, search: str) -> dict[str, Any]:
-        """Return plain data; `search` identifies the search's model, text and calibration."""
-        variant = self.goal.variant
-        return {
-            "config_name": self.goal.config_name,
-            "rule": variant.method,
-            "variant": variant.label,
-            "knob": self.knob,
-            "knob_field": variant.knob.name,
-            "config": rule_to_config(self.rule),
-            "budget": self.goal.budget,
-            "calibration_mean_experts": self.mean_experts,
-            "calibration_delta_nll": self.delta_nll,
-            "corrections": self.corrections,
-            "unreachable": self.unreachable,
-            "search": search,
-        }
-
-
-def recall_settings(
-    goals: Iterable[Goal],
-    documents: Iterable[Mapping[str, Any]],
-    search_of: Callable[[Variant], str],
-    rule_at: Callable[[Variant, float], Rule],
-) -> dict[str, Setting]:
-    """Return the settings that an earlier search found for these goals; name -> setting.
-
-    Args:
-        goals: the goals.
-        documents: settings, as returned by `Setting.to_document`.
-        search_of: identifies the search for a variant; settings of other searches are ignored.
-        rule_at: builds a variant's rule for a value of its tuning parameter.
-    """
-    stored = {entry.get("config_name"): entry for entry in documents}
-    found = {}
-    for goal in goals:
-        entry = stored.get(goal.config_name)
-        setting = None if entry is None else _recall(goal, entry, search_of(goal.variant), rule_at)
-        if setting is not None:
-            found[goal.config_name] = setting
-    return found
-
-
-def _recall(
-    goal: Goal, entry: Mapping[str, Any], search: str, rule_at: Callable[[Variant, float], Rule]
-) -> Setting | None:
-    try:
-        if (entry["search"], entry["budget"]) != (search, goal.budget):
-            return None
-        setting = Setting(
-            goal=goal,
-            rule=make_rule(entry["config"]),
-            knob=entry["knob"],
-            mean_experts=entry["calibration_mean_experts"],
-            delta_nll=entry["calibration_delta_nll"],
-            corrections=entry["corrections"],
-            unreachable=entry["unreachable"],
-        )
-        is_same_rule = setting.rule == rule_at(goal.variant, setting.knob)
-    except (KeyError, TypeError, InputError):
-        return None
-    return setting if is_same_rule else None
-
+from bh_routing.rules.base import WHOLE, Rule
+from bh_routing.rules.catalog import make_rule
+from bh_routing.rules.fixed import PerLayerTopK, TopK
 
 SEARCH_TOKENS: Final = 4_000
 """Tokens of calibration text, spread over its documents: they determine a mean to about 0.6 %."""
+PIECE_TOKENS: Final = 256
+"""Longest sequence in emulated decode steps of calibration text."""
 TOLERANCE: Final = 0.02
 """Relative difference between mean and budget beyond which the budget counts as unreachable."""
 CLOSE_ENOUGH: Final = 0.005
@@ -145,8 +56,11 @@ class KnobSearch:
         calibration: required if a variant needs one.
         num_tokens: maximum number of tokens of the text.
         batch_size: windows per forward pass; None: as many as memory bounds allow.
+        decode_batch: sequences per emulated decode step; a budget is then a fraction of the mean
+            distinct experts that the model's own top-k reads in a step. None: a budget is a mean
+            number of experts per token.
     Raises:
-        InputError: the text has no tokens.
+        InputError: the text has no tokens, or too few for such steps.
     """
 
     def __init__(
@@ -157,6 +71,7 @@ class KnobSearch:
         calibration: Calibration | None,
         num_tokens: int = SEARCH_TOKENS,
         batch_size: int | None = None,
+        decode_batch: int | None = None,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
@@ -164,10 +79,16 @@ class KnobSearch:
         self._calibration = calibration
         self._routers = find_routers(model)
         self._facts = facts = describe_model(model)
+        if decode_batch is not None:
+            num_tokens = max(num_tokens, decode_batch * PIECE_TOKENS)
         most = min(num_tokens, tokens_that_fit(self._routers))
         self.text: QualityText = prepare_text(
             tokenizer, facts, documents, max_tokens=most, batch_size=batch_size
         )
+        if decode_batch is not None:
+            pieces = list(cut_pieces(self.text.documents, min(PIECE_TOKENS, self.text.window)))
+            check_decode_batch(pieces, decode_batch)
+            self.text = replace(self.text, documents=pieces, decode_batch=decode_batch)
         self._searched = [
             facts.fingerprint,
             facts.dtype,
@@ -175,11 +96,17 @@ class KnobSearch:
             self.text.sha256,
             self.text.max_tokens,
             self.text.window,
+            *([decode_batch] if decode_batch else []),
         ]
         self._proposals: dict[tuple[int, bool], Proposals] = {}
         self._means: dict[Rule, float] = {}
-        self._starts: dict[str, float] = {}
+        self._ends: dict[str, tuple[float, float]] = {}
         self._layer_losses: LayerLosses | None = None
+
+    @property
+    def model_top_k(self) -> int:
+        """The model's own experts per token."""
+        return self._routers.model_top_k
 
     @property
     def num_tokens(self) -> int:
@@ -197,7 +124,10 @@ class KnobSearch:
             InputError: a variant can't run on this model, or a budget is out of range.
             CalibrationError: a variant can't run with this calibration at any parameter value.
         """
-        check_budgets([goal.budget for goal in goals], self._routers.model_top_k)
+        if self.text.decode_batch is None:
+            check_budgets([goal.budget for goal in goals], self._routers.model_top_k)
+        else:
+            check_fractions([goal.budget for goal in goals])
         # Losses by layer are measured without tables, as for a rule that reads none.
         self._layer_losses = self._layer_losses or LayerLosses.recall(known, self._key(None))
         found = recall_settings(goals, known, self._key_of, self._at)
@@ -223,8 +153,17 @@ class KnobSearch:
         tables = self._calibration.table_fingerprints if self._calibration is not None else {}
         return digest([*self._searched, tables.get(null or "")])
 
-    def mean_experts(self, rule: Rule) -> float:
-        """Return the mean number of experts that a rule keeps of the captured proposals."""
+    @cached_property
+    def own_reads(self) -> float:
+        """Mean distinct experts that the model's own top-k reads in a step of the text."""
+        return self._mean_of_proposals(TopK(k=self._routers.model_top_k))
+
+    def cost(self, rule: Rule) -> float:
+        """Return a rule's cost on the captured proposals, in the unit of a budget."""
+        mean = self._mean_of_proposals(rule)
+        return mean if self.text.decode_batch is None else mean / self.own_reads
+
+    def _mean_of_proposals(self, rule: Rule) -> float:
         if rule not in self._means:
             key = (rule.num_candidates(self._routers.model_top_k), rule.needs_output_norms)
             if key not in self._proposals:
@@ -235,9 +174,10 @@ class KnobSearch:
                     window=self.text.window,
                     num_candidates=key[0],
                     with_norms=key[1],
+                    decode_batch=self.text.decode_batch,
                 )
-            proposals = self._proposals[key]
-            self._means[rule] = mean_experts(rule, proposals, self._routers, self._calibration)
+            mean = mean_experts if self.text.decode_batch is None else mean_distinct_experts
+            self._means[rule] = mean(rule, self._proposals[key], self._routers, self._calibration)
         return self._means[rule]
 
     def _search(self, goals: Mapping[str, Goal]) -> dict[str, Setting]:
@@ -255,7 +195,7 @@ class KnobSearch:
                 if name not in best or _miss(setting) < _miss(best[name]):
                     best[name] = setting
                 if _miss(setting) > CLOSE_ENOUGH:
-                    targets[name] += setting.goal.budget - setting.mean_experts
+                    targets[name] += setting.goal.budget - setting.cost
                     value = self._value(setting.goal.variant, targets[name])
                     if value != setting.knob:
                         again[name] = value
@@ -282,14 +222,13 @@ class KnobSearch:
     def _value(self, variant: Variant, target: float) -> float:
         """Find the admissible value whose mean on the proposals is closest to the target."""
         value_at = variant.knob.scale.value_at
-        _, high = variant.knob.scale.ends(self._routers.model_top_k)
-        if variant.name not in self._starts:
-            self._starts[variant.name] = self._start(variant)
-        low = self._starts[variant.name]
+        if variant.name not in self._ends:
+            self._ends[variant.name] = self._start(variant), self._end(variant)
+        low, high = self._ends[variant.name]
         missed: dict[float, float] = {}
 
         def excess(place: float) -> float:
-            mean = self.mean_experts(self._at(variant, value_at(place)))
+            mean = self.cost(self._at(variant, value_at(place)))
             missed[place] = abs(mean - target)
             return 0.0 if missed[place] <= _HIT * target else mean - target
 
@@ -302,18 +241,26 @@ class KnobSearch:
 
         Only levels have such a limit, and a larger level never needs more resolution.
         """
-        low, high = variant.knob.scale.ends(self._routers.model_top_k)
+        low, high = variant.knob.scale.ends(self._routers.model_top_k)[0], self._end(variant)
         value_at = variant.knob.scale.value_at
         bind_rule(self._model, self._at(variant, value_at(high)), self._calibration)
         if self._is_admissible(self._at(variant, value_at(low))):
             return low
-        while high - low > _STEP:
-            middle = (low + high) / 2
-            if self._is_admissible(self._at(variant, value_at(middle))):
-                high = middle
-            else:
-                low = middle
-        return high
+        return _edge(lambda p: self._is_admissible(self._at(variant, value_at(p))), high, low)
+
+    def _end(self, variant: Variant) -> float:
+        """Find the highest position on the scale that the model allows: it has so many experts."""
+        low, high = variant.knob.scale.ends(self._routers.model_top_k)
+        value_at = variant.knob.scale.value_at
+
+        def fits(place: float) -> bool:
+            try:
+                check_rule(self._routers, self._at(variant, value_at(place)))
+            except InputError:
+                return False
+            return True
+
+        return high if fits(high) or not fits(low) else _edge(fits, low, high)
 
     def _is_admissible(self, rule: Rule) -> bool:
         try:
@@ -335,15 +282,61 @@ class KnobSearch:
             score,
             *(model, tokenizer, text.documents, rules, self._calibration),
             batch_size=text.batch_size,
+            decode_batch=text.decode_batch,
         )
         with tqdm(total=total, unit="token", desc=title, unit_scale=True) as bar:
             for record in records_of(window=text.window, stride=text.stride):
                 records[record.config_name].append(record)
                 bar.update(record.tokens)
         return {
-            name: _setting(goals[name], rules[name], value, records[name], corrections)
+            name: self._setting(goals[name], rules[name], value, records[name], corrections)
             for name, value in values.items()
         }
+
+    def _setting(
+        self,
+        goal: Goal,
+        rule: Rule,
+        value: float,
+        records: Sequence[QualityRecord],
+        corrections: int,
+    ) -> Setting:
+        units = sum(r.units for r in records)
+        mean = cost = sum(r.experts_sum for r in records) / units
+        unit = "experts"
+        if self.text.decode_batch is not None:
+            cost = sum(r.distinct_experts_sum or 0 for r in records) / units / self.own_reads
+            unit = "of the distinct experts"
+        rise = sum(r.nll_sum - r.top_k_nll_sum for r in records) / sum(r.tokens for r in records)
+        unreachable = None
+        # Whole numbers of a step's distinct experts are compared at what they read.
+        is_exact = self.text.decode_batch is None or goal.variant.knob.scale is not WHOLE
+        if is_exact and abs(cost / goal.budget - 1) > TOLERANCE:
+            unreachable = (
+                f"{goal.budget:g} {unit} can't be reached within {TOLERANCE:.0%}: the closest mean "
+                f"on calibration text is {cost:.2f}, at {goal.variant.knob.name} {value:.4g}"
+            )
+        return Setting(
+            goal=goal,
+            rule=rule,
+            knob=value,
+            mean_experts=mean,
+            cost=cost,
+            delta_nll=rise,
+            corrections=corrections,
+            unreachable=unreachable,
+        )
+
+
+def _edge(holds: Callable[[float], bool], inside: float, outside: float) -> float:
+    """Return the position next to `outside` at which a condition still holds, by bisection."""
+    while abs(outside - inside) > _STEP:
+        middle = (inside + outside) / 2
+        if holds(middle):
+            inside = middle
+        else:
+            outside = middle
+    return inside
 
 
 def check_budgets(budgets: Sequence[float], model_top_k: int) -> None:
@@ -356,31 +349,19 @@ def check_budgets(budgets: Sequence[float], model_top_k: int) -> None:
             )
 
 
+def check_fractions(budgets: Sequence[float]) -> None:
+    """Raise InputError unless each budget is a fraction of what the model's own top-k reads."""
+    for budget in budgets:
+        if not 0 < budget <= 1:
+            raise InputError(
+                "a budget of distinct experts must be a fraction, in (0, 1], of those that the "
+                f"model's own top-k reads, got {budget:g}; such as 0.75"
+            )
+
+
 def _is_shared_out(variant: Variant) -> bool:
     return variant.method == PerLayerTopK.method
 
 
 def _miss(setting: Setting) -> float:
-    return abs(setting.mean_experts / setting.goal.budget - 1)
-
-
-def _setting(
-    goal: Goal, rule: Rule, value: float, records: Sequence[QualityRecord], corrections: int
-) -> Setting:
-    mean = sum(r.experts_sum for r in records) / sum(r.units for r in records)
-    rise = sum(r.nll_sum - r.top_k_nll_sum for r in records) / sum(r.tokens for r in records)
-    unreachable = None
-    if abs(mean / goal.budget - 1) > TOLERANCE:
-        unreachable = (
-            f"{goal.budget:g} experts can't be reached within {TOLERANCE:.0%}: the closest mean "
-            f"on calibration text is {mean:.2f}, at {goal.variant.knob.name} {value:.4g}"
-        )
-    return Setting(
-        goal=goal,
-        rule=rule,
-        knob=value,
-        mean_experts=mean,
-        delta_nll=rise,
-        corrections=corrections,
-        unreachable=unreachable,
-    )
+    return abs(setting.cost / setting.goal.budget - 1)

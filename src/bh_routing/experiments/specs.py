@@ -125,6 +125,12 @@ Count = Annotated[int, Field(ge=1)]
 ChatTemplate = Literal["auto", "on", "off"]
 
 
+DISTINCT_NEEDS_STEPS: Final = (
+    'cost="distinct" and decode_batch need each other, since distinct experts are counted by '
+    "decode step; give both, such as decode_batch=16, or neither"
+)
+
+
 class Choice(BaseModel):
     """The user's choice of configurations, of which `choose` makes a spec's fields."""
 
@@ -309,9 +315,13 @@ class SweepSpec(ScoredSpec):
 
     output: Path
     """Folder of the results; the same command resumes."""
-    budgets: list[Annotated[float, Field(ge=1)]] = []
+    cost: Literal["experts", "distinct"] = "experts"
+    """Cost that is made equal: experts is the mean experts per token; distinct is the mean distinct
+    experts per decode step, and needs decode_batch."""
+    budgets: list[Annotated[float, Field(gt=0)]] = []
     """Mean experts per token to compare at; may be given several times. Default: 6, 5, 4 and 3 of a
-    model that uses 8, and the same fractions of another k."""
+    model that uses 8, and the same fractions of another k. With cost distinct: fractions of the
+    distinct experts that the model's own top-k reads, by default 0.75 and 0.65."""
     rules: list[str] = [
         "bh",
         "bh_drop:statistic=sensitivity",
@@ -325,9 +335,15 @@ class SweepSpec(ScoredSpec):
     ]
     """Rule without its tuning parameter, such as bh_drop:scope=block; may be given several times.
     Static top-k is always there. contribution_threshold is population BH too: at equal cost both
-    make the same decisions."""
+    make the same decisions. With cost distinct, the default is eight rules for decode steps."""
     command: Annotated[str | None, NO_OPTION] = None
     """The command line, for readers of the results."""
+
+    @model_validator(mode="after")
+    def _steps_have_a_cost(self) -> SweepSpec:
+        if (self.cost == "distinct") != (self.decode_batch is not None):
+            raise ValueError(DISTINCT_NEEDS_STEPS)
+        return self
 
 
 class LmEvalSpec(ConfiguredSpec):

@@ -1,4 +1,4 @@
-"""Compare rules at equal mean numbers of experts, tuned on calibration text, scored on another."""
+"""Compare rules at equal cost, tuned on calibration text, scored on another."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from bh_routing.errors import InputError, ResultsError
+from bh_routing.experiments import step_sweep
 from bh_routing.experiments.calibrating import (
     calibration_documents,
     check_calibration_overlap,
@@ -34,8 +35,10 @@ from bh_routing.experiments.quality import (
 )
 from bh_routing.experiments.quality_text import QualityText, prepare_text
 from bh_routing.experiments.ray_executor import make_executor
-from bh_routing.experiments.search import Goal, KnobSearch, Setting, check_budgets
+from bh_routing.experiments.search import KnobSearch, check_budgets, check_fractions
+from bh_routing.experiments.settings import Goal, Setting
 from bh_routing.experiments.specs import SweepSpec
+from bh_routing.experiments.step_sweep import STEP_BUDGETS, STEP_RULES
 from bh_routing.experiments.variants import Variant, parse_variants
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.results.files import read_json_object, render_json, write_atomically
@@ -67,7 +70,9 @@ def sweep(spec: SweepSpec) -> dict[str, Any]:
         InputError: model, text, calibration, a rule or the folder can't be used.
     """
     start = time.perf_counter()
-    variants = parse_variants(spec.rules)
+    by_step = spec.cost == "distinct"
+    is_default = spec.rules == SweepSpec.model_fields["rules"].default
+    variants = parse_variants(STEP_RULES if by_step and is_default else spec.rules)
     documents = scored_documents(spec)
     check_overlap(documents, calibration_documents(spec).documents)
     if spec.calibration is not None:
@@ -75,14 +80,20 @@ def sweep(spec: SweepSpec) -> dict[str, Any]:
         check_calibration_overlap(documents, kept, f"calibration {spec.calibration}")
     read_stored_sweep(spec.output)
     loaded = load(spec)
-    budgets = list(dict.fromkeys(spec.budgets)) or default_budgets(loaded.facts.model_top_k)
-    check_budgets(budgets, loaded.facts.model_top_k)
+    budgets = list(dict.fromkeys(spec.budgets))
+    if by_step:
+        budgets = budgets or list(STEP_BUDGETS)
+        check_fractions(budgets)
+    else:
+        budgets = budgets or default_budgets(loaded.facts.model_top_k)
+        check_budgets(budgets, loaded.facts.model_top_k)
     text = prepare_text(
         loaded.tokenizer,
         loaded.facts,
         documents,
         max_tokens=spec.tokens,
         batch_size=spec.batch_size,
+        decode_batch=spec.decode_batch,
     )
     prepared = _Prepared(spec.model_copy(update={"budgets": budgets}), variants, loaded, text)
     with only_writer(spec.output), torch_threads(loaded.threads.batch):
@@ -116,6 +127,7 @@ def _sweep_begun(prepared: _Prepared, start: float) -> dict[str, Any]:
         calibration_documents(spec).documents,
         calibration,
         batch_size=spec.batch_size,
+        decode_batch=spec.decode_batch,
     )
     document = _document(prepared, about, search)
     tables = {**stored.get("identity", {}).get("tables", {}), **identity.tables}
@@ -125,7 +137,7 @@ def _sweep_begun(prepared: _Prepared, start: float) -> dict[str, Any]:
     _write(spec.output, document)
     clock.append(time.perf_counter())
     goals = [Goal(variant=v, budget=b) for v in variants for b in spec.budgets]
-    beyond = _curve_goals(variants, spec.budgets, loaded.facts.model_top_k)
+    beyond = _curve_goals(search, variants, spec.budgets, loaded.facts.model_top_k)
     found = search.find([*goals, *beyond], known=[*earlier["points"], *earlier["curve_points"]])
     settings, curve_settings = found[: len(goals)], found[len(goals) :]
     document[KIND]["points"] = search.to_documents(settings)
@@ -135,12 +147,9 @@ def _sweep_begun(prepared: _Prepared, start: float) -> dict[str, Any]:
     subject = Subject(loaded.model, loaded.tokenizer, calibration)
     with ledger, make_executor(spec, subject) as executor:
         score_all = partial(_score_all, subject, text, ledger, executor)
-        references = score_settings(settings, curve_settings, score_all)
+        references = score_settings(settings, curve_settings, score_all, search)
     clock.append(time.perf_counter())
-    document[KIND]["references"] = [
-        {"config_name": name, "k": rule.k, "config": rule_to_config(rule)}
-        for name, rule in references.items()
-    ]
+    document[KIND]["references"] = describe_references(references, search)
     names = ("calibrate_sec", "search_sec", "scoring_sec")
     document["timing"] = {
         "load_sec": loaded.seconds,
@@ -194,8 +203,10 @@ def curve_budgets(budgets: Sequence[float], model_top_k: int) -> list[float]:
 
 
 def _curve_goals(
-    variants: Sequence[Variant], budgets: Sequence[float], model_top_k: int
+    search: KnobSearch, variants: Sequence[Variant], budgets: Sequence[float], model_top_k: int
 ) -> list[Goal]:
+    if search.text.decode_batch is not None:
+        return step_sweep.curve_goals(search, variants, budgets)
     return [
         Goal(variant=variant, budget=budget)
         for variant in variants
@@ -274,6 +285,7 @@ def _document(
             "documents": text.num_documents,
             "window": text.window,
             "stride": text.stride,
+            "decode_batch": text.decode_batch,
         },
         "calibration": {
             **about,
@@ -281,6 +293,7 @@ def _document(
             "search_tokens": search.num_tokens,
         },
         KIND: {
+            "cost": spec.cost,
             "budgets": spec.budgets,
             "points": [],
             "curve_points": [],
@@ -293,13 +306,19 @@ def score_settings(
     settings: Sequence[Setting],
     curve_settings: Sequence[Setting],
     score_all: Callable[[Mapping[str, Rule]], list[QualityRecord]],
+    search: KnobSearch,
 ) -> dict[str, TopK]:
-    """Score settings that meet their budgets, then static top-k around each mean and one below."""
+    """Score settings that meet their budgets, then static top-k around each cost and one below."""
     for setting in settings:
         if setting.unreachable is not None:
             log.warning("%s is left out: %s", setting.goal.config_name, setting.unreachable)
     rules = _reached(settings)
     records = score_all(rules | _reached(curve_settings))
+    if search.text.decode_batch is not None:
+        budgets = [setting.goal.budget for setting in settings]
+        static = step_sweep.static_around(search, budgets)
+        score_all(static)
+        return static
     references = static_references(rules, [r for r in records if r.config_name in rules])
     lowest = min((rule.k for rule in references.values()), default=1)
     if lowest > 1:
@@ -307,6 +326,16 @@ def score_settings(
         references = {f"topk_{lowest - 1}": TopK(k=lowest - 1)} | references
     score_all(references)
     return references
+
+
+def describe_references(references: Mapping[str, TopK], search: KnobSearch) -> list[dict[str, Any]]:
+    """Return static references as data of run.json; by decode step with their part of the reads."""
+    by_step = search.text.decode_batch is not None
+    return [
+        {"config_name": name, "k": rule.k, "config": rule_to_config(rule)}
+        | ({"budget": round(search.cost(rule), 4)} if by_step else {})
+        for name, rule in references.items()
+    ]
 
 
 def _score_all(
@@ -333,7 +362,7 @@ def _write(
     configs = {
         s.goal.config_name: {
             **rule_to_config(s.rule),
-            "description": f"{s.goal.variant.label} at {s.goal.budget:g} experts a token",
+            "description": f"{s.goal.variant.label} at a budget of {s.goal.budget:g}",
         }
         for s in settings
         if s.unreachable is None

@@ -9,13 +9,31 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from bh_routing.analysis.quality_row import STATIC
-from bh_routing.analysis.sweep import ALL_RULES, PER_LAYER, TOP_P, SweepTables, Winner
+from bh_routing.analysis.sweep import (
+    ALL_RULES,
+    BH_DROP,
+    GATE_MASS,
+    OEA,
+    PER_LAYER,
+    REFERENCES,
+    STEP_REFERENCES,
+    TOP_P,
+    SweepTables,
+    Winner,
+)
 from bh_routing.analysis.sweep_equal_cost import EqualCost
 from bh_routing.analysis.sweep_records import PointRow
 from bh_routing.report.facts import child
 from bh_routing.report.text import listed, percent, plain
 
-NAMES: Final = {STATIC: "static top-k", TOP_P: "top-p", PER_LAYER: "per-layer top-k"}
+NAMES: Final = {
+    STATIC: "static top-k",
+    TOP_P: "top-p",
+    PER_LAYER: "per-layer top-k",
+    BH_DROP: "BH-drop per token",
+    OEA: "OEA",
+    GATE_MASS: "the gate-mass budget",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +59,16 @@ class SweepFacts:
 
     @property
     def references(self) -> list[tuple[str, str]]:
-        """Names of the references; per-layer top-k only if requested."""
-        asked = {row.rule for row in self.tables.points} | {STATIC, TOP_P}
-        return [(name, shown) for name, shown in NAMES.items() if name in asked]
+        """Names of the references; those other than static top-k and top-p only if requested."""
+        asked = {row.rule for row in self.tables.points} | {STATIC}
+        if not self.tables.has_steps:
+            return [(name, NAMES[name]) for name in REFERENCES if name in {*asked, TOP_P}]
+        return [(name, NAMES[name]) for name in STEP_REFERENCES if name in asked]
+
+    @property
+    def decode_batch(self) -> object:
+        """Sequences per emulated decode step; None without steps."""
+        return child(self.tables.sweep.run, "text").get("decode_batch")
 
     @property
     def curves(self) -> list[tuple[str, str]]:
@@ -146,16 +171,18 @@ class SweepFacts:
         quoted = shlex.quote(model) if model.isprintable() else "MODEL"
         tokens = child(run, "text").get("tokens")
         size = f" --tokens {tokens}" if isinstance(tokens, int) else ""
-        return f"bh-routing sweep --model {quoted}{budgets}{size} --output FOLDER"
+        batch = self.decode_batch
+        steps = f" --cost distinct --decode-batch {batch}" if isinstance(batch, int) else ""
+        return f"bh-routing sweep --model {quoted}{steps}{budgets}{size} --output FOLDER"
 
     def against(self, row: PointRow, name: str) -> EqualCost:
         """Return the comparison of a row with one reference, in the row's domain."""
         return self.tables.against(row, name)
 
     def drift(self, row: PointRow) -> float:
-        """Return a domain's mean experts minus that of the whole text."""
+        """Return a domain's mean cost minus that of the whole text."""
         whole = next(own for own in self.tables.points if own.config_name == row.config_name)
-        return row.mean_experts - whole.mean_experts
+        return row.cost - whole.cost
 
     def span(self, winners: Sequence[Winner], name: str = STATIC) -> str:
         """Format the range of fractions saved of a reference's increase."""
@@ -183,6 +210,8 @@ def series_label(row: PointRow) -> str:
 
 def budgets_of(winners: Sequence[Winner]) -> str:
     """List the budgets of winners, as in a sentence."""
+    if any(w.row and math.isfinite(w.row.mean_distinct_experts) for w in winners):
+        return f"{listed(percent(w.budget) for w in winners)} of the distinct experts"
     return f"{listed(f'{w.budget:g}' for w in winners)} experts"
 
 

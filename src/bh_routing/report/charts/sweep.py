@@ -1,4 +1,4 @@
-"""Charts of loss against mean experts, with one line per rule."""
+"""Charts of loss against cost, with one line per rule."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def _looks(rows: Rows) -> Looks:
 
 def _draw_losses(figure: Picture, axes: Axes, rows: Rows, looks: Looks) -> None:
     known = sorted(
-        (row for row in rows if math.isfinite(row.mean_experts + row.delta_nll)),
-        key=lambda row: row.mean_experts,
+        (row for row in rows if math.isfinite(row.cost + row.delta_nll)),
+        key=lambda row: row.cost,
     )
     static = [_point(row, STATIC) for row in known if row.rule == STATIC]
     points = [_point(row, series_label(row)) for row in known if row.rule != STATIC]
@@ -113,12 +113,14 @@ def _draw_losses(figure: Picture, axes: Axes, rows: Rows, looks: Looks) -> None:
     loss_axis(axes, [end for point in seen for end in point[2:5]])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y")
-    axes.set(xlabel="Experts kept per token", ylabel="Increase in perplexity (%)")
+    has_steps = any(math.isfinite(row.mean_distinct_experts) for row in rows)
+    cost = "Distinct experts per decode step" if has_steps else "Experts kept per token"
+    axes.set(xlabel=cost, ylabel="Increase in perplexity (%)")
 
 
 def _point(row: PointRow, label: str) -> Point:
     y, low, high = map(percent_change, (row.delta_nll, row.delta_nll_low, row.delta_nll_high))
-    return Point(label, row.mean_experts, y, low, high)
+    return Point(label, row.cost, y, low, high)
 
 
 def _draw_saved(figure: Picture, axes: Axes, tables: SweepTables, looks: Looks) -> None:
