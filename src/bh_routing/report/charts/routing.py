@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from bh_routing.errors import InputError
 from bh_routing.report.charts.marks import (
@@ -73,7 +73,7 @@ def plot_expert_count_distribution(
         axes.bar(values, how_many / counts_n.size, width=0.8, linewidth=0.6, **looks)
         axes.set_xlim(min(values[0], 1.0) - 0.6, values[-1] + 0.6)
         axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
         axes.set(xlabel="Experts kept per token and layer", ylabel="Share")
     else:
         bins = int(np.clip(np.sqrt(counts_n.size), 5, 30))
