@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from bh_routing.analysis.results import load_results
 from bh_routing.analysis.trackers import find_tracker, track_run
 from bh_routing.errors import InputError
 from bh_routing.report import create_visualizations
@@ -33,7 +34,7 @@ def test_mlflow_gets_settings_numbers_pictures_and_files(
     store = tmp_path_factory.mktemp("store")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    said = track_run(folder, "mlflow")
+    said = track_run(load_results(folder), "mlflow")
     client = mlflow.MlflowClient(store.as_uri())
     run = client.get_run(said.split()[-1])
     assert run.data.params["spec.max_tokens"] == "50"
@@ -46,7 +47,7 @@ def test_tensorboard_gets_numbers_and_pictures(folder: Path) -> None:
     pytest.importorskip("tensorboardX", reason="needs tensorboardX")
     from tensorboardX.proto.event_pb2 import Event
 
-    [path] = Path(track_run(folder, "tensorboard")).iterdir()
+    [path] = Path(track_run(load_results(folder), "tensorboard")).iterdir()
     content, values = path.read_bytes(), {}
     while content:
         (size,) = struct.unpack("<Q", content[:8])
@@ -65,7 +66,7 @@ def test_wandb_gets_settings_numbers_pictures_and_files(
     monkeypatch.setenv("WANDB_MODE", "offline")
     for place in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
         monkeypatch.setenv(f"WANDB_{place}", str(store))
-    run_id = track_run(folder, "wandb").split()[-1]
+    run_id = track_run(load_results(folder), "wandb").split()[-1]
     [path] = store.glob(f"wandb/offline-run-*/run-{run_id}.wandb")
     records = wandb_records(path.read_bytes())
     config = {item.key: item.value_json for r in records for item in r.run.config.update}
@@ -102,10 +103,10 @@ def test_an_unknown_or_missing_tracker_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(InputError, match="one of mlflow, wandb, tensorboard; got 'excel'"):
-        track_run(folder, "excel")
+        track_run(load_results(folder), "excel")
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(InputError, match=r"bh-routing\[wandb\]"):
-        track_run(folder, "wandb")
+        track_run(load_results(folder), "wandb")
 
 
 def test_a_name_that_mlflow_would_not_take_is_logged_in_another_form(
@@ -121,7 +122,7 @@ def test_a_name_that_mlflow_would_not_take_is_logged_in_another_form(
     (folder / RUN_JSON).write_text(json.dumps(run))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    run_id = track_run(folder, "mlflow").split()[-1]
+    run_id = track_run(load_results(folder), "mlflow").split()[-1]
     data = mlflow.MlflowClient((tmp_path / "store").as_uri()).get_run(run_id).data
     metrics = data.metrics
     assert data.params["spec.configs.top_p_at_5.method"] == "top_p"
@@ -143,4 +144,4 @@ def test_logging_that_fails_keeps_the_results_and_says_how_to_try_again(folder: 
     pytest.importorskip("tensorboardX", reason="needs tensorboardX")
     (folder / "tensorboard").write_text("a file where events would go")
     with pytest.raises(InputError, match=r"bh-routing report .* --track tensorboard"):
-        track_run(folder, "tensorboard")
+        track_run(load_results(folder), "tensorboard")

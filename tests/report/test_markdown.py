@@ -18,7 +18,8 @@ from bh_routing.report import markdown as markdown_report
 from bh_routing.report.charts import STANDARD
 from bh_routing.report.conclusion import conclude_run
 from bh_routing.report.text import MISSING, markdown, signed_percent
-from bh_routing.results.records import TIMING_COLUMNS, TIMINGS
+from bh_routing.results.files import find_json_object
+from bh_routing.results.records import SUMMARY_JSON, TIMING_COLUMNS, TIMINGS
 
 NO_QUALITY = "**Quality was not measured in this run.**"
 MakeResults = Callable[..., pd.DataFrame]
@@ -343,7 +344,7 @@ def test_the_end_of_a_run_reads_its_folder_once(
         steps.append(what)
         return step()
 
-    conclude_run(folder, attempt)
+    concluded = conclude_run(folder, attempt)
     assert steps == [
         "reading the results",
         "the analysis",
@@ -352,3 +353,6 @@ def test_the_end_of_a_run_reads_its_folder_once(
         "writing the page",
     ]
     assert {"REPORT.md", "report.html", "plots"} <= {path.name for path in folder.iterdir()}
+    assert concluded is not None
+    # A tracker logs these results, without reading the folder again.
+    assert concluded.summary == find_json_object(folder / SUMMARY_JSON)

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from bh_routing.analysis.results import Results, load_results
+from bh_routing.analysis.results import Results
 from bh_routing.errors import InputError
 from bh_routing.results.records import PLOTS, STATUS_OK
 
@@ -57,21 +57,19 @@ class TrackedRun:
     files: list[Path]
 
 
-def track_run(folder: str | Path, tracker: str) -> str:
+def track_run(results: Results, tracker: str) -> str:
     """Log a results folder to a tracker.
 
     Args:
-        folder: output folder of `bh-routing run`.
+        results: contents of the output folder of `bh-routing run`.
         tracker: mlflow, wandb or tensorboard; configure the destination in the tracker, such as by
             MLFLOW_TRACKING_URI or WANDB_MODE. TensorBoard's events are written to the folder.
     Returns:
         The destination, for display.
     Raises:
         InputError: the tracker is unknown or not installed, or logging fails.
-        ResultsError: the folder isn't a results folder.
     """
     module = find_tracker(tracker)
-    results = load_results(folder)
     _, log = TRACKERS[tracker]
     try:
         return log(module, tracked(results), results.folder)

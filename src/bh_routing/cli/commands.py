@@ -62,6 +62,7 @@ def run(
 ) -> int:
     """Compare routing configurations on prompts; resumes where an earlier run stopped."""
     with console_log(), interruptible(_resumes(values["output"])):
+        from bh_routing.analysis.results import load_results
         from bh_routing.analysis.trackers import find_tracker, track_run
         from bh_routing.experiments.configurations import choose
         from bh_routing.experiments.run import run as run_experiments
@@ -76,7 +77,8 @@ def run(
         )
         outcome = run_experiments(make_spec(RunSpec, **values, **chosen), conclude)
         if track is not None:
-            typer.echo(f"logged to {track_run(outcome.folder, track)}", err=True)
+            results = outcome.concluded or load_results(outcome.folder)
+            typer.echo(f"logged to {track_run(results, track)}", err=True)
     if as_json:
         _print_json(outcome.to_document())
     return outcome.exit_code
@@ -228,7 +230,7 @@ def report(
     for path in written:
         typer.echo(f"wrote {path}", err=True)
     if track is not None:
-        typer.echo(f"logged to {track_run(results.folder, track)}", err=True)
+        typer.echo(f"logged to {track_run(results, track)}", err=True)
     return 0
 
 

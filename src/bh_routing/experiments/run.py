@@ -35,7 +35,7 @@ from bh_routing.results.records import BASELINE, LEFT_OUT, LOG, STATUS_OK, Exper
 
 log = logging.getLogger(__name__)
 
-Conclude = Callable[[Path, Callable[[str, Callable[[], Any]], Any]], None]
+Conclude = Callable[[Path, Callable[[str, Callable[[], Any]], Any]], Any]
 """Analyses and reports the results in a folder, with a function that guards a named step."""
 
 
@@ -52,6 +52,8 @@ class RunOutcome:
     """Number of experiments finished by an earlier run of the folder."""
     problems: tuple[str, ...]
     """One sentence per failed experiment and failed later step."""
+    concluded: Any = None
+    """Return value of `conclude`: the results as they were read for the report."""
 
     @property
     def exit_code(self) -> int:
@@ -170,9 +172,10 @@ def _run_begun(
     }
     peak = peak_memory_bytes(prepared.subject.model.device)
     store.update_document({"timing": timing, "peak_memory_bytes": peak})
+    concluded = None
     if conclude is not None:
         log.info("comparing, drawing the plots and writing the report")
-        conclude(folder, partial(guard, problems))
+        concluded = conclude(folder, partial(guard, problems))
     timing["total_sec"] = earlier_sec + time.perf_counter() - start
     store.update_document({"timing": timing})
     for problem in problems:
@@ -184,6 +187,7 @@ def _run_begun(
         num_run=num_run,
         num_reused=num_reused,
         problems=tuple(problems),
+        concluded=concluded,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def conclude_run(
     analyze: Callable[[pd.DataFrame], dict[str, Any]] | None = None,
     visualize: Callable[[pd.DataFrame, Path], Any] | None = None,
     report: Callable[[pd.DataFrame, dict[str, Any], Path], Any] | None = None,
-) -> None:
+) -> Results | None:
     """Write analysis_summary.json, the plots, REPORT.md and report.html; read the folder once.
 
     Args:
@@ -34,10 +35,12 @@ def conclude_run(
         attempt: runs a named step and returns its result, or None if it failed.
         analyze, visualize, report: functions in place of the library's; quality and speed-ups are
             added to the summary that `analyze` returns.
+    Returns:
+        The folder's contents with the new summary; None if the reading or the analysis failed.
     """
     results: Results | None = attempt("reading the results", lambda: load_results(folder))
     if results is None:
-        return
+        return None
 
     def make_summary() -> dict[str, Any]:
         summary = summarize(results, analyze or analyze_results)
@@ -46,7 +49,7 @@ def conclude_run(
 
     summary = attempt("the analysis", make_summary)
     if summary is None:
-        return
+        return None
     table = results.experiments
     facts = cache(lambda: facts_of(results, summary))
 
@@ -59,3 +62,4 @@ def conclude_run(
     else:
         attempt("writing the report", lambda: report(table, summary, folder))
     attempt("writing the page", lambda: write_page_of(facts()))
+    return replace(results, summary=summary)
