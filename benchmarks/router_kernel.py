@@ -25,7 +25,7 @@ import torch
 import triton
 from torch import Tensor
 
-from bh_routing.kernels.router import SoftmaxFamily, fused_router, twin_router
+from bh_routing.kernels.router import SoftmaxFamily, fused_router, reference_router
 from bh_routing.nulls import ReferenceTable, get_null
 from bh_routing.rules import BenjaminiHochberg, LayerContext
 
@@ -118,20 +118,20 @@ def time_host(call: Call) -> dict[str, float]:
 def measure(num_tokens: int, context: LayerContext) -> dict[str, Any]:
     logits_TE = make_logits(num_tokens, seed=2)
     family = SoftmaxFamily(normalises=False)
-    fused, twin = fused_router(RULE, context, family), twin_router(RULE, context, family)
+    fused, reference = fused_router(RULE, context, family), reference_router(RULE, context, family)
     assert fused is not None
-    equal = [torch.equal(a, b) for a, b in zip(fused(logits_TE), twin(logits_TE), strict=True)]
+    equal = [torch.equal(a, b) for a, b in zip(fused(logits_TE), reference(logits_TE), strict=True)]
     calls: dict[str, Call] = {
         "softmax_topk": lambda: logits_TE.softmax(-1, dtype=torch.float32).topk(TOP_K, dim=-1),
         "fused": lambda: fused(logits_TE),
-        "twin": lambda: twin(logits_TE),
+        "reference": lambda: reference(logits_TE),
     }
     ways = {"plain": time_plain, "graph": time_graph, "host": time_host}
     times = {way: {name: run(call) for name, call in calls.items()} for way, run in ways.items()}
     return {
         "num_tokens": num_tokens,
         "mean_experts": fused(logits_TE).expert_counts_T.double().mean().item(),
-        "index_weights_keep_counts_equal_the_twin": equal,
+        "index_weights_keep_counts_equal_the_reference": equal,
         # Reads logits; writes index, weight and mask of each slot, and one count.
         "bytes_fused": num_tokens * (2 * NUM_EXPERTS + TOP_K * (8 + 2 + 1) + 4),
         # Reads logits, writes and rereads probabilities, writes value and index of each slot.
@@ -152,7 +152,7 @@ def main() -> None:
     rows = [measure(num_tokens, context) for num_tokens in NUM_TOKENS]
     for row in rows:
         print(f"{row['num_tokens']:6} tokens, {row['mean_experts']:.2f} experts, equal "
-              f"{row['index_weights_keep_counts_equal_the_twin']}")  # fmt: skip
+              f"{row['index_weights_keep_counts_equal_the_reference']}")  # fmt: skip
         for way, times in row["times"].items():
             texts = [
                 f"{name} {t['median_us']:7.1f} us ({t['low_quartile_us']:.1f}-"

@@ -14,7 +14,7 @@ from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 from bh_routing.kernels.decode import DecodeState, bind_torch
 from bh_routing.kernels.decode_layout import Decoder, read_decoder
-from bh_routing.kernels.router import Router, SoftmaxFamily, twin_router
+from bh_routing.kernels.router import Router, SoftmaxFamily, reference_router
 from bh_routing.rules.base import LayerContext
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 
@@ -66,7 +66,7 @@ def make_routers(decoder: Decoder) -> list[Router]:
     family = SoftmaxFamily(normalises=True)
     device = decoder.embedding_VH.device
     return [
-        twin_router(
+        reference_router(
             rule,
             LayerContext(layer=layer, num_experts=6, model_top_k=3, device=device),
             family,

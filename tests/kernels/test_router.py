@@ -1,4 +1,4 @@
-"""The fused router and its twin, one suite for both: on a GPU, or by Triton's interpreter.
+"""The fused router and its reference implementation, one suite for both: on a GPU, or by Triton's interpreter.
 
 Axes: T tokens, E experts, K slots.
 """
@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from bh_routing.errors import CalibrationError, InputError
-from bh_routing.kernels.router import RoutedSlots, SoftmaxFamily, fused_router, plan_of, twin_router
+from bh_routing.kernels.router import (
+    RoutedSlots,
+    SoftmaxFamily,
+    fused_router,
+    plan_of,
+    reference_router,
+)
 from bh_routing.rules import (
     BenjaminiHochberg,
     BenjaminiHochbergDrop,
@@ -66,31 +72,33 @@ def route_both(
     family: SoftmaxFamily = FINE,
     model_top_k: int = 8,
 ) -> tuple[RoutedSlots, RoutedSlots]:
-    """The fused router's slots and the twin's."""
+    """The fused router's slots and the reference's."""
     context = context_for(rule, logits_TE.shape[-1], model_top_k, device)
     fused = fused_router(rule, context, family)
     assert fused is not None
     logits_TE = logits_TE.to(device)
-    return fused(logits_TE), twin_router(rule, context, family)(logits_TE)
+    return fused(logits_TE), reference_router(rule, context, family)(logits_TE)
 
 
-def assert_same(fused: RoutedSlots, twin: RoutedSlots) -> None:
+def assert_same(fused: RoutedSlots, reference: RoutedSlots) -> None:
     """Bit for bit; the weights only on a GPU, where both have the same `exp`."""
-    assert torch.equal(fused.expert_counts_T, twin.expert_counts_T)
-    assert torch.equal(fused.keep_TK, twin.keep_TK)
-    assert torch.equal(fused.top_k_index_TK, twin.top_k_index_TK)
-    tolerance = 0.0 if fused.keep_TK.is_cuda else 4 * torch.finfo(twin.top_k_weights_TK.dtype).eps
+    assert torch.equal(fused.expert_counts_T, reference.expert_counts_T)
+    assert torch.equal(fused.keep_TK, reference.keep_TK)
+    assert torch.equal(fused.top_k_index_TK, reference.top_k_index_TK)
+    tolerance = (
+        0.0 if fused.keep_TK.is_cuda else 4 * torch.finfo(reference.top_k_weights_TK.dtype).eps
+    )
     torch.testing.assert_close(
-        fused.top_k_weights_TK, twin.top_k_weights_TK, rtol=tolerance, atol=0.0
+        fused.top_k_weights_TK, reference.top_k_weights_TK, rtol=tolerance, atol=0.0
     )
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_the_kernel_decides_like_its_twin(rule: Rule, device: str) -> None:
-    fused, twin = route_both(rule, random_logits(NUM_TOKENS[device]).bfloat16(), device)
-    assert_same(fused, twin)
+def test_the_kernel_decides_like_its_reference(rule: Rule, device: str) -> None:
+    fused, reference = route_both(rule, random_logits(NUM_TOKENS[device]).bfloat16(), device)
+    assert_same(fused, reference)
     if not isinstance(rule, TopK | PerLayerTopK):
-        assert 1 <= twin.expert_counts_T.min() < twin.expert_counts_T.max()
+        assert 1 <= reference.expert_counts_T.min() < reference.expert_counts_T.max()
 
 
 @pytest.mark.parametrize(
@@ -115,24 +123,26 @@ def test_every_convention_of_weights(
     family: SoftmaxFamily, weights: str, temperature: float, device: str
 ) -> None:
     rule = BenjaminiHochberg(0.05, max_k=10, weights=weights, temperature=temperature)  # type: ignore[arg-type]
-    fused, twin = route_both(rule, random_logits(NUM_TOKENS[device]), device, family)
-    assert torch.equal(fused.top_k_index_TK, twin.top_k_index_TK)
-    torch.testing.assert_close(fused.top_k_weights_TK, twin.top_k_weights_TK, rtol=2e-6, atol=1e-30)
+    fused, reference = route_both(rule, random_logits(NUM_TOKENS[device]), device, family)
+    assert torch.equal(fused.top_k_index_TK, reference.top_k_index_TK)
+    torch.testing.assert_close(
+        fused.top_k_weights_TK, reference.top_k_weights_TK, rtol=2e-6, atol=1e-30
+    )
 
 
 def test_equal_logits_go_to_the_smaller_expert_number_and_zeros_have_no_sign(device: str) -> None:
     logits_TE = torch.tensor([[0.0, 1.0, -0.0, 1.0, 0.0, -2.0, -0.0, 1.0]])
-    fused, twin = route_both(TopK(6), logits_TE, device, model_top_k=6)
+    fused, reference = route_both(TopK(6), logits_TE, device, model_top_k=6)
     assert fused.top_k_index_TK.tolist() == [[1, 3, 7, 0, 2, 4]]
-    assert_same(fused, twin)
+    assert_same(fused, reference)
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, -1e30])
 def test_a_token_whose_logits_are_all_equal(value: float, device: str) -> None:
     rule = BenjaminiHochberg(0.05, null="gaussian", on_empty="model_k")
-    fused, twin = route_both(rule, torch.full((3, 60), value), device)
+    fused, reference = route_both(rule, torch.full((3, 60), value), device)
     assert fused.top_k_index_TK.tolist() == [list(range(8))] * 3
-    assert_same(fused, twin)
+    assert_same(fused, reference)
 
 
 def test_a_token_with_more_than_half_of_its_logits_equal(device: str) -> None:
@@ -150,9 +160,9 @@ def test_a_score_exactly_on_its_line_is_kept(device: str) -> None:
     logits_TE = torch.zeros(2, 64)
     logits_TE[0, [3, 11]] = line
     logits_TE[1, [3, 11]] = line.nextafter(torch.tensor(0.0))
-    fused, twin = route_both(rule, logits_TE, device)
+    fused, reference = route_both(rule, logits_TE, device)
     assert fused.expert_counts_T.tolist() == [2, 1]
-    assert_same(fused, twin)
+    assert_same(fused, reference)
 
 
 def test_no_tokens_are_no_trouble(device: str) -> None:
@@ -172,7 +182,7 @@ def test_no_tokens_are_no_trouble(device: str) -> None:
     ],
     ids=str,
 )
-def test_a_rule_without_a_fused_form_is_left_to_its_twin(rule: Rule, device: str) -> None:
+def test_a_rule_without_a_fused_form_is_left_to_its_reference(rule: Rule, device: str) -> None:
     assert fused_router(rule, context_for(rule, device=device), RAW) is None
 
 
@@ -201,8 +211,8 @@ def test_a_gpu_gives_the_weights_of_torchs_own_softmax(
     num_experts: int, dtype: torch.dtype
 ) -> None:
     logits_TE = 4 * random_logits(2_000, num_experts, seed=2).to(dtype)
-    fused, twin = route_both(TopK(8), logits_TE, "cuda")
-    assert torch.equal(fused.top_k_weights_TK, twin.top_k_weights_TK)
+    fused, reference = route_both(TopK(8), logits_TE, "cuda")
+    assert torch.equal(fused.top_k_weights_TK, reference.top_k_weights_TK)
 
 
 @pytest.mark.gpu

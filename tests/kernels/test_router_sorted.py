@@ -1,4 +1,4 @@
-"""The router in one sort decides as its twin does."""
+"""The router in one sort decides as its reference implementation does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bh_routing.kernels.router import RouterPlan, SoftmaxFamily, _bind, sorted_router, twin_router
+from bh_routing.kernels.router import (
+    RouterPlan,
+    SoftmaxFamily,
+    _bind,
+    reference_router,
+    sorted_router,
+)
 from bh_routing.nulls import ReferenceTable
 from bh_routing.rules.base import LayerContext, Rule
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg, OnEmpty
@@ -49,12 +55,12 @@ def context() -> LayerContext:
 
 @pytest.mark.parametrize("normalises", [False, True])
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_it_decides_as_the_twin(rule: Rule, normalises: bool, context: LayerContext) -> None:
+def test_it_decides_as_the_reference(rule: Rule, normalises: bool, context: LayerContext) -> None:
     family = SoftmaxFamily(normalises=normalises)
     quick = sorted_router(rule, context, family)
     assert quick is not None
     logits_TE = make_logits(300, seed=2)
-    found, expected = quick(logits_TE), twin_router(rule, context, family)(logits_TE)
+    found, expected = quick(logits_TE), reference_router(rule, context, family)(logits_TE)
     assert torch.equal(found.top_k_index_TK, expected.top_k_index_TK)
     assert torch.equal(found.keep_TK.expand_as(expected.keep_TK), expected.keep_TK)
     assert torch.equal(found.expert_counts_T, expected.expert_counts_T)
@@ -71,7 +77,7 @@ def test_without_max_k_it_keeps_at_most_the_models_own_k(
     own, family = replace(context, model_top_k=model_top_k), SoftmaxFamily(normalises=True)
     quick, logits_TE = sorted_router(rule, own, family), make_logits(300, seed=2)
     assert quick is not None
-    found, expected = quick(logits_TE), twin_router(rule, own, family)(logits_TE)
+    found, expected = quick(logits_TE), reference_router(rule, own, family)(logits_TE)
     assert torch.equal(found.expert_counts_T, expected.expert_counts_T)
     assert int(found.expert_counts_T.max()) == model_top_k
 
@@ -85,7 +91,9 @@ def test_without_max_k_it_keeps_at_most_the_models_own_k(
     ],
     ids=str,
 )
-def test_what_needs_more_than_a_sort_is_left_to_the_twin(rule: Rule, context: LayerContext) -> None:
+def test_what_needs_more_than_a_sort_is_left_to_the_reference(
+    rule: Rule, context: LayerContext
+) -> None:
     assert sorted_router(rule, context, SoftmaxFamily(normalises=False)) is None
 
 

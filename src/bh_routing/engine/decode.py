@@ -20,8 +20,8 @@ from bh_routing.kernels.router import (
     Router,
     SoftmaxFamily,
     fused_router,
+    reference_router,
     sorted_router,
-    twin_router,
 )
 from bh_routing.models.experts import experts_by
 from bh_routing.models.routers import find_routers
@@ -335,7 +335,7 @@ def bind_routers(bound: BoundRule) -> list[Router]:
         family = SoftmaxFamily(normalises=site.facts.normalises)
         router = fused_router(bound.rule, context, family)
         router = router or sorted_router(bound.rule, context, family)
-        routers.append(router or twin_router(bound.rule, context, family))
+        routers.append(router or reference_router(bound.rule, context, family))
     return routers
 
 

@@ -196,7 +196,7 @@ class SoftmaxFamily:
         return Candidates(logits_TE, index_TK, weights_TK.to(dtype))
 
 
-def twin_router(rule: Rule, context: LayerContext, family: SoftmaxFamily) -> Router:
+def reference_router(rule: Rule, context: LayerContext, family: SoftmaxFamily) -> Router:
     """Bind a rule to a layer: the reference implementation in torch, for any device.
 
     It supports all rules that don't need expert outputs. Each row of logits is a separate sequence,
@@ -357,7 +357,7 @@ def fused_router(rule: Rule, context: LayerContext, family: SoftmaxFamily) -> Ro
 
     Not supported are other devices than CUDA, machines without Triton, more than 512 experts or 32
     slots, temperature weights "raw" in a family that doesn't normalise, and rules without a plan.
-    Kept slots, experts and counts equal those of `twin_router` bit for bit.
+    Kept slots, experts and counts equal those of `reference_router` bit for bit.
 
     Args:
         rule: decides which slots stay.

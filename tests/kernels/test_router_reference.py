@@ -1,4 +1,4 @@
-"""The twin's proposals beside the routers of transformers. Axes: T tokens, E experts, K slots."""
+"""The reference's proposals beside the routers of transformers. Axes: T tokens, E experts, K slots."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from bh_routing.kernels.router import SoftmaxFamily, twin_router
+from bh_routing.kernels.router import SoftmaxFamily, reference_router
 from bh_routing.rules import BenjaminiHochberg, TopK
 from tests.rules.proposals import context_for, random_logits
 
@@ -48,7 +48,7 @@ def test_keeping_all_slots_gives_what_transformers_own_router_gives(
     with torch.no_grad():
         _, weights_TK, index_TK = router((logits_TE / 4 - 2).to(dtype))
     rule = TopK(4)
-    route = twin_router(rule, context_for(rule, NUM_EXPERTS, model_top_k=4), family)
+    route = reference_router(rule, context_for(rule, NUM_EXPERTS, model_top_k=4), family)
     slots = route((logits_TE / 4 - 2).to(dtype))
     assert torch.equal(slots.top_k_index_TK, index_TK)
     assert torch.equal(slots.top_k_weights_TK, weights_TK)
@@ -57,7 +57,9 @@ def test_keeping_all_slots_gives_what_transformers_own_router_gives(
 
 def test_a_dropped_slot_weighs_nothing_and_names_the_best_expert() -> None:
     rule = BenjaminiHochberg(0.05)
-    slots = twin_router(rule, context_for(rule), SoftmaxFamily(normalises=False))(random_logits(60))
+    slots = reference_router(rule, context_for(rule), SoftmaxFamily(normalises=False))(
+        random_logits(60)
+    )
     best_TK = slots.top_k_index_TK[:, :1].expand_as(slots.top_k_index_TK)
     assert torch.equal(slots.top_k_index_TK[~slots.keep_TK], best_TK[~slots.keep_TK])
     assert not slots.top_k_weights_TK[~slots.keep_TK].any()
