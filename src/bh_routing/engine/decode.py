@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from bh_routing.engine.quickest import bind_quickest, is_plain_softmax
+from bh_routing.engine.fused import bind_fused, is_plain_softmax
 from bh_routing.engine.timing import captured
 from bh_routing.kernels.decode import DecodeState, bind_step
 from bh_routing.kernels.decode_layout import Decoder, UndecodableError, read_decoder
@@ -188,7 +188,7 @@ class Engine:
         """Bind a rule as `bind_rule` does, and cache it; check its calibration on every call."""
         key = (rule, calibration)
         if key not in self._bound:
-            self._bound[key] = bind_quickest(model, rule, calibration)
+            self._bound[key] = bind_fused(model, rule, calibration)
         else:
             # Weights may have changed in place, by training or by merging an adapter.
             check_calibration(model, self._bound[key].routers, rule, calibration)
@@ -339,7 +339,7 @@ def bind_routers(bound: BoundRule) -> list[Router]:
     return routers
 
 
-def _quickest_experts(model: Any) -> AbstractContextManager[None]:
+def _fused_experts(model: Any) -> AbstractContextManager[None]:
     # On a CPU, `load_model` has already set the implementation.
     if model.device.type != "cuda":
         return nullcontext()
@@ -377,7 +377,7 @@ def decode_greedily(
     batch, length = token_BP.shape
     session = engine.session(bound, batch, length + max_new_tokens)
     start = time.perf_counter()
-    with _quickest_experts(model), install(model, bound) as trace:
+    with _fused_experts(model), install(model, bound) as trace:
         output = model(input_ids=token_BP, use_cache=True, logits_to_keep=1)
     top_B, first_B = output.logits[:, -1].max(-1)
     first = first_B.tolist()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bh_routing.engine.quickest import bind_quickest
+from bh_routing.engine.fused import bind_fused
 from bh_routing.engine.tally import DocumentTally
 from bh_routing.engine.windows import (
     TokenizedDocument,
@@ -120,8 +120,8 @@ def score(
         check_decode_batch(documents, decode_batch)
     prefix = prefix_token(tokenizer)
     routers = find_routers(model)
-    own = bind_quickest(model, TopK(k=routers.model_top_k))
-    bound = {name: bind_quickest(model, rule, calibration) for name, rule in rules.items()}
+    own = bind_fused(model, TopK(k=routers.model_top_k))
+    bound = {name: bind_fused(model, rule, calibration) for name, rule in rules.items()}
     for group in document_groups(documents, decode_batch):
         tallies = {
             name: [DocumentTally(len(routers.sites), routers.num_experts) for _ in group]

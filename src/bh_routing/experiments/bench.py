@@ -17,8 +17,8 @@ from torch import Tensor
 
 from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.decode import decode_greedily, engine_of, startup_seconds
+from bh_routing.engine.fused import bind_fused
 from bh_routing.engine.generate import TokenClock
-from bh_routing.engine.quickest import bind_quickest
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.engine.timing import Timing, copied_bytes_per_second, stopwatch, time_interleaved
 from bh_routing.errors import InputError
@@ -238,7 +238,7 @@ def bench_prefill(model: Any, *, tokens: int, rounds: int) -> list[Row]:
         model(input_ids=token_1P, use_cache=True, logits_to_keep=1)
 
     def mean_of(rule: Rule) -> float:
-        with install(model, bind_quickest(model, rule)) as trace:
+        with install(model, bind_fused(model, rule)) as trace:
             forward()
         return float(trace.expert_counts.float().mean())
 
@@ -246,7 +246,7 @@ def bench_prefill(model: Any, *, tokens: int, rounds: int) -> list[Row]:
     bh_mean = mean_of(bh)
 
     def passes(implementation: str, rule: Rule | None = None) -> Callable[[], float]:
-        bound = bind_quickest(model, rule) if rule else None
+        bound = bind_fused(model, rule) if rule else None
         watch = stopwatch(forward, model.device)
         function = sparse_experts_forward if implementation == NAME else None
 

@@ -31,7 +31,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from bh_routing.engine.calibrate import calibrate
-from bh_routing.engine.quickest import bind_quickest
+from bh_routing.engine.fused import bind_fused
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.errors import InputError
 from bh_routing.models.load import LoadedModel, load_model
@@ -139,7 +139,7 @@ class RoutedModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
                 add_bos_token=add_bos_token,
                 prefix_token_id=prefix_token_id,
             )
-        self._bound = bind_quickest(self.model, rule, calibration)
+        self._bound = bind_fused(self.model, rule, calibration)
         self._calibration = calibration
         self._unread_rows: list[Tensor] = []
         self.expert_use = ExpertUse()

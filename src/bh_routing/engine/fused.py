@@ -16,7 +16,7 @@ from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules.base import LayerContext, Rule
 
 
-def bind_quickest(model: Any, rule: Rule, calibration: Calibration | None = None) -> BoundRule:
+def bind_fused(model: Any, rule: Rule, calibration: Calibration | None = None) -> BoundRule:
     """Bind a rule as `bind_rule` does, with a fused kernel for each router that supports one.
 
     Kept experts are the same bit for bit, except for ties of logits: the kernel prefers the smaller
