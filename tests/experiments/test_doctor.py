@@ -19,9 +19,9 @@ from bh_routing.experiments.doctor import (
     check_writing,
     examine,
 )
-from bh_routing.nulls.laboratory import Row, run_laboratory
+from bh_routing.nulls.simulation import Row, run_simulation
 
-ROWS = run_laboratory(1_000, nulls=("true",))
+ROWS = run_simulation(1_000, nulls=("true",))
 
 
 def test_here_a_run_is_possible_and_what_is_missing_is_a_warning(tmp_path: Path) -> None:

@@ -20,14 +20,14 @@ from packaging.requirements import Requirement
 from bh_routing.errors import BHRoutingError
 from bh_routing.models.load import hub_answers, load_model
 from bh_routing.models.routing import route
-from bh_routing.nulls.laboratory import TRUE_NULL, Row, run_laboratory
+from bh_routing.nulls.simulation import TRUE_NULL, Row, run_simulation
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 
 State = Literal["ok", "warning", "problem"]
 """warning: an experiment with the demo model works nevertheless; problem: it doesn't."""
 
 DISTRIBUTION: Final = "bh-routing"
-LABORATORY_TOKENS: Final = 2_000
+SIMULATION_TOKENS: Final = 2_000
 _LITTLE_MEMORY: Final = 2 * 2**30
 _LITTLE_SPACE: Final = 2**30
 
@@ -61,8 +61,8 @@ def examine(output: Path) -> list[Finding]:
 
 
 def check_statistics(
-    tokens: int = LABORATORY_TOKENS,
-    laboratory: Callable[..., Sequence[Row]] = run_laboratory,
+    tokens: int = SIMULATION_TOKENS,
+    simulation: Callable[..., Sequence[Row]] = run_simulation,
 ) -> tuple[list[Row], list[Finding]]:
     """Measure BH's false discovery rate where the null hypothesis is true and experts independent.
 
@@ -71,13 +71,13 @@ def check_statistics(
 
     Args:
         tokens: tokens per measurement.
-        laboratory: the simulation.
+        simulation: the simulation.
     Returns:
         The simulation's rows, and one finding per level.
     """
     rows = [
         row
-        for row in laboratory(tokens, nulls=(TRUE_NULL,))
+        for row in simulation(tokens, nulls=(TRUE_NULL,))
         if row.design == "independent" and row.procedure == "bh"
     ]
     return rows, [_judge(row) for row in rows]

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from benchmarks.laboratory import BLOCK, HERE, METHOD, render
+from benchmarks.simulation import BLOCK, HERE, METHOD, render
 from bh_routing.nulls import NULLS
-from bh_routing.nulls.laboratory import ALPHAS, TRUE_NULL, run_laboratory
+from bh_routing.nulls.simulation import ALPHAS, TRUE_NULL, run_simulation
 
-RESULTS = json.loads((HERE / "laboratory.json").read_text(encoding="utf-8"))
+RESULTS = json.loads((HERE / "simulation.json").read_text(encoding="utf-8"))
 ROWS: list[dict[str, Any]] = RESULTS["rows"]
 
 
-@pytest.mark.parametrize("page", [METHOD, HERE / "laboratory.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [METHOD, HERE / "simulation.md"], ids=lambda page: page.name)
 def test_the_page_shows_the_measured_table(page: Path) -> None:
     assert render(RESULTS) in page.read_text(encoding="utf-8")
     assert len(BLOCK.findall(METHOD.read_text(encoding="utf-8"))) == 1
@@ -46,7 +46,7 @@ def test_with_the_true_null_and_independent_logits_alpha_is_kept(procedure: str)
     ids=["some", "all"],
 )
 def test_measuring_again_gives_the_published_rates(nulls: tuple[str, ...]) -> None:
-    again = run_laboratory(RESULTS["made"]["tokens"], RESULTS["made"]["seed"], nulls)
+    again = run_simulation(RESULTS["made"]["tokens"], RESULTS["made"]["seed"], nulls)
     published = [row for row in ROWS if row["null"] in nulls]
     for new, row in zip(again, published, strict=True):
         # Not to the bit: another torch may add up in another order.

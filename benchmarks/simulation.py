@@ -1,6 +1,6 @@
 """Measure false discoveries and power in the simulation with planted signals of docs/method.md.
 
-    python benchmarks/laboratory.py
+    python benchmarks/simulation.py
 
 Writes the results as JSON next to this file, renders them to Markdown there and in docs/method.md,
 between the markers.
@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 import bh_routing
-from bh_routing.nulls.laboratory import run_laboratory
+from bh_routing.nulls.simulation import run_simulation
 
 HERE = Path(__file__).parent
 METHOD = HERE.parent / "docs" / "method.md"
-BLOCK = re.compile(r"(<!-- laboratory: .*? -->\n).*(<!-- laboratory: end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- simulation: .*? -->\n).*(<!-- simulation: end -->)", re.DOTALL)
 
 
 def render(results: dict[str, Any]) -> str:
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    rows = [asdict(row) for row in run_laboratory(options.tokens, options.seed)]
+    rows = [asdict(row) for row in run_simulation(options.tokens, options.seed)]
     for row in rows:
         if row["pooled_share"] != row["pooled_share"]:
             row["pooled_share"] = None  # JSON has no NaN
@@ -73,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         },
         "rows": rows,
     }
-    (HERE / "laboratory.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (HERE / "simulation.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     table = render(results)
-    (HERE / "laboratory.md").write_text(table, encoding="utf-8")
+    (HERE / "simulation.md").write_text(table, encoding="utf-8")
     page = METHOD.read_text(encoding="utf-8")
     METHOD.write_text(BLOCK.sub(lambda found: found[1] + table + found[2], page), encoding="utf-8")
     print(table)

@@ -68,7 +68,7 @@ class _Sample(NamedTuple):
     is_planted_TE: Tensor
 
 
-def run_laboratory(
+def run_simulation(
     tokens: int = 10_000, seed: int = 0, nulls: Sequence[str] = (TRUE_NULL, *NULLS)
 ) -> list[Row]:
     """Measure every null under every procedure, with and without planted signals.
