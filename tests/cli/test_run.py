@@ -143,7 +143,7 @@ def test_a_failing_step_ends_with_1_and_is_named_once(
 
 @pytest.mark.usefixtures("loaded_demo")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_with_its_code_and_the_way_on(
+def test_a_signal_ends_the_run_with_its_code_and_the_remedy(
     number: signal.Signals, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def send_signal(results: Any) -> dict[str, Any]:

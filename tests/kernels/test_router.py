@@ -1,4 +1,4 @@
-"""The fused router and its reference implementation, one suite for both: on a GPU, or by Triton's interpreter.
+"""The fused router agrees with its reference implementation, on a GPU or by Triton's interpreter.
 
 Axes: T tokens, E experts, K slots.
 """

@@ -1,4 +1,4 @@
-"""The reference's proposals beside the routers of transformers. Axes: T tokens, E experts, K slots."""
+"""The reference router proposes as transformers' do. Axes: T tokens, E experts, K slots."""
 
 from __future__ import annotations
 

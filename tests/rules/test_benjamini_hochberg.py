@@ -28,7 +28,7 @@ from tests.rules.proposals import (
 
 
 def by_p_values(rule: BenjaminiHochberg, candidates: Candidates, context: LayerContext) -> Tensor:
-    """The slow, obvious reference implementation: p-values, BH's count, limits, the best slots one by one.
+    """Reference implementation: p-values, BH's count, limits, the best slots one by one.
 
     Where experts have tables of their own, the count is that of rejected slots, best by p-value.
     """

@@ -23,13 +23,13 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def interruptible(way_on: str) -> Iterator[None]:
+def interruptible(remedy: str) -> Iterator[None]:
     """Raise `Terminated` on SIGTERM inside the block; after either signal, say how to resume.
 
     Outside the main thread the SIGTERM handler is left unchanged.
 
     Args:
-        way_on: rest of the sentence that starts with "interrupted; ".
+        remedy: rest of the sentence that starts with "interrupted; ".
     Raises:
         typer.Exit: with the exit code of the signal.
     """
@@ -38,7 +38,7 @@ def interruptible(way_on: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interruption:
-        print(f"bh-routing: interrupted; {way_on}", file=sys.stderr)
+        print(f"bh-routing: interrupted; {remedy}", file=sys.stderr)
         is_term = isinstance(interruption, Terminated)
         raise typer.Exit(EXIT_TERMINATED if is_term else EXIT_INTERRUPTED) from None
     finally:

@@ -85,8 +85,8 @@ def calibrate(
         with evaluating(model):
             contributions = _read(model, routers, windows, set(nulls), seed)
     finally:
-        for take_out in undo:
-            take_out()
+        for remove in undo:
+            remove()
     return Calibration(
         tables={
             null: tuple(_table(null, reservoirs[null, site.layer]) for site in routers.sites)

@@ -54,7 +54,7 @@ class Answer:
 
 
 @dataclass(eq=False, slots=True)
-class _Seat:
+class _Worker:
     """One worker, and the group of its last job."""
 
     number: int
@@ -99,8 +99,8 @@ class WorkerPool:
         self._ray = ray
         self._start = start
         self._title = title
-        self._idle: list[_Seat] = []
-        self._busy: dict[Any, tuple[_Seat, Job | None]] = {}
+        self._idle: list[_Worker] = []
+        self._busy: dict[Any, tuple[_Worker, Job | None]] = {}
         self._deaths_in_a_row = 0
         self._size = size
         for number in range(1, size + 1):
@@ -123,10 +123,10 @@ class WorkerPool:
             if not ready and all(job is None for _, job in self._busy.values()):
                 log.warning("still waiting for %s", self._title)
             for reference in ready:
-                seat, job = self._busy.pop(reference)
-                answer = self._fetch(reference, seat)
+                worker, job = self._busy.pop(reference)
+                answer = self._fetch(reference, worker)
                 if answer is not None:
-                    self._idle.append(seat)
+                    self._idle.append(worker)
                     # Before the yield, so that the worker doesn't wait for the caller.
                     self._hand_out(queue)
                     if job is not None:
@@ -138,23 +138,23 @@ class WorkerPool:
 
     def close(self) -> None:
         """Stop all workers."""
-        for seat in [*self._idle, *(seat for seat, _ in self._busy.values())]:
-            self._ray.kill(seat.actor)
+        for worker in [*self._idle, *(worker for worker, _ in self._busy.values())]:
+            self._ray.kill(worker.actor)
         self._idle, self._busy = [], {}
 
     def _add(self, number: int) -> None:
         actor, ready = self._start()
-        self._busy[ready] = (_Seat(number, actor), None)
+        self._busy[ready] = (_Worker(number, actor), None)
 
     def _hand_out(self, queue: JobQueue) -> None:
         while queue and self._idle:
-            seat = self._idle.pop()
-            job = queue.take(seat.group)
-            seat.group = job.group
-            method = getattr(seat.actor, job.method)
-            self._busy[method.remote(list(job.items), *job.settings)] = (seat, job)
+            worker = self._idle.pop()
+            job = queue.take(worker.group)
+            worker.group = job.group
+            method = getattr(worker.actor, job.method)
+            self._busy[method.remote(list(job.items), *job.settings)] = (worker, job)
 
-    def _fetch(self, reference: Any, seat: _Seat) -> Answer | None:
+    def _fetch(self, reference: Any, worker: _Worker) -> Answer | None:
         """Return a worker's answer; if it died, start another one and return None."""
         exceptions = self._ray.exceptions
         try:
@@ -163,7 +163,7 @@ class WorkerPool:
             raise getattr(error, "cause", None) or error from error
         except (exceptions.RayActorError, exceptions.RaySystemError) as error:
             reason = str(error).strip().splitlines()[0]
-            log.warning("worker %d died and is replaced: %s", seat.number, reason)
+            log.warning("worker %d died and is replaced: %s", worker.number, reason)
             self._deaths_in_a_row += 1
             if self._deaths_in_a_row >= MAX_DEATHS * self._size:
                 raise ExperimentError(
@@ -171,12 +171,12 @@ class WorkerPool:
                     f"{MAX_DEATHS * self._size - 1} may (the last: {reason}); see Ray's logs, and "
                     "give workers more memory or take fewer with --workers"
                 ) from error
-            self._ray.kill(seat.actor)
-            self._add(seat.number)
+            self._ray.kill(worker.actor)
+            self._add(worker.number)
             return None
         self._deaths_in_a_row = 0
         for name, level, text in answer.log:
-            logging.getLogger(name).log(level, "worker %d: %s", seat.number, text)
+            logging.getLogger(name).log(level, "worker %d: %s", worker.number, text)
         return answer
 
 

@@ -21,7 +21,7 @@ NUM_TOKENS: Final = 12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Heard:
+class CapturedCall:
     """A captured router call."""
 
     place: RouterPlace
@@ -75,7 +75,7 @@ class _Block:
             setattr(self.module, BLOCK_METHOD, method)
             yield lambda: delattr(self.module, BLOCK_METHOD)
 
-    def heard(self) -> Heard:
+    def heard(self) -> CapturedCall:
         """Identify the child that is the router.
 
         Raises:
@@ -93,7 +93,7 @@ class _Block:
                 raise ModelError(f"the experts of {self.name} aren't given the router's slots")
             full_name = f"{self.name}.{name}" if self.name else name
             hidden = arguments[0].reshape(-1, arguments[0].shape[-1])
-            return Heard(
+            return CapturedCall(
                 place=RouterPlace(full_name, child, self.module, self.experts, order),
                 arguments=arguments,
                 keywords=keywords,
@@ -115,7 +115,7 @@ class _Block:
         return None, as_routed(logits, pair) if is_logits else None
 
 
-def listen_to_text(model: nn.Module) -> list[Heard]:
+def listen_to_text(model: nn.Module) -> list[CapturedCall]:
     """Run a short sequence through the model and return its routers in execution order.
 
     Only routers of the text model are found, not those of a vision tower.
@@ -131,8 +131,8 @@ def listen_to_text(model: nn.Module) -> list[Heard]:
     order: list[_Block] = []
     with ExitStack() as undo:
         for block in blocks:
-            for take_out in block.listen(order):
-                undo.callback(take_out)
+            for remove in block.listen(order):
+                undo.callback(remove)
         undo.enter_context(_undisturbed(model))
         _read_text(model)
     return [block.heard() for block in dict.fromkeys(order)]

@@ -20,12 +20,12 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from bh_routing.errors import ModelError
-from bh_routing.models.capture import Heard
+from bh_routing.models.capture import CapturedCall
 from bh_routing.models.families import Family
 from bh_routing.models.sites import (
     TRANSFORMS,
+    Attribute,
     Groups,
-    Held,
     Routed,
     RouterFacts,
     Scoring,
@@ -43,13 +43,13 @@ _ERRORS: Final = (
 """Errors that a router may raise on an unsupported top-k."""
 _GROUP_NAMES: Final = ("num_group", "n_group", "num_groups", "n_groups")
 
-Changes = Mapping[Held, Tensor]
+Changes = Mapping[Attribute, Tensor]
 
 
 class _Bench:
     """A router with its captured arguments, for repeated calls with changes."""
 
-    def __init__(self, heard: Heard) -> None:
+    def __init__(self, heard: CapturedCall) -> None:
         self.heard = heard
         self.place = heard.place
         hidden = heard.arguments[0]
@@ -80,7 +80,7 @@ class _Bench:
         return self.place.order.unpack(output)
 
     @contextmanager
-    def with_top_k(self, widener: Held, top_k: int) -> Iterator[None]:
+    def with_top_k(self, widener: Attribute, top_k: int) -> Iterator[None]:
         before = widener.get()
         setattr(widener.owner, widener.name, top_k)
         try:
@@ -89,7 +89,7 @@ class _Bench:
             setattr(widener.owner, widener.name, before)
 
 
-def establish(heard: Heard, family: Family) -> RouterFacts:
+def establish(heard: CapturedCall, family: Family) -> RouterFacts:
     """Establish all facts about one router.
 
     Raises:
@@ -114,7 +114,7 @@ def _establish(bench: _Bench, family: Family) -> RouterFacts:
         return replace(_establish_at(bench, family, widener), top_k=top_k)
 
 
-def _establish_at(bench: _Bench, family: Family, widener: Held | None) -> RouterFacts:
+def _establish_at(bench: _Bench, family: Family, widener: Attribute | None) -> RouterFacts:
     """Establish all facts about a router that selects fewer experts than it has."""
     routed = bench.call()
     num_experts, top_k = routed.logits_TE.shape[1], routed.index_TK.shape[1]
@@ -141,7 +141,7 @@ def _establish_at(bench: _Bench, family: Family, widener: Held | None) -> Router
     return _widening(facts, law, widener)
 
 
-def _find_widener(bench: _Bench, top_k: int, num_experts: int) -> Held | None:
+def _find_widener(bench: _Bench, top_k: int, num_experts: int) -> Attribute | None:
     """Find the attribute that is the router's top-k: changing it by 1 changes the slots by 1."""
     other = top_k + 1 if top_k < num_experts else top_k - 1
     place = bench.place
@@ -151,7 +151,7 @@ def _find_widener(bench: _Bench, top_k: int, num_experts: int) -> Held | None:
         for name, value in list(vars(owner).items()):
             if type(value) is not int or value != top_k or name.startswith("_"):
                 continue
-            widener = Held(owner, name)
+            widener = Attribute(owner, name)
             try:
                 with bench.with_top_k(widener, other):
                     slots = bench.call().index_TK.shape[1]
@@ -163,8 +163,8 @@ def _find_widener(bench: _Bench, top_k: int, num_experts: int) -> Held | None:
 
 
 class _Roles(NamedTuple):
-    bias: Held | None
-    gain: Held | None
+    bias: Attribute | None
+    gain: Attribute | None
 
 
 def _roles(bench: _Bench, num_experts: int) -> _Roles:
@@ -173,14 +173,14 @@ def _roles(bench: _Bench, num_experts: int) -> _Roles:
     owners: list[nn.Module] = [*place.module.modules(), place.block]
     base = bench.call()
     generator = torch.Generator().manual_seed(1)
-    found: dict[str, Held] = {}
+    found: dict[str, Attribute] = {}
     for owner in dict.fromkeys(owners):
         for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
             if tensor is None or tensor.numel() != num_experts or not tensor.is_floating_point():
                 continue
-            held = Held(owner, name)
+            attribute = Attribute(owner, name)
             noise = torch.rand(tensor.shape, generator=generator) + 0.5
-            changed = bench.call(changes={held: noise.to(tensor)})
+            changed = bench.call(changes={attribute: noise.to(tensor)})
             if not torch.equal(changed.logits_TE, base.logits_TE):
                 continue  # part of the logits, which the router returns
             if not torch.equal(_as_set(changed.index_TK), _as_set(base.index_TK)):
@@ -191,7 +191,7 @@ def _roles(bench: _Bench, num_experts: int) -> _Roles:
                 continue
             if role in found:
                 raise ModelError(f"{place.name} has two tensors that act as a {role} of experts")
-            found[role] = held
+            found[role] = attribute
     return _Roles(found.get("bias"), found.get("gain"))
 
 
@@ -205,7 +205,9 @@ class _Law(NamedTuple):
     scale_depends_on_top_k: bool = False
 
 
-def _weight_law(bench: _Bench, family: Family, widener: Held | None, gain: Held | None) -> _Law:
+def _weight_law(
+    bench: _Bench, family: Family, widener: Attribute | None, gain: Attribute | None
+) -> _Law:
     if family.scoring is not None:
         return _Law(family.scoring, bool(family.normalises), None)
     narrow = bench.call()
@@ -228,7 +230,7 @@ def _weight_law(bench: _Bench, family: Family, widener: Held | None, gain: Held 
     return law._replace(scale_depends_on_top_k=not is_same)
 
 
-def _fit_law(bench: _Bench, routed: Routed, gain: Held | None) -> _Law:
+def _fit_law(bench: _Bench, routed: Routed, gain: Attribute | None) -> _Law:
     """Find the only function of the logits to which each token's weights are proportional."""
     logits_TE, weights_TK = routed.logits_TE.double(), routed.weights_TK.double()
     tolerance = _tolerance(routed)
@@ -278,14 +280,14 @@ def _shared_weights(routed: Routed) -> Tensor | None:
     return first if is_like_weights else None
 
 
-def _is_by_token(bench: _Bench, bias: Held | None) -> bool:
+def _is_by_token(bench: _Bench, bias: Attribute | None) -> bool:
     """Whether the selection is independent of the hidden states, even without a bias."""
     changes = {} if bias is None else {bias: torch.zeros_like(bias.get())}
     first, *others = (_as_set(bench.call(noise, changes).index_TK) for noise in range(3))
     return all(torch.equal(first, other) for other in others)
 
 
-def _selection(bench: _Bench, facts: RouterFacts, widener: Held | None) -> RouterFacts:
+def _selection(bench: _Bench, facts: RouterFacts, widener: Attribute | None) -> RouterFacts:
     """Establish the scores that the selection compares, and the experts it considers."""
     groups = _declared_groups(bench, facts.num_experts)
     tries: list[RouterFacts] = []
@@ -300,9 +302,9 @@ def _selection(bench: _Bench, facts: RouterFacts, widener: Held | None) -> Route
     )
 
 
-def _explains(bench: _Bench, facts: RouterFacts, widener: Held | None, seed: int) -> bool:
+def _explains(bench: _Bench, facts: RouterFacts, widener: Attribute | None, seed: int) -> bool:
     """Whether `facts` rank every chosen expert above the others in the chosen groups."""
-    changes: dict[Held, Tensor] = {}
+    changes: dict[Attribute, Tensor] = {}
     if facts.bias is not None:
         generator = torch.Generator().manual_seed(seed + 10)
         bias = facts.bias.get()
@@ -357,7 +359,7 @@ def _declared_groups(bench: _Bench, num_experts: int) -> Groups | None:
     return None
 
 
-def _widening(facts: RouterFacts, law: _Law, widener: Held | None) -> RouterFacts:
+def _widening(facts: RouterFacts, law: _Law, widener: Attribute | None) -> RouterFacts:
     reason = ""
     if facts.by_token:
         reason = "it looks experts up by token id"

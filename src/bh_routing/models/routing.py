@@ -152,8 +152,8 @@ def install(
         rows = None
         if bound.rule.unit != "token":
             rows = RowsOfCall(emulates_steps=emulates_steps, end_ids=end_ids(unwrapped(model)))
-        for take_out in _watch_calls(text_stack_of(unwrapped(model), routers.sites), trace, rows):
-            undo.callback(take_out)
+        for remove in _watch_calls(text_stack_of(unwrapped(model), routers.sites), trace, rows):
+            undo.callback(remove)
         deciders = bound.deciders or (None,) * len(routers.sites)
         for site, selector, decider in zip(routers.sites, bound.selectors, deciders, strict=True):
             callback = (

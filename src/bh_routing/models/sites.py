@@ -32,7 +32,7 @@ TRANSFORMS: Final[Mapping[Scoring, Callable[[Tensor], Tensor]]] = {
 BLOCK_METHOD: Final = "route_tokens_to_experts"
 
 
-class Held(NamedTuple):
+class Attribute(NamedTuple):
     """A tensor or number, identified by its owner and attribute name."""
 
     owner: Any
@@ -64,7 +64,7 @@ class RouterFacts:
     """That constant, or the factor of raw weights; None where a gain makes it vary."""
     ranks_by: Literal["logits", "scores"]
     """Quantity that the selection compares, before `bias` is added."""
-    bias: Held | None = None
+    bias: Attribute | None = None
     """Added for selection only."""
     has_gains: bool = False
     """Whether each expert's weight is multiplied by a gain per expert."""
@@ -77,7 +77,7 @@ class RouterFacts:
     """Whether the last class of the logits is no expert."""
     is_sorted: bool = False
     """Whether the probe saw the slots in descending order of weight."""
-    widener: Held | None = None
+    widener: Attribute | None = None
     """Attribute that sets the number of slots; None if there is none."""
     why_not_wider: str = ""
     most_slots: int = 0
