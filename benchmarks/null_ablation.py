@@ -150,7 +150,7 @@ def machine(model: Any) -> str:
 def render(results: dict[str, Any]) -> str:
     """Render the rows as Markdown."""
     lines = [
-        "| rule and null | knob | mean experts | ΔNLL (95 %) | static top-k there |",
+        "| rule and null | tuning parameter | mean experts | ΔNLL (95 %) | static top-k there |",
         "|---|---|---|---|---|",
     ]
     for row in results["rows"]:

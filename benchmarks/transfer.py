@@ -167,7 +167,7 @@ def render(results: dict[str, Any]) -> str:
     lines = [
         "Each cell: mean experts; ΔNLL (95 % interval); static top-k at that mean.",
         "",
-        f"| rule | calibrated on | its knob | {head} |",
+        f"| rule | calibrated on | its tuning parameter | {head} |",
         f"|:--|:--|--:|{align}",
     ]
     for rule in dict.fromkeys(rule for rule, *_ in rows):

@@ -164,7 +164,7 @@ RUN: dict[str, Any] = {
         {
             "name": "background",
             "alpha_is": "knob",
-            "meaning": "a knob, not an error rate: noise is rejected too",
+            "meaning": "a tuning parameter, not an error rate: noise is rejected too",
             "noise": [
                 {
                     "config_name": "bh_strict",

@@ -189,7 +189,7 @@ def test_the_null_is_described_with_its_noise(
 ) -> None:
     report = write(results, fill_folder(results))
     null = part(report, "What alpha means here")
-    assert "a knob, not an error rate: noise is rejected too" in null
+    assert "a tuning parameter, not an error rate: noise is rejected too" in null
     assert "| `bh_strict` | 0.01 | 4.10 | 97.0 % | [96.7, 97.3] | 10,000 |" in null
     assert "| `bh_moderate` | 0.05 | 5.47 | 99.1 % | [98.9, 99.3] | 10,000 |" in null
     said = "on pure noise, `bh_moderate`, at alpha 0.05, still keeps 5.47 experts"

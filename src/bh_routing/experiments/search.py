@@ -184,7 +184,7 @@ class KnobSearch:
         targets = {name: goal.budget for name, goal in goals.items()}
         values = {
             name: self._value(goal.variant, goal.budget)
-            for name, goal in tqdm(goals.items(), desc="search", unit="knob", disable=not goals)
+            for name, goal in tqdm(goals.items(), desc="search", unit="rule", disable=not goals)
         }
         best: dict[str, Setting] = {}
         for corrections in range(MAX_CORRECTIONS + 1):

@@ -56,8 +56,8 @@ class Variant:
         knob = get_rule(self.config).knob
         if knob is None:
             raise InputError(
-                f"rule {self.method!r} declares no knob, so it can't be brought to a budget; "
-                "leave it out"
+                f"rule {self.method!r} has no tuning parameter, so it can't be brought to a "
+                "budget; leave it out"
             )
         return knob
 

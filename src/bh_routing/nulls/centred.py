@@ -129,8 +129,8 @@ class Background(TabledNull):
     name: ClassVar[str] = "background"
     alpha_is: ClassVar[AlphaMeaning] = "knob"
     meaning: ClassVar[str] = (
-        "a knob, not an error rate: the reference was truncated by the very selection under test, "
-        "so pure noise is rejected too"
+        "a tuning parameter, not an error rate: the reference was truncated by the very selection "
+        "under test, so pure noise is rejected too"
     )
 
     def reference(self, router_logits_TE: Tensor, top_k_index_TK: Tensor) -> Tensor:
