@@ -137,7 +137,8 @@ def render(results: dict[str, Any]) -> str:
         f"Fitted on {made['fit_documents']} calibration documents, compared on {made['tokens']:,} "
         f"tokens of {made['documents']} others; model {made['model'][:12]}, {made['date']}.",
         "",
-        "| budget | variant | mean experts | Δ perplexity | ΔNLL − static top-k (± s.e.) | tuning parameter |",
+        "| budget | variant | mean experts | Δ perplexity | ΔNLL − static top-k (± s.e.) "
+        "| tuning parameter |",
         "|---|---|---|---|---|---|",
     ]
     lines += [

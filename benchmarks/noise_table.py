@@ -33,7 +33,7 @@ from bh_routing.multitest import benjamini_hochberg
 from bh_routing.nulls import NULLS, Calibration
 from bh_routing.nulls.base import ReferenceTable
 from bh_routing.nulls.contributions import Contributions
-from bh_routing.nulls.noise import FIT_TOKENS, Share, share_with_interval
+from bh_routing.nulls.noise import FIT_TOKENS, Share, fraction_with_interval
 from bh_routing.rules import (
     BenjaminiHochberg,
     BenjaminiHochbergDrop,
@@ -187,7 +187,7 @@ def _summarize(
         alpha=alpha,
         tokens=tokens,
         mean_kept=float((~dropped_TK).sum(dim=-1).double().mean()),
-        dropped=share_with_interval(num_dropped_T > 0),
+        dropped=fraction_with_interval(num_dropped_T > 0),
         false_share=mean,
         false_low=max(0.0, mean - margin),
         false_high=min(1.0, mean + margin),

@@ -151,8 +151,8 @@ def router_losses(logits_TE: torch.Tensor, top_k: int) -> tuple[torch.Tensor, to
     counts_E = torch.zeros(num_experts, device=logits_TE.device).scatter_add_(
         0, index_TK.flatten(), torch.ones_like(index_TK, dtype=torch.float32).flatten()
     )
-    share_E = counts_E / logits_TE.shape[0]
-    balance = num_experts * (share_E * logits_TE.softmax(-1).mean(0)).sum()
+    fraction_E = counts_E / logits_TE.shape[0]
+    balance = num_experts * (fraction_E * logits_TE.softmax(-1).mean(0)).sum()
     return balance, logits_TE.logsumexp(-1).square().mean()
 
 

@@ -18,7 +18,11 @@ from bh_routing.stats.load_balance import (
     measure_load,
     measures_of,
 )
-from bh_routing.stats.uniform_router import simulate_uniform_router, uniform_cv, uniform_dead_share
+from bh_routing.stats.uniform_router import (
+    simulate_uniform_router,
+    uniform_cv,
+    uniform_dead_fraction,
+)
 
 EXPERTS = 16
 
@@ -121,7 +125,7 @@ def test_closed_forms_equal_a_long_simulation_with_few_tokens() -> None:
     assert uniform_cv(histogram_of(kept_T), EXPERTS)[0] ** 2 == pytest.approx(
         squares.mean(), rel=0.01
     )
-    dead = uniform_dead_share(histogram_of(kept_T), EXPERTS)[0]
+    dead = uniform_dead_fraction(histogram_of(kept_T), EXPERTS)[0]
     assert dead == pytest.approx((counts_SE == 0).mean(), rel=0.01)
 
 

@@ -55,7 +55,7 @@ def test_a_small_table_comes_out_as_by_hand() -> None:
     assert found.p == pytest.approx(expected.p_different()[0])
 
 
-@pytest.mark.parametrize("name", ["_difference", "_share_saved"])
+@pytest.mark.parametrize("name", ["_difference", "_fraction_saved"])
 def test_derivatives_are_those_of_small_steps(name: str) -> None:
     function = getattr(sweep_equal_cost, name)
     # Loss of the rule and of three points, then mean experts of the same.
@@ -145,7 +145,7 @@ def test_a_reference_without_loss_leaves_nothing_to_save() -> None:
     found = compared(text)
     assert math.isfinite(found.difference + found.low)
     assert math.isnan(found.saved)
-    assert "share" in found.note
+    assert "no part of it" in found.note
 
 
 def test_two_clusters_give_an_estimate_alone() -> None:

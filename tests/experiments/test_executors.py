@@ -23,7 +23,7 @@ from bh_routing.experiments.ray_executor import (
     RayExecutor,
     RaySettings,
     cut_blocks,
-    gpu_share,
+    gpu_fraction,
 )
 from bh_routing.experiments.ray_pool import Job, JobQueue
 from bh_routing.experiments.specs import RunSpec, make_spec
@@ -68,9 +68,9 @@ def test_after_a_death_each_item_is_tried_alone_and_next() -> None:
 
 def test_a_worker_asks_for_the_share_of_a_gpu_that_its_model_fills() -> None:
     gib = 2**30
-    assert gpu_share(14 * gib, 80 * gib) == 1 / 4
-    assert gpu_share(60 * gib, 80 * gib) == gpu_share(200 * gib, 80 * gib) == 1
-    assert gpu_share(gib // 50, 80 * gib) == 1 / MOST_PROMPTS
+    assert gpu_fraction(14 * gib, 80 * gib) == 1 / 4
+    assert gpu_fraction(60 * gib, 80 * gib) == gpu_fraction(200 * gib, 80 * gib) == 1
+    assert gpu_fraction(gib // 50, 80 * gib) == 1 / MOST_PROMPTS
 
 
 def test_workers_find_the_model_from_any_working_directory(

@@ -13,11 +13,11 @@ from bh_routing.multitest.step_up import higher_criticism
 
 def storey_in_plain_python(p: list[float], alpha: float) -> list[bool]:
     num = len(p)
-    share_null = (1 + sum(value > 0.5 for value in p)) / (num * 0.5)
+    null_fraction = (1 + sum(value > 0.5 for value in p)) / (num * 0.5)
     lines = [
         value
         for rank, value in enumerate(sorted(p), start=1)
-        if value <= alpha * rank / (num * share_null) and value <= 0.5
+        if value <= alpha * rank / (num * null_fraction) and value <= 0.5
     ]
     return [bool(lines) and value <= max(lines) for value in p]
 

@@ -136,7 +136,7 @@ def test_utilization_states_the_variation_of_the_load() -> None:
     cv = (load[0].std() / load[0].mean()) / 2
     assert f"CV {cv:.2f}" in title(figure)
     assert "12.5 % of experts unused" in title(figure)
-    assert "1.5 times an even share" in title(figure)
+    assert "1.5 times an even load" in title(figure)
 
 
 def test_utilization_without_assignments_is_refused() -> None:

@@ -57,7 +57,7 @@ DEFINITIONS: Final = {
     "wilcoxon_p": "Two-sided Wilcoxon signed-rank test, uncorrected.",
     "wilcoxon_floor": "The smallest p that an exact signed-rank test can reach with this many "
     "prompts: 2 / 2^n over the n prompts whose difference isn't 0.",
-    "reduction": "Mean over prompts of 1 - configuration / baseline, as a share (0.25 is 25 %; "
+    "reduction": "Mean over prompts of 1 - configuration / baseline, as a fraction (0.25 is 25 %; "
     "negative is an increase). Each prompt counts the same.",
     "reduction_of_means": "1 - mean of the configuration / mean of the baseline, over the same "
     "prompts: long prompts count more. It need not equal `reduction`.",

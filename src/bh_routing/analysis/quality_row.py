@@ -65,7 +65,7 @@ class QualityRow:
     kl_p95: float = column("95 % quantile over tokens, likewise.")
     kl_p99: float = column("99 % quantile over tokens, likewise.")
     kl_max: float = column("Largest KL of a token, exact.")
-    same_top1_share: float = column("Share of tokens where both rank the same token first.")
+    same_top1_share: float = column("Fraction of tokens where both rank the same token first.")
     same_top1_share_low: float = column("Lower end of its 95 % interval.")
     same_top1_share_high: float = column("Upper end of its 95 % interval.")
     mean_delta_p: float = column("Mean change of the correct token's probability.")

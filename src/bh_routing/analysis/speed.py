@@ -195,7 +195,10 @@ def _agreement(
         prefix_shares.append(prefix / longer)
         agreement_shares.append(sum(same) / longer)
         identical += prefix == longer
-    prefix_mean, agreement_mean = _share_interval(prefix_shares), _share_interval(agreement_shares)
+    prefix_mean, agreement_mean = (
+        _fraction_interval(prefix_shares),
+        _fraction_interval(agreement_shares),
+    )
     return TextAgreement(
         config_name=name,
         prompts=len(prefixes),
@@ -211,7 +214,7 @@ def _agreement(
     )
 
 
-def _share_interval(shares: Sequence[float]) -> MeanInterval:
+def _fraction_interval(shares: Sequence[float]) -> MeanInterval:
     interval = mean_interval(shares)
     if math.isnan(interval.low):
         return interval

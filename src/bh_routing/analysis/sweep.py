@@ -77,7 +77,7 @@ def comparison_definitions() -> dict[str, str]:
 
 
 class Winner(NamedTuple):
-    """The point of a budget that saves the largest share of static top-k's loss, at its own mean.
+    """The point of a budget that saves most of static top-k's loss at its own mean, as a fraction.
 
     Not that with the lowest loss: means differ by a few percent within a budget.
     """

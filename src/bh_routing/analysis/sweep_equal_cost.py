@@ -168,9 +168,9 @@ def compare_at_equal_cost(
     num_clusters = len(np.unique(text.clusters_D))
     draws = _Draws(num_clusters, max(resamples, 100 * len(asked)), seed)
     differences = [_sample(text, test, _difference, draws) for test in asked]
-    shares = [_sample(text, test, _share_saved, draws) for test in asked]
+    shares = [_sample(text, test, _fraction_saved, draws) for test in asked]
     ends = _intervals(differences, num_clusters, confidence, simultaneous)
-    share_ends = _intervals(shares, num_clusters, confidence, simultaneous)
+    fraction_ends = _intervals(shares, num_clusters, confidence, simultaneous)
     p_N = np.array([_p_different(sampled, num_clusters) for sampled in differences])
     corrected_N = holm(p_N)
     found = {(test.config_name, test.curve.name): EqualCost(note=test.note) for test in tests}
@@ -186,9 +186,9 @@ def compare_at_equal_cost(
             p=float(p_N[i]),
             p_corrected=float(corrected_N[i]),
             saved=shares[i].estimate,
-            saved_low=float(share_ends.low_R[i]),
-            saved_high=float(share_ends.high_R[i]),
-            note=_why_no_interval(ends.low_R[i], share_ends.low_R[i], num_clusters),
+            saved_low=float(fraction_ends.low_R[i]),
+            saved_high=float(fraction_ends.high_R[i]),
+            note=_why_no_interval(ends.low_R[i], fraction_ends.low_R[i], num_clusters),
         )
     return found
 
@@ -272,14 +272,14 @@ def _line(ratios_BJ: Floats) -> _Line:
     start_B = knots_BK[rows_B, left_B]
     width_B = knots_BK[rows_B, left_B + 1] - start_B
     first_B, second_B = ratios_BJ[rows_B, 1 + left_B], ratios_BJ[rows_B, 2 + left_B]
-    share_B, slope_B = (mean_B - start_B) / width_B, (second_B - first_B) / width_B
+    fraction_B, slope_B = (mean_B - start_B) / width_B, (second_B - first_B) / width_B
     gradient_BJ = np.zeros_like(ratios_BJ)
-    gradient_BJ[rows_B, 1 + left_B] = 1 - share_B
-    gradient_BJ[rows_B, 2 + left_B] = share_B
+    gradient_BJ[rows_B, 1 + left_B] = 1 - fraction_B
+    gradient_BJ[rows_B, 2 + left_B] = fraction_B
     gradient_BJ[:, num_knots + 1] = slope_B
-    gradient_BJ[rows_B, num_knots + 2 + left_B] = -slope_B * (1 - share_B)
-    gradient_BJ[rows_B, num_knots + 3 + left_B] = -slope_B * share_B
-    return _Line(first_B + share_B * (second_B - first_B), gradient_BJ)
+    gradient_BJ[rows_B, num_knots + 2 + left_B] = -slope_B * (1 - fraction_B)
+    gradient_BJ[rows_B, num_knots + 3 + left_B] = -slope_B * fraction_B
+    return _Line(first_B + fraction_B * (second_B - first_B), gradient_BJ)
 
 
 def _difference(ratios_BJ: Floats) -> Value:
@@ -289,7 +289,7 @@ def _difference(ratios_BJ: Floats) -> Value:
     return Value(ratios_BJ[:, 0] - line.loss_B, gradient_BJ)
 
 
-def _share_saved(ratios_BJ: Floats) -> Value:
+def _fraction_saved(ratios_BJ: Floats) -> Value:
     line = _line(ratios_BJ)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         own_B, curve_B = np.expm1(ratios_BJ[:, 0]), np.expm1(line.loss_B)
@@ -390,11 +390,11 @@ def _p_different(sampled: Sampled, num_clusters: int) -> float:
     return float(min(1.0, 2 * min(below, above) / (len(sampled.t_B) + 1)))
 
 
-def _why_no_interval(low: float, share_low: float, num_clusters: int) -> str:
+def _why_no_interval(low: float, fraction_low: float, num_clusters: int) -> str:
     if math.isnan(low):
         if num_clusters < MIN_CLUSTERS:
             return f"{num_clusters} clusters: no interval and no test, they need {MIN_CLUSTERS}."
         return "Every document shows the same difference: with no spread there is no test."
-    if math.isnan(share_low):
-        return "The reference loses nothing, or almost nothing, here: no share of it can be saved."
+    if math.isnan(fraction_low):
+        return "The reference loses nothing, or almost nothing, here: no part of it can be saved."
     return ""

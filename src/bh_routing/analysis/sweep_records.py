@@ -47,14 +47,14 @@ class PointRow:
     delta_nll_high: float = column("Upper end of that interval.")
     perplexity_ratio: float = column("exp(delta_nll): 1.01 is one per cent more perplexity.")
     kl_mean: float = column("KL(top-k || rule) over the full vocabulary, nats per token.")
-    same_top1_share: float = column("Share of tokens where both rank the same token first.")
+    same_top1_share: float = column("Fraction of tokens where both rank the same token first.")
     mean_distinct_experts: float = column(
         "Mean distinct experts per decode step and layer, over its tokens; NaN without decode "
         "steps. With them it is the cost that is equal."
     )
     rank: int | None = column(
-        "Rank in its budget by the share of static top-k's increase in perplexity that it saves at "
-        "its own mean; static top-k, oracles and controls have none.",
+        "Rank in its budget by the fraction of static top-k's increase in perplexity that it saves "
+        "at its own mean; static top-k, oracles and controls have none.",
         default=None,
     )
     config_name: str = column("Name of the point in quality.jsonl.")

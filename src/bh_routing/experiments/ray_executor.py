@@ -230,7 +230,7 @@ class RayExecutor:
         if self._facts.device == "cpu":
             return {"num_cpus": self._settings.threads, "num_gpus": 0}
         total = torch.cuda.get_device_properties(0).total_memory
-        return {"num_cpus": 1, "num_gpus": gpu_share(self._bytes, total)}
+        return {"num_cpus": 1, "num_gpus": gpu_fraction(self._bytes, total)}
 
     def _count_room(self, resources: Mapping[str, float]) -> int:
         """Return how many workers fit; raise InputError if fewer than requested."""
@@ -276,11 +276,11 @@ class RayExecutor:
             self._pool = None
 
 
-def gpu_share(model_bytes: int, gpu_bytes: int) -> float:
+def gpu_fraction(model_bytes: int, gpu_bytes: int) -> float:
     """Return the fraction of a GPU that a worker requests: 1/n if n workers fit, at most 1.
 
     Example:
-        >>> gpu_share(14 * 2**30, 80 * 2**30), gpu_share(60 * 2**30, 80 * 2**30)
+        >>> gpu_fraction(14 * 2**30, 80 * 2**30), gpu_fraction(60 * 2**30, 80 * 2**30)
         (0.25, 1.0)
     """
     num_fitting = int(gpu_bytes / (ROOM_FACTOR * model_bytes + ROOM_BYTES))

@@ -72,9 +72,9 @@ def _meet(query_D, key_CD, value_CD, is_seen_C, scaling, top, total, mixed_D):
     score_C = tl.where(is_seen_C, score_C, -float("inf"))
     new_top = tl.maximum(top, tl.max(score_C, 0))
     shrink = tl.exp(top - new_top)
-    share_C = tl.exp(score_C - new_top)
-    mixed_D = mixed_D * shrink + tl.sum(share_C[:, None] * value_CD.to(tl.float32), 0)
-    return new_top, total * shrink + tl.sum(share_C, 0), mixed_D
+    fraction_C = tl.exp(score_C - new_top)
+    mixed_D = mixed_D * shrink + tl.sum(fraction_C[:, None] * value_CD.to(tl.float32), 0)
+    return new_top, total * shrink + tl.sum(fraction_C, 0), mixed_D
 
 
 @triton.jit
@@ -111,8 +111,8 @@ def _join(
     sum_S = tl.load(sums + slot_S, s < num_used, 0.0, cache_modifier=".cg")
     place_SD = slot_S[:, None] * D + d[None, :]
     part_SD = tl.load(parts + place_SD, (s < num_used)[:, None], 0.0, cache_modifier=".cg")
-    share_S = tl.exp(top_S - tl.max(top_S, 0))
-    joined_D = tl.sum(share_S[:, None] * part_SD, 0) / tl.sum(share_S * sum_S, 0)
+    fraction_S = tl.exp(top_S - tl.max(top_S, 0))
+    joined_D = tl.sum(fraction_S[:, None] * part_SD, 0) / tl.sum(fraction_S * sum_S, 0)
     tl.store(out + head * D + d, joined_D.to(out.dtype.element_ty))
 
 

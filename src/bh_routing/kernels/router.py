@@ -142,15 +142,15 @@ def _threshold_plan(
 
 @plan_of.register
 def _top_p(rule: TopP, context: LayerContext) -> RouterPlan | None:
-    return _share_plan("top_p", rule.p, context)
+    return _fraction_plan("top_p", rule.p, context)
 
 
 @plan_of.register
 def _min_p(rule: MinP, context: LayerContext) -> RouterPlan | None:
-    return _share_plan("min_p", rule.share, context)
+    return _fraction_plan("min_p", rule.share, context)
 
 
-def _share_plan(decision: Decision, share: float, context: LayerContext) -> RouterPlan:
+def _fraction_plan(decision: Decision, share: float, context: LayerContext) -> RouterPlan:
     lines = torch.tensor([share], dtype=torch.float64, device=context.device)
     return RouterPlan(decision=decision, num_slots=context.model_top_k, lines=lines)
 

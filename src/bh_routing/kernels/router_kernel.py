@@ -210,8 +210,8 @@ def _mix(
         kept_BC *= _divide(tl.maximum(_row_sum(own_BC), 1e-30), sum_B1)
     if TEMPERED:
         tempered_BC = tl.where(keep_BC, tl.div_rn(logits_BC, temperature), -float("inf"))
-        share_BC = _exp(tempered_BC - tl.max(tempered_BC, axis=1, keep_dims=True), LIBDEVICE)
-        kept_BC = _divide(share_BC, _row_sum(share_BC)) * _row_sum(kept_BC)
+        fraction_BC = _exp(tempered_BC - tl.max(tempered_BC, axis=1, keep_dims=True), LIBDEVICE)
+        kept_BC = _divide(fraction_BC, _row_sum(fraction_BC)) * _row_sum(kept_BC)
     return kept_BC
 
 

@@ -74,9 +74,9 @@ def on_or_below_storey_line(p_E: Tensor, alpha: float, num_large: Tensor) -> Ten
     Source: Storey, Taylor & Siegmund (2004), equations (6) and (13), theorem 3.
     """
     num_hypotheses = p_E.shape[-1]
-    share_null = (1.0 + num_large) / (num_hypotheses * (1.0 - STOREY_LAMBDA))
+    null_fraction = (1.0 + num_large) / (num_hypotheses * (1.0 - STOREY_LAMBDA))
     rank_E = torch.arange(1, num_hypotheses + 1, dtype=torch.float64, device=p_E.device)
-    scaled_E = p_E * (torch.full_like(rank_E, num_hypotheses) / rank_E) * share_null
+    scaled_E = p_E * (torch.full_like(rank_E, num_hypotheses) / rank_E) * null_fraction
     return (scaled_E <= alpha) & (p_E <= STOREY_LAMBDA)
 
 

@@ -57,7 +57,7 @@ class Share(NamedTuple):
     high: float
 
 
-def share_with_interval(is_true_T: Tensor) -> Share:
+def fraction_with_interval(is_true_T: Tensor) -> Share:
     """Return the fraction of True values with its interval."""
     # Imported here: scipy.stats takes longer to import than everything else in this package.
     from scipy.stats import binomtest

@@ -16,7 +16,7 @@ from torch import Tensor
 from bh_routing.multitest import benjamini_hochberg, benjamini_yekutieli, storey
 from bh_routing.nulls.base import RouterPass
 from bh_routing.nulls.catalog import NULLS
-from bh_routing.nulls.noise import share_with_interval
+from bh_routing.nulls.noise import fraction_with_interval
 
 Design = Literal["independent", "low rank"]
 """independent: logits N(0, 1), planted ones shifted. low rank: logits = W h with fewer hidden
@@ -96,7 +96,7 @@ def run_simulation(
             for procedure, reject in _PROCEDURES.items():
                 for alpha in ALPHAS:
                     rejected_TE = reject(p_TE, alpha)
-                    noise = share_with_interval(reject(noise_p_TE, alpha).any(dim=-1))
+                    noise = fraction_with_interval(reject(noise_p_TE, alpha).any(dim=-1))
                     rows.append(
                         Row(
                             design=design,
@@ -147,9 +147,9 @@ def _p_values(name: str, fitting: _Sample, sample: _Sample) -> Tensor:
 def _rates(rejected_TE: Tensor, is_planted_TE: Tensor) -> dict[str, float]:
     num_rejected_T = rejected_TE.sum(dim=-1)
     num_false_T = (rejected_TE & ~is_planted_TE).sum(dim=-1)
-    share_T = num_false_T.double() / num_rejected_T.clamp_min(1)
-    fdr = float(share_T.mean())
-    margin = 1.96 * float(share_T.std()) / len(share_T) ** 0.5
+    fraction_T = num_false_T.double() / num_rejected_T.clamp_min(1)
+    fdr = float(fraction_T.mean())
+    margin = 1.96 * float(fraction_T.std()) / len(fraction_T) ** 0.5
     num_rejected = int(num_rejected_T.sum())
     return {
         "fdr": fdr,
@@ -157,5 +157,5 @@ def _rates(rejected_TE: Tensor, is_planted_TE: Tensor) -> dict[str, float]:
         "fdr_high": min(1.0, fdr + margin),
         "pooled_share": int(num_false_T.sum()) / num_rejected if num_rejected else float("nan"),
         "power": int((rejected_TE & is_planted_TE).sum()) / int(is_planted_TE.sum()),
-        "mean_rejected": num_rejected / len(share_T),
+        "mean_rejected": num_rejected / len(fraction_T),
     }

@@ -23,7 +23,7 @@ def check_count(name: str, value: int) -> None:
         raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
-def check_share(name: str, value: float) -> None:
+def check_fraction(name: str, value: float) -> None:
     """Raise InputError unless the value is a number in (0, 1]."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0.0 < value <= 1.0:

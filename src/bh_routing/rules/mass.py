@@ -19,8 +19,8 @@ from bh_routing.rules.base import (
     MixingRule,
     Selector,
     check_count,
+    check_fraction,
     check_min_k,
-    check_share,
 )
 from bh_routing.rules.weights import by_slot, keep_best, sort_slots
 
@@ -46,7 +46,7 @@ class TopP(MixingRule):
 
     def __post_init__(self) -> None:
         """Raise InputError if a field is out of range."""
-        check_share("p", self.p)
+        check_fraction("p", self.p)
         super().__post_init__()
 
     def bind(self, context: LayerContext) -> Selector:
@@ -82,7 +82,7 @@ class MinP(MixingRule):
 
     def __post_init__(self) -> None:
         """Raise InputError if a field is out of range."""
-        check_share("share", self.share)
+        check_fraction("share", self.share)
         super().__post_init__()
 
     def bind(self, context: LayerContext) -> Selector:
@@ -123,11 +123,11 @@ class FloorThreshold(MixingRule):
             if not self.ratio:
                 raise InputError("ratio must be a number, or a list of one per layer, got none")
             for layer, ratio in enumerate(self.ratio):
-                check_share(f"ratio of layer {layer}", ratio)
+                check_fraction(f"ratio of layer {layer}", ratio)
             # A configuration file gives a list, but a rule must be hashable.
             object.__setattr__(self, "ratio", tuple(self.ratio))
         else:
-            check_share("ratio", self.ratio)
+            check_fraction("ratio", self.ratio)
         super().__post_init__()
 
     def check(self, *, num_experts: int, model_top_k: int) -> None:
@@ -178,7 +178,7 @@ class Threshold(MixingRule):
 
     def __post_init__(self) -> None:
         """Raise InputError if a field is out of range."""
-        check_share("threshold", self.threshold)
+        check_fraction("threshold", self.threshold)
         super().__post_init__()
 
     def bind(self, context: LayerContext) -> Selector:

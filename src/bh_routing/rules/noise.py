@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bh_routing.multitest import count_rejected
 from bh_routing.nulls.catalog import get_null
-from bh_routing.nulls.noise import fit_on_noise, share_with_interval
+from bh_routing.nulls.noise import fit_on_noise, fraction_with_interval
 from bh_routing.rules.base import Candidates, LayerContext
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 
@@ -83,7 +83,7 @@ def _run_on_noise(rule: BenjaminiHochberg, context: LayerContext, logits_TE: Ten
     keep_TK = select(Candidates(logits_TE, top.indices, weights_TK))
     p_TE = null.p_from_score(null.score(logits_TE, rule.temperature), context.table)
     num_rejected_T = count_rejected(p_TE, rule.alpha, rule.procedure)
-    share = share_with_interval(num_rejected_T > 0)
+    share = fraction_with_interval(num_rejected_T > 0)
     return NoiseResult(
         alpha=rule.alpha,
         mean_experts=float(keep_TK.sum(dim=-1).double().mean()),

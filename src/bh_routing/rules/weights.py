@@ -93,8 +93,8 @@ def tempered(kept_TK: Tensor, keep_TK: Tensor, logits_TK: Tensor, temperature: f
         Weights in float32, exactly 0 in dropped slots. No host sync.
     """
     tempered_TK = logits_TK.to(torch.float32) / temperature
-    share_TK = tempered_TK.masked_fill(~keep_TK, float("-inf")).softmax(dim=-1)
-    return share_TK * kept_TK.to(torch.float32).sum(dim=-1, keepdim=True)
+    fraction_TK = tempered_TK.masked_fill(~keep_TK, float("-inf")).softmax(dim=-1)
+    return fraction_TK * kept_TK.to(torch.float32).sum(dim=-1, keepdim=True)
 
 
 def alias_dropped(top_k_index_TK: Tensor, weights_TK: Tensor, keep_TK: Tensor) -> AliasedSlots:

@@ -69,9 +69,9 @@ def compare_accuracies(
     if n == 0:
         nan = math.nan
         return AccuracyComparison(0, nan, nan, nan, nan, nan, 0, 0, nan, nan, "No questions.")
-    share_gained, share_lost = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
-    centre = share_gained - share_lost
-    variance = (share_gained + share_lost - centre**2) / (n + 2)
+    fraction_gained, fraction_lost = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    centre = fraction_gained - fraction_lost
+    variance = (fraction_gained + fraction_lost - centre**2) / (n + 2)
     half = float(stats.norm.ppf((1 + confidence) / 2)) * math.sqrt(variance)
     flipped = gained + lost
     p = (

@@ -11,7 +11,11 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import gammaln
 
 from bh_routing.errors import InputError
-from bh_routing.stats.uniform_router import simulate_uniform_router, uniform_cv, uniform_dead_share
+from bh_routing.stats.uniform_router import (
+    simulate_uniform_router,
+    uniform_cv,
+    uniform_dead_fraction,
+)
 
 
 class LayerBalance(NamedTuple):
@@ -93,9 +97,9 @@ MEASURES: Final = {
     "max_violation": "MaxVio: largest load over the mean, minus 1.",
     "max_violation_share": "MaxVio over its ceiling E / mean experts kept - 1, which is reached "
     "when one expert is in every token's set: 0 to 1.",
-    "entropy_share": "Entropy of the shares of assignments over log E: 1 is even.",
+    "entropy_share": "Entropy of the fractions of assignments over log E: 1 is even.",
     "gini": "Gini coefficient of the loads: 0 is even.",
-    "dead_share": "Share of experts without any assignment.",
+    "dead_share": "Fraction of experts without any assignment.",
 }
 SIMULATIONS: Final = 200
 
@@ -168,7 +172,7 @@ def measure_load(
     noise_pooled = measures_of(*_pool(simulated_SLE, kept_L))
     closed = {
         "cv": uniform_cv(histogram_LC, num_experts),
-        "dead_share": uniform_dead_share(histogram_LC, num_experts),
+        "dead_share": uniform_dead_fraction(histogram_LC, num_experts),
     }
     closed_pooled = {
         # Every layer has mean load 1, so the pooled variance is the mean of the layers' variances.

@@ -12,7 +12,7 @@ from scipy.stats import false_discovery_control
 Floats = NDArray[np.float64]
 
 BH_LABEL: Final = (
-    "exploratory: Benjamini-Hochberg bounds the share of false finds, not the chance of one"
+    "exploratory: Benjamini-Hochberg bounds the fraction of false finds, not the chance of one"
 )
 
 

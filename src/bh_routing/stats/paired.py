@@ -178,14 +178,14 @@ def _exact_signed_rank(nonzero_n: NDArray[np.float64]) -> float:
     """
     # Twice the rank: mean ranks of ties are halves, and the sums below must be integers.
     rank_n = np.rint(2 * stats.rankdata(np.abs(nonzero_n))).astype(np.int64)
-    share_of_sum = np.ones(1)
+    fraction_of_sum = np.ones(1)
     for rank in rank_n:
-        longer = np.zeros(len(share_of_sum) + rank)
-        longer[: len(share_of_sum)] += share_of_sum / 2
-        longer[rank:] += share_of_sum / 2
-        share_of_sum = longer
+        longer = np.zeros(len(fraction_of_sum) + rank)
+        longer[: len(fraction_of_sum)] += fraction_of_sum / 2
+        longer[rank:] += fraction_of_sum / 2
+        fraction_of_sum = longer
     positive = int(rank_n[nonzero_n > 0].sum())
-    tail = min(share_of_sum[: positive + 1].sum(), share_of_sum[positive:].sum())
+    tail = min(fraction_of_sum[: positive + 1].sum(), fraction_of_sum[positive:].sum())
     return float(min(1.0, 2 * tail))
 
 

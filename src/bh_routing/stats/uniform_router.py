@@ -29,17 +29,17 @@ def uniform_cv(count_histogram: ArrayLike, num_experts: int) -> Floats:
         [0.3536]
     """
     histogram_LC = np.asarray(count_histogram, dtype=np.float64)
-    share_C = np.arange(histogram_LC.shape[1]) / num_experts
-    variance_L = histogram_LC @ (share_C * (1 - share_C))
+    fraction_C = np.arange(histogram_LC.shape[1]) / num_experts
+    variance_L = histogram_LC @ (fraction_C * (1 - fraction_C))
     with np.errstate(invalid="ignore"):
-        return np.asarray(np.sqrt(variance_L) / (histogram_LC @ share_C))
+        return np.asarray(np.sqrt(variance_L) / (histogram_LC @ fraction_C))
 
 
-def uniform_dead_share(count_histogram: ArrayLike, num_experts: int) -> Floats:
+def uniform_dead_fraction(count_histogram: ArrayLike, num_experts: int) -> Floats:
     """Return the expected fraction of each layer's experts that no token keeps, exactly.
 
     Example:
-        >>> uniform_dead_share([[0, 2]], num_experts=4).tolist()
+        >>> uniform_dead_fraction([[0, 2]], num_experts=4).tolist()
         [0.5625]
     """
     histogram_LC = np.asarray(count_histogram, dtype=np.float64)
