@@ -15,12 +15,7 @@ import pandas as pd
 from bh_routing.analysis.quality_row import STATIC, read_quality
 from bh_routing.analysis.speed import read_timings
 from bh_routing.errors import ResultsError
-from bh_routing.results.files import (
-    find_json_object,
-    half_read,
-    planned_keys,
-    read_csv,
-)
+from bh_routing.results.files import find_json_object, half_read, planned_keys, read_csv
 from bh_routing.results.journal import Entry, Journal, parse_entry, to_values
 from bh_routing.results.records import (
     BASELINE,

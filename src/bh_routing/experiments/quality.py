@@ -16,9 +16,7 @@ from pydantic import ValidationError
 from tqdm import tqdm
 
 from bh_routing.engine.texts import Document, packaged_documents, read_documents
-from bh_routing.engine.windows import (
-    TokenizedDocument,
-)
+from bh_routing.engine.windows import TokenizedDocument
 from bh_routing.errors import ExperimentError, ResultsError
 from bh_routing.experiments.configurations import NamedRule
 from bh_routing.experiments.executors import Executor, ScoreSettings, SerialExecutor

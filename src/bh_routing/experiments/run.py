@@ -172,10 +172,7 @@ def _run_begun(
     }
     peak = peak_memory_bytes(prepared.subject.model.device)
     store.update_document({"timing": timing, "peak_memory_bytes": peak})
-    concluded = None
-    if conclude is not None:
-        log.info("comparing, drawing the plots and writing the report")
-        concluded = conclude(folder, partial(guard, problems))
+    concluded = _conclude(conclude, folder, problems)
     timing["total_sec"] = earlier_sec + time.perf_counter() - start
     store.update_document({"timing": timing})
     for problem in problems:
@@ -189,6 +186,13 @@ def _run_begun(
         problems=tuple(problems),
         concluded=concluded,
     )
+
+
+def _conclude(conclude: Conclude | None, folder: Path, problems: list[str]) -> Any:
+    if conclude is None:
+        return None
+    log.info("comparing, drawing the plots and writing the report")
+    return conclude(folder, partial(guard, problems))
 
 
 def _ready_folder(prepared: Preparation, store: ResultStore) -> int:

@@ -119,7 +119,7 @@ def _establish_at(bench: _Bench, family: Family, widener: Attribute | None) -> R
     routed = bench.call()
     num_experts, top_k = routed.logits_TE.shape[1], routed.index_TK.shape[1]
     roles = _roles(bench, num_experts)
-    law = _weight_law(bench, family, widener, roles.gain)
+    law = _law(bench, family, widener, roles.gain)
     by_token = _is_by_token(bench, roles.bias)
     facts = RouterFacts(
         num_experts=num_experts,
@@ -205,9 +205,7 @@ class _Law(NamedTuple):
     scale_depends_on_top_k: bool = False
 
 
-def _weight_law(
-    bench: _Bench, family: Family, widener: Attribute | None, gain: Attribute | None
-) -> _Law:
+def _law(bench: _Bench, family: Family, widener: Attribute | None, gain: Attribute | None) -> _Law:
     if family.scoring is not None:
         return _Law(family.scoring, bool(family.normalises), None)
     narrow = bench.call()
