@@ -60,8 +60,9 @@ COMPARISONS = """
 ## comparisons.csv of a sweep
 
 One row per point, reference and domain: the point's loss compared with the reference's at equal
-cost. Intervals and p of the whole text hold jointly over all tests of the table; those of a domain
-hold for the row alone, so compare signs across domains, not single tests. To put a reference's
+cost. Intervals and `p_corrected` of the whole text hold jointly over all tests of the table. In a
+row of a domain the interval holds for the row alone, and `p_corrected` is over the tests of that
+domain, so compare signs across domains, not single tests. To put a reference's
 columns next to the points, choose its rows of `domain == "all"` and merge by `config_name`.
 """
 

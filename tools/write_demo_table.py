@@ -59,8 +59,8 @@ def keep_pictures(results: Path) -> None:
 def render(kept: dict[str, Any]) -> str:
     """Return the table of experts used and quality lost, for BH and static top-k."""
     rows = [row for row in kept["rules"] if not row["is_reference"]]
-    static = [row for row in rows if row["config_name"] not in kept["configs"]]
-    ours = [row for row in rows if row not in static]
+    static = [row for row in rows if row["rule"] == "top_k"]
+    ours = [row for row in rows if row["config_name"] in kept["configs"]]
     lines = ["| rule | experts per token | perplexity | 95 % interval |", "|:--|--:|--:|--:|"]
     for row in sorted(rows, key=lambda row: -row["mean_experts"]):
         name = f"`{row['config_name']}`" + (" (static)" if row in static else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from bh_routing.report.facts import Facts
 from bh_routing.report.markdown import context, render
 from bh_routing.report.quality import quality_findings
 from bh_routing.report.table import experiments_of
+from bh_routing.report.text import loss_percent
 from tests.analysis.scored import scored_documents
 from tests.analysis.swept import with_experts
 
@@ -247,3 +249,47 @@ def test_wilcoxons_floor_is_named_only_where_the_test_is_exact(
         results = make_results({"topk_8": 8.0, "bh": 4.0}, prompts)
         report = generate_markdown_report(results, analyze_results(results), tmp_path)
         assert ("can't give less than" in report.read_text()) == is_exact
+
+
+def recommended(results: pd.DataFrame, quality: Any, commands: Mapping[str, str]) -> str:
+    """The last section of a report."""
+    run: dict[str, Any] = {"alternatives": {"rules": [], "skipped": None, "commands": commands}}
+    found = replace(facts(results, quality=quality), run=run)
+    return render("REPORT.md.j2", **context(found)).partition("## Recommendation\n\n")[2]
+
+
+def test_the_rule_of_lowest_loss_that_beats_static_top_k_is_recommended(
+    results: pd.DataFrame,
+) -> None:
+    better = {"low": (4.4, 0.12), "mid": (4.6, 0.08), "worse": (4.7, 0.3)}
+    quality = scored(STATIC | better, 0.01)
+    text = recommended(results, quality, {"mid": "bh-routing run --rule a\n## b"})
+    row = quality_findings({"quality": quality}).by_name["mid"]
+    low, high = loss_percent(row.perplexity_ratio_low), loss_percent(row.perplexity_ratio_high)
+    assert text.startswith("**Use `mid`.** Of the rules that lose clearly less than static top-k")
+    assert f"(95 % interval {low} to {high})" in text and "That is beyond the margin" in text
+    assert text.endswith("\n\n    bh-routing run --rule a ## b\n")
+
+
+@pytest.mark.parametrize("loss", [0.177, 0.3])
+def test_static_top_k_is_recommended_where_nothing_pays(results: pd.DataFrame, loss: float) -> None:
+    quality = scored(STATIC | {"bh": (4.5, loss)}, 0.05)
+    text = recommended(results, quality, {"topk_5": "bh-routing run --rule top_k:k=5"})
+    assert text.startswith("**Use static top-k.** No rule loses clearly less than static top-k")
+    assert "`topk_5` changes perplexity by" in text
+    assert text.endswith("    bh-routing run --rule top_k:k=5\n")
+
+
+@pytest.mark.parametrize(
+    ("losses", "why"),
+    [
+        ({"topk_8": (8.0, 0.0), "bh": (4.5, 0.1)}, "none was compared with static top-k"),
+        ({"topk_8": (8.0, 0.0)}, "quality was not measured"),
+    ],
+)
+def test_without_a_comparison_nothing_is_recommended(
+    results: pd.DataFrame, losses: dict[str, tuple[float, float]], why: str
+) -> None:
+    text = recommended(results, scored(losses, 0.05), {"bh": "bh-routing run"})
+    assert text.startswith("No rule is recommended, since") and why in text
+    assert "bh-routing run" not in text

@@ -80,6 +80,12 @@ def test_all_files_are_written_and_the_same_again(
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in written]
 
 
+def test_a_missing_number_is_an_empty_cell_of_every_table(written: list[Path]) -> None:
+    tables = [rows_of(path) for path in written if path.suffix == ".csv"]
+    cells = [[cell for row in rows for cell in row.values()] for rows in tables]
+    assert len(tables) == 3 and all("" in own and "nan" not in own for own in cells)
+
+
 def test_report_of_a_sweeps_folder_writes_the_same_tables(tmp_path: Path) -> None:
     # An older version left its tables.
     folder = write_sweep(tmp_path / "old", usual_points(), usual_records(6), provenance={"seed": 7})

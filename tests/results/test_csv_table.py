@@ -6,6 +6,7 @@ import csv
 import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -51,6 +52,11 @@ def test_a_text_reads_back_as_it_was(text: str, tmp_path: Path) -> None:
     rows = read_csv(path, ["text", "x"])
     assert [row["text"] for row in rows] == [text, "end"]
     assert float(rows[0]["x"]) == 0.1 + 0.2
+
+
+@pytest.mark.parametrize("missing", [None, math.nan, np.float64("nan"), -math.nan])
+def test_a_missing_number_is_an_empty_cell(missing: float | None) -> None:
+    assert render_csv([{"a": 1, "x": missing, "b": "nan"}]) == b"a,x,b\n1,,nan\n"
 
 
 @pytest.mark.parametrize("text", TEXTS)

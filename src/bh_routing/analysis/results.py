@@ -18,6 +18,7 @@ from bh_routing.errors import ResultsError
 from bh_routing.results.files import find_json_object, half_read, planned_keys, read_csv
 from bh_routing.results.journal import Entry, Journal, parse_entry, to_values
 from bh_routing.results.records import (
+    ALTERNATIVES,
     BASELINE,
     CSV_COLUMNS,
     JOURNAL,
@@ -146,11 +147,14 @@ def _current(
 ) -> tuple[QualityRecord, ...]:
     """Drop records that an earlier run of the folder scored and the last run didn't request.
 
-    A configuration has the rule resolved in run.json; any other name is a static reference.
+    A configuration has the rule resolved in run.json, and so has an alternative to it; any other
+    name is a static reference.
     """
     configs = (run.get("spec") or {}).get("configs")
     if configs is None:
         return records
+    added = (run.get(ALTERNATIVES) or {}).get("rules", ())
+    configs = {entry["config_name"]: entry["config"] for entry in added} | configs
     scored = (run.get("quality") or {}).get("configs") or {r.config_name for r in records}
     kept = []
     for record in records:

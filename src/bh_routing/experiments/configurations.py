@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple
 
@@ -125,6 +127,22 @@ def parse_rule(text: str) -> tuple[str, dict[str, Any]]:
                 "a number or a word"
             ) from error
     return name_of_text(text), config
+
+
+def rule_text(rule: Rule) -> str | None:
+    """Return the text that `parse_rule` turns into this rule; None for a rule with a list.
+
+    Example:
+        >>> rule_text(make_rule({"method": "bh", "alpha": 0.02, "max_k": None}))
+        'bh:alpha=0.02'
+    """
+    config = rule_to_config(rule)
+    given = {f.name: config[f.name] for f in fields(rule) if config[f.name] != f.default}  # type: ignore[arg-type]
+    if any(isinstance(value, list) for value in given.values()):
+        return None
+    words = (value if isinstance(value, str) else json.dumps(value) for value in given.values())
+    shown = ",".join(f"{name}={word}" for name, word in zip(given, words, strict=True))
+    return f"{rule.method}:{shown}" if shown else rule.method
 
 
 _SIGNED: Final = "-+0123456789"

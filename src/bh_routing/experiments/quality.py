@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,6 @@ from tqdm import tqdm
 from bh_routing.engine.texts import Document, packaged_documents, read_documents
 from bh_routing.engine.windows import TokenizedDocument
 from bh_routing.errors import ExperimentError, ResultsError
-from bh_routing.experiments.configurations import NamedRule
 from bh_routing.experiments.executors import Executor, ScoreSettings, SerialExecutor
 from bh_routing.experiments.experiment import Subject, find_nan
 from bh_routing.experiments.identity import RunIdentity, rule_key
@@ -272,31 +271,29 @@ class QualityPhase:
         folder: Path,
         identity: RunIdentity,
         subject: Subject,
-        rules: Sequence[NamedRule],
-        executor: Executor,
-    ) -> list[str]:
+        rules: Mapping[str, Rule],
+        executor: Executor | None = None,
+    ) -> list[QualityRecord]:
         """Score all missing records, then static top-k below and above each mean.
 
+        Args:
+            folder, identity: those of the run.
+            subject: the model, and the calibration of the rules.
+            rules: configuration name -> rule.
+            executor: where text is scored; None: in this process.
         Returns:
-            Names of all scored configurations, the static ones last.
+            The records of all configurations, of the static ones last.
         """
-        by_name = {named.name: named.rule for named in rules}
+        model, tokenizer, calibration = subject
         with self.ledger(folder, identity) as ledger:
 
             def score_all(part: Mapping[str, Rule]) -> list[QualityRecord]:
                 return score_missing(
-                    subject.model,
-                    subject.tokenizer,
-                    self._text,
-                    part,
-                    subject.calibration,
-                    ledger,
-                    executor,
+                    model, tokenizer, self._text, part, calibration, ledger, executor
                 )
 
-            references = static_references(by_name, score_all(by_name))
-            score_all(references)
-        return [*by_name, *references]
+            records = score_all(rules)
+            return records + score_all(static_references(rules, records))
 
 
 def static_references(

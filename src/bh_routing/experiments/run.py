@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 from bh_routing.engine.decode import startup_seconds
 from bh_routing.engine.score import check_steps
 from bh_routing.errors import BHRoutingError
+from bh_routing.experiments.budget import command_of, find_alternatives, losing_budgets
 from bh_routing.experiments.calibrating import (
     check_held_out,
     describe_nulls,
@@ -31,7 +32,16 @@ from bh_routing.experiments.specs import RunSpec, shorten
 from bh_routing.experiments.store import ResultStore
 from bh_routing.experiments.timing_rounds import write_timing_rounds
 from bh_routing.experiments.token_traces import write_token_traces
-from bh_routing.results.records import BASELINE, LEFT_OUT, LOG, STATUS_OK, ExperimentRecord
+from bh_routing.results.records import (
+    ALTERNATIVES,
+    BASELINE,
+    LEFT_OUT,
+    LOG,
+    STATUS_OK,
+    ExperimentRecord,
+    QualityRecord,
+)
+from bh_routing.rules.catalog import make_rule
 
 log = logging.getLogger(__name__)
 
@@ -149,8 +159,13 @@ def _run_begun(
         if record.status != STATUS_OK
     ]
     quality_start = time.perf_counter()
-    quality_sec = _score(prepared, executor, store, problems)
+    records = _score(prepared, executor, store, problems)
     executor.close()  # the model is needed in this process from here on
+    guard(
+        problems,
+        "the comparison with bh_drop",
+        lambda: _score_alternatives(spec, prepared, store, records),
+    )
     rounds_start = time.perf_counter()
     _time_interleaved(spec, prepared, store, problems)
     traces_start = time.perf_counter()
@@ -167,7 +182,7 @@ def _run_begun(
         "experiments_sec": earlier_sec + quality_start - grid_start,
         "timing_rounds_sec": traces_start - rounds_start,
         "token_traces_sec": time.perf_counter() - traces_start,
-        "quality_sec": quality_sec,
+        "quality_sec": rounds_start - quality_start if prepared.quality else None,
         "total_sec": earlier_sec + time.perf_counter() - start,
     }
     peak = peak_memory_bytes(prepared.subject.model.device)
@@ -204,20 +219,55 @@ def _ready_folder(prepared: Preparation, store: ResultStore) -> int:
 
 def _score(
     prepared: Preparation, executor: Executor, store: ResultStore, problems: list[str]
-) -> float | None:
-    """Score quality if the spec asks for it; return the time in seconds."""
+) -> list[QualityRecord]:
+    """Score quality if the spec asks for it; return the records, empty if there are none."""
     if (quality := prepared.quality) is None:
-        return None
-    start = time.perf_counter()
-    identity, subject, rules = prepared.identity, prepared.subject, prepared.rules
+        return []
+    identity, subject = prepared.identity, prepared.subject
+    rules = {named.name: named.rule for named in prepared.rules}
     with torch_threads(prepared.loaded.threads.batch):
         scored = guard(
             problems,
             "scoring",
             lambda: quality.score(store.folder, identity, subject, rules, executor),
         )
-    store.update_document({"quality": {"configs": scored or []}})
-    return time.perf_counter() - start
+    names = dict.fromkeys(record.config_name for record in scored or ())
+    store.update_document({"quality": {"configs": list(names)}})
+    return scored or []
+
+
+def _score_alternatives(
+    spec: RunSpec,
+    prepared: Preparation,
+    store: ResultStore,
+    records: Sequence[QualityRecord],
+) -> None:
+    """Score `bh_drop` where BH configurations lose; note it, and each rule's command."""
+    if (quality := prepared.quality) is None or not records:
+        return
+    rules = {record.config_name: make_rule(record.rule) for record in records}
+    budgets = losing_budgets(prepared.rules, records, prepared.loaded.facts.model_top_k)
+    skipped: str | None = None
+    found: list[dict[str, Any]] = []
+    if budgets:
+        log.info("scoring bh_drop where BH configurations lose, for comparison")
+        try:
+            with torch_threads(prepared.loaded.threads.batch):
+                subject, alternatives, calibration = find_alternatives(
+                    spec, budgets, rules, prepared.subject, store.document
+                )
+                added = {entry["config_name"]: make_rule(entry["config"]) for entry in alternatives}
+                records = quality.score(store.folder, prepared.identity, subject, rules | added)
+            names = [n for n in dict.fromkeys(r.config_name for r in records) if n not in added]
+            store.update_document({"calibration": calibration, "quality": {"configs": names}})
+            rules, found = rules | added, alternatives
+        except (BHRoutingError, RuntimeError) as error:
+            # Models lack gradients or memory in many ways, and nothing requested depends on it.
+            skipped = " ".join(str(error).split())
+            log.warning("bh_drop isn't scored for comparison: %s", skipped)
+    commands = {name: command_of(spec, rule) for name, rule in rules.items()}
+    document = {"rules": found, "skipped": skipped, "commands": commands}
+    store.update_document({ALTERNATIVES: document})
 
 
 def _time_interleaved(
@@ -268,6 +318,7 @@ def _document(spec: RunSpec, prepared: Preparation, store: ResultStore) -> dict[
         "provenance": provenance,
         "sessions": [*stored.get("sessions", []), {**provenance, "batch_size": spec.batch_size}],
         "quality": stored.get("quality"),
+        ALTERNATIVES: stored.get(ALTERNATIVES),
         "timing": stored.get("timing"),
         "peak_memory_bytes": stored.get("peak_memory_bytes"),
     }

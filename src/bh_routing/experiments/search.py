@@ -130,22 +130,33 @@ class KnobSearch:
             check_fractions([goal.budget for goal in goals])
         # Losses by layer are measured without tables, as for a rule that reads none.
         self._layer_losses = self._layer_losses or LayerLosses.recall(known, self._key(None))
-        found = recall_settings(goals, known, self._key_of, self._at)
+        found = recall_settings(goals, known, self.key_of, self._at)
         open_goals = {g.config_name: g for g in goals if g.config_name not in found}
         found |= self._search(open_goals)
         return [found[goal.config_name] for goal in goals]
+
+    def estimate(self, goal: Goal) -> Rule:
+        """Find a variant's rule on captured proposals alone, without running it.
+
+        Dropped experts change later proposals, so the rule's own mean differs by a few percent.
+
+        Raises:
+            InputError, CalibrationError: as in `find`.
+        """
+        check_budgets([goal.budget], self._routers.model_top_k)
+        return self._at(goal.variant, self._value(goal.variant, goal.budget))
 
     def to_documents(self, settings: Iterable[Setting]) -> list[dict[str, Any]]:
         """Return plain data for `find`'s `known`, with the layer losses of allocated budgets."""
         losses = self._layer_losses
         kept = {} if losses is None else {"layer_losses": losses.to_document()}
         return [
-            setting.to_document(self._key_of(setting.goal.variant))
+            setting.to_document(self.key_of(setting.goal.variant))
             | (kept if _is_shared_out(setting.goal.variant) else {})
             for setting in settings
         ]
 
-    def _key_of(self, variant: Variant) -> str:
+    def key_of(self, variant: Variant) -> str:
         """Identify everything that a setting depends on besides its goal."""
         return self._key(variant.anywhere().required_null)
 

@@ -151,6 +151,11 @@ class ResultStore:
             self._snapshot_is_due = True
         self._refresh()
 
+    @property
+    def document(self) -> Mapping[str, Any]:
+        """Content of run.json."""
+        return self._document
+
     def update_document(self, changes: Mapping[str, Any]) -> None:
         """Replace some top-level keys of run.json."""
         self._document.update(changes)

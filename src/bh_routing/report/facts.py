@@ -23,11 +23,23 @@ from bh_routing.analysis.results import Results, load_results
 from bh_routing.analysis.speed import TextAgreement, read_timings, text_agreement
 from bh_routing.errors import ResultsError
 from bh_routing.report import findings
-from bh_routing.report.quality import QualityFindings, margin_of, quality_findings
+from bh_routing.report.quality import (
+    QualityFindings,
+    Recommendation,
+    margin_of,
+    quality_findings,
+    recommend,
+)
 from bh_routing.report.table import Experiments, experiments_of
 from bh_routing.report.text import as_float, number
 from bh_routing.results.files import find_json_object
-from bh_routing.results.records import RUN_JSON, TIMINGS, ExperimentDetail, QualityRecord
+from bh_routing.results.records import (
+    ALTERNATIVES,
+    RUN_JSON,
+    TIMINGS,
+    ExperimentDetail,
+    QualityRecord,
+)
 
 EXPERTS: Final = "avg_experts_per_token"
 SECONDS: Final = "inference_time_sec"
@@ -77,6 +89,16 @@ class Facts:
     def quality(self) -> QualityFindings:
         """Findings of the quality phase; no rows if it was skipped."""
         return quality_findings(self.summary)
+
+    @property
+    def alternatives(self) -> Mapping[str, Any]:
+        """Rules scored where BH configurations lose, in run.json; empty in older runs."""
+        return child(self.run, ALTERNATIVES)
+
+    @property
+    def recommendation(self) -> Recommendation | None:
+        """The rule to use; None if none was compared with static top-k."""
+        return recommend(self.quality, child(self.alternatives, "commands"))
 
     @property
     def margin(self) -> float:

@@ -45,6 +45,7 @@ SECTIONS: Final = (
     ("conclusions", "Conclusions", "Conclusions", ""),
     ("settings", "Settings and provenance", "Settings and provenance", ""),
     ("limits", "Limitations", "Limitations", ""),
+    ("recommendation", "Recommendation", "Recommendation", ""),
 )
 """HTML id and title of each section, its heading in REPORT.md, and its interactive part."""
 NUMBERS: Final = {

@@ -172,12 +172,13 @@ def render_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None 
     """Render a header and rows.
 
     Args:
-        rows: column -> value; numbers are written by `repr`, None as an empty cell.
+        rows: column -> value; numbers are written by `repr`, None and NaN as an empty cell.
         columns: names of the header, in order; None: the keys of the first row.
     """
     rows = list(rows)
     names = list(rows[0] if columns is None and rows else columns or ())
-    lines = [render_csv_row(names), *(render_csv_row([row[n] for n in names]) for row in rows)]
+    cells = ([_known(row[name]) for name in names] for row in rows)
+    lines = [render_csv_row(names), *map(render_csv_row, cells)]
     return "".join(lines).encode(errors="backslashreplace")
 
 
@@ -223,6 +224,10 @@ def read_csv(path: Path, columns: Sequence[str], remedy: str = RESTORE) -> list[
         if len(row) != len(header):
             raise half_read(path, f"row {number} has {len(row)} of {len(header)} cells", remedy)
     return [dict(zip(header, map(_read, row), strict=True)) for row in rows]
+
+
+def _known(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _written(text: str) -> str:

@@ -29,6 +29,8 @@ BASELINE: Final = "baseline"
 """Key in run.json: the configuration that the others are compared with."""
 LEFT_OUT: Final = "left_out"
 """Key in run.json: standard configurations that the model can't run -> the reason."""
+ALTERNATIVES: Final = "alternatives"
+"""Key in run.json: rules scored in addition to the configurations, and commands that run a rule."""
 
 STATUS_OK: Final = "ok"
 STATUS_FAILED: Final = "failed"
