@@ -10,11 +10,11 @@ from tools.measure_house import House, measure
 
 HOUSE = measure()
 MOST = House(
-    lines=30_200,
+    lines=30_500,
     files=155,
     record_types=183,
-    import_percent=8.1,
-    prose_words=45_000,
+    import_percent=8.15,
+    prose_words=45_300,
     what_per_thousand=0.5,
     beside_per_thousand=0.05,
     spec_modules=65,

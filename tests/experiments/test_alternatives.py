@@ -50,6 +50,8 @@ def document_of(folder: Path) -> dict[str, Any]:
     return document
 
 
+# One configuration of four tokens leaves a plot no room, which is a warning outside of tests.
+@pytest.mark.filterwarnings("ignore:constrained_layout not applied")
 def test_bh_drop_is_scored_where_bh_loses_and_its_command_runs(
     tiny_spec: MakeTinySpec, scored: dict[str, Any], loaded_demo: LoadedModel
 ) -> None:
@@ -139,7 +141,9 @@ def test_a_calibration_without_the_tables_of_bh_drop_adds_nothing(
     bh = {"topk_8": LOSING["topk_8"], "bh": {"method": "bh", "alpha": 0.05}}
     spec = tiny_spec(**scored | {"calibration": path, "configs": bh})
     assert run(spec).exit_code == 0
-    assert "bh_drop" in document_of(spec.output)["alternatives"]["skipped"]
+    assert (
+        "no table of null 'needed_by_loss'" in document_of(spec.output)["alternatives"]["skipped"]
+    )
 
 
 @pytest.mark.parametrize("rule", [r for rules in EXAMPLES.values() for r in rules], ids=str)

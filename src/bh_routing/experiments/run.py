@@ -160,12 +160,7 @@ def _run_begun(
     ]
     quality_start = time.perf_counter()
     records = _score(prepared, executor, store, problems)
-    executor.close()  # the model is needed in this process from here on
-    guard(
-        problems,
-        "the comparison with bh_drop",
-        lambda: _score_alternatives(spec, prepared, store, records),
-    )
+    _add_alternatives(spec, prepared, store, records, problems)
     rounds_start = time.perf_counter()
     _time_interleaved(spec, prepared, store, problems)
     traces_start = time.perf_counter()
@@ -220,8 +215,12 @@ def _ready_folder(prepared: Preparation, store: ResultStore) -> int:
 def _score(
     prepared: Preparation, executor: Executor, store: ResultStore, problems: list[str]
 ) -> list[QualityRecord]:
-    """Score quality if the spec asks for it; return the records, empty if there are none."""
+    """Score quality if the spec asks for it; return the records, empty if there are none.
+
+    Closes the executor: the model is needed in this process from here on.
+    """
     if (quality := prepared.quality) is None:
+        executor.close()
         return []
     identity, subject = prepared.identity, prepared.subject
     rules = {named.name: named.rule for named in prepared.rules}
@@ -231,9 +230,21 @@ def _score(
             "scoring",
             lambda: quality.score(store.folder, identity, subject, rules, executor),
         )
+    executor.close()
     names = dict.fromkeys(record.config_name for record in scored or ())
     store.update_document({"quality": {"configs": list(names)}})
     return scored or []
+
+
+def _add_alternatives(
+    spec: RunSpec,
+    prepared: Preparation,
+    store: ResultStore,
+    records: Sequence[QualityRecord],
+    problems: list[str],
+) -> None:
+    compare = partial(_score_alternatives, spec, prepared, store, records)
+    guard(problems, "the comparison with bh_drop", compare)
 
 
 def _score_alternatives(
