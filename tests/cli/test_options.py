@@ -33,7 +33,9 @@ def test_every_option_has_a_field_that_explains_it(command: str) -> None:
             assert len(parameter.help) > 10
 
 
-@pytest.mark.parametrize("model", {model for models in SPECS.values() for model in models})
+@pytest.mark.parametrize(
+    "model", dict.fromkeys(model for models in SPECS.values() for model in models)
+)
 def test_every_field_says_what_it_means(model: type[BaseModel]) -> None:
     assert all(field.description for field in model.model_fields.values())
 
