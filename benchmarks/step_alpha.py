@@ -1,7 +1,7 @@
 """Measure how many of the experts that BH leaves out of a decode step mattered.
 
-    python benchmarks/step_alpha.py --device cuda
-    python benchmarks/step_alpha.py --tokens 4000 --replicates 10    # a quick try
+    python -m benchmarks.step_alpha --device cuda
+    python -m benchmarks.step_alpha --tokens 4000 --replicates 10    # a quick try
 
 Each case calibrates on some documents and draws steps from others: held-out documents of the same
 text, the evaluation text, another domain, and the evaluation text read by a model whose routers are
