@@ -73,6 +73,12 @@ def test_every_configuration_answers_the_same_items_and_is_compared(
     assert "is there already; choose another folder" in capsys.readouterr().err
 
 
+def test_a_rule_of_decode_steps_is_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
+    selected = ["--tasks", "bh_cloze", "--limit", "2", "--configs", "topk_8"]
+    assert main([*COMMAND, *selected, "--rule", "oea:k0=4"]) == 0
+    assert "decides by decode step: in tasks scored by log-likelihood" in capsys.readouterr().err
+
+
 def test_the_table_shows_experts_scores_and_flips(
     capsys: pytest.CaptureFixture[str], calibrated: list[str]
 ) -> None:

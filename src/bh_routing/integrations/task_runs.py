@@ -108,6 +108,7 @@ def evaluate_tasks(
     facts = describe_model(loaded.model)
     spec, left_out = fit_to_loaded(fitted, loaded.model)
     rules = make_rules(spec.configs, spec.budget)
+    _say_what_steps_cannot_show(rules)
     reference = _reference(rules, facts.model_top_k)
     calibration, about = obtain_calibration(spec, rules, loaded.model, loaded.tokenizer)
     rules = bring_to_budget(spec, rules, loaded.model, loaded.tokenizer, calibration).rules
@@ -140,6 +141,16 @@ def evaluate_tasks(
     if spec.output is not None:
         write_atomically(spec.output / TASK_SUMMARY, render_json(document))
     return document
+
+
+def _say_what_steps_cannot_show(rules: Sequence[NamedRule]) -> None:
+    for named in rules:
+        if named.rule.unit == "step":
+            log.warning(
+                "%s decides by decode step: in tasks scored by log-likelihood, which run as "
+                "prefill, it drops nothing; only generated answers show its effect",
+                named.name,
+            )
 
 
 def _reference(rules: Sequence[NamedRule], model_top_k: int) -> str:

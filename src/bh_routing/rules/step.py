@@ -244,7 +244,7 @@ class OpportunisticActivation(MixingRule):
     """Keep each token's k0 best slots, and more of its top-k where the step reads them anyway.
 
     Source: Oncescu et al. (2025), "Opportunistic Expert Activation", arXiv 2511.02237 (read:
-        abstract and introduction), there with piggybacked experts from outside the top-k too.
+        abstract), there with piggybacked experts from outside the top-k too.
     Example:
         >>> OpportunisticActivation(k0=4).unit
         'step'
