@@ -215,7 +215,7 @@ def plot_expert_utilization(
     figure.legend(loc="outside lower center", ncols=2)
     unused = float((load_LE == 0).mean())
     finding = f"load varies by CV {number(relative_LE.std(axis=1).mean())} in a layer, its most "
-    finding += f"used expert takes {number(relative_LE[:, 0].mean(), 1)} times an even share"
+    finding += f"used expert takes {number(relative_LE[:, 0].mean(), 1)} times an even load"
     finding += f"; {percent(unused, 1)} of experts unused" if unused else ""
     return _finished(figure, method_name, finding, save_path)
 
