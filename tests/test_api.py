@@ -140,7 +140,8 @@ def test_sweep_gives_the_numbers_of_the_command_line(demo: LoadedModel, tmp_path
         "reference == 'top_k' and domain == 'all'"
     )
     for name in ("difference", "low", "high", "p_corrected", "saved", "answer"):
-        assert list(swept[f"top_k_{name}"]) == pytest.approx(list(compared[name]))
+        # As close as the points above: sums in float32 depend on the threads and batches.
+        assert list(swept[f"top_k_{name}"]) == pytest.approx(list(compared[name]), rel=1e-5)
 
 
 def test_sweep_fits_the_calibration_that_its_rules_need(demo: LoadedModel) -> None:
