@@ -125,7 +125,8 @@ def _benjamini_hochberg_drop(
 def _contribution_threshold(
     rule: ContributionThreshold, context: LayerContext
 ) -> RouterPlan | None:
-    return _threshold_plan(rule, context, rule.threshold)
+    # A subclass may decide whole steps.
+    return None if rule.unit != "token" else _threshold_plan(rule, context, rule.threshold)
 
 
 def _threshold_plan(

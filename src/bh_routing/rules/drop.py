@@ -40,10 +40,8 @@ from bh_routing.rules.step import (
     Between,
     StepExperts,
     count_tokens,
-    keep_read,
     reject_in_steps,
-    step_experts,
-    step_of,
+    step_selector,
 )
 
 Scope = Literal["token", "block", "population", "step", "step_population"]
@@ -208,18 +206,11 @@ class BenjaminiHochbergDrop(ContributionRule):
         return select
 
     def _bind_step(self, context: LayerContext) -> Selector:
-        scale_E, min_k = layer_scale(self.method, self.statistic, context), self.min_k
+        scale_E = layer_scale(self.method, self.statistic, context)
         reads = self.step_reads(context)
-
-        def select(candidates: Candidates) -> Tensor:
-            scores_TK, step_T = slot_scores(candidates, scale_E), step_of(candidates)
-            experts = step_experts(
-                scores_TK, candidates.top_k_index_TK, step_T, num_experts=len(scale_E)
-            )
-            is_own_TK = rank_slots(candidates, scores_TK).rank_TK < min_k
-            return keep_read(candidates, reads(experts, count_tokens(step_T)), is_own_TK)
-
-        return select
+        return step_selector(
+            scale_E, self.min_k, lambda experts, step_T: reads(experts, count_tokens(step_T))
+        )
 
     def step_reads(self, context: LayerContext) -> Callable[[StepExperts, Tensor], Tensor]:
         """Return experts and tokens of each step -> whether it reads an expert, bool (S, E).

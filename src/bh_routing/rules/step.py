@@ -13,6 +13,7 @@ is on the device, and reading it would be a host sync.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Final, Literal, NamedTuple, get_args
 
@@ -22,7 +23,6 @@ from torch import Tensor
 from bh_routing.errors import InputError
 from bh_routing.nulls.contributions import STEP_SIZES
 from bh_routing.rules.base import (
-    LOG,
     WHOLE,
     Candidates,
     Knob,
@@ -37,7 +37,7 @@ from bh_routing.rules.base import (
 )
 from bh_routing.rules.contribution import (
     ContributionRule,
-    check_contribution_threshold,
+    ContributionThreshold,
     layer_scale,
     rank_slots,
     slot_scores,
@@ -123,6 +123,37 @@ def step_of(candidates: Candidates) -> Tensor:
     return candidates.rows.step_T
 
 
+def step_selector(
+    scale_E: Tensor,
+    min_k: int,
+    reads: Callable[[StepExperts, Tensor], Tensor],
+    exponent: float = 2.0,
+) -> Selector:
+    """Return a selector of the slots whose expert the step reads, and of a token's min_k best.
+
+    Args:
+        scale_E: scale of each expert; a slot's score is its weight times the scale.
+        min_k: slots with the largest scores that a token always keeps.
+        reads: experts of each step, and step of each token -> bool (S, E).
+        exponent: that of `step_experts`.
+    """
+
+    def select(candidates: Candidates) -> Tensor:
+        scores_TK = slot_scores(candidates, scale_E)
+        step_T = step_of(candidates)
+        experts = step_experts(
+            scores_TK,
+            candidates.top_k_index_TK,
+            step_T,
+            num_experts=len(scale_E),
+            exponent=exponent,
+        )
+        is_own_TK = rank_slots(candidates, scores_TK).rank_TK < min_k
+        return keep_read(candidates, reads(experts, step_T), is_own_TK)
+
+    return select
+
+
 def count_tokens(step_T: Tensor) -> Tensor:
     """Return the number of tokens in each step, int64 (S,)."""
     num_steps = len(step_T)
@@ -179,12 +210,13 @@ def reject_in_steps(p_SE: Tensor, is_present_SE: Tensor, alpha: float) -> Tensor
 
 
 @dataclass(frozen=True)
-class FisherMass(ContributionRule):
+class FisherMass(ContributionThreshold):
     """Read the experts whose mass in the step is above one threshold for all layers.
 
     The mass is the sum of (weight x sensitivity) ** exponent over the step's tokens with the expert
     in their top-k. With exponent 2 it is twice the diagonal-Fisher estimate of the loss that
-    leaving the expert out costs. A step of one token is decided as by ContributionThreshold.
+    leaving the expert out costs. The threshold is for mass ** (1 / exponent), which has the
+    statistic's unit: a step of one token is decided as by ContributionThreshold.
 
     Source: Theis et al. (2018), "Faster gaze prediction with dense networks and Fisher pruning",
         for the estimate, there of a network's parameters.
@@ -194,17 +226,12 @@ class FisherMass(ContributionRule):
     """
 
     method: ClassVar[str] = "fisher_mass"
-    knob: ClassVar[Knob | None] = Knob("threshold", LOG, keeps_more=False)
 
-    threshold: float
-    """At least 0, for mass ** (1 / exponent), which has the statistic's unit; a larger one reads
-    fewer experts."""
     exponent: float = 2.0
     """From 1 to 3; other exponents than 2 are ablations."""
 
     def __post_init__(self) -> None:
         """Raise InputError if a field is out of range."""
-        check_contribution_threshold(self.threshold)
         is_number = isinstance(self.exponent, (int, float)) and not isinstance(self.exponent, bool)
         if not is_number or not 1.0 <= self.exponent <= 3.0:
             raise InputError(f"exponent must be a number from 1 to 3, got {self.exponent!r}")
@@ -222,21 +249,13 @@ class FisherMass(ContributionRule):
             CalibrationError: the context has no contributions.
         """
         scale_E = layer_scale(self.method, self.statistic, context)
-        threshold, exponent, min_k = self.threshold, float(self.exponent), self.min_k
-
-        def select(candidates: Candidates) -> Tensor:
-            scores_TK = slot_scores(candidates, scale_E)
-            experts = step_experts(
-                scores_TK,
-                candidates.top_k_index_TK,
-                step_of(candidates),
-                num_experts=len(scale_E),
-                exponent=exponent,
-            )
-            is_own_TK = rank_slots(candidates, scores_TK).rank_TK < min_k
-            return keep_read(candidates, experts.norms_SE > threshold, is_own_TK)
-
-        return select
+        threshold = self.threshold
+        return step_selector(
+            scale_E,
+            self.min_k,
+            lambda experts, _: experts.norms_SE > threshold,
+            float(self.exponent),
+        )
 
 
 @dataclass(frozen=True)
@@ -356,23 +375,13 @@ class ExpertBudget(ContributionRule):
             scale_E, exponent = torch.ones(context.num_experts, device=context.device), 1.0
         else:
             scale_E, exponent = layer_scale(self.method, self.statistic, context), 2.0
-        budget, min_k = self.budget, self.min_k
+        budget = self.budget
 
-        def select(candidates: Candidates) -> Tensor:
-            scores_TK = slot_scores(candidates, scale_E)
-            experts = step_experts(
-                scores_TK,
-                candidates.top_k_index_TK,
-                step_of(candidates),
-                num_experts=len(scale_E),
-                exponent=exponent,
-            )
+        def reads(experts: StepExperts, _: Tensor) -> Tensor:
             # Ties go to the smaller expert index.
             order_SE = experts.norms_SE.argsort(dim=-1, descending=True, stable=True)
-            is_read_SE = torch.zeros_like(experts.is_present_SE).scatter(
+            return torch.zeros_like(experts.is_present_SE).scatter(
                 -1, order_SE[:, :budget], torch.ones_like(experts.is_present_SE)
             )
-            is_own_TK = rank_slots(candidates, scores_TK).rank_TK < min_k
-            return keep_read(candidates, is_read_SE, is_own_TK)
 
-        return select
+        return step_selector(scale_E, self.min_k, reads, exponent)
