@@ -33,7 +33,6 @@ from bh_routing.multitest import benjamini_hochberg
 from bh_routing.nulls import NULLS, Calibration
 from bh_routing.nulls.base import ReferenceTable
 from bh_routing.nulls.contributions import Contributions
-from bh_routing.nulls.noise import FIT_TOKENS, Share, fraction_with_interval
 from bh_routing.rules import (
     BenjaminiHochberg,
     BenjaminiHochbergDrop,
@@ -41,6 +40,7 @@ from bh_routing.rules import (
     LayerContext,
     noise_control,
 )
+from bh_routing.rules.noise import FIT_TOKENS, fraction_with_interval
 
 ALPHAS = (0.01, 0.05, 0.10)
 DROP_ALPHAS = (0.01, 0.05, 0.10, 0.30)
@@ -50,6 +50,7 @@ SEEDS = (0, 1, 2, 3, 4)
 TEXT_TOKENS = 8_192
 FIT_TOKENS_BY_EXPERT = 49_152
 """Tokens for per-expert tables, to which each token contributes one score instead of E."""
+DROPPED = ("share", "low", "high")
 HERE = Path(__file__).parent
 METHOD = HERE.parent / "docs" / "method.md"
 BLOCK = re.compile(r"(<!-- noise table: .*? -->\n).*(<!-- noise table: end -->)", re.DOTALL)
@@ -107,8 +108,8 @@ class DropNoiseResult:
     tokens: int
     mean_kept: float
     """Mean number of slots kept per token, at least 1."""
-    dropped: Share
-    """Fraction of tokens with any drop."""
+    dropped: tuple[float, float, float]
+    """Fraction of tokens with any drop, and its Wilson 95 % interval."""
     false_share: float
     """Mean over tokens of the fraction of dropped slots that mattered; 0 if none is dropped."""
     false_low: float
@@ -199,7 +200,10 @@ def measure_drop_noise(tokens: int) -> list[dict[str, Any]]:
     results = drop_noise_control(
         alphas=DROP_ALPHAS, num_experts=NUM_EXPERTS, model_top_k=MODEL_TOP_K, tokens=tokens
     )
-    return [asdict(result) | {"dropped": result.dropped._asdict()} for result in results]
+    return [
+        asdict(result) | {"dropped": dict(zip(DROPPED, result.dropped, strict=True))}
+        for result in results
+    ]
 
 
 def measure_text(model_name: str) -> dict[str, Any]:

@@ -194,7 +194,7 @@ def test_importing_every_module_changes_nothing_outside(tmp_path: Path) -> None:
 import importlib, logging, os, random, sys, warnings
 import matplotlib, matplotlib.pyplot, numpy, pandas, scipy.stats, torch, transformers
 import transformers.integrations.moe
-import datasets, lm_eval.models.huggingface, pydantic, statsmodels.api, tqdm, typer, yaml
+import datasets, lm_eval.models.huggingface, pydantic, tqdm, typer, yaml
 
 def state():
     return {

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from bh_routing.analysis.estimates import NON_INFERIORITY_MARGIN
 from bh_routing.analysis.quality import QualityOptions, quality_table
 from bh_routing.analysis.sweep import compare_points
 from bh_routing.analysis.sweep_records import SWEEP, make_sweep
@@ -34,6 +33,7 @@ from bh_routing.nulls.calibration import Calibration
 from bh_routing.results.records import QualityRecord
 from bh_routing.rules.base import Rule, check_count
 from bh_routing.rules.catalog import name_rules
+from bh_routing.stats.clustered import NON_INFERIORITY_MARGIN
 
 
 def evaluate(

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from bh_routing.errors import InputError
-from bh_routing.stats.accuracies import compare_accuracies
+from bh_routing.stats.paired import compare_accuracies
 
 
 def _pair(seed: int = 0, n: int = 200) -> tuple[np.ndarray, np.ndarray]:

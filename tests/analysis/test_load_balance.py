@@ -10,15 +10,13 @@ import pytest
 from scipy import stats
 
 from bh_routing.errors import InputError
-from bh_routing.stats import uniform_router
+from bh_routing.stats import load_balance
 from bh_routing.stats.load_balance import (
     MEASURES,
     jaccard,
     mean_distinct_experts,
     measure_load,
     measures_of,
-)
-from bh_routing.stats.uniform_router import (
     simulate_uniform_router,
     uniform_cv,
     uniform_dead_fraction,
@@ -95,7 +93,7 @@ def test_pooling_keeps_layers_apart() -> None:
 def test_the_noise_of_every_measure_is_that_of_a_uniform_router(
     monkeypatch: pytest.MonkeyPatch, tokens: int, is_drawn_whole: bool
 ) -> None:
-    monkeypatch.setattr(uniform_router, "EXACT_KEYS", 10**9 if is_drawn_whole else 0)
+    monkeypatch.setattr(load_balance, "EXACT_KEYS", 10**9 if is_drawn_whole else 0)
     kept_T = np.random.default_rng(1).integers(1, 7, tokens)
     counts_SE = uniform_counts(kept_T, simulations=2000)
     load = measure_load([counts_SE[0].tolist()], histogram_of(kept_T), simulations=2000, seed=2)

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import ArrayLike
 from statsmodels.stats.multitest import multipletests
 
-from bh_routing.stats.multiplicity import benjamini_hochberg_exploratory, holm
+from bh_routing.stats.paired import benjamini_hochberg_exploratory, holm
 
 P = [0.01, 0.04, 0.03, 0.005]
 

@@ -11,7 +11,7 @@ from bh_routing.analysis import sweep_equal_cost
 from bh_routing.analysis.sweep_equal_cost import Curve, EqualCost, compare_at_equal_cost
 from bh_routing.analysis.sweep_records import ScoredText
 from bh_routing.stats.clustered import estimate_ratio
-from bh_routing.stats.multiplicity import holm
+from bh_routing.stats.paired import holm
 from tests.analysis.swept import scored_text
 
 STATIC = Curve(name="top_k", config_names=("four", "five", "six"), widest=1.0)

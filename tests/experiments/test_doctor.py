@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,7 @@ from bh_routing.experiments.doctor import (
     check_writing,
     examine,
 )
-from bh_routing.nulls.simulation import Row, run_simulation
-
-ROWS = run_simulation(1_000, nulls=("true",))
+from bh_routing.multitest import benjamini_hochberg
 
 
 def test_here_a_run_is_possible_and_what_is_missing_is_a_warning(tmp_path: Path) -> None:
@@ -53,17 +50,30 @@ def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None:
     assert "can't be written to" in finding.text and "--output" in finding.remedy
 
 
-def test_the_theorem_holds_here_and_a_break_of_it_is_a_problem() -> None:
-    def broken(tokens: int, nulls: Sequence[str]) -> list[Row]:
-        return [dataclasses.replace(row, fdr=0.2, fdr_low=0.18, fdr_high=0.22) for row in ROWS]
-
-    rows, findings = check_statistics(1_000, lambda tokens, nulls: ROWS)
-    assert [(row.null, row.procedure, row.alpha) for row in rows] == [
-        ("true", "bh", 0.05), ("true", "bh", 0.10),
-    ]  # fmt: skip
+def test_the_theorem_holds_here() -> None:
+    rows, findings = check_statistics(2_000)
+    assert [row["alpha"] for row in rows] == [0.05, 0.10]
+    # The rate of BH is alpha times the fraction of unshifted experts, 0.945 on average.
+    assert all(row["low"] <= 0.945 * row["alpha"] <= row["high"] for row in rows)
     assert [finding.state for finding in findings] == ["ok", "ok"]
     assert "(0.0" in findings[0].text  # the interval
-    assert [finding.state for finding in check_statistics(1_000, broken)[1]] == ["problem"] * 2
+
+
+def without_correction(p_TE: torch.Tensor, alpha: float) -> torch.Tensor:
+    return p_TE <= alpha
+
+
+def at_four_times_alpha(p_TE: torch.Tensor, alpha: float) -> torch.Tensor:
+    return benjamini_hochberg(p_TE, 4 * alpha)
+
+
+@pytest.mark.parametrize("reject", [without_correction, at_four_times_alpha])
+def test_a_procedure_that_breaks_the_theorem_is_a_problem(
+    reject: Callable[[torch.Tensor, float], torch.Tensor],
+) -> None:
+    findings = check_statistics(1_000, reject)[1]
+    assert [finding.state for finding in findings] == ["problem", "problem"]
+    assert all("install" in finding.remedy for finding in findings)
 
 
 @pytest.mark.parametrize("is_file", [False, True])

@@ -8,9 +8,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks.simulation import BLOCK, HERE, METHOD, render
+from benchmarks.simulation import (
+    ALPHAS,
+    BLOCK,
+    HERE,
+    METHOD,
+    TRUE_NULL,
+    render,
+    run_simulation,
+)
 from bh_routing.nulls import NULLS
-from bh_routing.nulls.simulation import ALPHAS, TRUE_NULL, run_simulation
 
 RESULTS = json.loads((HERE / "simulation.json").read_text(encoding="utf-8"))
 ROWS: list[dict[str, Any]] = RESULTS["rows"]

@@ -10,8 +10,8 @@ from bh_routing.experiments.calibrating import describe_nulls
 from bh_routing.experiments.configurations import NamedRule
 from bh_routing.multitest import benjamini_hochberg, benjamini_yekutieli, storey
 from bh_routing.nulls import get_null
-from bh_routing.nulls.noise import fit_on_noise
 from bh_routing.rules import BenjaminiHochberg, NoiseResult, noise_control
+from bh_routing.rules.noise import fit_on_noise
 
 ALPHAS = (0.01, 0.05, 0.10)
 REJECT = {"bh": benjamini_hochberg, "by": benjamini_yekutieli, "storey": storey}

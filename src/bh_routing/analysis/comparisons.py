@@ -35,8 +35,7 @@ from bh_routing.analysis.speed import speed_ups
 from bh_routing.errors import InputError, unknown_name
 from bh_routing.results.files import to_strict
 from bh_routing.results.records import BASELINE, SCHEMA_VERSION, STATUS_OK
-from bh_routing.stats.multiplicity import holm
-from bh_routing.stats.paired import MeanInterval, mean_interval, paired_difference
+from bh_routing.stats.paired import MeanInterval, holm, mean_interval, paired_difference
 
 METRICS: Final = (
     "avg_experts_per_token",

@@ -22,16 +22,6 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from bh_routing.analysis.estimates import (
-    BH_LABEL,
-    NON_INFERIORITY_MARGIN,
-    RatioEstimate,
-    benjamini_hochberg_exploratory,
-    estimate_ratio,
-    holm,
-    minimum_detectable_effect,
-    non_inferiority,
-)
 from bh_routing.analysis.kl_histogram import RESOLUTION, histogram_quantile
 from bh_routing.analysis.quality_row import (
     STATIC,
@@ -46,7 +36,15 @@ from bh_routing.errors import InputError
 from bh_routing.results.files import to_strict
 from bh_routing.results.records import SCHEMA_VERSION, QualityRecord
 from bh_routing.stats.bootstrap import RESAMPLES
+from bh_routing.stats.clustered import (
+    NON_INFERIORITY_MARGIN,
+    RatioEstimate,
+    estimate_ratio,
+    minimum_detectable_effect,
+    non_inferiority,
+)
 from bh_routing.stats.load_balance import MEASURES, measure_load
+from bh_routing.stats.paired import BH_LABEL, benjamini_hochberg_exploratory, holm
 
 CONFIDENCE: Final = 0.95
 REFERENCE_NOTE: Final = "The same as the model's own top-k on every token: nothing to test."

@@ -44,7 +44,7 @@ from bh_routing.stats.bootstrap import (
     sum_clusters,
 )
 from bh_routing.stats.clustered import BOOTSTRAP_CLUSTERS, MIN_CLUSTERS
-from bh_routing.stats.multiplicity import holm
+from bh_routing.stats.paired import holm
 
 _CLOSEST: Final = 0.25
 """The later of two points of a curve closer than this is dropped: their slope would be noise."""

@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bh_routing.analysis.estimates import RatioEstimate, compare_accuracies, estimate_ratio, holm
 from bh_routing.errors import InputError
 from bh_routing.results.records import TaskOutcome
+from bh_routing.stats.clustered import RatioEstimate, estimate_ratio
+from bh_routing.stats.paired import compare_accuracies, holm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

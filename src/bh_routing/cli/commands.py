@@ -305,7 +305,7 @@ def doctor(
         _print_json(
             {
                 "findings": [asdict(finding) for finding in findings],
-                "statistics": [asdict(row) for row in rows],
+                "statistics": rows,
             }
         )
     for finding in [] if as_json else findings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
@@ -279,15 +280,7 @@ def describe_nulls(
             "alpha_is": get_null(null).alpha_is,
             "meaning": get_null(null).meaning,
             "noise": [
-                {
-                    "config_name": name,
-                    "alpha": result.alpha,
-                    "mean_experts": result.mean_experts,
-                    "share_any": result.share_any,
-                    "share_any_low": result.share_any_low,
-                    "share_any_high": result.share_any_high,
-                    "tokens": result.tokens,
-                }
+                {"config_name": name, **asdict(result)}
                 for name, result in zip(
                     own,
                     noise_control(

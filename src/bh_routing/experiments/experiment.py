@@ -23,7 +23,7 @@ from bh_routing.models.trace import ExpertTrace
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.results.records import STATUS_FAILED, ExperimentDetail, ExperimentRecord
 from bh_routing.rules.base import Candidates, Rule, Selector
-from bh_routing.stats.load_balance import load_balance
+from bh_routing.stats.load_balance import load_columns
 
 ResultT = TypeVar("ResultT")
 
@@ -157,7 +157,8 @@ def _summarise(
     counts_TL = trace.expert_counts.numpy()
     assignments_LE = trace.utilization.numpy()
     prefill = trace.forward_tokens[0]
-    balance = load_balance(assignments_LE, counts_TL)
+    longest = int(counts_TL.max())
+    histogram = [np.bincount(layer_T, minlength=longest + 1).tolist() for layer_T in counts_TL.T]
     seconds = generation.inference_time_sec
     record = ExperimentRecord(
         config_name=config_name,
@@ -179,18 +180,12 @@ def _summarise(
         prefill_time_sec=generation.prefill_time_sec,
         decode_time_sec=generation.decode_time_sec,
         tokens_per_sec=len(generation.token_ids) / seconds if seconds > 0 else math.nan,
-        expert_utilization_cv=balance.cv,
-        expert_utilization_cv_noise=balance.cv_noise,
-        expert_utilization_max_min_ratio=balance.max_min_ratio,
-        expert_utilization_note=balance.note,
+        **load_columns(assignments_LE, histogram),
     )
-    longest = int(counts_TL.max())
     detail = ExperimentDetail(
         output_token_ids=list(generation.token_ids),
         experts_by_layer=counts_TL.mean(axis=0).tolist(),
-        count_histogram=[
-            np.bincount(layer_T, minlength=longest + 1).tolist() for layer_T in counts_TL.T
-        ],
+        count_histogram=histogram,
         expert_load=assignments_LE.tolist(),
         peak_memory_bytes=peak,
     )

@@ -16,7 +16,6 @@ from typing import Any, Final
 import pandas as pd
 
 from bh_routing.analysis.comparisons import analyze_results
-from bh_routing.analysis.estimates import EXACT_PAIRS, MeanInterval
 from bh_routing.analysis.quality import analyze_quality
 from bh_routing.analysis.quality_row import STATIC
 from bh_routing.analysis.results import Results, load_results
@@ -40,6 +39,7 @@ from bh_routing.results.records import (
     ExperimentDetail,
     QualityRecord,
 )
+from bh_routing.stats.paired import EXACT_PAIRS, MeanInterval
 
 EXPERTS: Final = "avg_experts_per_token"
 SECONDS: Final = "inference_time_sec"

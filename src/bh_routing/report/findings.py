@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from bh_routing.analysis.comparisons import SIGNIFICANCE_LEVEL
-from bh_routing.analysis.estimates import MeanInterval, holm, mean_interval, paired_difference
 from bh_routing.report.quality import QualityFindings
 from bh_routing.report.table import Experiments
 from bh_routing.report.text import cut_middle, listed, loss_percent, number, plain, signed_percent
+from bh_routing.stats.paired import MeanInterval, holm, mean_interval, paired_difference
 
 NAME_LIMIT = 24
 UNSTEADY = 0.10

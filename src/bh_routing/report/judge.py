@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from bh_routing.analysis.estimates import signed_rank_floor
 from bh_routing.report import findings
 from bh_routing.report.facts import BALANCE, EXPERTS, Facts, child
 from bh_routing.report.text import (
@@ -26,6 +25,7 @@ from bh_routing.report.text import (
     p_value,
     signed,
 )
+from bh_routing.stats.paired import signed_rank_floor
 
 Verdict = Literal["met", "not met", "not comparable"]
 Range = tuple[float, float]

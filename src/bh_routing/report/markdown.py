@@ -17,7 +17,6 @@ import pandas as pd
 from jinja2 import ChainableUndefined, Environment, PackageLoader, Undefined
 from markupsafe import Markup
 
-from bh_routing.analysis.estimates import signed_rank_floor
 from bh_routing.report import findings, text
 from bh_routing.report.facts import BALANCE, EXPERTS, METRICS, SECONDS, SPEED, Facts, read_facts
 from bh_routing.report.files import write_text
@@ -25,6 +24,7 @@ from bh_routing.report.judge import compare_expectations, count_verdicts
 from bh_routing.report.sweep_findings import budgets_of, series_label
 from bh_routing.report.text import MISSING, as_float
 from bh_routing.results.records import LEFT_OUT, REPORT_MD
+from bh_routing.stats.paired import signed_rank_floor
 
 RULE_FIELDS: Final = (
     "alpha", "null", "temperature", "min_k", "max_k", "k", "procedure", "on_empty", "weights",

@@ -12,13 +12,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
+import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 import bh_routing
 from bh_routing.analysis.results import load_results
-from bh_routing.analysis.trackers import flatten
 from bh_routing.errors import CalibrationError, InputError
 from bh_routing.report.charts import Chart, draw_charts
 from bh_routing.report.charts.calibration import null_charts
@@ -199,12 +199,12 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _differences(runs: Mapping[str, Facts]) -> list[tuple[str, list[Any]]]:
     """Return the settings that differ, with the value in each run."""
     flat = [
-        {k: v for part in COMPARED for k, v in flatten(part, facts.run.get(part)).items()}
+        pd.json_normalize({part: facts.run.get(part) for part in COMPARED}).to_dict("records")[0]
         for facts in runs.values()
     ]
     rows = {key: [values.get(key) for values in flat] for found in flat for key in found}
     return [
-        (key, [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False)
+        (str(key), [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False)
                for v in values])
         for key, values in rows.items()
         if key not in UNCOMPARED and any(value != values[0] for value in values[1:])

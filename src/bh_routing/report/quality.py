@@ -9,9 +9,9 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
 
-from bh_routing.analysis.estimates import NON_INFERIORITY_MARGIN
 from bh_routing.analysis.quality_row import QualityRow, read_rows
 from bh_routing.report.text import as_float
+from bh_routing.stats.clustered import NON_INFERIORITY_MARGIN
 
 Answer = Literal["yes", "no", "undecided", "unknown"]
 """Whether a rule loses less than static top-k with the same number of experts: decided by the

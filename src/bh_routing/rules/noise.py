@@ -1,21 +1,31 @@
 """Noise control: the number of experts that a rule keeps of pure noise.
 
-Axes: T tokens, E experts, K candidate slots.
+Axes: T tokens, E experts, K candidate slots, H hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from bh_routing.multitest import count_rejected
+from bh_routing.nulls.base import Null, ReferenceTable, RouterPass
 from bh_routing.nulls.catalog import get_null
-from bh_routing.nulls.noise import fit_on_noise, fraction_with_interval
 from bh_routing.rules.base import Candidates, LayerContext
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
+
+FIT_TOKENS: Final = 16_384
+"""Noise tokens per table: as many as a calibration reads by default."""
+
+FIT_TOKENS_BY_EXPERT: Final = 4 * FIT_TOKENS
+"""The same with one table per expert, to which a token contributes one score instead of E."""
+
+NOISE_HIDDEN: Final = 512
+"""Width of the random hidden states, for a null whose reference is computed from a gate."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,13 +93,50 @@ def _run_on_noise(rule: BenjaminiHochberg, context: LayerContext, logits_TE: Ten
     keep_TK = select(Candidates(logits_TE, top.indices, weights_TK))
     p_TE = null.p_from_score(null.score(logits_TE, rule.temperature), context.table)
     num_rejected_T = count_rejected(p_TE, rule.alpha, rule.procedure)
-    share = fraction_with_interval(num_rejected_T > 0)
+    share, low, high = fraction_with_interval(num_rejected_T > 0)
     return NoiseResult(
         alpha=rule.alpha,
         mean_experts=float(keep_TK.sum(dim=-1).double().mean()),
-        share_any=share.share,
-        share_any_low=share.low,
-        share_any_high=share.high,
+        share_any=share,
+        share_any_low=low,
+        share_any_high=high,
         tokens=len(logits_TE),
         mean_rejected=float(num_rejected_T.double().mean()),
     )
+
+
+def fit_on_noise(
+    null: Null, num_experts: int, model_top_k: int, generator: torch.Generator
+) -> ReferenceTable | None:
+    """Return the null's table from independent N(0, 1) logits; None if it needs none.
+
+    The top-k of that noise replaces the model's selection.
+    """
+    if not null.needs_table:
+        return None
+    if null.needs_gate:
+        seen = _noise_with_gate(num_experts, model_top_k, generator)
+    else:
+        tokens = FIT_TOKENS_BY_EXPERT if null.by_expert else FIT_TOKENS
+        logits_TE = torch.randn(tokens, num_experts, generator=generator)
+        seen = RouterPass(logits_TE, logits_TE.topk(model_top_k, dim=-1).indices)
+    return null.table_of(seen)
+
+
+def _noise_with_gate(num_experts: int, model_top_k: int, generator: torch.Generator) -> RouterPass:
+    """Draw random hidden states and a random gate, scaled so that logits have variance 1."""
+    hidden_TH = torch.randn(FIT_TOKENS, NOISE_HIDDEN, generator=generator)
+    gate_EH = torch.randn(num_experts, NOISE_HIDDEN, generator=generator) / NOISE_HIDDEN**0.5
+    logits_TE = hidden_TH @ gate_EH.T
+    top_k_index_TK = logits_TE.topk(model_top_k, dim=-1).indices
+    return RouterPass(logits_TE, top_k_index_TK, hidden_TH, gate_EH)
+
+
+def fraction_with_interval(is_true_T: Tensor) -> tuple[float, float, float]:
+    """Return the fraction of True values, and both ends of its Wilson 95 % interval."""
+    # Imported here: scipy.stats takes longer to import than everything else in this package.
+    from scipy.stats import binomtest
+
+    num_true = int(is_true_T.sum())
+    ends = binomtest(num_true, len(is_true_T)).proportion_ci(0.95, method="wilson")
+    return num_true / len(is_true_T), float(ends.low), float(ends.high)

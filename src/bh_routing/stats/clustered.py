@@ -28,8 +28,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
-from statsmodels.stats.power import TTestPower
+from scipy import optimize, stats
 
 from bh_routing.errors import InputError
 from bh_routing.stats.bootstrap import (
@@ -205,7 +204,13 @@ def minimum_detectable_effect(
     """
     if num_clusters < MIN_CLUSTERS or not standard_error > 0:
         return math.nan
-    size = TTestPower().solve_power(
-        effect_size=None, nobs=num_clusters, alpha=alpha, power=power, alternative="two-sided"
-    )
-    return float(np.squeeze(size)) * math.sqrt(num_clusters) * standard_error
+    df = num_clusters - 1
+    critical = float(stats.t.isf(alpha / 2, df))
+
+    def excess(shift: float) -> float:
+        """Return the power at a true mean of `shift` standard errors, minus the required one."""
+        # scipy gives NaN for a lower tail too small for a float.
+        lower = np.nan_to_num(stats.nct.cdf(-critical, df, shift))
+        return float(stats.nct.sf(critical, df, shift) + lower - power)
+
+    return float(optimize.brentq(excess, 0.0, 10 * critical)) * standard_error

@@ -1,93 +1,22 @@
-"""Load balance: evenness of expert use in each layer, compared with sampling noise."""
+"""Load balance: evenness of expert use in each layer, compared with sampling noise.
+
+The noise is that of a uniform router: every set of as many experts as the rule kept is equally
+likely.
+
+Axes: S simulations, L layers, E experts, C experts kept per token (from 0).
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import gammaln
 
 from bh_routing.errors import InputError
-from bh_routing.stats.uniform_router import (
-    simulate_uniform_router,
-    uniform_cv,
-    uniform_dead_fraction,
-)
-
-
-class LayerBalance(NamedTuple):
-    """Load balance of one experiment: each measure per layer, averaged over layers."""
-
-    cv: float
-    cv_noise: float
-    max_min_ratio: float
-    note: str
-    """Reason why the ratio is NaN; empty if it isn't."""
-
-
-def utilization_cv(assignments_LE: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Return the coefficient of variation (std / mean, denominator n) of each layer's assignments.
-
-    Example:
-        >>> utilization_cv(np.array([[2, 2, 2, 2], [4, 4, 0, 0]])).tolist()
-        [0.0, 1.0]
-    """
-    loads_LE = assignments_LE.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        return np.asarray(loads_LE.std(axis=1) / loads_LE.mean(axis=1))
-
-
-def uniform_router_cv(
-    expert_counts_TL: NDArray[np.integer], num_experts: int
-) -> NDArray[np.float64]:
-    """Return the coefficient of variation of a uniform router's loads in each layer.
-
-    A token that keeps c of E experts at random adds a Bernoulli(c/E) to each expert's load, so a
-    load has variance sum_t c/E (1 - c/E) around the mean sum_t c/E. The value is the root of the
-    expected squared coefficient; tokens are independent, the c experts of one token are distinct.
-
-    Args:
-        expert_counts_TL: experts kept by each token in each layer.
-        num_experts: E.
-    Returns:
-        float64, shape (L,); NaN where a layer kept nothing.
-    Example:
-        >>> uniform_router_cv(np.full((8, 1), 2), num_experts=4).round(4).tolist()
-        [0.3536]
-    """
-    fraction_TL = expert_counts_TL.astype(np.float64) / num_experts
-    with np.errstate(invalid="ignore"):
-        spread_L = np.sqrt((fraction_TL * (1 - fraction_TL)).sum(axis=0))
-        return np.asarray(spread_L / fraction_TL.sum(axis=0))
-
-
-def load_balance(
-    assignments_LE: NDArray[np.integer], expert_counts_TL: NDArray[np.integer]
-) -> LayerBalance:
-    """Summarise the load of one experiment: each measure per layer, then the mean over layers.
-
-    Loads aren't summed over layers: equal indices in two layers are different experts.
-    """
-    num_experts = assignments_LE.shape[1]
-    unused_L = (assignments_LE == 0).sum(axis=1)
-    note, ratio = "", float("nan")
-    if unused_L.any():
-        note = (
-            f"{int((unused_L > 0).sum())} of {len(unused_L)} layers left experts unused (up to "
-            f"{int(unused_L.max())} of {num_experts}), so max/min has no finite value"
-        )
-    else:
-        ratio = float((assignments_LE.max(axis=1) / assignments_LE.min(axis=1)).mean())
-    return LayerBalance(
-        cv=float(utilization_cv(assignments_LE).mean()),
-        cv_noise=float(uniform_router_cv(expert_counts_TL, num_experts).mean()),
-        max_min_ratio=ratio,
-        note=note,
-    )
-
 
 Floats = NDArray[np.float64]
 
@@ -102,6 +31,8 @@ MEASURES: Final = {
     "dead_share": "Fraction of experts without any assignment.",
 }
 SIMULATIONS: Final = 200
+EXACT_KEYS: Final = 10_000_000
+"""Random keys, S * L * tokens * E, up to which every token's set is drawn: about half a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +127,30 @@ def measure_load(
     return LoadBalance(num_tokens, float(kept_L.mean()), measures, note if unused else "")
 
 
+def load_columns(expert_load: NDArray[np.integer], count_histogram: ArrayLike) -> dict[str, Any]:
+    """Return the load columns of an experiment's record: each measure averaged over layers.
+
+    Loads aren't summed over layers: equal indices in two layers are different experts.
+
+    Args:
+        expert_load: [layer][expert], tokens that kept this expert.
+        count_histogram: [layer][c], tokens that kept c experts, c from 0.
+    """
+    measures = measures_of(expert_load.astype(np.float64), 1.0)
+    num_experts, unused_L, note = expert_load.shape[1], (expert_load == 0).sum(axis=1), ""
+    if unused_L.any():
+        note = (
+            f"{int((unused_L > 0).sum())} of {len(unused_L)} layers left experts unused (up to "
+            f"{int(unused_L.max())} of {num_experts}), so max/min has no finite value"
+        )
+    return {
+        "expert_utilization_cv": float(measures["cv"].mean()),
+        "expert_utilization_cv_noise": float(uniform_cv(count_histogram, num_experts).mean()),
+        "expert_utilization_max_min_ratio": float(measures["max_min_ratio"].mean()),
+        "expert_utilization_note": note,
+    }
+
+
 def measures_of(loads: Floats, mean_experts: Floats | float) -> dict[str, Floats]:
     """Compute every measure over the last axis of loads or counts.
 
@@ -206,7 +161,8 @@ def measures_of(loads: Floats, mean_experts: Floats | float) -> dict[str, Floats
         Name -> values in the shape of the leading axes.
     """
     num_experts = loads.shape[-1]
-    load = loads / loads.mean(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # a layer without assignments is NaN
+        load = loads / loads.mean(axis=-1, keepdims=True)
     largest, smallest = load.max(axis=-1), load.min(axis=-1)
     ceiling = num_experts / np.asarray(mean_experts) - 1
     share = load / num_experts
@@ -304,3 +260,87 @@ def _checked(expert_load: ArrayLike, count_histogram: ArrayLike) -> tuple[Floats
     if (assigned_L == 0).any():
         raise InputError("a layer has no assignment at all; there is no load to measure")
     return counts_LE, histogram_LC
+
+
+def uniform_cv(count_histogram: ArrayLike, num_experts: int) -> Floats:
+    """Return the root of the expected squared CV of each layer's loads, exactly.
+
+    A token that keeps c of E adds a Bernoulli(c/E) to each load; tokens are independent.
+
+    Example:
+        >>> uniform_cv([[0, 0, 8]], num_experts=4).round(4).tolist()
+        [0.3536]
+    """
+    histogram_LC = np.asarray(count_histogram, dtype=np.float64)
+    fraction_C = np.arange(histogram_LC.shape[1]) / num_experts
+    variance_L = histogram_LC @ (fraction_C * (1 - fraction_C))
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.sqrt(variance_L) / (histogram_LC @ fraction_C))
+
+
+def uniform_dead_fraction(count_histogram: ArrayLike, num_experts: int) -> Floats:
+    """Return the expected fraction of each layer's experts that no token keeps, exactly.
+
+    Example:
+        >>> uniform_dead_fraction([[0, 2]], num_experts=4).tolist()
+        [0.5625]
+    """
+    histogram_LC = np.asarray(count_histogram, dtype=np.float64)
+    free_C = 1 - np.arange(histogram_LC.shape[1]) / num_experts
+    return np.asarray(np.prod(free_C**histogram_LC, axis=1))
+
+
+def simulate_uniform_router(
+    count_histogram: ArrayLike, num_experts: int, simulations: int, seed: int
+) -> Floats:
+    """Simulate the load of every expert in every layer.
+
+    With few tokens every token's set is drawn. With many (EXACT_KEYS) each load is drawn from its
+    exact marginal, a sum of binomials, and the loads of a layer are then shifted to their exact sum
+    and scaled to their exact variance; ranges of loads are accurate to about 1 % from 50
+    assignments per expert.
+
+    Args:
+        count_histogram: [layer][c], tokens that kept c experts.
+        num_experts: E.
+        simulations: S.
+        seed: seed of the draws.
+    Returns:
+        Loads in assignments, shape (S, L, E), at least 0.
+    """
+    histogram_LC = np.asarray(count_histogram, dtype=np.int64)
+    rng = np.random.default_rng(seed)
+    if simulations * num_experts * int(histogram_LC.sum()) <= EXACT_KEYS:
+        layers = [_draw_sets(rng, row_C, num_experts, simulations) for row_C in histogram_LC]
+        return np.stack(layers, axis=1).astype(np.float64)
+    return _draw_marginals(rng, histogram_LC, num_experts, simulations)
+
+
+def _draw_sets(
+    rng: np.random.Generator, histogram_C: NDArray[np.int64], num_experts: int, simulations: int
+) -> NDArray[np.int64]:
+    """Return the load of each expert in every simulation of one layer, (S, E)."""
+    counts_E = np.zeros(simulations * num_experts, dtype=np.int64)
+    first_S = num_experts * np.arange(simulations)
+    for kept in range(1, len(histogram_C)):
+        keys_STE = rng.random((simulations, int(histogram_C[kept]), num_experts))
+        chosen_STK = np.argpartition(keys_STE, kept - 1, axis=-1)[..., :kept]
+        chosen = (chosen_STK + first_S[:, None, None]).ravel()
+        counts_E += np.bincount(chosen, minlength=len(counts_E))
+    return counts_E.reshape(simulations, num_experts)
+
+
+def _draw_marginals(
+    rng: np.random.Generator, histogram_LC: NDArray[np.int64], num_experts: int, simulations: int
+) -> Floats:
+    shape = (simulations, len(histogram_LC), num_experts)
+    counts_SLE = np.zeros(shape)
+    for kept in range(1, histogram_LC.shape[1]):
+        tokens_L1 = histogram_LC[:, kept, None]
+        if tokens_L1.any():
+            counts_SLE += rng.binomial(tokens_L1, kept / num_experts, size=shape)
+    expected_L1 = (histogram_LC @ np.arange(histogram_LC.shape[1]) / num_experts)[:, None]
+    away_SLE = counts_SLE - counts_SLE.mean(axis=-1, keepdims=True)
+    # Independent draws lose 1/E of their variance when centred; true loads keep all of it.
+    loads_SLE = expected_L1 + away_SLE * math.sqrt(num_experts / max(1, num_experts - 1))
+    return np.where(counts_SLE == 0, 0.0, np.maximum(loads_SLE, 0.0))

@@ -1,4 +1,4 @@
-"""Paired comparison of two conditions: difference, interval, tests and effect size."""
+"""Paired comparisons of means and of accuracies, and correction for several of them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from scipy import stats
 
 from bh_routing.errors import InputError
 
+Floats = NDArray[np.float64]
+
 MIN_PAIRS: Final = 3
 """Fewer pairs give no interval and no test: two points leave one degree of freedom."""
 
 EXACT_PAIRS: Final = 50
 """Up to this many nonzero differences the signed-rank test is exact."""
+BH_LABEL: Final = (
+    "exploratory: Benjamini-Hochberg bounds the fraction of false finds, not the chance of one"
+)
 _SPREAD_FLOOR: Final = 1e-12
 """A spread below this fraction of the values' magnitude is rounding, not variation."""
 
@@ -240,3 +245,113 @@ def _untested(
         wilcoxon_floor=nan,
         note=note,
     )
+
+
+class AccuracyComparison(NamedTuple):
+    """Comparison of a rule's paired right-or-wrong outcomes with the reference's."""
+
+    n: int
+    accuracy: float
+    reference_accuracy: float
+    difference: float
+    low: float
+    high: float
+    """Ends of the Bonett-Price interval of the difference."""
+    gained: int
+    """Wrong under the reference, right under the rule."""
+    lost: int
+    """Right under the reference, wrong under the rule."""
+    share_flipped: float
+    """(gained + lost) / n; equal accuracies can hide many flips."""
+    p: float
+    """Exact McNemar test; NaN if nothing flipped."""
+    note: str
+
+
+def compare_accuracies(
+    right: ArrayLike, reference_right: ArrayLike, *, confidence: float = 0.95
+) -> AccuracyComparison:
+    """Compare outcomes question by question.
+
+    The exact McNemar test, a binomial test of the flips, has the null hypothesis that gains and
+    losses are equally likely. The interval is the adjusted Wald interval, which holds its level
+    even for few questions.
+
+    Args:
+        right: whether the rule answered each question correctly, booleans or 0 and 1.
+        reference_right: the same for the reference, in the same order.
+        confidence: level of the interval.
+    Returns:
+        The comparison; p equals `statsmodels.stats.contingency_tables.mcnemar(exact=True)`.
+    Raises:
+        InputError: lengths differ, or an outcome isn't right or wrong.
+    Source: McNemar (1947); Bonett & Price (2012), J. Educ. Behav. Stat. 37:479, equation (3).
+    Example:
+        >>> c = compare_accuracies([1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0])
+        >>> c.lost, c.gained, c.p
+        (3, 0, 0.25)
+    """
+    check_confidence(confidence)
+    rule_N, reference_N = _outcomes(right), _outcomes(reference_right)
+    n = len(rule_N)
+    if n != len(reference_N):
+        raise InputError(
+            f"outcomes need the same questions, got {n} and {len(reference_N)}; match them first"
+        )
+    gained, lost = int((rule_N & ~reference_N).sum()), int((~rule_N & reference_N).sum())
+    if n == 0:
+        nan = math.nan
+        return AccuracyComparison(0, nan, nan, nan, nan, nan, 0, 0, nan, nan, "No questions.")
+    fraction_gained, fraction_lost = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    centre = fraction_gained - fraction_lost
+    variance = (fraction_gained + fraction_lost - centre**2) / (n + 2)
+    half = float(stats.norm.ppf((1 + confidence) / 2)) * math.sqrt(variance)
+    flipped = gained + lost
+    p = float(stats.binomtest(lost, flipped).pvalue) if flipped else math.nan
+    return AccuracyComparison(
+        n=n,
+        accuracy=float(rule_N.mean()),
+        reference_accuracy=float(reference_N.mean()),
+        difference=(gained - lost) / n,
+        low=max(-1.0, centre - half),
+        high=min(1.0, centre + half),
+        gained=gained,
+        lost=lost,
+        share_flipped=flipped / n,
+        p=p,
+        note="" if flipped else f"No outcome of {n} flipped: there is nothing to test.",
+    )
+
+
+def _outcomes(values: ArrayLike) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    given_N = np.asarray(values)
+    if given_N.ndim != 1 or not np.isin(given_N, (0, 1)).all():
+        raise InputError("outcomes must be one list of True and False, or of 1 and 0")
+    return given_N.astype(np.bool_)
+
+
+def holm(p: ArrayLike) -> Floats:
+    """Adjust p-values by Holm's step-down procedure; NaN stays NaN and isn't counted as a test.
+
+    Source: Holm (1979). Implemented here because statsmodels' `multipletests` runs the garbage
+    collector on every call, which takes longer than the rest of a summary.
+
+    Example:
+        >>> holm([0.01, 0.04, float("nan")]).tolist()
+        [0.02, 0.04, nan]
+    """
+    p_n = np.asarray(p, dtype=np.float64)
+    order = np.argsort(p_n, kind="stable")  # NaN last
+    factor_n = np.arange(int(np.isfinite(p_n).sum()), 0, -1)
+    stepped_n = np.maximum.accumulate(p_n[order][: len(factor_n)] * factor_n)
+    adjusted_n = np.full_like(p_n, np.nan)
+    adjusted_n[order[: len(factor_n)]] = np.minimum(stepped_n, 1.0)
+    return adjusted_n
+
+
+def benjamini_hochberg_exploratory(p: ArrayLike) -> Floats:
+    """Adjust p-values by Benjamini-Hochberg, for exploration only (`BH_LABEL`); NaN stays NaN."""
+    p_n = np.asarray(p, dtype=np.float64)
+    adjusted_n, known = np.full_like(p_n, np.nan), np.isfinite(p_n)
+    adjusted_n[known] = stats.false_discovery_control(p_n[known], method="bh")
+    return adjusted_n
