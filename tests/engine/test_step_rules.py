@@ -12,7 +12,7 @@ from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.steps import draw_steps
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.errors import CalibrationError
-from bh_routing.models import load_model, route
+from bh_routing.models import find_routers, load_model, route
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.contributions import ALL_STEPS, NEEDED_STEPS, STEP_SIZES, STEPS
 from bh_routing.rules import (
@@ -20,6 +20,7 @@ from bh_routing.rules import (
     ContributionThreshold,
     ExpertBudget,
     FisherMass,
+    OpportunisticActivation,
     Rule,
     TopK,
 )
@@ -67,7 +68,14 @@ def test_a_calibration_of_slots_alone_is_rejected(demo: Any) -> None:
 
 @pytest.mark.parametrize(
     "rule",
-    [RULE, BenjaminiHochbergDrop(0.4, scope="step_population"), FisherMass(0.25), ExpertBudget(16)],
+    [
+        RULE,
+        BenjaminiHochbergDrop(0.4, scope="step_population"),
+        FisherMass(0.25),
+        ExpertBudget(16),
+        FisherMass(0.25, refill=16),
+        OpportunisticActivation(3, refill=64),
+    ],
     ids=str,
 )
 def test_sequences_of_a_padded_batch_can_be_given_in_any_order(
@@ -90,6 +98,40 @@ def test_sequences_of_a_padded_batch_can_be_given_in_any_order(
     with route(model, TopK(8)) as own:
         model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
     assert experts[0] < int(own.distinct_experts.sum())
+
+
+@pytest.mark.parametrize("refill", [12, 64])
+def test_refilled_slots_have_the_routers_own_weights_and_read_nothing_more(
+    refill: int, demo: Any, calibration: Calibration
+) -> None:
+    model, tokenizer = demo
+    inputs = tokenizer(["The castle was", "A recipe for bread"], return_tensors="pt", padding=True)
+    first = find_routers(model).sites[0]
+    given: list[list[torch.Tensor]] = []
+
+    def watch(_: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+        given.append(list(arguments))
+
+    mask_BS = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], dim=-1)
+    probabilities, reads, experts = [], [], []
+    for rule in (TopK(64), FisherMass(0.25), FisherMass(0.25, refill=refill)):
+        past = model(**inputs, use_cache=True).past_key_values
+        given.clear()
+        hook = first.experts.register_forward_pre_hook(watch)
+        with route(model, rule, calibration) as trace:
+            model(torch.tensor([[42], [57]]), attention_mask=mask_BS, past_key_values=past)
+        hook.remove()
+        _, index_TK, weights_TK = given[0]
+        # The weight of a dropped slot is 0, so an expert's weights add up to its own.
+        probabilities.append(torch.zeros(2, 64).scatter_add(1, index_TK, weights_TK))
+        reads.append(set(trace.kept_index[:, 0][trace.kept_index[:, 0] >= 0].tolist()))
+        experts.append(trace.expert_counts[:, 0])
+    everything, narrow, wide = probabilities
+    assert torch.equal(wide, torch.where(wide > 0, everything, 0.0))
+    assert torch.equal(narrow, torch.where(narrow > 0, wide, 0.0))
+    assert reads[1] == reads[2]
+    assert bool((experts[2] >= experts[1]).all()) and int(experts[2].max()) <= 8
+    assert int(experts[2].sum()) > int(experts[1].sum())
 
 
 def test_tokens_of_a_drawn_step_come_from_different_documents() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
 
@@ -14,8 +15,8 @@ from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.models import find_routers, route
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.rules import BenjaminiHochberg, BenjaminiHochbergDrop
-from bh_routing.rules.base import Rule
+from bh_routing.rules import BenjaminiHochberg, BenjaminiHochbergDrop, FisherMass
+from bh_routing.rules.base import Candidates, LayerContext, Rule, Selector
 from tests.families.checks import family_subject, prefill
 from tests.families.zoo import VOCABULARY
 
@@ -100,3 +101,40 @@ def test_the_background_is_of_the_score_that_the_family_ranks_by(family: str) ->
         expected_N = (ranked_TE - middle_T1)[is_outside_TE].sort().values
         table_N = calibration.table("background", site.layer).sorted_scores_N
         torch.testing.assert_close(table_N, expected_N, rtol=1e-4, atol=1e-5)
+
+
+@every_kind
+@pytest.mark.parametrize("refill", [5, 8])
+def test_a_refilled_rule_weighs_experts_like_the_models_own_top_k(family: str, refill: int) -> None:
+    if family == "deepseek_v4":
+        pytest.skip("it can't propose more than its own top-k")
+    calibration, _ = calibrated(family)
+    model, routers = family_subject(family).model, find_routers(family_subject(family).model)
+    own_k = routers.model_top_k
+    seen: list[Tensor] = []
+
+    @dataclass(frozen=True)
+    class Listener(FisherMass):
+        """Records the weights that a rule is given for the model's own top-k."""
+
+        def bind(self, context: LayerContext) -> Selector:
+            select = super().bind(context)
+
+            def listen(candidates: Candidates) -> Tensor:
+                order_TK = candidates.router_logits_TE.gather(1, candidates.top_k_index_TK)
+                own_TK = order_TK.argsort(dim=1, descending=True, stable=True)[:, :own_k]
+                seen.append(candidates.top_k_weights_TK.gather(1, own_TK))
+                return select(candidates)
+
+            return listen
+
+    own: list[Tensor] = []
+    wide: list[Tensor] = []
+    for found, number in ((own, None), (wide, refill)):
+        rule = Listener(0.0, statistic="contribution", refill=number)
+        with route(model, rule, calibration) as trace:
+            values = prefill(model)
+        found += [values, trace.expert_counts, *seen]
+        seen.clear()
+    for narrow_values, wide_values in zip(own, wide, strict=True):
+        torch.testing.assert_close(wide_values, narrow_values, rtol=1e-4, atol=1e-5)

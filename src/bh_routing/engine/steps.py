@@ -69,9 +69,9 @@ def step_pairs(slots: LayerSlots, top_k: int, scale_E: Tensor, token_SB: Tensor)
         column.view(-1, top_k)[token_SB.flatten()]
         for column in (slots.experts, slots.weights, slots.losses)
     )
-    step_T = torch.arange(num_steps, device=index_TK.device).repeat_interleave(tokens)
+    step_T1 = torch.arange(num_steps, device=index_TK.device).repeat_interleave(tokens)[:, None]
     norms, losses = (
-        step_experts(scores_TK, index_TK, step_T, num_experts=len(scale_E), num_steps=num_steps)
+        step_experts(scores_TK, index_TK, step_T1, num_experts=len(scale_E), num_steps=num_steps)
         for scores_TK in (weights_TK * scale_E[index_TK], losses_TK)
     )
     return StepPairs(norms.norms_SE, losses.norms_SE, norms.is_present_SE)

@@ -28,7 +28,7 @@ from bh_routing.models.trace import ExpertTrace
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.contributions import OF_SLOTS
 from bh_routing.rules.base import Candidates, LayerContext, Rule, Selector
-from bh_routing.rules.weights import alias_dropped, kept_weights
+from bh_routing.rules.weights import alias_dropped, kept_weights, own_slots
 
 Decider = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor, Tensor, Tensor]]
 """Router logits (T, E) and the weights' dtype -> index with dropped slots aliased, weights and keep
@@ -258,6 +258,12 @@ def _make_callback(
         hidden_TH, scores_TE, index_TK, proposed_TK, masses_TK, shared_TS = proposal
         candidates = Candidates(scores_TE, index_TK, proposed_TK)
         with torch.no_grad():
+            if facts.normalises and index_TK.shape[-1] > facts.top_k:
+                # A rule compares weights with those of the model's own top-k in calibration.
+                is_own_TK = own_slots(scores_TE, index_TK, facts.top_k)
+                factor_T1 = _sum_ratio(masses_TK, is_own_TK, shared_TS)
+                own_scale_TK = (proposed_TK.float() * factor_T1).to(proposed_TK.dtype)
+                candidates = candidates._replace(top_k_weights_TK=own_scale_TK)
             if rule.needs_output_norms:
                 norms_TK = slot_output_norms(site.experts, hidden_TH, index_TK, proposed_TK.dtype)
                 candidates = candidates._replace(output_norms_TK=norms_TK)

@@ -39,6 +39,7 @@ from bh_routing.rules.contribution import (
 from bh_routing.rules.step import (
     Between,
     StepExperts,
+    StepRule,
     count_tokens,
     reject_in_steps,
     step_selector,
@@ -51,7 +52,7 @@ _NOTHING: Final = -float("inf")
 
 
 @dataclass(frozen=True)
-class BenjaminiHochbergDrop(ContributionRule):
+class BenjaminiHochbergDrop(StepRule, ContributionRule):
     """Drop the slots for which Benjamini-Hochberg rejects "this slot matters".
 
     A slot's p-value is the fraction of needed calibration slots with no larger score,
@@ -109,6 +110,11 @@ class BenjaminiHochbergDrop(ContributionRule):
                 )
             # Only squared losses of slots add up to those of experts.
             object.__setattr__(self, "needed", "loss")
+        elif self.refill is not None:
+            raise InputError(
+                f"refill is for the scopes 'step' and 'step_population', got scope {self.scope!r}; "
+                "leave it out"
+            )
         super().__post_init__()
 
     @property
@@ -209,7 +215,10 @@ class BenjaminiHochbergDrop(ContributionRule):
         scale_E = layer_scale(self.method, self.statistic, context)
         reads = self.step_reads(context)
         return step_selector(
-            scale_E, self.min_k, lambda experts, step_T: reads(experts, count_tokens(step_T))
+            context,
+            scale_E,
+            self.min_k,
+            lambda experts, step_T: reads(experts, count_tokens(step_T)),
         )
 
     def step_reads(self, context: LayerContext) -> Callable[[StepExperts, Tensor], Tensor]:

@@ -1,8 +1,9 @@
 """Rules that decide which experts a decode step reads, for all of its tokens together.
 
 A step reads the union of its tokens' experts, so dropping an expert saves a read only if no token
-of the step keeps it. Each token keeps the slots of its own top-k that the step reads, and always
-its best. In prefill, which has no decode steps, a token keeps all slots of its own top-k; padding
+of the step keeps it. Each token keeps the slots of its own top-k that the step reads, among them
+always its best; places of the others can be refilled with the next best experts that the step reads
+anyway. In prefill, which has no decode steps, a token keeps all slots of its own top-k; padding
 keeps its best slot and never votes. A token's result depends on the other tokens of its step, but
 not on their order.
 
@@ -42,11 +43,52 @@ from bh_routing.rules.contribution import (
     rank_slots,
     slot_scores,
 )
+from bh_routing.rules.weights import keep_best, own_slots
 
 _UNITS: Final = 2.0**40
 _SMALLEST: Final = 1e-300
 
 BudgetBy = Literal["gate_mass", "fisher_mass"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRule(MixingRule):
+    """Base of rules on decode steps."""
+
+    refill: int | None = None
+    """Number of a token's best experts whose reads refill the places of its dropped slots, at least
+    the model's own k. None: that k, so that nothing is refilled."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError if a field is out of range."""
+        if self.refill is not None:
+            check_count("refill", self.refill)
+        super().__post_init__()
+
+    @property
+    def unit(self) -> Unit:
+        """The decode step."""
+        return "step"
+
+    @property
+    def keeps_best_by_logit(self) -> bool:
+        """False: another token may have read the expert of a slot with a smaller logit."""
+        return False
+
+    def num_candidates(self, model_top_k: int) -> int:
+        """Return `refill`, or the model's own k."""
+        return max(model_top_k, self.refill or 0)
+
+    def check(self, *, num_experts: int, model_top_k: int) -> None:
+        """Raise InputError if `refill` isn't from the model's own k to all experts."""
+        if self.refill is not None:
+            check_at_most_experts("refill", self.refill, num_experts)
+            if self.refill < model_top_k:
+                raise InputError(
+                    f"refill must be at least {model_top_k}, the model's own experts per token, "
+                    f"got {self.refill}; leave it out, or set a larger one"
+                )
+        super().check(num_experts=num_experts, model_top_k=model_top_k)
 
 
 class StepExperts(NamedTuple):
@@ -61,7 +103,7 @@ class StepExperts(NamedTuple):
 def step_experts(
     scores_TK: Tensor,
     index_TK: Tensor,
-    step_T: Tensor,
+    step_TK: Tensor,
     *,
     num_experts: int,
     num_steps: int | None = None,
@@ -75,15 +117,15 @@ def step_experts(
     Args:
         scores_TK: score of each slot, at least 0.
         index_TK: int64 expert of each slot.
-        step_T: int64 step of each token, from 0 to num_steps - 1; -1 for none.
+        step_TK: int64 step of each slot, from 0 to num_steps - 1, or -1 for none; may be (T, 1).
         num_experts: E.
         num_steps: S; None: the number of tokens.
         exponent: above 0; 2 for Fisher mass, 1 for a sum.
     """
-    num_steps = len(step_T) if num_steps is None else num_steps
-    size = (num_steps + 1) * num_experts  # the last row is for tokens in no step
-    row_T = torch.where(step_T < 0, num_steps, step_T)
-    pair_M = (row_T[:, None] * num_experts + index_TK).flatten()
+    num_steps = len(step_TK) if num_steps is None else num_steps
+    size = (num_steps + 1) * num_experts  # the last row is for slots in no step
+    row_TK = torch.where(step_TK < 0, num_steps, step_TK)
+    pair_M = (row_TK * num_experts + index_TK).flatten()
     score_M = scores_TK.double().flatten()
     largest_P = score_M.new_zeros(size).scatter_reduce(0, pair_M, score_M, "amax")
     ratio_M = score_M / largest_P[pair_M].clamp_min(_SMALLEST)
@@ -99,31 +141,27 @@ def step_experts(
     )
 
 
-def keep_read(candidates: Candidates, is_read_SE: Tensor, is_own_TK: Tensor) -> Tensor:
-    """Keep each token's slots whose expert its step reads, and the slots that are its own.
+def read_slots(index_TK: Tensor, step_T: Tensor, is_read_SE: Tensor, is_floor_TK: Tensor) -> Tensor:
+    """Return which slots have an expert that their token's step reads; no host sync.
 
     Args:
-        candidates: the slots of T tokens, with rows.
-        is_read_SE: bool, whether a step reads an expert for tokens other than its own.
-        is_own_TK: bool, the slots that a token keeps in any step.
+        index_TK: int64 expert of each slot.
+        step_T: int64 step of each token, -1 for none.
+        is_read_SE: bool, whether a step reads an expert.
+        is_floor_TK: bool, slots whose experts are read in addition.
     Returns:
-        Bool tensor (T, K): in prefill all slots, for padding those of its own.
+        Bool tensor (T, K), undefined for tokens in no step.
     """
-    rows = candidates.rows
-    assert rows is not None, "the unit isn't the token"
-    pair_TK = rows.step_T.clamp_min(0)[:, None] * is_read_SE.shape[-1] + candidates.top_k_index_TK
-    is_read_TK = is_read_SE.flatten()[pair_TK]
-    is_prefill_T1 = (rows.sequence_T >= 0)[:, None]
-    return torch.where((rows.step_T >= 0)[:, None], is_read_TK, is_prefill_T1) | is_own_TK
-
-
-def step_of(candidates: Candidates) -> Tensor:
-    """Return the step of each token, -1 for none, int64 (T,)."""
-    assert candidates.rows is not None, "the unit isn't the token"
-    return candidates.rows.step_T
+    num_steps, num_experts = is_read_SE.shape
+    row_T1 = torch.where(step_T < 0, num_steps, step_T)[:, None]  # the last one is for no step
+    pair_TK = row_T1 * num_experts + index_TK
+    is_read_P = torch.nn.functional.pad(is_read_SE.flatten(), (0, num_experts))
+    floor_M = torch.where(is_floor_TK, pair_TK, num_steps * num_experts).flatten()
+    return is_read_P.scatter(0, floor_M, True)[pair_TK]
 
 
 def step_selector(
+    context: LayerContext,
     scale_E: Tensor,
     min_k: int,
     reads: Callable[[StepExperts, Tensor], Tensor],
@@ -132,24 +170,33 @@ def step_selector(
     """Return a selector of the slots whose expert the step reads, and of a token's min_k best.
 
     Args:
+        context: the layer.
         scale_E: scale of each expert; a slot's score is its weight times the scale.
-        min_k: slots with the largest scores that a token always keeps.
+        min_k: own slots with the largest scores that a token always keeps.
         reads: experts of each step, and step of each token -> bool (S, E).
         exponent: that of `step_experts`.
     """
+    model_top_k = context.model_top_k
 
     def select(candidates: Candidates) -> Tensor:
-        scores_TK = slot_scores(candidates, scale_E)
-        step_T = step_of(candidates)
+        logits_TE, index_TK = candidates[:2]
+        is_own_TK = own_slots(logits_TE, index_TK, model_top_k)
+        scores_TK = slot_scores(candidates, scale_E).masked_fill(~is_own_TK, -1.0)
+        assert candidates.rows is not None, "the unit isn't the token"
+        step_T, is_prefill_T = candidates.rows.step_T, candidates.rows.sequence_T >= 0
+        # Slots beyond the token's own top-k are refilled, but don't vote.
+        step_TK = torch.where(is_own_TK, step_T[:, None], -1)
         experts = step_experts(
-            scores_TK,
-            candidates.top_k_index_TK,
-            step_T,
-            num_experts=len(scale_E),
-            exponent=exponent,
+            scores_TK.clamp_min(0), index_TK, step_TK, num_experts=len(scale_E), exponent=exponent
         )
-        is_own_TK = rank_slots(candidates, scores_TK).rank_TK < min_k
-        return keep_read(candidates, reads(experts, step_T), is_own_TK)
+        is_floor_TK = rank_slots(candidates, scores_TK).rank_TK < min_k
+        is_read_SE = reads(experts, step_T) & experts.is_present_SE
+        is_read_TK = read_slots(index_TK, step_T, is_read_SE, is_floor_TK)
+        if index_TK.shape[-1] > model_top_k:
+            count_11 = torch.full((1, 1), model_top_k, device=index_TK.device)
+            is_read_TK = is_read_TK & keep_best(candidates, count_11, is_read_TK.float())
+        in_prefill_TK = is_own_TK & is_prefill_T[:, None]
+        return torch.where((step_T >= 0)[:, None], is_read_TK, in_prefill_TK) | is_floor_TK
 
     return select
 
@@ -210,7 +257,7 @@ def reject_in_steps(p_SE: Tensor, is_present_SE: Tensor, alpha: float) -> Tensor
 
 
 @dataclass(frozen=True)
-class FisherMass(ContributionThreshold):
+class FisherMass(StepRule, ContributionThreshold):
     """Read the experts whose mass in the step is above one threshold for all layers.
 
     The mass is the sum of (weight x sensitivity) ** exponent over the step's tokens with the expert
@@ -237,11 +284,6 @@ class FisherMass(ContributionThreshold):
             raise InputError(f"exponent must be a number from 1 to 3, got {self.exponent!r}")
         super().__post_init__()
 
-    @property
-    def unit(self) -> Unit:
-        """The decode step."""
-        return "step"
-
     def bind(self, context: LayerContext) -> Selector:
         """Return a selector with the layer's scale.
 
@@ -251,6 +293,7 @@ class FisherMass(ContributionThreshold):
         scale_E = layer_scale(self.method, self.statistic, context)
         threshold = self.threshold
         return step_selector(
+            context,
             scale_E,
             self.min_k,
             lambda experts, _: experts.norms_SE > threshold,
@@ -259,14 +302,14 @@ class FisherMass(ContributionThreshold):
 
 
 @dataclass(frozen=True)
-class OpportunisticActivation(MixingRule):
-    """Keep each token's k0 best slots, and more of its top-k where the step reads them anyway.
+class OpportunisticActivation(StepRule):
+    """Read each token's k0 best experts, and fill its other places with experts that are read.
 
     Source: Oncescu et al. (2025), "Opportunistic Expert Activation", arXiv 2511.02237 (read:
-        abstract), there with piggybacked experts from outside the top-k too.
+        abstract and summaries of the algorithm), there refilled from all experts.
     Example:
-        >>> OpportunisticActivation(k0=4).unit
-        'step'
+        >>> OpportunisticActivation(k0=4, refill=64).num_candidates(model_top_k=8)
+        64
     """
 
     method: ClassVar[str] = "oea"
@@ -274,26 +317,11 @@ class OpportunisticActivation(MixingRule):
 
     k0: int
     """Slots per token whose experts are read, at least 1 and at most the model's own k."""
-    refill: bool = True
-    """Whether a token also keeps the slots of its top-k that other tokens' slots have read;
-    otherwise the rule is static top-k0."""
 
     def __post_init__(self) -> None:
         """Raise InputError if a field is out of range."""
         check_count("k0", self.k0)
-        if not isinstance(self.refill, bool):
-            raise InputError(f"refill must be true or false, got {self.refill!r}")
         super().__post_init__()
-
-    @property
-    def unit(self) -> Unit:
-        """The decode step."""
-        return "step"
-
-    @property
-    def keeps_best_by_logit(self) -> bool:
-        """False: another token may have read the expert of a slot with a smaller logit."""
-        return False
 
     def check(self, *, num_experts: int, model_top_k: int) -> None:
         """Raise InputError if k0 exceeds the model's own k."""
@@ -302,28 +330,18 @@ class OpportunisticActivation(MixingRule):
                 f"k0 must be at most {model_top_k}, the model's own experts per token, got "
                 f"{self.k0}; set k0={model_top_k} or less"
             )
+        super().check(num_experts=num_experts, model_top_k=model_top_k)
 
     def bind(self, context: LayerContext) -> Selector:
         """Return the selector, which doesn't depend on the layer's calibration."""
-        k0, refill, num_experts = self.k0, self.refill, context.num_experts
-
-        def select(candidates: Candidates) -> Tensor:
-            weights_TK = candidates.top_k_weights_TK.float()
-            is_own_TK = rank_slots(candidates, weights_TK).rank_TK < k0
-            experts = step_experts(
-                is_own_TK.double(),
-                candidates.top_k_index_TK,
-                step_of(candidates),
-                num_experts=num_experts,
-            )
-            is_read_SE = (experts.norms_SE > 0) & refill
-            return keep_read(candidates, is_read_SE, is_own_TK)
-
-        return select
+        weight_E = torch.ones(context.num_experts, device=context.device)
+        return step_selector(
+            context, weight_E, self.k0, lambda experts, _: torch.zeros_like(experts.is_present_SE)
+        )
 
 
 @dataclass(frozen=True)
-class ExpertBudget(ContributionRule):
+class ExpertBudget(StepRule, ContributionRule):
     """Read the `budget` experts with the largest mass in the step, and every token's best.
 
     Source: Vankov et al. (2026), "XShare", arXiv 2602.07265 (read: abstract), for the budget by
@@ -349,11 +367,6 @@ class ExpertBudget(ContributionRule):
         check_count("budget", self.budget)
         check_choice("by", self.by, get_args(BudgetBy))
         super().__post_init__()
-
-    @property
-    def unit(self) -> Unit:
-        """The decode step."""
-        return "step"
 
     @property
     def required_null(self) -> str | None:
@@ -384,4 +397,4 @@ class ExpertBudget(ContributionRule):
                 -1, order_SE[:, :budget], torch.ones_like(experts.is_present_SE)
             )
 
-        return step_selector(scale_E, self.min_k, reads, exponent)
+        return step_selector(context, scale_E, self.min_k, reads, exponent)

@@ -72,8 +72,8 @@ def kept_weights(
     elif normalises:
         kept_TK = kept_TK * (_sum(weights_TK) / _sum(kept_TK))
     elif convention == "preserve_mass":
-        own_TK = _own_slots(weights_TK, router_logits_TE, top_k_index_TK, model_top_k)
-        kept_TK = kept_TK * (_sum(own_TK) / _sum(kept_TK))
+        is_own_TK = own_slots(router_logits_TE, top_k_index_TK, model_top_k)
+        kept_TK = kept_TK * (_sum(torch.where(is_own_TK, weights_TK, 0.0)) / _sum(kept_TK))
     if is_tempered:
         kept_TK = tempered(
             kept_TK, keep_TK, router_logits_TE.gather(-1, top_k_index_TK), temperature
@@ -138,17 +138,14 @@ def _softmax_ratio(router_logits_TE: Tensor, top_k_index_TK: Tensor, temperature
     return (tempered_TE - logits_TE.log_softmax(dim=-1)).gather(-1, top_k_index_TK).exp()
 
 
-def _own_slots(
-    weights_TK: Tensor, router_logits_TE: Tensor, top_k_index_TK: Tensor, model_top_k: int
-) -> Tensor:
-    """Return the weights of the model's own top-k slots, 0 elsewhere."""
-    num_slots = weights_TK.shape[-1]
-    if model_top_k >= num_slots:
-        return weights_TK
+def own_slots(router_logits_TE: Tensor, top_k_index_TK: Tensor, model_top_k: int) -> Tensor:
+    """Return which candidates are the model's own top-k, bool (T, K); no host sync."""
+    is_own_TK = torch.ones_like(top_k_index_TK, dtype=torch.bool)
+    if model_top_k >= top_k_index_TK.shape[-1]:
+        return is_own_TK
     logits_TK = router_logits_TE.gather(-1, top_k_index_TK)
     order_TK = logits_TK.argsort(dim=-1, descending=True, stable=True)
-    own_TK = order_TK[..., :model_top_k]
-    return torch.zeros_like(weights_TK).scatter(-1, own_TK, weights_TK.gather(-1, own_TK))
+    return is_own_TK.scatter(-1, order_TK[..., model_top_k:], False)
 
 
 def keep_best(
