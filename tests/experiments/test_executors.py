@@ -1,4 +1,4 @@
-"""Work is cut, handed out and taken back as promised, and wrong options are one sentence.
+"""Executors take the workers and the model that were asked for; wrong options are one sentence.
 
 Nothing here needs Ray; `test_executors_ray.py` does.
 """
@@ -19,13 +19,11 @@ from bh_routing.experiments.configurations import make_rules
 from bh_routing.experiments.executors import SerialExecutor, make_grid
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.ray_executor import (
-    MOST_PROMPTS,
+    MOST_PER_GPU,
     RayExecutor,
-    RaySettings,
-    cut_blocks,
+    count_room,
     gpu_fraction,
 )
-from bh_routing.experiments.ray_pool import Job, JobQueue
 from bh_routing.experiments.specs import RunSpec, make_spec
 from bh_routing.models import LoadedModel, load_model, route
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
@@ -39,38 +37,24 @@ def make_cells(num_prompts: int) -> list[Any]:
     return make_grid(make_rules(spec.configs), spec.prompts)
 
 
-@pytest.mark.parametrize(("num_prompts", "num_workers"), [(1, 1), (12, 2), (100, 2), (100, 64)])
-def test_blocks_hold_each_cell_once_and_one_configuration_each(
-    num_prompts: int, num_workers: int
-) -> None:
-    cells = make_cells(num_prompts)
-    blocks = cut_blocks(cells, max_tokens=5, num_workers=num_workers)
-    assert [cell.key for block in blocks for cell in block.items] == [cell.key for cell in cells]
-    for block in blocks:
-        assert {cell.named_rule.name for cell in block.items} == {block.group}
-        assert len(block.items) <= MOST_PROMPTS
-    assert len(blocks) >= min(len(cells), 4 * num_workers)
-
-
-def test_a_worker_stays_with_a_configuration_and_then_helps_where_most_is_left() -> None:
-    jobs = [Job(method="run", items=(name,), group=name) for name in "aabbbc"]
-    queue = JobQueue(jobs)
-    assert [queue.take(group).group for group in ("a", "a", "a", "b", "c", "c")] == list("aabbcb")
-    assert not queue
-
-
-def test_after_a_death_each_item_is_tried_alone_and_next() -> None:
-    queue = JobQueue([Job(method="run", items=("z",), group="z")])
-    queue.put_back(Job(method="run", items=(1, 2), group="a").retried())
-    taken = [queue.take("a"), queue.take("a")]
-    assert [(job.items, job.deaths) for job in taken] == [((1,), 1), ((2,), 1)]
-
-
 def test_a_worker_asks_for_the_share_of_a_gpu_that_its_model_fills() -> None:
     gib = 2**30
     assert gpu_fraction(14 * gib, 80 * gib) == 1 / 4
     assert gpu_fraction(60 * gib, 80 * gib) == gpu_fraction(200 * gib, 80 * gib) == 1
-    assert gpu_fraction(gib // 50, 80 * gib) == 1 / MOST_PROMPTS
+    assert gpu_fraction(gib // 50, 80 * gib) == 1 / MOST_PER_GPU
+
+
+@pytest.mark.parametrize(
+    ("needs", "room"),
+    [({"num_cpus": 2}, 3), ({"num_cpus": 1, "num_gpus": 1 / 3}, 6), ({"num_gpus": 1}, 2)],
+)
+def test_as_many_workers_fit_as_the_scarcest_resource_allows(
+    needs: dict[str, float], room: int
+) -> None:
+    resources = {"CPU": 7.0, "GPU": 2.0, "memory": 1e9}
+    assert count_room(needs, resources, wanted=room) == room
+    with pytest.raises(InputError, match=f"{room + 1} workers were asked for.*room for {room};"):
+        count_room(needs, resources, wanted=room + 1)
 
 
 def test_workers_find_the_model_from_any_working_directory(
@@ -81,8 +65,8 @@ def test_workers_find_the_model_from_any_working_directory(
         (tmp_path / name).mkdir()  # a results folder may be called as the packaged model is
 
     def source(name: str) -> str:
-        settings = RaySettings()
-        return RayExecutor(name, "auto", Subject(*demo, None), settings)._recipe.model
+        spec = make_spec(RunSpec, model=name, executor="ray")
+        return str(RayExecutor(spec, Subject(*demo, None))._recipe[0].model)
 
     assert source("demo") == "demo"
     assert source("model") == str(tmp_path / "model")

@@ -18,13 +18,14 @@ from typing import Any
 
 import pytest
 
+from bh_routing.errors import ExperimentError, InputError
+from bh_routing.experiments import ray_executor
 from bh_routing.experiments.configurations import make_rules
-from bh_routing.experiments.executors import SerialExecutor, make_grid
+from bh_routing.experiments.executors import Cell, SerialExecutor, make_grid
 from bh_routing.experiments.experiment import Experiment, Subject
-from bh_routing.experiments.ray_executor import RayExecutor, RaySettings
-from bh_routing.experiments.ray_pool import MAX_DEATHS, Job, WorkerPool, connected
+from bh_routing.experiments.ray_executor import MAX_DEATHS, RayExecutor, connected
 from bh_routing.experiments.specs import RunSpec, make_spec
-from bh_routing.models import LoadedModel
+from bh_routing.models import LoadedModel, load_model
 from bh_routing.results.records import JOURNAL, QUALITY_JOURNAL, TIME_COLUMNS
 
 ROOT = Path(__file__).parents[2]
@@ -44,39 +45,65 @@ def ray() -> Iterator[Any]:
         yield module
 
 
-def start_small(ray: Any) -> tuple[Any, Any]:
-    """Start a worker without a model, which dies of what it is told to die of."""
+def fragile(deadly_call: str) -> type[ray_executor.Worker]:
+    """Return a class of workers whose processes die of a call: of load, or run with one prompt."""
 
-    class Small:
-        def load(self) -> Any:
-            return _answer([])
+    # Here, because workers can't import this module.
+    class Fragile(ray_executor.Worker):
+        def load(self, *recipe: Any) -> Any:
+            return os._exit(1) if deadly_call == "load" else super().load(*recipe)
 
-        def square(self, numbers: list[int]) -> Any:
-            if 13 in numbers:
-                os._exit(1)
-            return _answer([number**2 for number in numbers])
+        def run(self, cell: Cell, max_tokens: int) -> Any:
+            return os._exit(1) if deadly_call in cell.prompt.text else super().run(cell, max_tokens)
 
-    def _answer(results: list[int]) -> Any:
-        from bh_routing.experiments.ray_pool import Answer
-
-        return Answer(results, [("bh_routing", 30, f"did {len(results)}")])
-
-    actor = ray.remote(Small).options(num_cpus=0).remote()
-    return actor, actor.load.remote()
+    return Fragile
 
 
+def ray_spec(num_workers: int) -> RunSpec:
+    return make_spec(
+        RunSpec, model="demo", device="cpu", dtype="float32", executor="ray", workers=num_workers
+    )
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
 def test_what_kills_every_worker_is_given_up_alone(
-    ray: Any, caplog: pytest.LogCaptureFixture
+    num_workers: int,
+    ray: Any,
+    demo: LoadedModel,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pool = WorkerPool(ray, lambda: start_small(ray), 2, "a small worker")
-    jobs = [Job(method="square", items=items) for items in ((1, 2), (3, 13, 4), (5,))]
-    found: dict[int, int | None] = {}
-    for job, results in pool.map(jobs):
-        found |= dict(zip(job.items, results or [None] * len(job.items), strict=True))
-    pool.close()
-    assert found == {1: 1, 2: 4, 3: 9, 4: 16, 5: 25, 13: None}
+    caplog.set_level("INFO", logger="bh_routing")
+    monkeypatch.setattr(ray_executor, "Worker", fragile("day 1"))
+    cells = prepare(num_prompts=3)[:3]
+    with RayExecutor(ray_spec(num_workers), Subject(*demo, None)) as executor:
+        done = dict(executor.run(cells, 2))
+    errors = [done[cell].record.error for cell in cells]
+    assert errors[::2] == ["", ""] and f"{MAX_DEATHS} workers died of it" in errors[1]
     assert caplog.text.count("died and is replaced") == MAX_DEATHS
-    assert "worker 1: did" in caplog.text
+    assert "worker 1: process" in caplog.text
+
+
+def test_workers_that_die_loading_the_model_end_the_run(
+    ray: Any, demo: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_executor, "Worker", fragile("load"))
+    with (
+        RayExecutor(ray_spec(1), Subject(*demo, None)) as executor,
+        pytest.raises(ExperimentError, match=r"workers died in a row.*more memory"),
+    ):
+        list(executor.run(prepare(num_prompts=1), 2))
+
+
+def test_a_worker_whose_model_differs_ends_the_run_with_its_own_error(
+    ray: Any,
+) -> None:
+    subject = Subject(*load_model("demo", device="cpu", dtype="bfloat16"), None)
+    with (
+        RayExecutor(ray_spec(1), subject) as executor,
+        pytest.raises(InputError, match=r"can't be mixed with the driver's.*bfloat16"),
+    ):
+        list(executor.run(prepare(num_prompts=1), 2))
 
 
 def prepare(num_prompts: int = 6) -> list[Any]:
@@ -108,24 +135,20 @@ def test_killed_workers_lose_and_duplicate_nothing_ten_times_in_a_row(
     caplog.set_level("INFO", logger="bh_routing")
     cells, subject = prepare(num_prompts=24), Subject(*demo, None)
     serial = rows(list(SerialExecutor(subject).run(cells, 8)))
-    with RayExecutor("demo", "auto", subject, RaySettings(num_workers=2)) as executor:
+    killed: set[str] = set()
+    with RayExecutor(ray_spec(2), subject) as executor:
         for round_number in range(10):
-            done, has_killed = [], False
+            done = []
             for pair in executor.run(cells, 8):
                 done.append(pair)
-                has_killed = has_killed or kill_a_busy_worker(executor, caplog.text)
-            assert has_killed and rows(done) == serial, round_number
+                if len(killed) == round_number:  # workers are busy: most cells are left
+                    processes = re.findall(r"process (\d+) on", caplog.text)
+                    victim = next(each for each in reversed(processes) if each not in killed)
+                    os.kill(int(victim), signal.SIGKILL)
+                    killed.add(victim)
+            assert len(killed) == round_number + 1
+            assert rows(done) == serial, round_number
     assert caplog.text.count("died and is replaced") == 10
-
-
-def kill_a_busy_worker(executor: RayExecutor, log: str) -> bool:
-    pool = executor._pool
-    assert pool is not None
-    busy = [seat.number for seat, job in pool._busy.values() if job is not None]
-    if busy:
-        process = re.findall(rf"worker {busy[0]}: process (\d+)", log)[-1]
-        os.kill(int(process), signal.SIGKILL)
-    return bool(busy)
 
 
 @pytest.fixture(scope="module")

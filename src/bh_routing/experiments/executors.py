@@ -7,10 +7,10 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import TracebackType
-from typing import Any, Final, NamedTuple, Protocol, Self
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Final, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -126,16 +126,17 @@ class ScoreSettings(NamedTuple):
     only: frozenset[str] | None = None
 
 
-class Executor(Protocol):
-    """Runs experiments and scores text, without writing files; a context manager.
+class Executor(AbstractContextManager["Executor"]):
+    """Runs experiments and scores text, without writing files.
 
     Except for times, rows and records don't depend on the executor; their order may.
     """
 
+    @abstractmethod
     def run(self, cells: Sequence[Cell], max_tokens: int) -> Iterator[tuple[Cell, Experiment]]:
         """Yield each experiment as soon as it is finished; failures yield failed rows."""
-        ...
 
+    @abstractmethod
     def score(
         self,
         documents: Sequence[TokenizedDocument],
@@ -143,34 +144,27 @@ class Executor(Protocol):
         settings: ScoreSettings,
     ) -> Iterator[QualityRecord]:
         """Yield one record per rule and document, as groups of documents are finished."""
-        ...
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Return the executor's entry in run.json."""
-        ...
 
     def close(self) -> None:
         """Release all resources; may be called twice."""
-        ...
+        release_memory()
 
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-class SerialExecutor:
+class SerialExecutor(Executor):
     """Runs experiments one after another, in this process."""
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
         self._warm = ""
 
-    def run(self, cells: Iterable[Cell], max_tokens: int) -> Iterator[tuple[Cell, Experiment]]:
+    def run(self, cells: Sequence[Cell], max_tokens: int) -> Iterator[tuple[Cell, Experiment]]:
         """Run the cells in order, with a warm-up before the first cell of each configuration."""
         for cell in cells:
             if cell.named_rule.name != self._warm:
@@ -192,21 +186,6 @@ class SerialExecutor:
     def describe(self) -> dict[str, Any]:
         """Return the executor's entry in run.json."""
         return {"name": "local"}
-
-    def close(self) -> None:
-        """Release unused memory."""
-        release_memory()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def attempt(

@@ -1,18 +1,25 @@
-"""Experiments on Ray workers that each hold the model; only the driver writes files."""
+"""Experiments on Ray workers that each hold the model; only the driver writes files.
+
+Ray is imported on first use, since runs in one process don't need it.
+"""
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import os
 import platform
-from collections import defaultdict
+import signal
+import threading
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from logging.handlers import QueueHandler
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, NamedTuple, Self
+from queue import SimpleQueue
+from typing import Any, Final, Self, cast
 
 import torch
 
@@ -30,19 +37,20 @@ from bh_routing.experiments.executors import (
 )
 from bh_routing.experiments.experiment import Experiment, Subject, release_memory
 from bh_routing.experiments.identity import RunIdentity, identify
-from bh_routing.experiments.ray_pool import MAX_DEATHS, Answer, Job, WorkerPool, connected
 from bh_routing.experiments.run_log import SOURCES
 from bh_routing.experiments.specs import ScoredSpec
-from bh_routing.models.load import DEMO, load_model
-from bh_routing.models.routers import describe_model
+from bh_routing.models.load import DEMO, DeviceName, DtypeName, load_model
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.results.records import QualityRecord
 from bh_routing.rules.base import Rule
 
-MOST_PROMPTS: Final = 8
-"""Maximum experiments per job, the unit of progress and of loss when a worker dies."""
-JOBS_A_WORKER: Final = 4
-"""Minimum number of jobs per worker, so that none waits long for the last."""
+MAX_DEATHS: Final = 3
+"""Worker deaths that fail a job, and, times the number of workers, that end a run if no worker
+finishes anything in between."""
+PATIENCE_SEC: Final = 30.0
+"""Time without any worker after which a warning is logged."""
+MOST_PER_GPU: Final = 8
+"""Maximum number of workers that share a GPU."""
 ROOM_FACTOR: Final = 1.25
 ROOM_BYTES: Final = 2 * 2**30
 """GPU memory of a worker: ROOM_FACTOR times the weights' size, and ROOM_BYTES for activations,
@@ -51,130 +59,107 @@ logits and CUDA."""
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RaySettings:
-    """Cluster, number and resources of the workers."""
-
-    address: str | None = None
-    """Address of a cluster, such as auto or host:6379; None: start Ray on this machine."""
-    num_workers: int | None = None
-    """None: as many as the cluster has room for, at most one per job."""
-    threads: int = 1
-    """Per worker, on a CPU."""
-
-
-class Recipe(NamedTuple):
-    """A worker's instructions to load the driver's model."""
-
-    model: str
-    dtype: str
-    identity: RunIdentity
-    """The driver's."""
-    threads: int
-    has_chat_template: bool
-    """Whether the driver applies the tokenizer's chat template to prompts."""
-
-
 class Worker:
-    """Actor in a worker's process: a model, and a serial executor for it."""
+    """Actor in a worker's process: a model, and a serial executor for it.
+
+    Its methods return their result and the records logged since the last call, since nobody reads a
+    worker's console.
+    """
 
     def __init__(self) -> None:
         self._serial: SerialExecutor | None = None
+        self._records: SimpleQueue[logging.LogRecord] = SimpleQueue()
+        logging.getLogger(SOURCES[0]).setLevel(logging.INFO)
+        for name in SOURCES:
+            logging.getLogger(name).addHandler(QueueHandler(self._records))
 
-    def load(self, recipe: Recipe, calibration: Calibration | None) -> Answer:
+    def load(
+        self, driver: RunIdentity, dtype: DtypeName, threads: int, calibration: Calibration | None
+    ) -> tuple[bool, list[logging.LogRecord]]:
         """Load the model, and check that it is the driver's.
 
         Raises:
-            InputError: the model differs or can't be loaded, or results of this machine and the
-                driver's can't be mixed.
+            InputError: the model can't be loaded, or results of this machine and the driver's
+                can't be mixed.
         """
-        torch.set_num_threads(recipe.threads)
-        with _collected() as lines:
-            device: Any = recipe.identity.device_type
-            dtype: Any = recipe.dtype
-            model, tokenizer = load_model(recipe.model, device=device, dtype=dtype)
-            if not recipe.has_chat_template:
-                tokenizer = choose_chat_template(tokenizer, "off")
-            own = identify(recipe.identity.model, model, tokenizer)
-            if different := recipe.identity.differences(asdict(own)):
-                raise InputError(
-                    f"results of a worker can't be mixed with the driver's ({'; '.join(different)}"
-                    "); give every machine the same files, versions and device"
-                )
-            self._serial = SerialExecutor(Subject(model, tokenizer, calibration))
-            log.info("process %d on %s has the model", os.getpid(), platform.node())
-        return Answer([], lines)
+        torch.set_num_threads(threads)
+        device = cast(DeviceName, driver.device_type)
+        model, tokenizer = load_model(driver.model, device=device, dtype=dtype)
+        if driver.chat_template is None:
+            tokenizer = choose_chat_template(tokenizer, "off")
+        if different := driver.differences(asdict(identify(driver.model, model, tokenizer))):
+            raise InputError(
+                f"results of a worker can't be mixed with the driver's ({'; '.join(different)}); "
+                "give every machine the same files, versions and device"
+            )
+        self._serial = SerialExecutor(Subject(model, tokenizer, calibration))
+        log.info("process %d on %s has the model", os.getpid(), platform.node())
+        return True, self._logged()
 
-    def run(self, cells: Sequence[Cell], max_tokens: int) -> Answer:
-        """Run experiments, one after another."""
+    def run(self, cell: Cell, max_tokens: int) -> tuple[Experiment, list[logging.LogRecord]]:
+        """Run one experiment."""
         assert self._serial is not None, "load comes first"
-        with _collected() as lines:
-            return Answer([done for _, done in self._serial.run(cells, max_tokens)], lines)
+        [(_, experiment)] = self._serial.run([cell], max_tokens)
+        return experiment, self._logged()
 
     def score(
         self,
-        groups: Sequence[Sequence[TokenizedDocument]],
+        documents: Sequence[TokenizedDocument],
         rules: Mapping[str, Rule],
         settings: ScoreSettings,
-    ) -> Answer:
-        """Score groups of documents; the answer has one list of records per group."""
+    ) -> tuple[list[QualityRecord], list[logging.LogRecord]]:
+        """Score a group of documents."""
         assert self._serial is not None, "load comes first"
-        with _collected() as lines:
-            records = [list(self._serial.score(group, rules, settings)) for group in groups]
-            return Answer(records, lines)
+        return list(self._serial.score(documents, rules, settings)), self._logged()
+
+    def _logged(self) -> list[logging.LogRecord]:
+        return [self._records.get() for _ in range(self._records.qsize())]
 
 
-class RayExecutor:
-    """An `Executor` on workers of a Ray cluster.
+class RayExecutor(Executor):
+    """An executor on workers of a Ray cluster.
 
-    A worker that dies is replaced and its job retried; after `MAX_DEATHS` deaths the experiment is
-    a failed row. Workers on one machine compete for its memory bandwidth, so their times may exceed
-    those of a single worker.
+    A worker that dies is replaced, and its job given to the next idle one; after `MAX_DEATHS`
+    deaths the experiment is a failed row. Workers on one machine compete for its memory bandwidth,
+    so their times may exceed those of a single worker.
 
     Args:
-        model: name for `load_model`, which must denote the same model on every machine.
-        dtype: as for `load_model`.
+        spec: the model's name, which must denote the same model on every machine; cluster and
+            number of workers.
         subject: the driver's model, which is moved off its GPU while workers run.
-        settings: cluster, number and resources of the workers.
+        threads: per worker, on a CPU.
     Raises:
         InputError: (on entering) Ray isn't installed, or the cluster has no room for a worker.
     """
 
-    def __init__(self, model: str, dtype: str, subject: Subject, settings: RaySettings) -> None:
-        self._subject = subject
-        self._settings = settings
-        self._facts = describe_model(subject.model)
-        self._bytes = sum(p.numel() * p.element_size() for p in subject.model.parameters())
-        path = Path(model).expanduser()
+    def __init__(self, spec: ScoredSpec, subject: Subject, threads: int = 1) -> None:
+        path = Path(spec.model).expanduser()
         # Workers have a different working directory.
-        name = str(path.resolve()) if model != DEMO and path.is_dir() else model
-        identity = identify(model, subject.model, subject.tokenizer)
-        self._recipe = Recipe(
-            name, dtype, identity, settings.threads, bool(subject.tokenizer.chat_template)
-        )
+        name = str(path.resolve()) if spec.model != DEMO and path.is_dir() else spec.model
+        identity = identify(name, subject.model, subject.tokenizer)
+        self._recipe: tuple[Any, ...] = (identity, spec.dtype, threads)
+        self._subject = subject
+        self._address, self._num_workers = spec.ray_address, spec.workers
+        self._needs = _demand(subject.model, threads)
         self._exits = ExitStack()
         self._ray: Any = None
-        self._pool: WorkerPool | None = None
-        self._needs: dict[str, float] = {}
-        self._room = 0
+        self._calibration: Any = None
+        self._actors: dict[int, Any] = {}
+        self._idle: list[int] = []
+        # By reference of the result: the worker, and its job or None while it loads the model.
+        self._busy: dict[Any, tuple[int, int | None]] = {}
+        self._deaths_in_a_row = 0  # without a model loaded or a job finished in between
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            self._ray = stack.enter_context(connected(self._settings.address))
-            self._needs = self._demand()
-            self._room = self._count_room(self._ray.cluster_resources())
+            self._ray = stack.enter_context(connected(self._address))
+            room = count_room(self._needs, self._ray.cluster_resources(), self._num_workers or 1)
+            self._num_workers = self._num_workers or room
+            self._calibration = self._ray.put(self._subject.calibration)
             stack.enter_context(_parked(self._subject.model))
-            stack.callback(self._close_pool)
+            stack.callback(self._stop_workers)
             self._exits = stack.pop_all()
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop the workers, and Ray if it was started here; move the model back to its GPU."""
@@ -182,14 +167,9 @@ class RayExecutor:
 
     def run(self, cells: Sequence[Cell], max_tokens: int) -> Iterator[tuple[Cell, Experiment]]:
         """Yield experiments in order of completion."""
-        if not cells:
-            return
-        pool = self._workers(len(cells))
-        for job, results in pool.map(cut_blocks(cells, max_tokens, self._size(len(cells)))):
-            if results is None:
-                problem = f"{MAX_DEATHS} workers died of it; run it alone without --executor ray"
-                results = [give_up(cell, problem) for cell in job.items]
-            yield from zip(job.items, results, strict=True)
+        for at, experiment in self._map("run", [(cell, max_tokens) for cell in cells]):
+            problem = f"{MAX_DEATHS} workers died of it; run it alone without --executor ray"
+            yield cells[at], experiment or give_up(cells[at], problem)
 
     def score(
         self,
@@ -200,80 +180,112 @@ class RayExecutor:
         """Yield records, group by group, in order of completion."""
         # The same groups as in a serial run: another batch would round differently.
         groups = list(document_groups(documents, settings.decode_batch))
-        if not groups:
-            return
-        jobs = [
-            Job(method="score", items=(group,), settings=(dict(rules), settings))
-            for group in groups
-        ]
-        for job, results in self._workers(len(jobs)).map(jobs):
-            if results is None:
+        jobs = [(group, dict(rules), settings) for group in groups]
+        for at, records in self._map("score", jobs):
+            if records is None:
                 raise ExperimentError(
-                    f"{MAX_DEATHS} workers died scoring {job.items[0][0].name!r} and what is "
+                    f"{MAX_DEATHS} workers died scoring {groups[at][0].name!r} and what is "
                     "scored with it; try a smaller --batch-size, or no --executor ray"
                 )
-            for records in results:
-                yield from records
+            yield from records
 
     def describe(self) -> dict[str, Any]:
         """Return the executor's entry in run.json."""
         return {
             "name": "ray",
             "version": self._ray.__version__,
-            "address": self._settings.address,
-            "workers": self._settings.num_workers or self._room,
+            "address": self._address,
+            "workers": self._num_workers,
             "each_takes": self._needs,
         }
 
-    def _demand(self) -> dict[str, float]:
-        """Return a worker's resources: CPU threads, or a GPU or a fraction of one."""
-        if self._facts.device == "cpu":
-            return {"num_cpus": self._settings.threads, "num_gpus": 0}
-        total = torch.cuda.get_device_properties(0).total_memory
-        return {"num_cpus": 1, "num_gpus": gpu_fraction(self._bytes, total)}
+    def _map(self, method: str, jobs: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """Call a worker's method for each job, in order, as workers become idle.
 
-    def _count_room(self, resources: Mapping[str, float]) -> int:
-        """Return how many workers fit; raise InputError if fewer than requested."""
-        needs = {"CPU": self._needs["num_cpus"], "GPU": self._needs["num_gpus"]}
-        room = min(
-            math.floor(resources.get(name, 0) / amount + 1e-9)
-            for name, amount in needs.items()
-            if amount
-        )
-        wanted = self._settings.num_workers or 1
-        if wanted > room:
-            has = ", ".join(f"{resources.get(name, 0):g} {name}" for name in needs)
-            each = ", ".join(f"{amount:g} {name}" for name, amount in needs.items() if amount)
-            raise InputError(
-                f"{wanted} workers were asked for (each takes {each}), and Ray has {has}: room "
-                f"for {room}; lower --workers, or give --ray-address of a larger cluster"
-            )
-        return room
+        Yields:
+            The number of a job, and its result or None after `MAX_DEATHS` workers died of it.
+        Raises:
+            ExperimentError: workers keep dying.
+            BHRoutingError: raised by a worker.
+        """
+        waiting, deaths = deque(range(len(jobs))), Counter[int | None]()
 
-    def _size(self, num_jobs: int) -> int:
-        return min(self._settings.num_workers or self._room, num_jobs)
+        def hand_out() -> None:
+            while waiting and self._idle:
+                number, job = self._idle.pop(), waiting.popleft()
+                call = getattr(self._actors[number], method)
+                self._busy[call.remote(*jobs[job])] = number, job
 
-    def _workers(self, num_jobs: int) -> WorkerPool:
-        """Return the pool; the first call starts its workers, at most one per job."""
-        if self._pool is not None:
-            return self._pool
-        ray, size = self._ray, self._size(num_jobs)
-        calibration = ray.put(self._subject.calibration)
-        actor_class = ray.remote(Worker).options(**self._needs)
+        if jobs and not self._actors:
+            for number in range(1, min(self._num_workers or 1, len(jobs)) + 1):
+                self._start_worker(number)
+            log.info("%d Ray workers (%s each)", len(self._actors), _list(self._needs))
+        while waiting or any(job is not None for _, job in self._busy.values()):
+            hand_out()
+            ready, _ = self._ray.wait(list(self._busy), timeout=PATIENCE_SEC)
+            if not ready and all(job is None for _, job in self._busy.values()):
+                log.warning("still waiting for a worker, which takes %s", _list(self._needs))
+            for reference in ready:
+                number, job = self._busy.pop(reference)
+                result = self._receive(reference, number)
+                if result is None:
+                    deaths[job] += 1
+                    self._start_worker(number)
+                    if job is not None and deaths[job] < MAX_DEATHS:
+                        waiting.appendleft(job)
+                        continue
+                else:
+                    self._idle.append(number)
+                    # Before the yield, so that the worker doesn't wait for the caller.
+                    hand_out()
+                if job is not None:
+                    yield job, result
 
-        def start() -> tuple[Any, Any]:
-            actor = actor_class.remote()
-            return actor, actor.load.remote(self._recipe, calibration)
+    def _receive(self, reference: Any, number: int) -> Any:
+        """Return the result of a worker's method, and log its records; None: the worker died."""
+        exceptions = self._ray.exceptions
+        try:
+            result, records = self._ray.get(reference)
+        except exceptions.RayTaskError as error:
+            raise getattr(error, "cause", None) or error from error
+        except exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[0]
+            log.warning("worker %d died and is replaced: %s", number, reason)
+            self._deaths_in_a_row += 1
+            if self._deaths_in_a_row >= MAX_DEATHS * len(self._actors):
+                raise ExperimentError(
+                    f"{self._deaths_in_a_row} workers died in a row, at most "
+                    f"{self._deaths_in_a_row - 1} may (the last: {reason}); see Ray's logs, and "
+                    "give workers more memory or take fewer with --workers"
+                ) from error
+            return None
+        self._deaths_in_a_row = 0
+        for record in records:
+            if (logger := logging.getLogger(record.name)).isEnabledFor(record.levelno):
+                record.msg = f"worker {number}: {record.msg}"
+                logger.handle(record)
+        return result
 
-        needs = ", ".join(f"{name} {amount:g}" for name, amount in self._needs.items() if amount)
-        log.info("%d Ray workers (%s each)", size, needs)
-        self._pool = WorkerPool(ray, start, size, f"a worker that takes {needs}")
-        return self._pool
+    def _start_worker(self, number: int) -> None:
+        if number in self._actors:
+            self._ray.kill(self._actors[number])
+        self._actors[number] = self._ray.remote(Worker).options(**self._needs).remote()
+        loading = self._actors[number].load.remote(*self._recipe, self._calibration)
+        self._busy[loading] = number, None
 
-    def _close_pool(self) -> None:
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
+    def _stop_workers(self) -> None:
+        for actor in self._actors.values():
+            self._ray.kill(actor)
+        self._actors, self._idle, self._busy = {}, [], {}
+
+
+def _demand(model: Any, threads: int) -> dict[str, float]:
+    """Return a worker's resources: CPU threads, or a GPU or a fraction of one."""
+    if model.device.type == "cpu":
+        return {"num_cpus": threads}
+    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    total = torch.cuda.get_device_properties(0).total_memory
+    return {"num_cpus": 1, "num_gpus": gpu_fraction(num_bytes, total)}
 
 
 def gpu_fraction(model_bytes: int, gpu_bytes: int) -> float:
@@ -284,20 +296,35 @@ def gpu_fraction(model_bytes: int, gpu_bytes: int) -> float:
         (0.25, 1.0)
     """
     num_fitting = int(gpu_bytes / (ROOM_FACTOR * model_bytes + ROOM_BYTES))
-    return 1 / min(max(1, num_fitting), MOST_PROMPTS)
+    return 1 / min(max(1, num_fitting), MOST_PER_GPU)
 
 
-def cut_blocks(cells: Sequence[Cell], max_tokens: int, num_workers: int) -> list[Job]:
-    """Split each configuration's cells into blocks of prompts."""
-    size = max(1, min(MOST_PROMPTS, len(cells) // (JOBS_A_WORKER * num_workers)))
-    by_config: dict[str, list[Cell]] = defaultdict(list)
-    for cell in cells:
-        by_config[cell.named_rule.name].append(cell)
-    return [
-        Job(method="run", items=tuple(mine[at : at + size]), settings=(max_tokens,), group=name)
-        for name, mine in by_config.items()
-        for at in range(0, len(mine), size)
-    ]
+def count_room(needs: Mapping[str, float], resources: Mapping[str, float], wanted: int) -> int:
+    """Return how many workers fit into a cluster.
+
+    Args:
+        needs: resources of a worker, by Ray's option: num_cpus, num_gpus.
+        resources: the cluster's, by Ray's name: CPU, GPU.
+        wanted: minimum number of workers.
+    Raises:
+        InputError: fewer fit.
+    Example:
+        >>> count_room({"num_cpus": 1, "num_gpus": 0.25}, {"CPU": 32, "GPU": 2}, wanted=1)
+        8
+    """
+    has = {option: resources.get(option[4:-1].upper(), 0) for option in needs}
+    room = min(math.floor(has[option] / needs[option] + 1e-9) for option in needs)
+    if wanted > room:
+        raise InputError(
+            f"{wanted} workers were asked for (each takes {_list(needs)}), and Ray has "
+            f"{_list(has)}: room for {room}; lower --workers, or give --ray-address of a larger "
+            "cluster"
+        )
+    return room
+
+
+def _list(amounts: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {amount:g}" for name, amount in amounts.items())
 
 
 @contextmanager
@@ -315,38 +342,54 @@ def _parked(model: Any) -> Iterator[None]:
         model.to(device)
 
 
-class _Collector(logging.Handler):
-    def __init__(self, lines: list[tuple[str, int, str]]) -> None:
-        super().__init__(logging.INFO)
-        self._lines = lines
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._lines.append((record.name, record.levelno, record.getMessage()))
-
-
 @contextmanager
-def _collected() -> Iterator[list[tuple[str, int, str]]]:
-    """Collect log records inside the block, since nobody reads a worker's console."""
-    lines: list[tuple[str, int, str]] = []
-    handler = _Collector(lines)
-    loggers = [logging.getLogger(name) for name in SOURCES]
-    loggers[0].setLevel(logging.INFO)
-    for logger in loggers:
-        logger.addHandler(handler)
+def connected(address: str | None) -> Iterator[Any]:
+    """Connect to a Ray cluster, or start Ray on this machine, and yield the module.
+
+    An existing connection is used and left open.
+
+    Raises:
+        InputError: Ray isn't installed, or the cluster can't be reached.
+    """
+    earlier = signal.getsignal(signal.SIGTERM)
     try:
-        yield lines
+        ray: Any = importlib.import_module("ray")
+    except ImportError:
+        raise InputError(
+            "--executor ray needs Ray, which isn't installed; run: pip install 'bh-routing[ray]', "
+            "or leave --executor out"
+        ) from None
+    is_ours = not ray.is_initialized()
+    if is_ours:
+        # No usage reports to Ray's developers.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Otherwise Ray logs a deprecation warning at every start.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+        try:
+            ray.init(
+                address=address or "local",
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"no Ray cluster answers at {address or 'this machine'} ({reason}); start one "
+                "with `ray start --head`, or leave --ray-address out"
+            ) from error
+    # Ray replaces the SIGTERM handler, and would end the process silently.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, earlier)
+    try:
+        yield ray
     finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
+        if is_ours:
+            ray.shutdown()
 
 
 def make_executor(spec: ScoredSpec, subject: Subject) -> Executor:
     """Return the executor that a spec names; entering it starts workers, if any."""
     if spec.executor == "local":
         return SerialExecutor(subject)
-    settings = RaySettings(
-        address=spec.ray_address,
-        num_workers=spec.workers,
-        threads=choose_threads(subject.model).decode,
-    )
-    return RayExecutor(spec.model, spec.dtype, subject, settings)
+    return RayExecutor(spec, subject, choose_threads(subject.model).decode)
