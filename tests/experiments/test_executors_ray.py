@@ -176,7 +176,8 @@ def serial(command: Callable[..., list[str]], tmp_path_factory: pytest.TempPathF
     return folder
 
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+PATHS = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(PATHS), "OMP_NUM_THREADS": "1"}
 
 
 def run(command: list[str]) -> None:

@@ -206,6 +206,8 @@ def logits_filled(demo: LoadedModel, token: int, value: float) -> Iterator[None]
 def test_a_masked_token_is_scored_and_read_back(
     demo: LoadedModel, text: QualityText, tmp_path: Path
 ) -> None:
+    for name in ("plain", "masked"):
+        (tmp_path / name).mkdir()
     plain = score_into(tmp_path / "plain", demo, text, RULES)
     with logits_filled(demo, demo.model.config.vocab_size - 1, -math.inf):
         masked = score_into(tmp_path / "masked", demo, text, RULES)

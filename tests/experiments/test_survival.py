@@ -14,9 +14,13 @@ import pytest
 from benchmarks.large_grid import measure
 from bh_routing.errors import ResultsError
 from bh_routing.experiments import store as store_module
+from bh_routing.experiments.calibrating import save_calibration
+from bh_routing.experiments.quality import QualityLedger
+from bh_routing.experiments.quality_text import QualityText
 from bh_routing.experiments.run_log import RunLog
+from bh_routing.nulls.calibration import Calibration
 from bh_routing.results.files import write_atomically
-from bh_routing.results.records import CHECKPOINT, JOURNAL, RESULTS_CSV
+from bh_routing.results.records import CALIBRATION, CHECKPOINT, JOURNAL, RESULTS_CSV
 from tests.experiments.conftest import make_detail, make_record, read_folder
 from tests.experiments.test_store import IDENTITY, PLAN, csv_prompts, fill, open_store
 
@@ -66,6 +70,26 @@ def test_a_folder_that_was_moved_stops_the_run_and_is_not_made_again(tmp_path: P
     away.rename(folder)
     fill(folder, range(2, 3))
     assert csv_prompts(folder) == ["prompt 0", "prompt 1", "prompt 2"]
+
+
+def test_a_folder_that_was_moved_before_scoring_is_not_made_again(tmp_path: Path) -> None:
+    text = QualityText(documents=(), sha256="", max_tokens=9, window=9, stride=9, batch_size=1)
+    with (
+        pytest.raises(ResultsError, match="No such file or directory"),
+        QualityLedger(tmp_path / "results", text, IDENTITY),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_was_moved_before_its_calibration_is_not_made_again(
+    demo_calibration: Calibration, tmp_path: Path
+) -> None:
+    with pytest.raises(ResultsError, match="No such file or directory"):
+        save_calibration(demo_calibration, tmp_path / "results")
+    assert not list(tmp_path.iterdir())
+    save_calibration(demo_calibration, tmp_path)
+    assert Calibration.load(tmp_path / CALIBRATION).fingerprint == demo_calibration.fingerprint
 
 
 def test_an_error_of_the_run_is_not_hidden_by_one_of_its_last_write(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -29,6 +31,7 @@ from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.catalog import get_null
 from bh_routing.nulls.contributions import OF_SLOTS
 from bh_routing.nulls.cut_offs import MIN_TOKENS
+from bh_routing.results.files import unwritable
 from bh_routing.results.records import CALIBRATION
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 from bh_routing.rules.noise import noise_control
@@ -255,8 +258,14 @@ def calibrate_to_file(spec: CalibrateSpec) -> Calibration:
 
 
 def save_calibration(calibration: Calibration, folder: Path) -> None:
-    """Save the calibration next to the results, unless the same one is there already."""
+    """Save the calibration next to the results, unless the same one is there already.
+
+    Raises:
+        ResultsError: the folder is missing or not writable.
+    """
     path = folder / CALIBRATION
+    if not folder.is_dir():  # `save` would create it
+        raise unwritable(path, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
     if path.exists():
         try:
             if Calibration.load(path).fingerprint == calibration.fingerprint:

@@ -70,8 +70,12 @@ class QualityLedger:
         self._read()
 
     def begin(self) -> None:
-        """Open the file for writing."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        """Open the file for writing; the folder must exist.
+
+        Raises:
+            ResultsError: the folder is missing or not writable.
+        """
+        # Not in a new folder: if the run's own was moved, its results are elsewhere.
         self._journal.open()
         if not self._journal.checksums:
             header = {**self._header, "identity": self._identity.of_scores()}

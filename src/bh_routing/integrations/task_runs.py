@@ -112,6 +112,8 @@ def evaluate_tasks(
     reference = _reference(rules, facts.model_top_k)
     calibration, about = obtain_calibration(spec, rules, loaded.model, loaded.tokenizer)
     rules = bring_to_budget(spec, rules, loaded.model, loaded.tokenizer, calibration).rules
+    if spec.output is not None:
+        spec.output.mkdir(parents=True, exist_ok=True)
     runs = []
     by_name = {named.name: named.rule for named in rules}
     for run in run_tasks(loaded, by_name, calibration, spec, known):
@@ -175,7 +177,6 @@ def _check_output(output: Path | None) -> None:
 def _append(output: Path | None, run: TaskRun) -> None:
     if output is None:
         return
-    output.mkdir(parents=True, exist_ok=True)
     path = output / TASK_OUTCOMES
     lines = render_json_lines(
         {"schema_version": SCHEMA_VERSION, **asdict(outcome)} for outcome in run.outcomes
