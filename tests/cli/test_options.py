@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,12 @@ import typer
 from pydantic import BaseModel
 
 from bh_routing.cli.main import app, main
-from bh_routing.cli.options import OLD_SPELLINGS, SHORTHANDS, spell_anew
+from bh_routing.cli.options import OLD_SPELLINGS, SHORTHANDS, name_options, spell_anew
+from bh_routing.errors import CalibrationError
 from bh_routing.experiments import specs
+from bh_routing.nulls import get_null
+from tests.nulls.test_calibration import check, make
+from tests.nulls.test_per_expert import by_expert_calibration
 
 COMMANDS: dict[str, Any] = getattr(typer.main.get_command(app), "commands")  # noqa: B009
 SPECS: dict[str, list[type[BaseModel]]] = {
@@ -88,6 +93,8 @@ def test_an_old_spelling_warns_once_and_names_the_new_one(
         (["sweep", "--output", "x", "--budget", "5", "--budget", "0"], "--budget must be greater"),
         (["evaluate", "--workers", "2"], "go with --executor ray; add it"),
         (["run", "--model", ""], "--model must"),
+        (["run", "--model", "demo", "--calibration", "nowhere", "--no-eval"],
+         "run: bh-routing calibrate --model NAME --output FILE"),
         (["lm-eval", "--model", "./nowhere"], "check the path, or use --model demo"),
         (["run", "--device-map", "auto", "--device", "cpu", "--model", "demo", "--no-eval"],
          "--device-map auto spreads a model over GPUs; leave out --device cpu"),
@@ -112,3 +119,27 @@ def test_float32_has_two_spellings(command: str, monkeypatch: pytest.MonkeyPatch
     for flags in (["--no-fp16"], ["--dtype", "float32"], []):
         main([command, "--output", "any", *flags])
     assert seen == ["float32", "float32", "auto"]
+
+
+@pytest.mark.parametrize(
+    ("fail", "options"),
+    [
+        (lambda: get_null("background").require_table(None), "--nulls background"),
+        (lambda: check(make(), null="needed_by_loss"), "--nulls background,needed_by_loss"),
+        (lambda: check(make(), num_layers=16), ""),
+        (lambda: check(by_expert_calibration(14_000, 64, num_tokens=16_384), null="per_expert",
+                       alpha=0.05, num_experts=64),
+         "--nulls per_expert --max-tokens 31458"),
+    ],
+)  # fmt: skip
+def test_the_command_line_advises_its_command_where_python_advises_a_call(
+    fail: Callable[[], Any], options: str
+) -> None:
+    with pytest.raises(
+        CalibrationError, match=r"bh_routing\.calibrate\(model, tokenizer"
+    ) as caught:
+        fail()
+    text = name_options(str(caught.value), {})
+    command = f"run: bh-routing calibrate {options} --model NAME --output FILE"
+    assert " ".join(command.split()) in text
+    assert "bh_routing.calibrate" not in text

@@ -231,7 +231,7 @@ def test_a_changed_file_is_refused_in_one_sentence(
     with pytest.raises(CalibrationError, match=message) as caught:
         Calibration.load(path)
     assert "\n" not in str(caught.value)
-    assert "bh-routing calibrate" in str(caught.value)
+    assert "run: bh_routing.calibrate(model" in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\xff" * 64])
@@ -263,7 +263,7 @@ def test_a_fitting_model_and_alpha_pass() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_layers": 16}, "covers 2 layers, the model has 16; run: bh-routing calibrate"),
+        ({"num_layers": 16}, "covers 2 layers, the model has 16; run: bh_routing.calibrate"),
         ({"num_experts": 64}, "covers 8 experts a layer, the model has 64"),
         ({"model_top_k": 8}, "covers 2 experts a token, the model has 8"),
         ({"model_fingerprint": "d" * 64}, "same shape, but other weights or settings"),

@@ -183,7 +183,7 @@ def test_alpha_is_explained(null: Null) -> None:
 
 @pytest.mark.parametrize("null", TABLED, ids=lambda null: null.name)
 def test_a_null_without_its_table_says_what_to_run(null: Null) -> None:
-    with pytest.raises(CalibrationError, match="bh-routing calibrate"):
+    with pytest.raises(CalibrationError, match=rf"run: bh_routing\.calibrate.*{null.name}"):
         null.p_from_score(torch.zeros(3))
 
 

@@ -152,8 +152,8 @@ def test_a_table_of_other_experts_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("alpha", "message"),
     [
-        (0.05, r"hold 14000 scores and 25600 are needed; use alpha >= 0.092, or run: bh-routing "
-               "calibrate --nulls per_expert --max-tokens 31458 --model NAME --output FILE$"),
+        (0.05, r"hold 14000 scores and 25600 are needed; use alpha >= 0.092, or run: bh_routing"
+               r".calibrate\(model, tokenizer, texts, nulls=\['per_expert'\], max_tokens=31458\)$"),
         (0.01, r"128000 are needed; use alpha >= 0.092, or another null: tables by expert can't"),
     ],
 )  # fmt: skip

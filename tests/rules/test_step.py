@@ -241,7 +241,7 @@ def test_a_calibration_without_steps_is_rejected_with_the_remedy() -> None:
     assert context.contributions is not None
     old = dataclasses.replace(context.contributions, steps={})
     assert NEEDED_STEPS not in old.tensors()
-    with pytest.raises(CalibrationError, match=r"needed_steps.*run: bh-routing calibrate"):
+    with pytest.raises(CalibrationError, match=r"needed_steps.*run: bh_routing\.calibrate"):
         rule.bind(dataclasses.replace(context, contributions=old))
 
 

@@ -115,13 +115,15 @@ def name_options(text: str, flags: Mapping[str, str]) -> str:
 
     Args:
         text: begins with the name of a field, or the number of an item, and a colon, or has
-            `name="value"` in it.
+            `name="value"` or a call of `calibrate` in it.
         flags: field -> option.
     Example:
         >>> name_options('device_map="auto" needs accelerate', {"device_map": "--device-map"})
         '--device-map auto needs accelerate'
         >>> name_options("budget 2: must be at least 1", {"budgets": "--budget"})
         '--budget must be at least 1'
+        >>> name_options("run: bh_routing.calibrate(model, tokenizer, texts, nulls=['iid'])", {})
+        'run: bh-routing calibrate --nulls iid --model NAME --output FILE'
     """
     flags = {**flags, **{f"{name.removesuffix('s')} #": flag for name, flag in flags.items()}}
 
@@ -129,7 +131,19 @@ def name_options(text: str, flags: Mapping[str, str]) -> str:
         flag = flags.get(re.sub(r"\d+$", "#", match[1]))
         return match[0] if flag is None else f"{flag} {match[2]}"
 
-    return re.sub(r'\b(\w+)="([^"]+)"', spell, re.sub(r"^(\w+(?: \d+)?): ()", spell, text))
+    text = re.sub(r'\b(\w+)="([^"]+)"', spell, re.sub(r"^(\w+(?: \d+)?): ()", spell, text))
+    return _CALIBRATE.sub(_calibrate_command, text)
+
+
+_CALIBRATE: Final = re.compile(
+    r"bh_routing\.calibrate\(model, tokenizer, texts(?:, nulls=\[(.*?)\])?(?:, max_tokens=(\d+))?\)"
+)
+
+
+def _calibrate_command(call: re.Match[str]) -> str:
+    nulls = f" --nulls {call[1].replace(', ', ',').replace(chr(39), '')}" if call[1] else ""
+    tokens = f" --max-tokens {call[2]}" if call[2] else ""
+    return f"bh-routing calibrate{nulls}{tokens} --model NAME --output FILE"
 
 
 def _parameter(name: str, kind: Any, option: Any, default: Any) -> inspect.Parameter:

@@ -165,7 +165,8 @@ class Null(ABC):
         """Return the table; raise CalibrationError if it is None."""
         if table is None:
             raise CalibrationError(
-                f"null {self.name!r} needs a calibration and none was given; run: bh-routing "
-                "calibrate, or choose null='gaussian', which needs none"
+                f"null {self.name!r} needs a calibration and none was given; run: "
+                f"bh_routing.calibrate(model, tokenizer, texts, nulls=[{self.name!r}]), or choose "
+                "null='gaussian', which needs none"
             )
         return table

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil, floor, log10
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from safetensors.torch import save as serialise
@@ -31,13 +31,12 @@ from bh_routing.results.calibration_file import (
     FORMAT,
     OBSERVED,
     PASSAGES,
+    REMEDY,
     SCHEMA,
     CalibrationFacts,
     read_calibration,
 )
 from bh_routing.results.files import unwritable, write_atomically
-
-_REMEDY: Final = "run: bh-routing calibrate --model NAME --output FILE"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,7 +74,7 @@ class Calibration:
             if len(tables) != self.num_layers:
                 raise CalibrationError(
                     f"calibration has {len(tables)} tables of null {null!r} for {self.num_layers} "
-                    f"layers; {_REMEDY}"
+                    f"layers; {REMEDY}"
                 )
 
     def table(self, null: str, layer: int) -> ReferenceTable:
@@ -88,7 +87,7 @@ class Calibration:
         if not 0 <= layer < len(tables):
             raise CalibrationError(
                 f"calibration covers layers 0 to {len(tables) - 1}, layer {layer} was asked for; "
-                f"{_REMEDY}"
+                f"{REMEDY}"
             )
         return tables[layer]
 
@@ -180,13 +179,13 @@ class Calibration:
         ):
             if ours != theirs:
                 raise CalibrationError(
-                    f"calibration covers {ours} {what}, the model has {theirs}; {_REMEDY}"
+                    f"calibration covers {ours} {what}, the model has {theirs}; {REMEDY}"
                 )
         if model_fingerprint is not None and model_fingerprint != self.model_fingerprint:
             raise CalibrationError(
                 f"calibration was made for model {self.model_fingerprint[:12]}, this one is "
                 f"{model_fingerprint[:12]}: same shape, but other weights or settings, or a "
-                f"calibration of an older version; {_REMEDY}"
+                f"calibration of an older version; {REMEDY}"
             )
         self._check_reach(null, alpha)
 
@@ -250,7 +249,7 @@ class Calibration:
         if loaded.fingerprint != file.fingerprint:
             raise CalibrationError(
                 f"calibration {path} was changed after it was written: its contents don't match "
-                f"its fingerprint; {_REMEDY}"
+                f"its fingerprint; {REMEDY}"
             )
         return loaded
 
@@ -298,7 +297,7 @@ class Calibration:
 
     def _tables_of(self, null: str) -> tuple[ReferenceTable, ...]:
         if null not in self.tables:
-            advice = remedy(null) if null in OF_SLOTS else _REMEDY
+            advice = remedy(null) if null in OF_SLOTS else REMEDY
             raise CalibrationError(
                 f"calibration holds no table of null {null!r}, only of: "
                 f"{', '.join(self.nulls) or 'none'}; {advice}"
@@ -340,8 +339,8 @@ class Calibration:
             tokens = ceil(1.05 * needed * self.num_tokens / size)
             if tokens <= row_capacity(self.num_experts):
                 return (
-                    f"run: bh-routing calibrate --nulls {null} --max-tokens {tokens} --model NAME "
-                    "--output FILE"
+                    f"run: bh_routing.calibrate(model, tokenizer, texts, nulls=[{null!r}], "
+                    f"max_tokens={tokens})"
                 )
             return "another null: tables by expert can't be that large"
         if size >= self.table_capacity:

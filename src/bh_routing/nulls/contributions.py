@@ -171,7 +171,8 @@ def is_of_null(name: str, null: str) -> bool:
 
 def remedy(null: str) -> str:
     """Return the remedy for a calibration without a null of OF_SLOTS."""
-    calibrate = f"run: bh-routing calibrate --nulls background,{null} --model NAME --output FILE"
+    nulls = ["background", null]
+    calibrate = f"run: bh_routing.calibrate(model, tokenizer, texts, nulls={nulls})"
     if null == NEEDED["loss"]:
         return f"{calibrate}, or use statistic: contribution, which needs no gradients"
     return calibrate

@@ -54,7 +54,8 @@ _KINDS_OF_STEPS: Final = (NEEDED_STEPS, ALL_STEPS)
 _WORDS: Final = (*get_args(Statistic), *get_args(Definition))
 BY_EXPERT: Final = ("per_expert",)
 """Null distributions whose tables have a row per expert."""
-_REMEDY: Final = "run: bh-routing calibrate --model NAME --output FILE"
+REMEDY: Final = "run: bh_routing.calibrate(model, tokenizer, texts)"
+"""The command line replaces the call by its command."""
 
 Array = NDArray[Any]
 
@@ -103,7 +104,7 @@ def read_calibration(path: Path) -> CalibrationArrays:
         CalibrationError: the file is missing or invalid; the message names the fault.
     """
     if not path.is_file():
-        raise CalibrationError(f"calibration {path} does not exist or is no file; {_REMEDY}")
+        raise CalibrationError(f"calibration {path} does not exist or is no file; {REMEDY}")
     try:
         with safe_open(path, framework="numpy") as file:
             header: dict[str, str] = file.metadata() or {}
@@ -111,7 +112,7 @@ def read_calibration(path: Path) -> CalibrationArrays:
             arrays = dict(_read_arrays(path, file))
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise CalibrationError(
-            f"{path} is no calibration or is damaged ({error}); {_REMEDY}"
+            f"{path} is no calibration or is damaged ({error}); {REMEDY}"
         ) from error
     layers = range(facts.num_layers)
     tables = {
@@ -128,7 +129,7 @@ def read_calibration(path: Path) -> CalibrationArrays:
         for null in facts.observed
     }
     if facts.contributions and RESIDUAL_NORMS not in facts.contributions:
-        raise CalibrationError(f"calibration {path} lacks {RESIDUAL_NORMS!r}; {_REMEDY}")
+        raise CalibrationError(f"calibration {path} lacks {RESIDUAL_NORMS!r}; {REMEDY}")
     contributions = {n: _take_contribution(path, arrays, n, facts) for n in facts.contributions}
     passages = arrays.pop(PASSAGES, np.empty(0, np.int64))
     if passages.ndim != 1 or (np.diff(passages) <= 0).any():
@@ -136,7 +137,7 @@ def read_calibration(path: Path) -> CalibrationArrays:
     if arrays:
         raise CalibrationError(
             f"calibration {path} holds {len(arrays)} tensors that its header doesn't name, such "
-            f"as {min(arrays)!r}; {_REMEDY}"
+            f"as {min(arrays)!r}; {REMEDY}"
         )
     return CalibrationArrays(
         facts,
@@ -152,12 +153,12 @@ def read_calibration(path: Path) -> CalibrationArrays:
 def _read_facts(path: Path, header: dict[str, str]) -> CalibrationFacts:
     if header.get("format") != FORMAT:
         raise CalibrationError(
-            f"{path} is a safetensors file, but no calibration of bh-routing; {_REMEDY}"
+            f"{path} is a safetensors file, but no calibration of bh-routing; {REMEDY}"
         )
     if header.get("schema") not in _READABLE:
         raise CalibrationError(
             f"calibration {path} has schema {header.get('schema')!r}, this version reads "
-            f"{', '.join(_READABLE)}; {_REMEDY}"
+            f"{', '.join(_READABLE)}; {REMEDY}"
         )
     try:
         return CalibrationFacts.model_validate_json(header.get("facts", ""))
@@ -165,7 +166,7 @@ def _read_facts(path: Path, header: dict[str, str]) -> CalibrationFacts:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "facts"
         raise CalibrationError(
-            f"calibration {path} has unreadable facts ({where}: {first['msg']}); {_REMEDY}"
+            f"calibration {path} has unreadable facts ({where}: {first['msg']}); {REMEDY}"
         ) from error
 
 
@@ -210,7 +211,7 @@ def _take_contribution(
     kind, *words = name.split(".")
     if _KINDS.get(kind) != len(words) or not set(words) <= set(_WORDS):
         raise CalibrationError(
-            f"calibration {path} holds contributions of an unknown kind {name!r}; {_REMEDY}"
+            f"calibration {path} holds contributions of an unknown kind {name!r}; {REMEDY}"
         )
     if kind in ("all", "needed"):
         return _take_table(path, arrays, f"{CONTRIBUTIONS}.{name}")
@@ -224,7 +225,7 @@ def _take_contribution(
 
 def _take(path: Path, arrays: dict[str, Array], name: str) -> Array:
     if name not in arrays:
-        raise CalibrationError(f"calibration {path} lacks the table {name!r}; {_REMEDY}")
+        raise CalibrationError(f"calibration {path} lacks the table {name!r}; {REMEDY}")
     return arrays.pop(name)
 
 
@@ -234,4 +235,4 @@ def _rows_of(null: str, facts: CalibrationFacts) -> tuple[int, ...]:
 
 
 def _invalid(path: Path, name: str, wanted: str) -> CalibrationError:
-    return CalibrationError(f"{name!r} of calibration {path} must be {wanted}; {_REMEDY}")
+    return CalibrationError(f"{name!r} of calibration {path} must be {wanted}; {REMEDY}")

@@ -179,7 +179,7 @@ class Journal(Generic[Item]):
         if not is_ours:
             raise ResultsError(
                 f"{self.path} was removed or replaced while this run was writing it; put the "
-                "folder back and give the same command again, or choose another --output"
+                "folder back and give the same command again, or use another output folder"
             )
 
     def close(self) -> None:
