@@ -10,11 +10,11 @@ from tools.measure_house import House, measure
 
 HOUSE = measure()
 MOST = House(
-    lines=29_950,
-    files=148,
-    record_types=173,
-    import_percent=8.05,
-    prose_words=44_800,
+    lines=29_850,
+    files=147,
+    record_types=171,
+    import_percent=8.02,
+    prose_words=44_750,
     what_per_thousand=0.5,
     beside_per_thousand=0.05,
     spec_modules=63,

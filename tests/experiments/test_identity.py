@@ -14,6 +14,7 @@ from bh_routing.errors import ResultsError
 from bh_routing.experiments.run import run
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.report.traces import read_traces
+from bh_routing.results.files import planned_keys
 from bh_routing.results.records import (
     CALIBRATION,
     CHECKPOINT,
@@ -151,7 +152,8 @@ def test_what_was_measured_of_an_old_rule_never_shows_under_its_name(
     assert rule_of_mine(stale) == set()
     assert "topk_8" in {r.config_name for r in stale.quality}
     assert set(stale.timings["config_name"]) == {"topk_8"}
-    assert {trace.config_name for trace in read_traces(stale.folder)} == {"topk_8"}
+    planned = planned_keys(stale.run)
+    assert {trace.config_name for trace in read_traces(stale.folder, planned)} == {"topk_8"}
     assert rule_of_mine(go_on(0.3)) == {0.3}
     before = (tmp_path / "results" / QUALITY_JOURNAL).read_bytes()
     assert rule_of_mine(go_on(0.8)) == {0.8}  # set back: what was scored of it is found again

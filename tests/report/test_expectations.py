@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 
 from bh_routing.analysis.comparisons import analyze_results
+from bh_routing.analysis.results import Results
 from bh_routing.report.facts import Facts
 from bh_routing.report.judge import Line, compare_expectations, count_verdicts
-from bh_routing.report.table import experiments_of
 
 MakeResults = Callable[..., pd.DataFrame]
 MIDDLES = {
@@ -27,12 +27,8 @@ DEVICES = {
 
 
 def lines_of(results: pd.DataFrame, run: dict[str, Any]) -> dict[str, Line]:
-    facts = Facts(
-        table=experiments_of(results),
-        summary=analyze_results(results),
-        run=run,
-        folder=Path("nowhere"),
-    )
+    folder = Results(folder=Path("nowhere"), experiments=results, run=run)
+    facts = Facts(results=folder, summary=analyze_results(results))
     return {str(line.subject): line for line in compare_expectations(facts)}
 
 

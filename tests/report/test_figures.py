@@ -15,14 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 
-from bh_routing.analysis.speed import read_timings
+from bh_routing.analysis.results import Results
 from bh_routing.errors import InputError
 from bh_routing.report import create_visualizations, findings
 from bh_routing.report.charts import draw_charts
 from bh_routing.report.charts.style import FIXED_LOOKS, OTHER_COLOURS, looks_of, save
-from bh_routing.report.facts import Facts
+from bh_routing.report.facts import Facts, facts_of, read_facts
 from bh_routing.report.quality import QualityFindings, quality_findings, reference_at
-from bh_routing.report.table import experiments_of
 from bh_routing.results.records import TIMING_COLUMNS, TIMINGS
 
 MakeResults = Callable[..., pd.DataFrame]
@@ -152,14 +151,18 @@ def test_a_failed_write_leaves_the_old_plot(results: pd.DataFrame, tmp_path: Pat
     assert not list(path.parent.glob(".*"))
 
 
+def facts_about(results: pd.DataFrame) -> Facts:
+    return facts_of(Results(folder=Path(), experiments=results), {})
+
+
 def test_titles_state_the_numbers(results: pd.DataFrame) -> None:
-    table = experiments_of(results)
+    facts = facts_about(results)
     means = results.groupby("config_name")["avg_experts_per_token"].mean()
-    title = findings.experts(table)
+    title = findings.experts(facts)
     assert f"{means['bh_strict']:.2f} (bh_strict)" in title
     assert f"{means['bh_loose']:.2f} (bh_loose)" in title
     assert "topk_8 keeps 8.00" in title
-    assert "slower" in findings.time(table)
+    assert "slower" in findings.time(facts)
 
 
 def test_a_title_claims_no_difference_in_time_that_prompts_do_not_show(
@@ -168,8 +171,8 @@ def test_a_title_claims_no_difference_in_time_that_prompts_do_not_show(
     results = make_results({"topk_8": 8.0, "bh": 4.0}, 12)
     rng = np.random.default_rng(0)
     results["inference_time_sec"] = rng.normal(1.0, 0.2, len(results))
-    assert findings.time(experiments_of(results)).startswith("No clear difference")
-    assert "did not clearly save" in findings.latency(experiments_of(results))
+    assert findings.time(facts_about(results)).startswith("No clear difference")
+    assert "did not clearly save" in findings.latency(facts_about(results))
 
 
 def test_pictures_of_time_show_the_rounds_that_their_titles_speak_of(
@@ -184,9 +187,9 @@ def test_pictures_of_time_show_the_rounds_that_their_titles_speak_of(
         for name, share in (("topk_8", 1.0), ("bh", factor))
     ]
     pd.DataFrame(rounds, columns=list(TIMING_COLUMNS)).to_csv(tmp_path / TIMINGS, index=False)
-    table = experiments_of(results, read_timings(tmp_path / TIMINGS))
-    assert "faster" in findings.time(table)
-    charts = draw_charts(Facts(table=table, summary={}, run={}, folder=tmp_path))["time"]
+    facts = read_facts(results, {}, tmp_path)
+    assert "faster" in findings.time(facts)
+    charts = draw_charts(facts)["time"]
     bars = charts["inference_time_comparison"].picture().axes[0].patches
     mean = 100 * np.exp(np.mean(np.log(shares)))
     widths = [bar.get_width() for bar in bars if isinstance(bar, Rectangle)]
@@ -202,13 +205,13 @@ def test_pictures_of_time_show_the_rounds_that_their_titles_speak_of(
 
 
 def test_no_title_compares_times_of_an_unsteady_machine(results: pd.DataFrame) -> None:
-    assert not findings.is_unsteady(experiments_of(results))
+    assert not findings.is_unsteady(facts_about(results))
     of_baseline = results["config_name"] == "topk_8"
     results.loc[of_baseline, "decode_time_sec"] *= np.linspace(1.0, 1.6, 12)
-    table = experiments_of(results)
-    assert findings.is_unsteady(table)
-    assert "unsteady speed" in findings.time(table)
-    assert "varied too much" in findings.latency(table)
+    facts = facts_about(results)
+    assert findings.is_unsteady(facts)
+    assert "unsteady speed" in findings.time(facts)
+    assert "varied too much" in findings.latency(facts)
 
 
 def test_static_top_k_is_known_by_its_rule_whatever_it_is_called(quality: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ import pytest
 
 from bh_routing.analysis.comparisons import analyze_results
 from bh_routing.analysis.quality import QualityOptions, analyze_quality
+from bh_routing.analysis.results import Results
 from bh_routing.report import findings, generate_markdown_report
 from bh_routing.report.facts import Facts
 from bh_routing.report.markdown import context, render
 from bh_routing.report.quality import quality_findings
-from bh_routing.report.table import experiments_of
 from bh_routing.report.text import loss_percent
 from tests.analysis.scored import scored_documents
 from tests.analysis.swept import with_experts
@@ -26,12 +25,8 @@ MakeResults = Callable[..., pd.DataFrame]
 
 
 def facts(results: pd.DataFrame, run: Mapping[str, Any] | None = None, **summary: Any) -> Facts:
-    return Facts(
-        table=experiments_of(results),
-        summary=analyze_results(results) | summary,
-        run=run or {},
-        folder=Path("nowhere"),
-    )
+    folder = Results(folder=Path("nowhere"), experiments=results, run=run or {})
+    return Facts(results=folder, summary=analyze_results(results) | summary)
 
 
 def section(found: Facts, title: str) -> list[str]:
@@ -68,7 +63,7 @@ def test_only_fewer_experts_can_fail_to_buy_speed(make_results: MakeResults) -> 
     wide.loc[is_wide, "avg_experts_per_token"] += 1.5
     (sentence,) = (s for s in conclude(facts(wide)) if "longer" in s)
     assert sentence == "`wide` took longer."
-    assert "Fewer experts" not in findings.latency(experiments_of(wide))
+    assert "Fewer experts" not in findings.latency(facts(wide))
     assert "more experts than `topk_8` in `wide`" in " ".join(conclude(facts(wide)))
     slow = timed(make_results, {"topk_8": 1.0, "bh": 1.3}, bh=4.0)
     (sentence,) = (s for s in conclude(facts(slow)) if "longer" in s)
@@ -82,7 +77,7 @@ def test_a_slow_wide_rule_does_not_hide_that_a_narrow_one_is_faster(
     results.loc[results["config_name"] == "wide", "avg_experts_per_token"] += 1.5
     (sentence,) = (s for s in conclude(facts(results)) if "longer" in s)
     assert sentence == "`bh` took less time than `topk_8`; `wide` took longer."
-    title = findings.latency(experiments_of(results))
+    title = findings.latency(facts(results))
     assert title == "Fewer experts took less time in every configuration that keeps fewer"
 
 
@@ -91,7 +86,7 @@ def test_experts_that_differ_by_the_same_on_every_prompt_are_a_finding(
 ) -> None:
     results = make_results({"topk_8": 8.0, "topk_4": 4.0, "same": 8.0}, 12)
     results.loc[results["config_name"] == "same", "avg_experts_per_token"] = 8.0
-    sides = findings.expert_sides(experiments_of(results))
+    sides = findings.expert_sides(facts(results))
     assert sides == {"topk_4": "below", "same": "same"}
     text = " ".join(conclude(facts(results)))
     assert "fewer experts than `topk_8` in `topk_4`; as many experts as `topk_8` in `same`" in text
@@ -102,9 +97,9 @@ def test_a_mean_below_the_baseline_is_not_yet_fewer(make_results: MakeResults) -
     results = make_results({"topk_8": 8.0, "bh": 4.0}, 12)
     is_bh = results["config_name"] == "bh"
     results.loc[is_bh, "avg_experts_per_token"] = [7.5, 8.4] * 6
-    assert findings.expert_sides(experiments_of(results)) == {"bh": "undecided"}
+    assert findings.expert_sides(facts(results)) == {"bh": "undecided"}
     assert "no significant difference for `bh`" in " ".join(conclude(facts(results)))
-    assert findings.latency(experiments_of(results)).startswith("Experts kept and time")
+    assert findings.latency(facts(results)).startswith("Experts kept and time")
 
 
 def scored(losses: Mapping[str, tuple[float, float]], spread: float, **tokens: int) -> Any:
@@ -218,7 +213,7 @@ def test_the_report_says_where_it_ran_only_as_far_as_the_run_does(
 
 def test_speed_that_can_not_be_judged_is_not_called_steady(make_results: MakeResults) -> None:
     results = make_results({"topk_8": 8.0, "bh": 4.0}, 2)
-    assert findings.steadiness(experiments_of(results)) == "unknown"
+    assert findings.steadiness(facts(results)) == "unknown"
     assert "steady" not in verdict(facts(results, {"executor": {"name": "local"}}))[-1]
 
 
@@ -228,7 +223,7 @@ def test_load_is_compared_in_units_of_noise_and_by_interval(make_results: MakeRe
     wide = np.tile([-0.9, 0.9], 6)
     shift = np.concatenate([np.zeros(12), np.linspace(-0.01, 0.01, 12), wide, np.zeros(12)])
     results["expert_utilization_cv"] = (ratio + shift) * results["expert_utilization_cv_noise"]
-    assert findings.balance_sides(experiments_of(results)) == {
+    assert findings.balance_sides(facts(results)) == {
         "a": "above", "b": "undecided", "c": "same",
     }  # fmt: skip
     text = " ".join(conclude(facts(results)))
@@ -254,7 +249,7 @@ def test_wilcoxons_floor_is_named_only_where_the_test_is_exact(
 def recommended(results: pd.DataFrame, quality: Any, commands: Mapping[str, str]) -> str:
     """The last section of a report."""
     run: dict[str, Any] = {"alternatives": {"rules": [], "skipped": None, "commands": commands}}
-    found = replace(facts(results, quality=quality), run=run)
+    found = facts(results, run, quality=quality)
     return render("REPORT.md.j2", **context(found)).partition("## Recommendation\n\n")[2]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import webbrowser
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +29,7 @@ from bh_routing.results.records import (
     STATUS_FAILED,
     STATUS_OK,
     SUMMARY_JSON,
+    TIMING_COLUMNS,
     TIMINGS,
     ExperimentDetail,
     ExperimentRecord,
@@ -52,15 +53,15 @@ class Results:
     folder: Path
     experiments: pd.DataFrame
     """One row per experiment, with the CSV's columns; `attrs` name the run's baseline."""
-    details: dict[tuple[str, str], ExperimentDetail]
+    details: dict[tuple[str, str], ExperimentDetail] = field(default_factory=dict)
     """(config_name, prompt_text) -> the journal's additional fields; may lack rows."""
-    run: dict[str, Any]
+    run: Mapping[str, Any] = field(default_factory=dict)
     """run.json; empty if there is none."""
-    summary: dict[str, Any] | None
+    summary: dict[str, Any] | None = None
     """analysis_summary.json; None if there is none."""
-    quality: tuple[QualityRecord, ...]
+    quality: tuple[QualityRecord, ...] = ()
     """Scored documents, one record per configuration and document; empty if none was scored."""
-    timings: pd.DataFrame
+    timings: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=TIMING_COLUMNS))
     """Interleaved timings, one row per round and configuration; may be empty."""
 
     def _repr_html_(self) -> str:
@@ -112,7 +113,7 @@ def load_results(folder: str | Path) -> Results:
     run = find_json_object(path / RUN_JSON) or {}
     identity = run.get("identity")
     seed = journal_seed(identity) if isinstance(identity, dict) else None
-    planned = planned_keys(path)
+    planned = planned_keys(run)
     entries = _journal_entries(journal, seed, planned)
     if table.is_file():
         experiments = read_experiments(table)
@@ -138,7 +139,7 @@ def load_results(folder: str | Path) -> Results:
         run=run,
         summary=find_json_object(path / SUMMARY_JSON),
         quality=_current(read_quality(scored), run) if scored.is_file() else (),
-        timings=read_timings(path / TIMINGS),
+        timings=read_timings(path / TIMINGS, planned),
     )
 
 

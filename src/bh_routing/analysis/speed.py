@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -11,7 +11,7 @@ from statistics import median
 import numpy as np
 import pandas as pd
 
-from bh_routing.results.files import half_read, planned_keys, read_csv
+from bh_routing.results.files import half_read, read_csv
 from bh_routing.results.records import TIMING_COLUMNS, ExperimentDetail
 from bh_routing.stats.paired import MeanInterval, mean_interval
 
@@ -59,18 +59,18 @@ class SpeedUp:
         return MeanInterval(self.whole.n, 1 / self.whole.mean - 1, math.nan, *ends)
 
 
-def read_timings(path: Path) -> pd.DataFrame:
+def read_timings(path: Path, planned: Container[str] | None = None) -> pd.DataFrame:
     """Read `timings.csv`; return an empty table if there is none.
 
-    Rows of experiments that the folder's last run didn't request are dropped; files of an older
-    version don't name them and are kept unchanged.
-
+    Args:
+        path: the file.
+        planned: keys of the experiments whose rows are kept; None: all. Files of an older version
+            don't name their experiments and are kept unchanged.
     Raises:
         ResultsError: the file lacks a column, or a time isn't a positive number.
     """
     if not path.is_file():
         return pd.DataFrame(columns=list(TIMING_COLUMNS))
-    planned = planned_keys(path.parent)
     rows = [
         {"key": "", **row}
         for row in read_csv(path, [name for name in TIMING_COLUMNS if name != "key"])

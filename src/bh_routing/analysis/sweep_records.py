@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from bh_routing.analysis.quality_row import STATIC, in_order, read_quality
 from bh_routing.errors import ResultsError
-from bh_routing.results.files import find_json_object, half_read, read_json_object
+from bh_routing.results.files import half_read, read_json_object
 from bh_routing.results.records import (
+    JOURNAL,
     QUALITY_JOURNAL,
+    RESULTS_CSV,
     RUN_JSON,
     SCHEMA_VERSION,
     QualityRecord,
@@ -146,9 +148,9 @@ class ScoredText:
 
 
 def is_sweep(folder: Path) -> bool:
-    """Return whether a folder's run.json is that of a sweep."""
-    found = find_json_object(folder / RUN_JSON)
-    return found is not None and found.get("kind") == SWEEP
+    """Return whether a folder has run.json, but no results of a run."""
+    is_run = any((folder / name).is_file() for name in (RESULTS_CSV, JOURNAL))
+    return (folder / RUN_JSON).is_file() and not is_run
 
 
 def read_sweep(folder: Path) -> Sweep:
@@ -161,14 +163,15 @@ def read_sweep(folder: Path) -> Sweep:
     for name in (RUN_JSON, QUALITY_JOURNAL):
         if not (folder / name).is_file():
             raise ResultsError(
-                f"{folder} holds no {name}; give the output folder of a finished bh-routing sweep"
+                f"{folder} holds no {name}; give the output folder of a finished bh-routing sweep "
+                "or run"
             )
     run = read_json_object(path)
     kind, version = run.get("kind"), run.get("schema_version")
     if kind != SWEEP or version != SCHEMA_VERSION:
         raise ResultsError(
             f"{path} is of kind {kind!r} and schema version {version}, expected {SWEEP!r} and "
-            f"{SCHEMA_VERSION}; give the output folder of bh-routing sweep"
+            f"{SCHEMA_VERSION}; give the output folder of bh-routing sweep or run"
         )
     try:
         return make_sweep(run, read_quality(folder / QUALITY_JOURNAL))

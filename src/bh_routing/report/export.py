@@ -116,17 +116,16 @@ def _cell(value: Any) -> float | int | str | None:
 
 
 def _means(facts: Facts) -> pd.DataFrame:
-    table = facts.table
     rows = {
         name: {
-            "experiments": len(table.values(name, EXPERTS)),
-            "experts": table.mean(name, EXPERTS),
+            "experiments": len(facts.values(name, EXPERTS)),
+            "experts": facts.mean_of(name, EXPERTS),
             "experts_sd": as_float(facts.describe(name, EXPERTS).get("sd")),
             "reduction_share": facts.compared(name, EXPERTS, "reduction"),
-            "seconds": table.mean(name, SECONDS),
-            "tokens_per_second": table.mean(name, SPEED),
-            "load_cv": table.mean(name, BALANCE),
-            "load_cv_noise": table.mean(name, f"{BALANCE}_noise"),
+            "seconds": facts.mean_of(name, SECONDS),
+            "tokens_per_second": facts.mean_of(name, SPEED),
+            "load_cv": facts.mean_of(name, BALANCE),
+            "load_cv_noise": facts.mean_of(name, f"{BALANCE}_noise"),
         }
         for name in facts.names
     }
@@ -155,8 +154,8 @@ def _latex(results: Results, facts: Facts) -> bytes:
             "Experts": _pm(facts, name, EXPERTS, 2),
             r"Saved (\%)": _tex(number(100 * facts.compared(name, EXPERTS, "reduction"), 1)),
             "Time (s)": _pm(facts, name, SECONDS, 2),
-            "Tokens/s": _tex(number(facts.table.mean(name, SPEED), 1)),
-            "CV": _tex(number(facts.table.mean(name, BALANCE), 2)),
+            "Tokens/s": _tex(number(facts.mean_of(name, SPEED), 1)),
+            "CV": _tex(number(facts.mean_of(name, BALANCE), 2)),
         }
         if losses:
             ratio = losses[name].perplexity_ratio if name in losses else math.nan
@@ -174,7 +173,7 @@ def _latex(results: Results, facts: Facts) -> bytes:
 
 def _pm(facts: Facts, name: str, metric: str, digits: int) -> str:
     spread = number(facts.describe(name, metric).get("sd"), digits)
-    mean = _tex(number(facts.table.mean(name, metric), digits))
+    mean = _tex(number(facts.mean_of(name, metric), digits))
     return mean if mean == "--" else f"{mean} $\\pm$ {_tex(spread)}"
 
 

@@ -8,38 +8,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from bh_routing.analysis.comparisons import analyze_results
+from bh_routing.analysis.comparisons import analyze_results, choose_baseline
 from bh_routing.analysis.quality import analyze_quality
 from bh_routing.analysis.quality_row import STATIC
 from bh_routing.analysis.results import Results, load_results
-from bh_routing.analysis.speed import TextAgreement, read_timings, text_agreement
-from bh_routing.errors import ResultsError
-from bh_routing.report import findings
-from bh_routing.report.quality import (
-    QualityFindings,
-    Recommendation,
-    margin_of,
-    quality_findings,
-    recommend,
+from bh_routing.analysis.speed import (
+    SpeedUp,
+    TextAgreement,
+    read_timings,
+    speed_ups,
+    text_agreement,
 )
-from bh_routing.report.table import Experiments, experiments_of
+from bh_routing.errors import InputError, ResultsError
+from bh_routing.report.quality import QualityFindings, margin_of, quality_findings
 from bh_routing.report.text import as_float, number
-from bh_routing.results.files import find_json_object
+from bh_routing.results.files import find_json_object, planned_keys
 from bh_routing.results.records import (
     ALTERNATIVES,
     RUN_JSON,
+    STATUS_OK,
+    SUMMARY_JSON,
     TIMINGS,
-    ExperimentDetail,
     QualityRecord,
 )
-from bh_routing.stats.paired import EXACT_PAIRS, MeanInterval
+from bh_routing.stats.paired import EXACT_PAIRS, MeanInterval, mean_interval
 
 EXPERTS: Final = "avg_experts_per_token"
 SECONDS: Final = "inference_time_sec"
@@ -52,38 +53,94 @@ METRICS: Final = {
     BALANCE: ("Coefficient of variation of expert load", 2),
 }
 """Metric -> title and decimals of its table of tests."""
+MEASURES: Final = (
+    *METRICS, "std_experts_per_token", "min_experts", "max_experts", "decode_time_sec",
+    "num_output_tokens", f"{BALANCE}_noise",
+)  # fmt: skip
 CATEGORY_LIMIT: Final = 8
 EXAMPLES: Final = 4
-
-Details = Mapping[tuple[str, str], ExperimentDetail]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Experiments, statistics and provenance of one run."""
+    """Contents of a run's folder and its summary, with the lookups that reports share."""
 
-    table: Experiments
+    results: Results
     summary: Mapping[str, Any]
-    run: Mapping[str, Any]
-    """Content of run.json; empty if there is none."""
-    folder: Path
-    details: Details = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise InputError if a needed column is missing."""
+        needed = ("config_name", "prompt_text", EXPERTS)
+        if missing := [c for c in needed if c not in self.results.experiments.columns]:
+            raise InputError(
+                f"the results lack the column {', '.join(missing)}; "
+                "read them with load_results or from bh_routing_results.csv"
+            )
+
+    @cached_property
+    def _experiments(self) -> pd.DataFrame:
+        """All experiments, with numeric columns; missing columns become NaN."""
+        rows = self.results.experiments.copy()
+        for column, missing in (("prompt_category", ""), ("status", STATUS_OK), ("error", "")):
+            text = rows[column] if column in rows.columns else pd.Series(missing, index=rows.index)
+            rows[column] = text.fillna(missing).astype(str)
+        for column in ("config_name", "prompt_text"):
+            rows[column] = rows[column].astype(str)
+        for column in MEASURES:
+            known = rows[column] if column in rows.columns else math.nan
+            numbers = pd.to_numeric(pd.Series(known, index=rows.index), errors="coerce")
+            rows[column] = numbers.astype(np.float64).replace([np.inf, -np.inf], np.nan)
+        noise = rows[f"{BALANCE}_noise"]
+        rows["load_over_noise"] = rows[BALANCE] / noise.where(noise > 0)
+        return rows
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """Finished experiments, in the order of the results."""
+        rows = self._experiments
+        return rows[rows["status"] == STATUS_OK].reset_index(drop=True)
+
+    @cached_property
+    def failures(self) -> list[tuple[str, str, str]]:
+        """Configuration, prompt and reason of each failed experiment."""
+        failed = self._experiments[self._experiments["status"] != STATUS_OK]
+        return list(failed[["config_name", "prompt_text", "error"]].itertuples(False, None))
 
     @property
+    def run(self) -> Mapping[str, Any]:
+        """Content of run.json; empty if there is none."""
+        return self.results.run
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        return self.results.folder
+
+    @cached_property
     def names(self) -> list[str]:
         """Configurations with finished experiments."""
-        return self.table.names
+        return [str(name) for name in self.frame["config_name"].drop_duplicates()]
 
-    @property
+    @cached_property
     def baseline(self) -> str | None:
         """Name of the baseline configuration."""
         named = self.summary.get("baseline")
-        return str(named) if named in self.table.names else self.table.baseline
+        return str(named) if named in self.names else choose_baseline(self.frame)
 
     @property
     def others(self) -> list[str]:
         """All configurations but the baseline."""
         return [name for name in self.names if name != self.baseline]
+
+    @cached_property
+    def groups(self) -> list[str]:
+        """Categories of prompts, in the order of the results."""
+        return [str(category) for category in self.frame["prompt_category"].drop_duplicates()]
+
+    @cached_property
+    def speed_ups(self) -> Mapping[str, SpeedUp]:
+        """Speed-ups from interleaved rounds; empty if there were none."""
+        return speed_ups(self.results.timings, self.names, self.baseline)
 
     @cached_property
     def quality(self) -> QualityFindings:
@@ -94,11 +151,6 @@ class Facts:
     def alternatives(self) -> Mapping[str, Any]:
         """Rules scored where BH configurations lose, in run.json; empty in older runs."""
         return child(self.run, ALTERNATIVES)
-
-    @property
-    def recommendation(self) -> Recommendation | None:
-        """The rule to use; None if none was compared with static top-k."""
-        return recommend(self.quality, child(self.alternatives, "commands"))
 
     @property
     def margin(self) -> float:
@@ -118,32 +170,39 @@ class Facts:
     @property
     def num_prompts(self) -> int:
         """Distinct prompts among the finished experiments."""
-        return int(self.table.frame["prompt_text"].nunique())
+        return int(self.frame["prompt_text"].nunique())
 
     @property
     def num_experiments(self) -> int:
         """Finished and failed experiments."""
-        return len(self.table.frame) + len(self.table.failures)
+        return len(self.results.experiments)
 
     @cached_property
     def agreement(self) -> dict[str, TextAgreement]:
         """Agreement of the generated tokens with the baseline's, by configuration."""
         if self.baseline is None:
             return {}
-        frame = self.table.frame
-        here = set(zip(frame["config_name"], frame["prompt_text"], strict=True))
-        kept = {key: detail for key, detail in self.details.items() if key in here}
+        here = set(zip(self.frame["config_name"], self.frame["prompt_text"], strict=True))
+        kept = {key: detail for key, detail in self.results.details.items() if key in here}
         return {n: f for n, f in text_agreement(kept, self.baseline).items() if f.prompts}
 
     @cached_property
     def time_changes(self) -> dict[str, MeanInterval]:
-        """Relative changes of time against the baseline."""
-        return findings.time_changes(self.table)
+        """Mean relative changes of time against the baseline, with their intervals.
 
-    @property
-    def rounds(self) -> str:
-        """Number of interleaved timing rounds, for display."""
-        return findings.span_of(found.whole.n for found in self.table.speed_ups.values())
+        From interleaved rounds; for older runs, from one pass over the prompts, paired by prompt.
+        """
+        if self.speed_ups:
+            found = {n: self.speed_ups[n].change for n in self.others if n in self.speed_ups}
+            return {name: change for name, change in found.items() if math.isfinite(change.low)}
+        changes = {}
+        for name in self.others if self.baseline is not None else []:
+            own_n, baseline_n = self.paired(name, SECONDS)
+            positive = baseline_n > 0
+            change = mean_interval(own_n[positive] / baseline_n[positive] - 1.0)
+            if math.isfinite(change.mean):
+                changes[name] = change
+        return changes
 
     @property
     def extreme_times(self) -> list[tuple[str, MeanInterval]]:
@@ -158,25 +217,9 @@ class Facts:
         return _extremes(known, lambda value: value)
 
     @property
-    def expert_sides(self) -> dict[str, list[list[str]]]:
-        """Side -> configurations, by experts kept."""
-        return findings.grouped(findings.expert_sides(self.table))
-
-    @property
-    def balance_sides(self) -> dict[str, list[list[str]]]:
-        """Side -> configurations, by load relative to noise; those without a test are left out."""
-        sides = findings.balance_sides(self.table)
-        return findings.grouped({name: s for name, s in sides.items() if s != "unknown"})
-
-    @property
-    def time_sides(self) -> dict[str, list[list[str]]]:
-        """Faster, slower with fewer experts, slower, undecided and unknown configurations."""
-        return findings.time_sides(self.table)
-
-    @property
     def constant(self) -> list[str]:
         """Rules other than static top-k with a constant number of experts within each prompt."""
-        spreads = {n: self.table.values(n, "std_experts_per_token") for n in self.others}
+        spreads = {n: self.values(n, "std_experts_per_token") for n in self.others}
         static = {n for n in self.others if self.config(n).get("method") == STATIC}
         return [n for n, s_n in spreads.items() if n not in static and len(s_n) and not s_n.any()]
 
@@ -186,10 +229,9 @@ class Facts:
 
         Empty if no category has a name. The first eight; the others are in the CSV.
         """
-        groups, frame = self.table.categories, self.table.frame
         found: dict[str, tuple[int, dict[str, float]]] = {}
-        for group in groups[:CATEGORY_LIMIT] if groups != [""] else []:
-            part = frame[frame["prompt_category"] == group]
+        for group in self.groups[:CATEGORY_LIMIT] if self.groups != [""] else []:
+            part = self.frame[self.frame["prompt_category"] == group]
             means = part.groupby("config_name")[EXPERTS].mean()
             found[group] = (
                 int(part["prompt_text"].nunique()),
@@ -207,7 +249,7 @@ class Facts:
     @property
     def examples(self) -> list[tuple[str, list[tuple[str, str]]]]:
         """One prompt from each of several categories, with its continuations."""
-        frame = self.table.frame
+        frame = self.frame
         if "generated_text" not in frame.columns:
             return []
         found = []
@@ -217,9 +259,22 @@ class Facts:
             found.append((str(prompt), list(texts)[:CATEGORY_LIMIT]))
         return found
 
-    def mean(self, name: str, metric: str = EXPERTS) -> float:
-        """Return the mean of a column over a configuration's finished experiments."""
-        return self.table.mean(name, metric)
+    def mean_of(self, name: str, metric: str = EXPERTS) -> float:
+        """Return the mean of a column over a configuration's finished experiments; NaN if none."""
+        values_n = self.values(name, metric)
+        return float(values_n.mean()) if len(values_n) else math.nan
+
+    def values(self, name: str, column: str) -> NDArray[np.float64]:
+        """Return the finite values of one configuration."""
+        mine = self.frame.loc[self.frame["config_name"] == name, column]
+        return mine.dropna().to_numpy(dtype=np.float64)
+
+    def paired(self, name: str, column: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the values of a configuration and the baseline on prompts that both finished."""
+        sides = (self.frame[self.frame["config_name"] == n] for n in (name, self.baseline))
+        means = [side.groupby("prompt_text", sort=False)[column].mean() for side in sides]
+        pairs = pd.concat(means, axis=1, join="inner", keys=["own", "baseline"]).dropna()
+        return pairs["own"].to_numpy(np.float64), pairs["baseline"].to_numpy(np.float64)
 
     def saved(self, name: str) -> float:
         """Return the fraction of the baseline's experts that a configuration saves."""
@@ -227,7 +282,7 @@ class Facts:
 
     def range_of_a_unit(self, name: str) -> str:
         """Format the minimum and maximum experts per token and layer."""
-        low_n, high_n = (self.table.values(name, f"{end}_experts") for end in ("min", "max"))
+        low_n, high_n = (self.values(name, f"{end}_experts") for end in ("min", "max"))
         if not (len(low_n) and len(high_n)):
             return number(None)
         return f"{number(low_n.min(), 0)} to {number(high_n.max(), 0)}"
@@ -271,31 +326,36 @@ def facts_of(results: Results, summary: Mapping[str, Any] | None = None) -> Fact
     Args:
         results: contents of a results folder.
         summary: return value of `analyze_results`; None: that of the folder, or a new one.
+    Raises:
+        InputError: a needed column is missing.
     """
     known = results.summary or analyze_results(results.experiments) if summary is None else summary
-    return Facts(
-        table=experiments_of(results.experiments, results.timings),
-        summary=_with_quality(known, results.quality),
-        run=results.run,
-        folder=results.folder,
-        details=results.details,
-    )
+    return Facts(results=results, summary=_with_quality(known, results.quality))
 
 
-def read_facts(experiments: pd.DataFrame, summary: Mapping[str, Any], folder: Path) -> Facts:
+def read_facts(experiments: pd.DataFrame, summary: Mapping[str, Any] | None, folder: Path) -> Facts:
     """Gather the same from a caller's table and the readable part of the folder.
 
+    Args:
+        experiments: rows as in `bh_routing_results.csv`.
+        summary: return value of `analyze_results`; None: that of the folder, which may lack it.
+        folder: results folder.
     Raises:
         InputError: a needed column is missing.
         ResultsError: timings.csv is damaged.
     """
     try:
-        stored = load_results(folder)
+        stored = replace(load_results(folder), experiments=experiments)
     except ResultsError:  # the table is complete: few sections need the folder
-        table = experiments_of(experiments, read_timings(folder / TIMINGS))
         run = find_json_object(folder / RUN_JSON) or {}
-        return Facts(table=table, summary=summary, run=run, folder=folder)
-    return facts_of(replace(stored, experiments=experiments), summary)
+        stored = Results(
+            folder=folder,
+            experiments=experiments,
+            run=run,
+            summary=find_json_object(folder / SUMMARY_JSON) if summary is None else None,
+            timings=read_timings(folder / TIMINGS, planned_keys(run)),
+        )
+    return facts_of(stored, (stored.summary or {}) if summary is None else summary)
 
 
 def _with_quality(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 
 from bh_routing.analysis.comparisons import SIGNIFICANCE_LEVEL
+from bh_routing.report.facts import Facts
 from bh_routing.report.quality import QualityFindings
-from bh_routing.report.table import Experiments
 from bh_routing.report.text import cut_middle, listed, loss_percent, number, plain, signed_percent
 from bh_routing.stats.paired import MeanInterval, holm, mean_interval, paired_difference
 
@@ -23,32 +23,27 @@ Side = Literal["below", "above", "same", "undecided", "unknown"]
 Steadiness = Literal["steady", "unsteady", "unknown"]
 
 
-class Place(NamedTuple):
-    """Machine or machines on which experiments ran."""
-
-    is_one_machine: bool
-    text: str
-    """Completes "on ..."; empty if unknown."""
+ONE_MACHINE = "one machine"
 
 
-def place(run: Mapping[str, Any]) -> Place:
-    """Return the machine or machines on which the experiments of a run ran."""
+def place(run: Mapping[str, Any]) -> str:
+    """Return the machine or machines on which experiments ran, to follow "on"; empty if unknown."""
     executor, sessions = run.get("executor"), run.get("sessions")
     if isinstance(executor, Mapping) and executor.get("name") == "ray":
-        return Place(False, f"{executor.get('workers')} workers of a Ray cluster")
+        return f"{executor.get('workers')} workers of a Ray cluster"
     machines = {
         tuple(str(session.get(key)) for key in ("platform", "cpu_count"))
         for session in (sessions if isinstance(sessions, list) else [])
         if isinstance(session, Mapping)
     }
     if len(machines) > 1:
-        return Place(False, f"{len(machines)} machines, since the run was resumed on another")
-    return Place(True, "one machine") if run else Place(False, "")
+        return f"{len(machines)} machines, since the run was resumed on another"
+    return ONE_MACHINE if run else ""
 
 
-def span_of(counts: Iterable[int]) -> str:
-    """Format one number, or the smallest and the largest."""
-    known = sorted(counts)
+def rounds(facts: Facts) -> str:
+    """Format the number of interleaved timing rounds, or the smallest and the largest."""
+    known = sorted(found.whole.n for found in facts.speed_ups.values())
     return str(known[0]) if known[0] == known[-1] else f"{known[0]} to {known[-1]}"
 
 
@@ -59,14 +54,14 @@ def side(change: MeanInterval) -> Side:
     return "below" if change.high < 0 else "above" if change.low > 0 else "undecided"
 
 
-def expert_sides(table: Experiments) -> dict[str, Side]:
+def expert_sides(facts: Facts) -> dict[str, Side]:
     """Return whether each configuration keeps fewer or more experts than the baseline.
 
     Decided if all prompts agree, since counts don't vary between runs, or else by the paired t
     test, corrected by Holm over the configurations.
     """
-    names = table.others if table.baseline is not None else []
-    pairs = {name: table.paired(name, "avg_experts_per_token") for name in names}
+    names = facts.others if facts.baseline is not None else []
+    pairs = {name: facts.paired(name, "avg_experts_per_token") for name in names}
     tests = {name: paired_difference(*pair) for name, pair in pairs.items()}
     corrected = holm([test.p for test in tests.values()])
     found: dict[str, Side] = {}
@@ -83,23 +78,23 @@ def expert_sides(table: Experiments) -> dict[str, Side]:
     return found
 
 
-def balance_sides(table: Experiments) -> dict[str, Side]:
+def balance_sides(facts: Facts) -> dict[str, Side]:
     """Return whether the load is more even (below) than the baseline's, in units of noise."""
-    names = table.others if table.baseline is not None else []
-    differences = {n: np.subtract(*table.paired(n, "load_over_noise")) for n in names}
+    names = facts.others if facts.baseline is not None else []
+    differences = {n: np.subtract(*facts.paired(n, "load_over_noise")) for n in names}
     return {
         name: "same" if len(own_n) and not own_n.any() else side(mean_interval(own_n))
         for name, own_n in differences.items()
     }
 
 
-def experts(table: Experiments) -> str:
+def experts(facts: Facts) -> str:
     """State the mean experts kept, compared with the baseline."""
-    means = {name: table.mean(name, "avg_experts_per_token") for name in table.names}
+    means = {name: facts.mean_of(name, "avg_experts_per_token") for name in facts.names}
     means = {name: mean for name, mean in means.items() if math.isfinite(mean)}
     if not means:
         return "No experiment has a count of experts"
-    others = {name: mean for name, mean in means.items() if name != table.baseline}
+    others = {name: mean for name, mean in means.items() if name != facts.baseline}
     if not others:
         name, mean = next(iter(means.items()))
         return f"{show(name)} keeps {number(mean)} experts per token"
@@ -109,18 +104,18 @@ def experts(table: Experiments) -> str:
         kept = f"from {number(others[low])} ({show(low)}) to {number(others[high])} ({show(high)})"
     else:
         kept = f"{kept} ({show(low)})"
-    if table.baseline not in means:
+    if facts.baseline not in means:
         return f"Experts kept per token: {kept}"
-    return f"Experts kept per token: {kept}; {show(table.baseline)} keeps {_baseline(table)}"
+    return f"Experts kept per token: {kept}; {show(facts.baseline)} keeps {_baseline(facts)}"
 
 
-def _baseline(table: Experiments) -> str:
-    return number(table.mean(table.baseline or "", "avg_experts_per_token"))
+def _baseline(facts: Facts) -> str:
+    return number(facts.mean_of(facts.baseline or "", "avg_experts_per_token"))
 
 
-def time(table: Experiments) -> str:
+def time(facts: Facts) -> str:
     """State the changes of time against the baseline."""
-    changes = time_changes(table)
+    changes = facts.time_changes
     if not changes:
         return "Generation time by configuration"
     slower = [name for name, change in changes.items() if change.low > 0]
@@ -128,55 +123,35 @@ def time(table: Experiments) -> str:
     low = signed_percent(min(change.mean for change in changes.values()))
     high = signed_percent(max(change.mean for change in changes.values()))
     span = low if low == high else f"{low} to {high}"
-    against = f"against {show(table.baseline)}"
-    if is_unsteady(table):
+    against = f"against {show(facts.baseline)}"
+    if is_unsteady(facts):
         return f"Time {against}: {span}, on a machine of unsteady speed"
     if not slower and not faster and not any(math.isfinite(c.low) for c in changes.values()):
         return f"Time {against}: {span}, from too few prompts for an interval"
     if len(slower) == len(changes):
-        return f"Every configuration is slower than {show(table.baseline)}: {span} time"
+        return f"Every configuration is slower than {show(facts.baseline)}: {span} time"
     if len(faster) == len(changes):
-        return f"Every configuration is faster than {show(table.baseline)}: {span} time"
+        return f"Every configuration is faster than {show(facts.baseline)}: {span} time"
     if not slower and not faster:
         return f"No clear difference in time {against}: {span}"
     return f"Time {against}: {span}; {len(slower)} clearly slower, {len(faster)} clearly faster"
 
 
-def time_changes(table: Experiments) -> dict[str, MeanInterval]:
-    """Return the mean relative change of time against the baseline, with its interval.
-
-    From interleaved rounds; for older runs, from one pass over the prompts, paired by prompt.
-    """
-    changes = {}
-    if table.speed_ups:
-        found = {
-            name: table.speed_ups[name].change for name in table.others if name in table.speed_ups
-        }
-        return {name: change for name, change in found.items() if math.isfinite(change.low)}
-    for name in table.others if table.baseline is not None else []:
-        own_n, baseline_n = table.paired(name, "inference_time_sec")
-        positive = baseline_n > 0
-        change = mean_interval(own_n[positive] / baseline_n[positive] - 1.0)
-        if math.isfinite(change.mean):
-            changes[name] = change
-    return changes
-
-
-def speed_spread(table: Experiments) -> float:
+def speed_spread(facts: Facts) -> float:
     """Return the coefficient of variation of the baseline's decode time per token.
 
     With a fixed number of experts every token takes the same work, so variation between prompts is
     mostly that of the machine.
     """
-    mine = table.frame[table.frame["config_name"] == table.baseline]
+    mine = facts.frame[facts.frame["config_name"] == facts.baseline]
     steps = (mine["num_output_tokens"] - 1).where(mine["num_output_tokens"] > 1)
     per_token = (mine["decode_time_sec"] / steps).dropna()
     return float(per_token.std() / per_token.mean()) if len(per_token) > 2 else math.nan
 
 
-def steadiness(table: Experiments) -> Steadiness:
+def steadiness(facts: Facts) -> Steadiness:
     """Return whether the machine's speed was steady; unknown from too few or too short texts."""
-    spread = speed_spread(table)
+    spread = speed_spread(facts)
     if not math.isfinite(spread):
         return "unknown"
     return "unsteady" if spread > UNSTEADY else "steady"
@@ -190,15 +165,15 @@ def grouped(sides: Mapping[str, str]) -> dict[str, list[list[str]]]:
     return found
 
 
-def time_sides(table: Experiments) -> dict[str, list[list[str]]]:
+def time_sides(facts: Facts) -> dict[str, list[list[str]]]:
     """Group configurations by time, and slower ones by whether they keep fewer experts.
 
     Groups are faster, slower_with_fewer, slower, undecided and unknown; `fewer` has all that keep
     fewer experts, and `faster_with_fewer` the faster ones among them.
     """
-    experts_kept = expert_sides(table)
+    experts_kept = expert_sides(facts)
     found: dict[str, list[list[str]]] = {}
-    for name, change in time_changes(table).items():
+    for name, change in facts.time_changes.items():
         where, is_fewer = side(change), experts_kept.get(name) == "below"
         groups = [{"below": "faster", "above": "slower"}.get(where, where)]
         if is_fewer and where == "above":
@@ -210,32 +185,32 @@ def time_sides(table: Experiments) -> dict[str, list[list[str]]]:
     return found
 
 
-def is_unsteady(table: Experiments) -> bool:
+def is_unsteady(facts: Facts) -> bool:
     """Return whether the machine's speed varied too much to compare times.
 
     Interleaved timings can always be compared: their intervals cover the remaining variation.
     """
-    return not table.speed_ups and steadiness(table) == "unsteady"
+    return not facts.speed_ups and steadiness(facts) == "unsteady"
 
 
-def balance(table: Experiments) -> str:
+def balance(facts: Facts) -> str:
     """State the variation of the expert load, and that expected from noise alone."""
-    means = {name: table.mean(name, "expert_utilization_cv") for name in table.names}
+    means = {name: facts.mean_of(name, "expert_utilization_cv") for name in facts.names}
     means = {name: mean for name, mean in means.items() if math.isfinite(mean)}
     if not means:
         return "No experiment has a measure of load balance"
     low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
     parts = []
     for name in dict.fromkeys((low, high)):
-        noise = table.mean(name, "expert_utilization_cv_noise")
+        noise = facts.mean_of(name, "expert_utilization_cv_noise")
         alone = f", of which noise alone {number(noise)}" if math.isfinite(noise) else ""
         parts.append(f"{number(means[name])} ({show(name)}{alone})")
     return f"Load varies by {' to '.join(parts)} of its mean"
 
 
-def by_category(table: Experiments) -> str:
+def by_category(facts: Facts) -> str:
     """State the largest spread between categories of prompts."""
-    means = table.frame.groupby(["config_name", "prompt_category"], sort=False)
+    means = facts.frame.groupby(["config_name", "prompt_category"], sort=False)
     by_pair = means["avg_experts_per_token"].mean().dropna()
     if by_pair.empty:
         return "No experiment has a count of experts"
@@ -253,15 +228,15 @@ def by_category(table: Experiments) -> str:
     return f"Categories lie furthest apart in {show(widest)}: {ends}"
 
 
-def latency(table: Experiments) -> str:
+def latency(facts: Facts) -> str:
     """State whether fewer experts coincided with less time."""
-    changes, experts_kept = time_changes(table), expert_sides(table)
+    changes, experts_kept = facts.time_changes, expert_sides(facts)
     fewer = {n: side(change) for n, change in changes.items() if experts_kept.get(n) == "below"}
     if not fewer:
         return "Experts kept and time per generated token"
     faster = [name for name, found in fewer.items() if found == "below"]
     slower = [name for name, found in fewer.items() if found == "above"]
-    if is_unsteady(table):
+    if is_unsteady(facts):
         return "Speed varied too much to say whether fewer experts save time"
     if len(faster) == len(fewer):
         return "Fewer experts took less time in every configuration that keeps fewer"

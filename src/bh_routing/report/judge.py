@@ -58,7 +58,7 @@ def compare_expectations(facts: Facts) -> list[Line]:
     gigabytes = as_float(facts.run.get("peak_memory_bytes")) / 1e9
     return [
         *(
-            _judged(f"Experts, {code(name)}", facts.mean(name), ends, _deviation(facts, name))
+            _judged(f"Experts, {code(name)}", facts.mean_of(name), ends, _deviation(facts, name))
             for name, ends in given["experts"].items()
         ),
         _p_values(facts),
@@ -148,7 +148,7 @@ def _time(facts: Facts) -> Line:
     if not changes:
         return Line(subject, wanted, MISSING, "not comparable", "no prompt was timed under both")
     off = _off(changes, expected()["slower"], 1)
-    if off and findings.is_unsteady(facts.table):
+    if off and findings.is_unsteady(facts):
         off.append("the machine's own speed was not steady")
     ends = dict.fromkeys(f"{signed(end(changes.values()), 1)} %" for end in (min, max))
     verdict: Verdict = "not met" if off else "met"
@@ -169,13 +169,13 @@ def _load(facts: Facts, label: str, names: list[str]) -> Line:
     ends = expected()["load_cv"][label]
     subject = f"Variation (CV) of expert load, {label}"
     wanted = f"{number(ends[0])} to {number(ends[1])}"
-    means = {name: facts.mean(name, BALANCE) for name in names}
+    means = {name: facts.mean_of(name, BALANCE) for name in names}
     means = {name: mean for name, mean in means.items() if math.isfinite(mean)}
     if not means:
         why_not = f"no standard {label} configuration has a value"
         return Line(subject, wanted, MISSING, "not comparable", why_not)
     off = _off(means, ends, 2)
-    noise = min(facts.mean(name, f"{BALANCE}_noise") for name in means)
+    noise = min(facts.mean_of(name, f"{BALANCE}_noise") for name in means)
     if off and noise > ends[1]:
         off = [f"so few tokens give {number(noise)} or more by sampling noise alone, above the "
                "range"]  # fmt: skip
@@ -217,8 +217,8 @@ def _other_hardware(facts: Facts, duration: Mapping[str, Any]) -> str:
     if not facts.run:
         return "the run doesn't say what it ran on"
     where = findings.place(facts.run)
-    if not where.is_one_machine:
-        return f"this run: {markdown(where.text)}"
+    if where != findings.ONE_MACHINE:
+        return f"this run: {markdown(where)}"
     device = str(facts.model.get("device_name", "") or "")
     is_cpu = str(facts.model.get("device", "")).startswith("cpu")
     if is_cpu:

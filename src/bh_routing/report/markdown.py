@@ -64,7 +64,7 @@ def context(facts: Facts) -> dict[str, Any]:
         "run": facts.run,
         "quality": facts.quality,
         "findings": findings,
-        "failed": facts.table.failures,
+        "failed": facts.failures,
         "expectations": lines,
         "tally": tally,
         "LEFT_OUT": LEFT_OUT,

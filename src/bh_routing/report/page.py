@@ -30,6 +30,7 @@ from bh_routing.report.markdown import context
 from bh_routing.report.markdown import render as render_markdown
 from bh_routing.report.text import as_float, plain
 from bh_routing.report.traces import for_page, read_traces
+from bh_routing.results.files import planned_keys
 from bh_routing.results.records import CALIBRATION, REPORT_HTML
 
 SCRIPTS: Final = ("page.js", "experiments.js", "tokens.js")
@@ -83,11 +84,11 @@ def write_page(folder: str | Path, output: Path | None = None) -> Path:
 def write_page_of(facts: Facts, output: Path | None = None) -> Path:
     """Write the same from results already read."""
     configs = facts.names
-    prompts = list(dict.fromkeys(facts.table.frame["prompt_text"]))
+    prompts = list(dict.fromkeys(facts.frame["prompt_text"]))
     data = {
         "experiments": _experiments(facts, configs, prompts),
         "numExperts": facts.model.get("num_experts", 0),
-        "traces": for_page(read_traces(facts.folder), configs, prompts),
+        "traces": for_page(read_traces(facts.folder, planned_keys(facts.run)), configs, prompts),
     }
     model = facts.model.get("name") or facts.folder.name
     page = _render(
@@ -157,7 +158,7 @@ def _sections(facts: Facts) -> list[dict[str, Any]]:
 
 def _experiments(facts: Facts, configs: list[str], prompts: list[str]) -> dict[str, Any]:
     """Return the finished experiments, with configurations and prompts by index."""
-    frame = facts.table.frame
+    frame = facts.frame
     columns = {name: label for name, label in NUMBERS.items() if name in frame.columns}
     categories = frame.drop_duplicates("prompt_text").set_index("prompt_text")["prompt_category"]
     texts = frame["generated_text"] if "generated_text" in frame.columns else [""] * len(frame)

@@ -102,6 +102,20 @@ class QualityFindings:
         """Rows with a note other than that they are the reference; at most ten."""
         return [row for row in self.rows if row.note and not row.is_reference][:10]
 
+    @property
+    def recommended(self) -> QualityRow | None:
+        """Row of lowest loss among the rules that lose clearly less than static top-k.
+
+        Each is compared with static top-k at its own mean number of experts. If none loses clearly
+        less: the best static top-k near these means; None without a comparison.
+        """
+        paying = [row for rows in self.against.get("yes", ()) for row in rows]
+        compared = [row for [rows] in self.against.values() for row in rows]
+        most = max((row.mean_experts for row in compared), default=0)
+        near = [row for row in self.comparable if row.is_static and row.mean_experts < most + 1]
+        static = [row for row in near if not row.is_reference]
+        return min(paying or static, key=lambda row: row.delta_nll, default=None)
+
     def static_there(self, row: QualityRow) -> float:
         """Return static top-k's ratio of perplexities at a row's mean; NaN if unknown."""
         if row.is_static or row not in self.comparable:
@@ -118,44 +132,6 @@ def quality_findings(summary: Mapping[str, Any] | None) -> QualityFindings:
     tested = compared if isinstance(compared, Mapping) else {}
     answers = {row.config_name: _answer(row, rows, tested) for row in rows if not row.is_static}
     return QualityFindings(rows=rows, answers=answers)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recommendation:
-    """The rule to use, of those scored."""
-
-    row: QualityRow
-    static_there: float
-    """Ratio of perplexities of static top-k at the rule's mean."""
-    pays: bool
-    """Whether it loses clearly less than static top-k; if no rule does, this is a static top-k."""
-    command: str
-    """Runs the rule; empty if unknown."""
-
-
-def recommend(found: QualityFindings, commands: Mapping[str, Any]) -> Recommendation | None:
-    """Return the rule of lowest loss among those that lose clearly less than static top-k.
-
-    Each is compared with static top-k at its own mean number of experts. If none loses clearly
-    less, the best static top-k near these means is recommended; without a comparison nothing is.
-
-    Args:
-        found: the rows of the quality table.
-        commands: configuration -> command that runs its rule.
-    """
-    paying = [row for row in found.whole if found.answers.get(row.config_name) == "yes"]
-    most = max((row.mean_experts for [rows] in found.against.values() for row in rows), default=0)
-    near = [row for row in found.comparable if row.is_static and row.mean_experts < most + 1]
-    static = [row for row in near if not row.is_reference]
-    if not paying and not static:
-        return None
-    row = min(paying or static, key=lambda row: row.delta_nll)
-    return Recommendation(
-        row=row,
-        static_there=found.static_there(row),
-        pays=bool(paying),
-        command=" ".join(str(commands.get(row.config_name) or "").split()),
-    )
 
 
 def margin_of(summary: Mapping[str, Any] | None) -> float:

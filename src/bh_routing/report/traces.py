@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from bh_routing.results.files import planned_keys
 from bh_routing.results.journal import Journal
 from bh_routing.results.records import TOKEN_TRACES, TokenTrace
 
@@ -33,15 +32,17 @@ class Slots(NamedTuple):
     """p-values; NaN if the rule has none."""
 
 
-def read_traces(folder: Path) -> list[TokenTrace]:
-    """Read the traces of the folder's last run; empty if it recorded none.
+def read_traces(folder: Path, planned: Container[str] | None = None) -> list[TokenTrace]:
+    """Read the traces of a folder; empty if it has none.
 
+    Args:
+        folder: folder of the run.
+        planned: keys of the experiments whose traces are kept; None: all.
     Raises:
         ResultsError: a line isn't a trace, or its numbers don't match its declared shape.
     """
-    path, planned = folder / TOKEN_TRACES, planned_keys(folder)
     found: dict[tuple[str, str], TokenTrace] = {}
-    for trace in Journal.read(path, _parse).items:
+    for trace in Journal.read(folder / TOKEN_TRACES, _parse).items:
         if planned is None or trace.key in planned:
             found[trace.config_name, trace.prompt_text] = trace
     return list(found.values())

@@ -17,7 +17,6 @@ from typing import Any, Final
 import numpy as np
 
 from bh_routing.errors import ResultsError
-from bh_routing.results.records import RUN_JSON
 
 TEMPORARY_SUFFIX: Final = ".tmp"
 
@@ -244,12 +243,12 @@ def _read(cell: str) -> str:
     return text
 
 
-def planned_keys(folder: Path) -> frozenset[str] | None:
-    """Return the keys of the experiments planned by the folder's last run; None if unknown.
+def planned_keys(run: Mapping[str, Any]) -> frozenset[str] | None:
+    """Return the keys of the experiments that run.json plans last; None if it has no plan.
 
     Names can't distinguish these from an earlier run's experiments: a name may be redefined.
     """
     try:
-        return frozenset(json.loads((folder / RUN_JSON).read_bytes())["plans"][-1])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return frozenset(run["plans"][-1])
+    except (LookupError, TypeError):
         return None

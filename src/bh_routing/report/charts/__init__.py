@@ -12,8 +12,7 @@ from bh_routing.report.charts import experiments, layers, quality
 from bh_routing.report.charts.chart import Chart, draw_charts
 from bh_routing.report.charts.style import look, new_figure, save, set_title
 from bh_routing.report.facts import Facts, read_facts
-from bh_routing.results.files import find_json_object
-from bh_routing.results.records import PLOTS, SUMMARY_JSON
+from bh_routing.results.records import PLOTS
 
 __all__ = [
     "Chart",
@@ -54,9 +53,7 @@ def create_visualizations(
     Raises:
         InputError: a needed column is missing.
     """
-    folder = Path(output_dir)
-    given = find_json_object(folder / SUMMARY_JSON) or {} if summary is None else summary
-    return draw_plots(read_facts(results, given, folder), kind)
+    return draw_plots(read_facts(results, summary, Path(output_dir)), kind)
 
 
 def draw_plots(facts: Facts, kind: str = "png") -> list[Path]:
@@ -78,5 +75,5 @@ def _nothing(facts: Facts) -> Figure:
         figure, axes = new_figure(2.4)
         set_title(figure, "Nothing to draw")
         axes.set_axis_off()
-        axes.text(0.0, 0.6, f"No finished experiment ({len(facts.table.failures)} failed).")
+        axes.text(0.0, 0.6, f"No finished experiment ({len(facts.failures)} failed).")
     return figure

@@ -20,44 +20,43 @@ from bh_routing.report.charts.marks import (
 )
 from bh_routing.report.charts.style import BASELINE, Picture, looks_of, new_figure
 from bh_routing.report.facts import BALANCE, EXPERTS, SECONDS, Facts, child
-from bh_routing.report.table import Experiments
 from bh_routing.report.text import as_float, number, plain
 
 NOISE = "sampling noise alone"
 LOAD = "Variation of expert load (SD / mean)"
 
 
-def _means(table: Experiments, column: str, reference: str = "") -> list[Bar]:
+def _means(facts: Facts, column: str, reference: str = "") -> list[Bar]:
     """Return one bar per configuration: its mean over prompts, and each prompt as a dot."""
     return [
         Bar(
             name,
-            table.mean(name, column),
-            [float(value) for value in table.values(name, column)],
-            reference=table.mean(name, reference) if reference else math.nan,
+            facts.mean_of(name, column),
+            [float(value) for value in facts.values(name, column)],
+            reference=facts.mean_of(name, reference) if reference else math.nan,
         )
-        for name in table.names
+        for name in facts.names
     ]
 
 
 @chart("layers")
 def avg_experts_comparison(facts: Facts) -> Chart:
     """Mean experts by configuration."""
-    bars = _means(facts.table, EXPERTS)
+    bars = _means(facts, EXPERTS)
     return bar_chart(
-        findings.experts(facts.table), bars, "Experts kept per token and layer", dots="prompts"
+        findings.experts(facts), bars, "Experts kept per token and layer", dots="prompts"
     )
 
 
 @chart("layers")
 def experts_by_category(facts: Facts) -> Chart:
     """Mean experts by configuration and category of prompts."""
-    frame, names, categories = facts.table.frame, facts.names, facts.table.categories
+    frame, names, categories = facts.frame, facts.names, facts.groups
     means = frame.groupby(["config_name", "prompt_category"])[EXPERTS].mean().unstack()
     means_NC = means.reindex(index=names, columns=categories).to_numpy(np.float64)
     labels = "Category of prompts", "", "Experts kept"
     return Chart(
-        finding=findings.by_category(facts.table),
+        finding=findings.by_category(facts),
         description="Mean experts kept by configuration (rows) and category of prompts (columns).",
         views={"": lambda: draw_heat_map(means_NC, names, categories, labels)},
         table=table_of(means_NC, names, categories),
@@ -67,8 +66,8 @@ def experts_by_category(facts: Facts) -> Chart:
 @chart("layers")
 def expert_utilization_cv(facts: Facts) -> Chart:
     """Variation of expert load by configuration, with its sampling noise."""
-    bars = _means(facts.table, BALANCE, f"{BALANCE}_noise")
-    return bar_chart(findings.balance(facts.table), bars, LOAD, dots="prompts", lines=NOISE)
+    bars = _means(facts, BALANCE, f"{BALANCE}_noise")
+    return bar_chart(findings.balance(facts), bars, LOAD, dots="prompts", lines=NOISE)
 
 
 @chart("layers")
@@ -97,7 +96,7 @@ def load_on_evaluation_text(facts: Facts) -> Chart | None:
     return bar_chart(finding, bars, LOAD, lines=NOISE)
 
 
-def _times(table: Experiments) -> tuple[list[Bar], str, str]:
+def _times(facts: Facts) -> tuple[list[Bar], str, str]:
     """Return bars of time, their axis label, and the meaning of their dots.
 
     From interleaved rounds, in percent of the baseline's time in the same round; for older runs per
@@ -105,7 +104,7 @@ def _times(table: Experiments) -> tuple[list[Bar], str, str]:
     """
     rounds = {
         name: found
-        for name, found in table.speed_ups.items()
+        for name, found in facts.speed_ups.items()
         if found.rounds and np.isfinite([*found.rounds, found.change.mean]).all()
     }
     if rounds:
@@ -119,11 +118,11 @@ def _times(table: Experiments) -> tuple[list[Bar], str, str]:
             )
             for name, found in rounds.items()
         ]
-        return bars, f"Generation time (% of {findings.show(table.baseline)})", "rounds"
+        return bars, f"Generation time (% of {findings.show(facts.baseline)})", "rounds"
     # Per token: sequence lengths differ between prompts, which isn't an effect of the rule.
-    tokens = table.frame["num_output_tokens"].where(table.frame["num_output_tokens"] > 0)
-    frame = table.frame.assign(latency=1000.0 * table.frame[SECONDS] / tokens)
-    values = {n: frame.loc[frame["config_name"] == n, "latency"].dropna() for n in table.names}
+    tokens = facts.frame["num_output_tokens"].where(facts.frame["num_output_tokens"] > 0)
+    frame = facts.frame.assign(latency=1000.0 * facts.frame[SECONDS] / tokens)
+    values = {n: frame.loc[frame["config_name"] == n, "latency"].dropna() for n in facts.names}
     bars = [Bar(name, float(own.mean()), list(own)) for name, own in values.items()]
     return bars, "Time per generated token (ms)", "prompts"
 
@@ -131,15 +130,15 @@ def _times(table: Experiments) -> tuple[list[Bar], str, str]:
 @chart("time")
 def inference_time_comparison(facts: Facts) -> Chart:
     """Time by configuration, relative to the baseline if rounds were timed."""
-    bars, label, dots = _times(facts.table)
-    return bar_chart(findings.time(facts.table), bars, label, dots=dots)
+    bars, label, dots = _times(facts)
+    return bar_chart(findings.time(facts), bars, label, dots=dots)
 
 
 @chart("time")
 def experts_vs_latency(facts: Facts) -> Chart:
     """Time against experts, by configuration."""
-    bars, label, dots = _times(facts.table)
-    experts = {bar.name: facts.table.mean(bar.name, EXPERTS) for bar in bars}
+    bars, label, dots = _times(facts)
+    experts = {bar.name: facts.mean_of(bar.name, EXPERTS) for bar in bars}
     looks = looks_of(experts)
 
     def draw() -> Picture:
@@ -161,7 +160,7 @@ def experts_vs_latency(facts: Facts) -> Chart:
         return figure
 
     return Chart(
-        finding=findings.latency(facts.table),
+        finding=findings.latency(facts),
         description=f"{label} against experts kept, by configuration; {dots} as dots.",
         views={"": draw},
     )
@@ -170,7 +169,7 @@ def experts_vs_latency(facts: Facts) -> Chart:
 @chart("time")
 def prefill_and_decode(facts: Facts) -> Chart | None:
     """Time per prompt in one pass over the prompts, split into prefill and decoding."""
-    frame = facts.table.frame
+    frame = facts.frame
     if "prefill_time_sec" not in frame.columns:
         return None
     times = frame.groupby("config_name")[["prefill_time_sec", "decode_time_sec"]].mean() * 1000.0

@@ -22,7 +22,11 @@ def _summed(
 ) -> dict[str, Floats]:
     """Sum a table of integers over each configuration's prompts; short rows are zero-padded."""
     tables = {
-        name: [np.array(table(d), float) for (own, _), d in facts.details.items() if own == name]
+        name: [
+            np.array(table(d), float)
+            for (own, _), d in facts.results.details.items()
+            if own == name
+        ]
         for name in facts.names
     }
     tables = {name: [one for one in own if one.ndim == 2] for name, own in tables.items()}
