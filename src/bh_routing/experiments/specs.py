@@ -185,6 +185,38 @@ class CalibrateSpec(ModelSpec):
     """Tokens of text to use; no rule takes a calibration from fewer than 5,000."""
 
 
+class PruneSpec(ModelSpec):
+    """Settings of `prune`."""
+
+    model: Annotated[str, Field(min_length=1), NO_OPTION]
+    """`demo`, a folder with a checkpoint, or a Hugging Face id."""
+    output: Path
+    """New folder for the pruned checkpoint."""
+    keep: Annotated[int, Field(ge=2)] | None = None
+    """Experts that stay in each layer; give this or alpha."""
+    alpha: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """False discovery rate of Benjamini-Hochberg over all experts of the model, at which "this
+    expert matters to the text" is rejected; the layer with the fewest rejected experts decides how
+    many stay in each layer."""
+    score: Literal["reap", "fisher_mass", "frequency", "random"] = "fisher_mass"
+    """Score by which each layer's experts stay: mean weight times output norm, estimated loss
+    without the expert, tokens routed to it, or a random order."""
+    calibration_texts: list[Source] = []
+    """Text or JSONL file, or hf:NAME:SPLIT, to score the experts on; may be given several times.
+    Default: the packaged calibration text."""
+    max_tokens: Count = defaults.CALIBRATION_TOKENS
+    """Tokens of text to use, spread over the documents."""
+
+    @model_validator(mode="after")
+    def _one_number(self) -> PruneSpec:
+        if (self.keep is None) == (self.alpha is None):
+            raise ValueError(
+                "keep says how many experts stay in each layer, alpha lets a test decide; give one "
+                f"of them, got keep={self.keep}, alpha={self.alpha}"
+            )
+        return self
+
+
 class CalibratedSpec(ModelSpec):
     """A model with its calibration."""
 
