@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -39,9 +40,9 @@ COUNT_FIELDS: Final = (
 )
 """Names under which configurations count their routed experts."""
 COPIED: Final = (
-    *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab*", "merges.txt", "*.model", "*.jinja", "chat_template*", "*processor_config.json"),
-    *("LICENSE*", "LICENCE*", "NOTICE*"),
+    *("generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "*.jinja"),
+    *("chat_template.json", "*processor_config.json", "LICENSE*", "LICENCE*", "NOTICE*"),
 )
 """Files that a pruned checkpoint shares with the original."""
 CONFIG: Final = "config.json"
@@ -313,16 +314,14 @@ def _read_header(folder: Path, file: str) -> list[StoredTensor]:
     """Read the names, types, shapes and positions of a file's tensors."""
     path = folder / file
     try:
-        with path.open("rb") as opened:
+        with safe_open(path, "np"), path.open("rb") as opened:  # checks that the file is whole
             length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(length))
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ModelError(
-            f"{path} can't be read ({error.strerror}); a checkpoint is pruned in safetensors "
-            "format: get the whole checkpoint in it"
+            f"{path} can't be read as a safetensors file ({error}), the format in which "
+            "checkpoints are pruned; get the whole checkpoint in it"
         ) from error
-    except ValueError as error:
-        raise ModelError(f"{path} is no safetensors file; get the checkpoint again") from error
     header.pop("__metadata__", None)
     found = []
     for name, entry in header.items():
