@@ -10,11 +10,11 @@ from tools.measure_house import House, measure
 
 HOUSE = measure()
 MOST = House(
-    lines=30_900,
-    files=152,
-    record_types=175,
+    lines=31_300,
+    files=153,
+    record_types=176,
     import_percent=8.10,
-    prose_words=46_300,
+    prose_words=46_900,
     what_per_thousand=0.5,
     beside_per_thousand=0.05,
     spec_modules=63,
