@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 
 from bh_routing.analysis.quality import QualityOptions, quality_table
-from bh_routing.analysis.sweep import compare_points
+from bh_routing.analysis.sweep import SweepTables, compare_points
 from bh_routing.analysis.sweep_records import SWEEP, make_sweep
 from bh_routing.engine.calibrate import calibrate
-from bh_routing.engine.expert_scores import Score
 from bh_routing.engine.generate import RoutedGeneration, generate_routed
 from bh_routing.engine.score import check_steps
 from bh_routing.engine.texts import Document, as_documents, packaged_documents
@@ -23,12 +21,11 @@ from bh_routing.experiments.calibrating import check_calibration_overlap, check_
 from bh_routing.experiments.evaluate import score_loaded
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.preparation import check_prompts
-from bh_routing.experiments.prune import prune as prune_checkpoint
 from bh_routing.experiments.quality_text import prepare_text
 from bh_routing.experiments.search import KnobSearch, check_budgets, check_fractions
 from bh_routing.experiments.settings import Goal
-from bh_routing.experiments.specs import DISTINCT_NEEDS_STEPS, PruneSpec, make_spec
-from bh_routing.experiments.sweep import describe_references, score_settings
+from bh_routing.experiments.specs import DISTINCT_NEEDS_STEPS
+from bh_routing.experiments.sweep import curve_goals, describe_references, score_settings
 from bh_routing.experiments.variants import variants_of
 from bh_routing.models.routers import describe_model
 from bh_routing.models.routing import bind_rule
@@ -109,6 +106,8 @@ def sweep(
     *,
     calibration: Calibration | None = None,
     max_tokens: int | None = None,
+    window: int | None = None,
+    stride: int | None = None,
     batch_size: int | None = None,
     decode_batch: int | None = None,
     cost: Literal["experts", "distinct"] = "experts",
@@ -120,7 +119,8 @@ def sweep(
     top-k are then scored on other text.
 
     Args:
-        model, tokenizer, rules, texts, max_tokens, batch_size, decode_batch: as in `evaluate`.
+        model, tokenizer, rules, texts, max_tokens, window, stride, batch_size, decode_batch: as in
+            `evaluate`.
         budgets: mean experts per token, from 1 to the model's own k; with cost "distinct",
             fractions of the distinct experts that the model's own top-k reads in a decode step.
         cost: "experts" is the mean experts per token; "distinct" is the mean distinct experts per
@@ -131,8 +131,9 @@ def sweep(
         seed: seed of the calibration and of the bootstrap.
     Returns:
         One row per rule and budget, after static top-k: the columns of points.csv, then those of
-        comparisons.csv against static top-k at the same cost, as `top_k_answer` and so on
-        (docs/columns.md).
+        comparisons.csv against each reference at the same cost, as `top_k_answer` and so on
+        (docs/columns.md). References are static top-k and, among the rules, top-p and per-layer
+        top-k, or with cost "distinct" BH-drop per token, OEA and the budget by gate mass.
     Raises:
         InputError: a rule, budget or text can't be used, or a text was calibrated on.
         CalibrationError: the calibration doesn't serve a rule.
@@ -146,8 +147,10 @@ def sweep(
         raise InputError(f"{DISTINCT_NEEDS_STEPS}, got cost={cost!r}, decode_batch={decode_batch}")
     budgets = _check_budget_list(budgets, None if decode_batch else facts.model_top_k)
     check_overlap(documents, search_documents)
-    sizes = {"batch_size": batch_size, "decode_batch": decode_batch}
-    text = prepare_text(tokenizer, facts, documents, max_tokens=max_tokens, **sizes)
+    text = prepare_text(
+        *(tokenizer, facts, documents), max_tokens=max_tokens, window=window, stride=stride,
+        batch_size=batch_size, decode_batch=decode_batch,
+    )  # fmt: skip
     if calibration is not None:
         check_calibration_overlap(documents, calibration, "the calibration")
     elif needy := [v.anywhere() for v in variants if v.anywhere().required_null]:
@@ -156,11 +159,12 @@ def sweep(
             max_tokens=defaults.CALIBRATION_TOKENS, seed=seed,
         )  # fmt: skip
     search = KnobSearch(
-        *(model, tokenizer, search_documents, calibration),
-        batch_size=batch_size,
+        *(model, tokenizer, search_documents, calibration), batch_size=batch_size,
         decode_batch=decode_batch,
-    )
-    settings = search.find([Goal(variant=v, budget=b) for v in variants for b in budgets])
+    )  # fmt: skip
+    goals = [Goal(variant=v, budget=b) for v in variants for b in budgets]
+    found = search.find([*goals, *curve_goals(search, variants, budgets)])
+    settings, curve_settings = found[: len(goals)], found[len(goals) :]
     if all(setting.unreachable for setting in settings):
         raise InputError(f"no rule can meet a budget: {settings[0].unreachable}")
     subject = Subject(model, tokenizer, calibration)
@@ -170,16 +174,25 @@ def sweep(
         records.extend(score_loaded(subject, text, part))
         return records
 
-    references = score_settings(settings, [], score_all, search)
+    references = score_settings(settings, curve_settings, score_all, search)
     content = {
         "references": describe_references(references, search),
         "points": search.to_documents(settings),
+        "curve_points": search.to_documents(curve_settings),
     }
-    tables = compare_points(make_sweep({SWEEP: content}, records), QualityOptions(seed=seed))
-    rows = pd.DataFrame(map(asdict, tables.points)).drop(columns=["domain", "is_curve_only"])
-    static = tables.comparisons.query("reference == 'top_k' and domain == 'all'")
-    values = static.set_index("config_name").loc[:, "answer":"saved_high"]
-    return rows.join(values.add_prefix("top_k_"), on="config_name")
+    made = make_sweep({SWEEP: content}, records)
+    return _sweep_rows(compare_points(made, QualityOptions(seed=seed)))
+
+
+def _sweep_rows(tables: SweepTables) -> pd.DataFrame:
+    """Join the points at the budgets with their comparisons, one set of columns per reference."""
+    rows = pd.DataFrame(map(asdict, tables.points)).query("not is_curve_only")
+    rows = rows.drop(columns=["domain", "is_curve_only"])
+    whole = tables.comparisons.query("domain == 'all'").set_index("config_name")
+    for reference, compared in whole.groupby("reference", sort=False):
+        values = compared.loc[:, "answer":"saved_high"].add_prefix(f"{reference}_")
+        rows = rows.join(values, on="config_name")
+    return rows.reset_index(drop=True)
 
 
 def _check_budget_list(budgets: Sequence[float], model_top_k: int | None) -> list[float]:
@@ -233,46 +246,3 @@ def generate(
         generate_routed(model, tokenizer, prompt, max_new_tokens, rule, calibration)
         for prompt in prompts
     ]
-
-
-def prune(
-    model: str,
-    output: Path | str,
-    *,
-    keep: int | None = None,
-    alpha: float | None = None,
-    score: Score = "fisher_mass",
-    texts: Sequence[str | Document] | None = None,
-    max_tokens: int = defaults.CALIBRATION_TOKENS,
-    device: Literal["auto", "cuda", "cpu"] = "auto",
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
-    device_map: Literal["auto"] | None = None,
-    seed: int = defaults.SEED,
-) -> dict[str, Any]:
-    """Write a checkpoint with fewer experts per layer, as `bh-routing prune` does.
-
-    Args:
-        model: `demo`, a folder with a checkpoint, or a Hugging Face id.
-        output: the new folder.
-        keep: experts that stay in each layer; give this or alpha.
-        alpha: false discovery rate of Benjamini-Hochberg over all experts of the model, at which
-            "this expert matters to the text" is rejected. The layer with the fewest rejected
-            experts decides how many stay in each layer.
-        score: "reap", "fisher_mass", "frequency" or "random": each layer's best experts stay.
-        texts: text to score the experts on; None: the packaged calibration text.
-        max_tokens: tokens of the texts to use, spread over them.
-        device, dtype, device_map: as in `load_model`, for scoring; the weights are copied as they
-            are stored.
-        seed: seed of the random score, and of the test's bootstrap.
-    Returns:
-        The content of pruning.json: the kept experts by router, all scores, and provenance.
-    Raises:
-        InputError: keep, alpha or a text can't be used.
-        ModelError: the model can't be loaded, routed or pruned; nothing is written.
-        ResultsError: the folder exists, or can't be written.
-    """
-    spec = make_spec(
-        PruneSpec, model=model, output=output, keep=keep, alpha=alpha, score=score,
-        max_tokens=max_tokens, device=device, dtype=dtype, device_map=device_map, seed=seed,
-    )  # fmt: skip
-    return prune_checkpoint(spec, None if texts is None else as_documents(texts))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -10,33 +12,50 @@ import pytest
 
 import bh_routing as bhr
 from bh_routing.analysis.quality import QualityOptions
-from bh_routing.engine.texts import packaged_documents
+from bh_routing.engine.texts import Document, packaged_documents
 from bh_routing.engine.windows import TokenizedDocument, cut_pieces
 from bh_routing.errors import InputError
-from bh_routing.experiments.search import KnobSearch, check_fractions
+from bh_routing.experiments.search import TOLERANCE, KnobSearch, check_fractions
 from bh_routing.experiments.settings import Goal
 from bh_routing.experiments.specs import SweepSpec, make_spec
-from bh_routing.experiments.step_sweep import is_reference
+from bh_routing.experiments.step_sweep import default_rules, is_reference
 from bh_routing.experiments.sweep import sweep
 from bh_routing.experiments.variants import parse_variants
-from bh_routing.models import LoadedModel
+from bh_routing.models import LoadedModel, find_routers
 from bh_routing.report.sweep import conclude_sweep
-from bh_routing.rules import TopK, TopP
+from bh_routing.rules import ExpertBudget, OpportunisticActivation, TopK, TopP
+from bh_routing.rules.step import StepRule
 
 FEW = QualityOptions(resamples=200, seed=0)
+RULES = ["oea:refill=12", "expert_budget:by=gate_mass", "top_p"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source() -> list[Document]:
+    """Short calibration text, since none of the rules needs a calibration."""
+    return [
+        document._replace(text=document.text[:500])
+        for document in packaged_documents("calibration")[:20]
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, source: list[Document]) -> Path:
     """A sweep of three rules, one of each kind: whole, by step, per token."""
     output = tmp_path_factory.mktemp("sweep")
-    spec = make_spec(
-        SweepSpec, model="demo", device="cpu", output=output, cost="distinct", decode_batch=4,
-        budgets=[0.7], rules=["oea", "expert_budget:by=gate_mass", "top_p"], tokens=1_700,
-    )  # fmt: skip
-    sweep(spec)
+    lines = [json.dumps({"text": document.text}) + "\n" for document in source]
+    (output / "source.jsonl").write_text("".join(lines), encoding="utf-8")
+    sweep(spec_of(output))
     conclude_sweep(output, FEW)
     return output
+
+
+def spec_of(folder: Path) -> SweepSpec:
+    return make_spec(
+        SweepSpec, model="demo", device="cpu", output=folder, cost="distinct", decode_batch=4,
+        budgets=[0.7], rules=RULES, tokens=1_700, window=200,
+        calibration_texts=[str(folder / "source.jsonl")],
+    )  # fmt: skip
 
 
 def test_points_come_near_the_budget_and_whole_numbers_around_it(folder: Path) -> None:
@@ -64,11 +83,7 @@ def test_the_report_states_the_batch(folder: Path) -> None:
 
 def test_a_second_call_scores_nothing_again(folder: Path) -> None:
     before = (folder / "quality.jsonl").read_bytes()
-    spec = make_spec(
-        SweepSpec, model="demo", device="cpu", output=folder, cost="distinct", decode_batch=4,
-        budgets=[0.7], rules=["oea", "expert_budget:by=gate_mass", "top_p"], tokens=1_700,
-    )  # fmt: skip
-    sweep(spec)
+    sweep(spec_of(folder))
     assert (folder / "quality.jsonl").read_bytes() == before
 
 
@@ -92,14 +107,50 @@ def test_a_fraction_of_one_is_the_models_own_top_k(demo: LoadedModel) -> None:
     (setting,) = search.find([Goal(variant=top_p, budget=0.8)])
     assert setting.cost == pytest.approx(0.8, rel=0.02)
     assert search.cost(setting.rule) == pytest.approx(0.8, rel=0.1)
+    (gate_mass,) = parse_variants(["expert_budget:by=gate_mass"])
+    whole = search.find([Goal(variant=gate_mass, budget=b) for b in (0.6, 0.62)])
+    assert max(abs(s.cost / s.goal.budget - 1) for s in whole) > TOLERANCE
+    assert [s.unreachable for s in whole] == [None] * 2
 
 
-def test_the_python_door_compares_in_steps_too(demo: LoadedModel) -> None:
-    texts = packaged_documents("evaluation")[:5]
+@pytest.mark.parametrize(("most_slots", "refill"), [(64, 16), (12, 12), (8, 8)])
+def test_default_rules_are_refilled_as_far_as_the_router_can_propose(
+    most_slots: int, refill: int, demo: LoadedModel
+) -> None:
+    routers = find_routers(demo.model)
+    facts = replace(routers.sites[0].facts, most_slots=most_slots)
+    limited = replace(routers, sites=(replace(routers.sites[0], facts=facts),))
+    rules = [variant.anywhere() for variant in parse_variants(default_rules(limited))]
+    refills = [rule.refill for rule in rules if isinstance(rule, StepRule)]
+    assert len(rules) == 8
+    assert refills.count(refill) == 5
+    for rule in rules:
+        rule.check(num_experts=64, model_top_k=8)
+
+
+def test_python_compares_in_steps_with_the_references_of_the_command_line(
+    demo: LoadedModel, folder: Path, source: list[Document]
+) -> None:
+    texts = packaged_documents("evaluation")
+    rules = {
+        "oea-refill-12": OpportunisticActivation(1, refill=12),
+        "expert_budget-gate_mass": ExpertBudget(9),
+        "top_p": TopP(0.5),
+    }
     frame = bhr.sweep(
-        *demo, [TopP(0.5)], [0.7], texts, max_tokens=300, decode_batch=4, cost="distinct"
-    )
-    own = frame[frame["config_name"] == "topk_8"].iloc[0]
+        *demo, rules, [0.7], texts, source,
+        max_tokens=1_700, window=200, decode_batch=4, cost="distinct",
+    ).set_index("config_name")  # fmt: skip
+    compared = pd.read_csv(folder / "comparisons.csv").query("domain == 'all'")
+    by_reference = {
+        reference: compared.query("reference == @reference").set_index("config_name")
+        for reference in ("top_k", "oea", "expert_budget")
+    }
+    for reference, rows in by_reference.items():
+        got = frame[f"{reference}_difference"].dropna()
+        assert "top_p@0.7" in got.index
+        assert list(got) == pytest.approx(list(rows["difference"].loc[got.index]), abs=1e-5)
+    own = frame.loc["topk_8"]
     assert own["mean_distinct_experts"] > 20
     with pytest.raises(InputError, match="need each other"):
         bhr.sweep(*demo, [TopP(0.5)], [0.7], texts, decode_batch=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -288,3 +289,57 @@ def test_without_a_comparison_nothing_is_recommended(
     text = recommended(results, scored(losses, 0.05), {"bh": "bh-routing run"})
     assert text.startswith("No rule is recommended, since") and why in text
     assert "bh-routing run" not in text
+
+
+BATCH_RUN: Mapping[str, Any] = {
+    "model": {"name": "some/model", "model_top_k": 8},
+    "spec": {"texts": ["my text.jsonl"]},
+}
+POINT = "config_name,budget,rank,mean_distinct_experts,perplexity_ratio\n"
+COMPARED = "config_name,reference,domain,answer,saved,saved_low,saved_high\n"
+
+
+def for_batches(results: pd.DataFrame, folder: Path, **model: object) -> str:
+    """What a report says after the recommendation of one rule."""
+    run = {**BATCH_RUN, "model": BATCH_RUN["model"] | model}
+    read = Results(folder=folder, experiments=results, run=run)
+    found = Facts(results=read, summary=analyze_results(results))
+    text = render("REPORT.md.j2", **context(found)).partition("## Recommendation\n\n")[2]
+    return text.partition("**For batches")[2]
+
+
+def test_a_report_names_the_command_that_finds_a_rule_for_batches(
+    results: pd.DataFrame, tmp_path: Path
+) -> None:
+    text = for_batches(results, tmp_path)
+    assert "`bh_drop` with `scope: step_population`" in text
+    assert text.endswith(
+        "    bh-routing sweep --model some/model --text 'my text.jsonl' --cost distinct "
+        f"--decode-batch 16 --output {tmp_path / 'steps'}\n"
+    )
+    broken = for_batches(results, tmp_path / "a\n# b")
+    assert broken.endswith(f"--output '{tmp_path}/a # b/steps'\n")
+    assert for_batches(results, tmp_path, model_top_k=1) == ""
+    assert for_batches(results, tmp_path, name=None) == ""
+
+
+def test_a_report_states_the_result_of_its_folders_sweep_by_step(
+    results: pd.DataFrame, tmp_path: Path
+) -> None:
+    steps = tmp_path / "steps"
+    steps.mkdir()
+    points = "low@0.65,0.65,1,36.6,1.08\nhigh@0.75,0.75,1,42.3,1.03\nnext@0.75,0.75,2,42.2,1.04\n"
+    compared = (
+        "high@0.75,top_k,all,yes,0.85,0.84,0.86\nhigh@0.75,oea,all,yes,0.1,0.1,0.1\n"
+        "low@0.65,top_k,all,undecided,0.5,-0.1,0.9\nhigh@0.75,top_k,prose,yes,0.2,0.1,0.3\n"
+    )
+    (steps / "points.csv").write_text(POINT + points)
+    (steps / "comparisons.csv").write_text(COMPARED + compared)
+    for text, is_by_step in (({"decode_batch": 8}, True), ({"decode_batch": None}, False)):
+        (steps / "run.json").write_text(json.dumps({"text": text}))
+        said = for_batches(results, tmp_path)
+        assert ("In steps of 8 sequences" in said) is is_by_step
+        assert ("`high@0.75`, which reads 42.3 distinct experts" in said) is is_by_step
+        assert ("saves 85 % of static top-k's increase" in said) is is_by_step
+        assert "low@0.65" not in said and "next@0.75" not in said
+        assert "bh-routing sweep --model some/model" in said

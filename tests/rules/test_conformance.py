@@ -77,7 +77,7 @@ EXAMPLES: dict[str, list[Rule]] = {
         FisherMass(0.3),
         FisherMass(9.0, exponent=1.5, min_k=2, refill=9),
     ],
-    "oea": [OpportunisticActivation(3), OpportunisticActivation(8, refill=64)],
+    "oea": [OpportunisticActivation(3), OpportunisticActivation(1, refill=64)],
     "expert_budget": [ExpertBudget(1), ExpertBudget(2, by="fisher_mass", min_k=2, refill=8)],
     "contribution_threshold": [
         ContributionThreshold(0.0),

@@ -36,7 +36,6 @@ for _command in (
     commands.calibrate,
     commands.evaluate,
     commands.sweep,
-    commands.prune,
     commands.lm_eval,
     commands.report,
     commands.export,

@@ -62,8 +62,9 @@ def calibrate(
     routers = find_routers(model)
     refuse_routed(site.module for site in routers.sites)
     text_only = [document.text for document in as_documents(texts)]
-    read = tokenize_distinct(tokenizer, text_only)
-    documents = list(read.values())
+    read = {text: ids for text in text_only if (ids := tokenizer(text, verbose=False)["input_ids"])}
+    if not (documents := list(read.values())):
+        raise InputError("the calibration text is empty; give at least one document")
     tabled = [name for name in nulls if name not in OF_SLOTS]
     # Seeded by layer, not by null: a table doesn't depend on the nulls fitted with it.
     reservoirs = {
@@ -72,7 +73,7 @@ def calibrate(
         for site in routers.sites
     }
     taken = spread_tokens([len(ids) for ids in documents], max_tokens)
-    windows = cut_windows(model, documents, taken)
+    windows = _windows(model, documents, taken)
     logits = {
         site.layer: Reservoir(OBSERVED_TOKENS, (seed, 1, site.layer), site.facts.num_experts)
         for site in routers.sites
@@ -126,14 +127,6 @@ def _nulls_to_fit(
     return list(dict.fromkeys([*nulls, *needed]))
 
 
-def tokenize_distinct(tokenizer: Any, texts: Iterable[str]) -> dict[str, list[int]]:
-    """Return the token ids of each text, without empty ones; InputError if none is left."""
-    read = {text: ids for text in texts if (ids := tokenizer(text, verbose=False)["input_ids"])}
-    if not read:
-        raise InputError("the calibration text is empty; give at least one document")
-    return read
-
-
 def _texts_read(
     tokenizer: Any, documents: Mapping[str, list[int]], taken: Sequence[int]
 ) -> Iterator[str]:
@@ -145,7 +138,7 @@ def _texts_read(
             yield tokenizer.decode(ids[:length], skip_special_tokens=True)
 
 
-def cut_windows(
+def _windows(
     model: Any, documents: Sequence[list[int]], taken: Sequence[int]
 ) -> list[tuple[int, Tensor]]:
     """Cut the start of each document, by number, into windows within the model's context."""

@@ -30,7 +30,7 @@ from bh_routing.models.routing import bind_rule, check_calibration, check_rule
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.results.journal import digest
 from bh_routing.results.records import QualityRecord
-from bh_routing.rules.base import WHOLE, Rule
+from bh_routing.rules.base import Rule
 from bh_routing.rules.catalog import make_rule
 from bh_routing.rules.fixed import PerLayerTopK, TopK
 
@@ -320,8 +320,8 @@ class KnobSearch:
             unit = "of the distinct experts"
         rise = sum(r.nll_sum - r.top_k_nll_sum for r in records) / sum(r.tokens for r in records)
         unreachable = None
-        # Whole numbers of a step's distinct experts are compared at what they read.
-        is_exact = self.text.decode_batch is None or goal.variant.knob.scale is not WHOLE
+        # Whole numbers miss a step's distinct experts: they are compared at what they read.
+        is_exact = self.text.decode_batch is None or not isinstance(value, int)
         if is_exact and abs(cost / goal.budget - 1) > TOLERANCE:
             unreachable = (
                 f"{goal.budget:g} {unit} can't be reached within {TOLERANCE:.0%}: the closest mean "

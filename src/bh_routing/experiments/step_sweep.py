@@ -9,23 +9,34 @@ from typing import Final
 from bh_routing.experiments.search import KnobSearch
 from bh_routing.experiments.settings import Goal
 from bh_routing.experiments.variants import Variant
+from bh_routing.models.routers import Routers
 from bh_routing.rules.base import WHOLE
 from bh_routing.rules.fixed import TopK
 
 STEP_BUDGETS: Final = (0.75, 0.65)
-STEP_RULES: Final = (
-    "bh_drop:statistic=sensitivity",
-    "bh_drop:scope=step,statistic=sensitivity",
-    "bh_drop:scope=step_population,statistic=sensitivity",
-    "fisher_mass:statistic=sensitivity",
-    "expert_budget:by=gate_mass",
-    "oea",
-    "top_p",
-)
-"""Rules of a sweep by default, in addition to static top-k."""
-MARGIN: Final = 0.05
-"""Distance of a curve's ends from the budgets, as a fraction of what the model's own top-k reads: a
-rule reads slightly more or less than its budget on other text."""
+SPACING: Final = 0.05
+"""Distance of a curve's points, as a fraction of what the model's own top-k reads."""
+MARGIN: Final = 0.1
+"""Distance of a curve's ends from the budgets: on other text a rule reads slightly more or less
+than its budget, and a budget of experts a twentieth."""
+
+
+def default_rules(routers: Routers) -> list[str]:
+    """Return the rules of a sweep by default, in addition to static top-k.
+
+    Steps are refilled from twice the model's own k; more gained nothing on calibration text.
+    """
+    refill = min(2 * routers.model_top_k, routers.most_slots)
+    return [
+        "bh_drop:statistic=sensitivity",
+        f"bh_drop:scope=step,statistic=sensitivity,refill={refill}",
+        f"bh_drop:scope=step_population,statistic=sensitivity,refill={refill}",
+        "bh_drop:scope=step_population,statistic=sensitivity",
+        f"fisher_mass:statistic=sensitivity,refill={refill}",
+        f"expert_budget:by=gate_mass,refill={refill}",
+        f"oea:refill={refill}",
+        "top_p",
+    ]
 
 
 def curve_goals(
@@ -64,19 +75,21 @@ def static_around(search: KnobSearch, budgets: Sequence[float]) -> dict[str, Top
 
 
 def _around(costs: Mapping[int, float], budgets: Sequence[float]) -> list[int]:
-    below = [k for k, cost in costs.items() if cost <= min(budgets) - MARGIN / 2]
-    above = [k for k, cost in costs.items() if cost >= max(budgets) + MARGIN / 2]
+    below = [k for k, cost in costs.items() if cost <= min(budgets) - SPACING]
+    above = [k for k, cost in costs.items() if cost >= max(budgets) + SPACING]
     return [k for k in costs if max(below, default=0) <= k <= min(above, default=len(costs))]
 
 
 def _between(budgets: Sequence[float]) -> list[float]:
-    """Return budgets beyond both ends and in the middle of wide gaps.
+    """Return budgets beyond both ends and within wide gaps.
 
     Example:
         >>> _between([0.75, 0.65])
-        [0.6, 0.7, 0.8]
+        [0.55, 0.6, 0.7, 0.8, 0.85]
     """
-    low, high = max(MARGIN, min(budgets) - MARGIN), min(1.0, max(budgets) + MARGIN)
-    ends = sorted({low, *budgets, high})
-    middles = [(a + b) / 2 for a, b in pairwise(ends) if b - a > 1.5 * MARGIN]
-    return [round(b, 4) for b in sorted({*ends, *middles}) if b not in budgets]
+    low, high = max(SPACING, min(budgets) - MARGIN), min(1.0, max(budgets) + MARGIN)
+    found = {low, high}
+    for start, end in pairwise(sorted({low, *budgets, high})):
+        steps = round((end - start) / SPACING)
+        found |= {start + (end - start) * i / steps for i in range(1, steps)}
+    return [round(b, 4) for b in sorted(found) if round(b, 4) not in budgets]

@@ -38,8 +38,9 @@ from bh_routing.experiments.ray_executor import make_executor
 from bh_routing.experiments.search import KnobSearch, check_budgets, check_fractions
 from bh_routing.experiments.settings import Goal, Setting
 from bh_routing.experiments.specs import SweepSpec
-from bh_routing.experiments.step_sweep import STEP_BUDGETS, STEP_RULES
+from bh_routing.experiments.step_sweep import STEP_BUDGETS
 from bh_routing.experiments.variants import Variant, parse_variants
+from bh_routing.models.routers import find_routers
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.results.files import read_json_object, render_json, write_atomically
 from bh_routing.results.records import RUN_JSON, SCHEMA_VERSION, QualityRecord
@@ -71,8 +72,8 @@ def sweep(spec: SweepSpec) -> dict[str, Any]:
     """
     start = time.perf_counter()
     by_step = spec.cost == "distinct"
-    is_default = spec.rules == SweepSpec.model_fields["rules"].default
-    variants = parse_variants(STEP_RULES if by_step and is_default else spec.rules)
+    takes_defaults = by_step and spec.rules == SweepSpec.model_fields["rules"].default
+    variants = [] if takes_defaults else parse_variants(spec.rules)
     documents = scored_documents(spec)
     check_overlap(documents, calibration_documents(spec).documents)
     if spec.calibration is not None:
@@ -80,6 +81,8 @@ def sweep(spec: SweepSpec) -> dict[str, Any]:
         check_calibration_overlap(documents, kept, f"calibration {spec.calibration}")
     read_stored_sweep(spec.output)
     loaded = load(spec)
+    if takes_defaults:
+        variants = parse_variants(step_sweep.default_rules(find_routers(loaded.model)))
     budgets = list(dict.fromkeys(spec.budgets))
     if by_step:
         budgets = budgets or list(STEP_BUDGETS)
@@ -92,6 +95,8 @@ def sweep(spec: SweepSpec) -> dict[str, Any]:
         loaded.facts,
         documents,
         max_tokens=spec.tokens,
+        window=spec.window,
+        stride=spec.stride,
         batch_size=spec.batch_size,
         decode_batch=spec.decode_batch,
     )
@@ -137,7 +142,7 @@ def _sweep_begun(prepared: _Prepared, start: float) -> dict[str, Any]:
     _write(spec.output, document)
     clock.append(time.perf_counter())
     goals = [Goal(variant=v, budget=b) for v in variants for b in spec.budgets]
-    beyond = _curve_goals(search, variants, spec.budgets, loaded.facts.model_top_k)
+    beyond = curve_goals(search, variants, spec.budgets)
     found = search.find([*goals, *beyond], known=[*earlier["points"], *earlier["curve_points"]])
     settings, curve_settings = found[: len(goals)], found[len(goals) :]
     document[KIND]["points"] = search.to_documents(settings)
@@ -202,16 +207,17 @@ def curve_budgets(budgets: Sequence[float], model_top_k: int) -> list[float]:
     return sorted(found - set(budgets), reverse=True)
 
 
-def _curve_goals(
-    search: KnobSearch, variants: Sequence[Variant], budgets: Sequence[float], model_top_k: int
+def curve_goals(
+    search: KnobSearch, variants: Sequence[Variant], budgets: Sequence[float]
 ) -> list[Goal]:
+    """Return further goals of the rules that others are compared with."""
     if search.text.decode_batch is not None:
         return step_sweep.curve_goals(search, variants, budgets)
     return [
         Goal(variant=variant, budget=budget)
         for variant in variants
         if variant.method in CURVES
-        for budget in curve_budgets(budgets, model_top_k)
+        for budget in curve_budgets(budgets, search.model_top_k)
     ]
 
 

@@ -21,7 +21,7 @@ from bh_routing.report import findings, text
 from bh_routing.report.facts import BALANCE, EXPERTS, METRICS, SECONDS, SPEED, Facts, read_facts
 from bh_routing.report.files import write_text
 from bh_routing.report.judge import compare_expectations, count_verdicts
-from bh_routing.report.sweep_findings import budgets_of, series_label
+from bh_routing.report.sweep_findings import batch_advice, budgets_of, series_label
 from bh_routing.report.text import MISSING, as_float
 from bh_routing.results.records import LEFT_OUT, REPORT_MD
 from bh_routing.stats.paired import signed_rank_floor
@@ -64,6 +64,7 @@ def context(facts: Facts) -> dict[str, Any]:
         "run": facts.run,
         "quality": facts.quality,
         "findings": findings,
+        "batches": batch_advice(facts),
         "failed": facts.failures,
         "expectations": lines,
         "tally": tally,

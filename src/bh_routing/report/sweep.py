@@ -14,14 +14,18 @@ from bh_routing.report.charts.sweep import DOMAINS_PLOT, PARETO_PLOT, domains, p
 from bh_routing.report.facts import child
 from bh_routing.report.files import write_bytes, write_text
 from bh_routing.report.markdown import render
-from bh_routing.report.sweep_findings import SweepFacts, domains_title, pareto_title
+from bh_routing.report.sweep_findings import (
+    COMPARISONS_CSV,
+    POINTS_CSV,
+    SweepFacts,
+    domains_title,
+    pareto_title,
+)
 from bh_routing.results.files import render_csv
 from bh_routing.results.records import PLOTS
 from bh_routing.stats.bootstrap import RESAMPLES
 
-POINTS_CSV: Final = "points.csv"
 DOMAINS_CSV: Final = "points_by_domain.csv"
-COMPARISONS_CSV: Final = "comparisons.csv"
 SWEEP_MD: Final = "SWEEP.md"
 
 

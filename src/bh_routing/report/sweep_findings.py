@@ -6,7 +6,9 @@ import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final, NamedTuple
+
+import pandas as pd
 
 from bh_routing.analysis.quality_row import STATIC
 from bh_routing.analysis.sweep import (
@@ -23,9 +25,15 @@ from bh_routing.analysis.sweep import (
 )
 from bh_routing.analysis.sweep_equal_cost import EqualCost
 from bh_routing.analysis.sweep_records import PointRow
-from bh_routing.report.facts import child
-from bh_routing.report.text import listed, percent, plain
+from bh_routing.report.facts import Facts, child
+from bh_routing.report.text import as_float, listed, percent, plain
+from bh_routing.results.files import find_json_object
+from bh_routing.results.records import RUN_JSON
 
+POINTS_CSV: Final = "points.csv"
+COMPARISONS_CSV: Final = "comparisons.csv"
+STEPS: Final = "steps"
+"""Subfolder of a run for its sweep by decode step."""
 NAMES: Final = {
     STATIC: "static top-k",
     TOP_P: "top-p",
@@ -196,6 +204,44 @@ class SweepFacts:
                 answer = self.against(winner.row, name).answer
                 found.setdefault(answer, [[]])[0].append(winner)
         return found
+
+
+class BatchAdvice(NamedTuple):
+    """How to choose a rule for batches, and the choice if the run's folder has a sweep by step."""
+
+    command: str
+    """Sweeps rules on decode steps into the run's folder."""
+    decode_batch: object
+    """Sequences per decode step of that sweep; None if there is none."""
+    best: list[dict[str, Any]]
+    """For each budget its best rule: config_name, budget, mean_distinct_experts, perplexity_ratio,
+    and saved, saved_low and saved_high of static top-k's increase."""
+
+
+def batch_advice(facts: Facts) -> BatchAdvice | None:
+    """Return the advice for batches; None if the model's own k is 1 or unknown.
+
+    The sweep is in the subfolder STEPS of the run's folder, where the command writes it.
+    """
+    model = str(facts.model.get("name") or "")
+    if not as_float(facts.model.get("model_top_k")) > 1 or not (model and model.isprintable()):
+        return None
+    folder = facts.folder / STEPS
+    words = ["bh-routing", "sweep", "--model", model]
+    words += [word for text in facts.spec.get("texts") or [] for word in ("--text", str(text))]
+    words += ["--cost", "distinct", "--decode-batch", "16", "--output", str(folder)]
+    decode_batch = child(find_json_object(folder / RUN_JSON) or {}, "text").get("decode_batch")
+    files = [folder / name for name in (POINTS_CSV, COMPARISONS_CSV)]
+    best: list[dict[str, Any]] = []
+    if decode_batch and all(file.is_file() for file in files):
+        points, compared = map(pd.read_csv, files)
+        static = compared.query("reference == @STATIC and domain == 'all' and answer == 'yes'")
+        saved = static[["config_name", "saved", "saved_low", "saved_high"]]
+        won = points.query("rank == 1").merge(saved, on="config_name")
+        rows = won.sort_values("budget", ascending=False).to_dict("records")
+        best = [{str(column): value for column, value in row.items()} for row in rows]
+    command = " ".join(shlex.join(words).split())  # verbatim in Markdown: no line breaks
+    return BatchAdvice(command, decode_batch if best else None, best)
 
 
 def series_label(row: PointRow) -> str:
