@@ -63,6 +63,7 @@ PUBLIC_NAMES = [
     "load_results",
     "p_values",
     "packaged_documents",
+    "prune",
     "route",
     "storey",
     "sweep",
@@ -242,6 +243,10 @@ FLAGS = {
     "calibrate": f"{MODEL} --output --calibration-text --nulls --max-tokens --plots --json",
     "evaluate": f"{SCORED} {CHOSEN} --window --stride --margin --output --json",
     "sweep": f"{SCORED} --window --stride --output --cost --budget --rule --json",
+    "prune": (
+        "model --device --dtype --no-fp16 --device-map --seed --output --keep --alpha --score "
+        "--calibration-text --max-tokens --json"
+    ),
     "lm-eval": (
         f"{CALIBRATED} {CHOSEN} --tasks --include-path --limit --num-fewshot --batch-size "
         "--chat-template --output --json"

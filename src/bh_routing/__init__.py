@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bh_routing.analysis.results import Results, load_results
-    from bh_routing.api import evaluate, generate, sweep
+    from bh_routing.api import evaluate, generate, prune, sweep
     from bh_routing.engine import Document, calibrate, packaged_documents
     from bh_routing.errors import (
         BHRoutingError,
@@ -94,6 +94,7 @@ __all__ = [
     "load_results",
     "p_values",
     "packaged_documents",
+    "prune",
     "route",
     "storey",
     "sweep",
@@ -101,7 +102,7 @@ __all__ = [
 
 _HOMES = {
     "analysis.results": ("Results", "load_results"),
-    "api": ("evaluate", "generate", "sweep"),
+    "api": ("evaluate", "generate", "prune", "sweep"),
     "engine": ("Document", "calibrate", "packaged_documents"),
     "errors": (
         "BHRoutingError",

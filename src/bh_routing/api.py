@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
@@ -12,6 +13,7 @@ from bh_routing.analysis.quality import QualityOptions, quality_table
 from bh_routing.analysis.sweep import SweepTables, compare_points
 from bh_routing.analysis.sweep_records import SWEEP, make_sweep
 from bh_routing.engine.calibrate import calibrate
+from bh_routing.engine.expert_scores import Score
 from bh_routing.engine.generate import RoutedGeneration, generate_routed
 from bh_routing.engine.score import check_steps
 from bh_routing.engine.texts import Document, as_documents, packaged_documents
@@ -21,10 +23,11 @@ from bh_routing.experiments.calibrating import check_calibration_overlap, check_
 from bh_routing.experiments.evaluate import score_loaded
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.preparation import check_prompts
+from bh_routing.experiments.prune import prune as prune_checkpoint
 from bh_routing.experiments.quality_text import prepare_text
 from bh_routing.experiments.search import KnobSearch, check_budgets, check_fractions
 from bh_routing.experiments.settings import Goal
-from bh_routing.experiments.specs import DISTINCT_NEEDS_STEPS
+from bh_routing.experiments.specs import DISTINCT_NEEDS_STEPS, PruneSpec, make_spec
 from bh_routing.experiments.sweep import curve_goals, describe_references, score_settings
 from bh_routing.experiments.variants import variants_of
 from bh_routing.models.routers import describe_model
@@ -246,3 +249,46 @@ def generate(
         generate_routed(model, tokenizer, prompt, max_new_tokens, rule, calibration)
         for prompt in prompts
     ]
+
+
+def prune(
+    model: str,
+    output: Path | str,
+    *,
+    keep: int | None = None,
+    alpha: float | None = None,
+    score: Score = "fisher_mass",
+    texts: Sequence[str | Document] | None = None,
+    max_tokens: int = defaults.CALIBRATION_TOKENS,
+    device: Literal["auto", "cuda", "cpu"] = "auto",
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+    device_map: Literal["auto"] | None = None,
+    seed: int = defaults.SEED,
+) -> dict[str, Any]:
+    """Write a checkpoint with fewer experts per layer, as `bh-routing prune` does.
+
+    Args:
+        model: `demo`, a folder with a checkpoint, or a Hugging Face id.
+        output: the new folder.
+        keep: experts that stay in each layer; give this or alpha.
+        alpha: false discovery rate of Benjamini-Hochberg over all experts of the model, at which
+            "this expert matters to the text" is rejected. The layer with the fewest rejected
+            experts decides how many stay in each layer.
+        score: "reap", "fisher_mass", "frequency" or "random": each layer's best experts stay.
+        texts: text to score the experts on; None: the packaged calibration text.
+        max_tokens: tokens of the texts to use, spread over them.
+        device, dtype, device_map: as in `load_model`, for scoring; the weights are copied as they
+            are stored.
+        seed: seed of the random score, and of the test's bootstrap.
+    Returns:
+        The content of pruning.json: the kept experts by router, all scores, and provenance.
+    Raises:
+        InputError: keep, alpha or a text can't be used.
+        ModelError: the model can't be loaded, routed or pruned; nothing is written.
+        ResultsError: the folder exists, or can't be written.
+    """
+    spec = make_spec(
+        PruneSpec, model=model, output=output, keep=keep, alpha=alpha, score=score,
+        max_tokens=max_tokens, device=device, dtype=dtype, device_map=device_map, seed=seed,
+    )  # fmt: skip
+    return prune_checkpoint(spec, None if texts is None else as_documents(texts))

@@ -75,19 +75,21 @@ def make_routers(decoder: Decoder) -> list[Router]:
     ]
 
 
-def write(decoder: Decoder, bind: Any, tokens: list[int]) -> tuple[Tensor, ...]:
-    """Feed tokens; return each step's logits, the cache, and what was noted."""
+def write(decoder: Decoder, bind: Any, steps: list[Any], starts: Any = 0) -> tuple[Tensor, ...]:
+    """Feed one token per step and sequence; return each step's logits, the cache, and the rest."""
+    token_SB = torch.tensor(steps).view(len(steps), -1)
     with torch.inference_mode():
-        state = DecodeState.empty(decoder, batch=1, num_positions=8, num_slots=3)
+        state = DecodeState.empty(decoder, batch=token_SB.shape[1], num_positions=8, num_slots=3)
         step = bind(decoder, state, make_routers(decoder))
+        state.position_B.copy_(torch.as_tensor(starts))
         logits = []
-        for position, token in enumerate(tokens):
-            state.token_B.fill_(token)
-            state.position_1.fill_(position)
+        for number, token_B in enumerate(token_SB):
+            state.token_B.copy_(token_B)
             step()
-            logits.append(state.logits_BV[0].clone())
-            assert int(state.token_B) == int(logits[-1].argmax())
-            assert int(state.position_1) == position + 1
+            logits.append(state.logits_BV.clone())
+            assert torch.equal(state.token_B, logits[-1].argmax(-1))
+            ends = torch.as_tensor(starts).expand_as(token_B) + number + 1
+            assert torch.equal(state.position_B.cpu(), ends)
     noted = (state.kept_PLBK, state.token_PB, state.top_PB)
     return torch.stack(logits), state.keys, state.values, *noted
 
@@ -104,24 +106,74 @@ def test_the_kernels_write_what_torch_writes(family: str, monkeypatch: pytest.Mo
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+STEPS = [[7, 44, 0], [13, 13, 30], [13, 2, 13], [1, 40, 13]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("programs", [1, 1024])
+def test_the_kernels_of_a_batch_write_what_torch_writes(
+    family: str, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = importlib.import_module("bh_routing.kernels.decode_triton")
+    many = importlib.import_module("bh_routing.kernels.decode_batch_triton")
+    # Parts of 2 positions or of all, so that a few tokens fill several or one.
+    monkeypatch.setattr(few, "POSITIONS_IN_A_PART", 2)
+    monkeypatch.setattr(few, "MOST_PROGRAMS", programs)
+    decoder = make_decoder(family)
+    starts = [0, 4, 2]
+    expected = write(decoder, bind_torch, STEPS, starts)
+    found = write(decoder, many.bind_batch, STEPS, starts)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_expert_of_more_tokens_than_a_tile_is_read_in_several() -> None:
+    many = importlib.import_module("bh_routing.kernels.decode_batch_triton")
+    decoder = make_decoder("mixtral")
+    # The same token 40 times: all of its experts have 40 slots, a tile 16.
+    steps = [[7] * 40 + [1], [3] * 20 + [9] * 21]
+    expected = write(decoder, bind_torch, steps)
+    found = write(decoder, many.bind_batch, steps)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bind", ["bind_torch", "bind_batch"])
+def test_a_sequence_of_another_length_is_written_as_alone(bind: str) -> None:
+    many = importlib.import_module("bh_routing.kernels.decode_batch_triton")
+    decoder = make_decoder("qwen3_moe")
+    starts = [3, 0, 4]
+    function = {"bind_torch": bind_torch, "bind_batch": many.bind_batch}[bind]
+    together = write(decoder, function, STEPS, starts)[0]
+    for column, start in enumerate(starts):
+        tokens = [row[column] for row in STEPS]
+        alone = write(decoder, bind_torch, tokens, start)[0]
+        torch.testing.assert_close(together[:, column], alone[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def feed(bind: str, decoder: Decoder, tokens: list[int]) -> Tensor:
+    """Feed tokens, to two sequences if `bind` takes a batch; return the largest logits by step."""
+    module = "decode_triton" if bind == "bind_few" else "decode_batch_triton"
+    kernels = importlib.import_module(f"bh_routing.kernels.{module}")
+    function = bind_torch if bind == "bind_torch" else getattr(kernels, bind)
+    steps = [[token, 1] for token in tokens] if bind == "bind_batch" else tokens
+    return write(decoder, function, steps)[-1][:, 0]
+
+
+BINDS = ["bind_torch", "bind_few", "bind_batch"]
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("bind", ["bind_torch", "bind_few"])
+@pytest.mark.parametrize("bind", BINDS)
 def test_the_noted_logit_tells_which_steps_are_broken(bind: str, value: float) -> None:
-    few = importlib.import_module("bh_routing.kernels.decode_triton")
     decoder = make_decoder("qwen3_moe")
     # Broken is the last step alone: its token's embedding, after the tokens before were written.
     decoder.embedding_VH[13, 5] = value
-    top_PB = write(decoder, {"bind_torch": bind_torch, "bind_few": few.bind_few}[bind], [7, 0, 13])[
-        -1
-    ]
-    assert (top_PB[:3, 0] < torch.inf).tolist() == [True, True, False]
+    top_P = feed(bind, decoder, [7, 0, 13])
+    assert (top_P[:3] < torch.inf).tolist() == [True, True, False]
 
 
-@pytest.mark.parametrize("bind", ["bind_torch", "bind_few"])
+@pytest.mark.parametrize("bind", BINDS)
 def test_one_nan_among_the_logits_is_noted(bind: str) -> None:
-    few = importlib.import_module("bh_routing.kernels.decode_triton")
     decoder = make_decoder("qwen3_moe")
     decoder.head_VH[31, 2] = torch.nan
-    top_PB = write(decoder, {"bind_torch": bind_torch, "bind_few": few.bind_few}[bind], [7, 0])[-1]
-    assert not (top_PB[:2] < torch.inf).any()
+    assert not (feed(bind, decoder, [7, 0])[:2] < torch.inf).any()

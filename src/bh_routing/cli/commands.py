@@ -27,6 +27,7 @@ from bh_routing.experiments.specs import (
     LmEvalSpec,
     ModelSpec,
     PromptChoice,
+    PruneSpec,
     RunSpec,
     SweepSpec,
     make_spec,
@@ -160,6 +161,28 @@ def sweep(context: typer.Context, values: Values, as_json: JsonOption = False) -
     if as_json:
         _print_json(document)
     return 1 if problems else 0
+
+
+@with_options(PruneSpec)
+def prune(
+    context: typer.Context,
+    values: Values,
+    model: Annotated[str, typer.Argument(help="`demo`, a folder, or a Hugging Face id.")],
+    as_json: JsonOption = False,
+) -> int:
+    """Write a checkpoint with fewer experts per layer, which transformers and vLLM load."""
+    with console_log():
+        from bh_routing.experiments.prune import prune as write_pruned
+
+        made = write_pruned(make_spec(PruneSpec, model=model, **values))
+    typer.echo(
+        f"wrote {values['output']}: {made['keep']} of {made['num_experts']} experts in each of "
+        f"{len(made['kept'])} layers, by {made['score']}",
+        err=True,
+    )
+    if as_json:
+        _print_json(made)
+    return 0
 
 
 @with_options(LmEvalSpec, Choice)

@@ -36,6 +36,7 @@ for _command in (
     commands.calibrate,
     commands.evaluate,
     commands.sweep,
+    commands.prune,
     commands.lm_eval,
     commands.report,
     commands.export,

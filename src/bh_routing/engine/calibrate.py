@@ -62,9 +62,8 @@ def calibrate(
     routers = find_routers(model)
     refuse_routed(site.module for site in routers.sites)
     text_only = [document.text for document in as_documents(texts)]
-    read = {text: ids for text in text_only if (ids := tokenizer(text, verbose=False)["input_ids"])}
-    if not (documents := list(read.values())):
-        raise InputError("the calibration text is empty; give at least one document")
+    read = tokenize_distinct(tokenizer, text_only)
+    documents = list(read.values())
     tabled = [name for name in nulls if name not in OF_SLOTS]
     # Seeded by layer, not by null: a table doesn't depend on the nulls fitted with it.
     reservoirs = {
@@ -73,7 +72,7 @@ def calibrate(
         for site in routers.sites
     }
     taken = spread_tokens([len(ids) for ids in documents], max_tokens)
-    windows = _windows(model, documents, taken)
+    windows = cut_windows(model, documents, taken)
     logits = {
         site.layer: Reservoir(OBSERVED_TOKENS, (seed, 1, site.layer), site.facts.num_experts)
         for site in routers.sites
@@ -127,6 +126,14 @@ def _nulls_to_fit(
     return list(dict.fromkeys([*nulls, *needed]))
 
 
+def tokenize_distinct(tokenizer: Any, texts: Iterable[str]) -> dict[str, list[int]]:
+    """Return the token ids of each text, without empty ones; InputError if none is left."""
+    read = {text: ids for text in texts if (ids := tokenizer(text, verbose=False)["input_ids"])}
+    if not read:
+        raise InputError("the calibration text is empty; give at least one document")
+    return read
+
+
 def _texts_read(
     tokenizer: Any, documents: Mapping[str, list[int]], taken: Sequence[int]
 ) -> Iterator[str]:
@@ -138,7 +145,7 @@ def _texts_read(
             yield tokenizer.decode(ids[:length], skip_special_tokens=True)
 
 
-def _windows(
+def cut_windows(
     model: Any, documents: Sequence[list[int]], taken: Sequence[int]
 ) -> list[tuple[int, Tensor]]:
     """Cut the start of each document, by number, into windows within the model's context."""

@@ -85,7 +85,7 @@ class Session:
             self.state.keys[number, :, :, :length] = layer.keys
             self.state.values[number, :, :, :length] = layer.values
         self.state.token_B.copy_(token_B)
-        self.state.position_1.fill_(length)
+        self.state.position_B.fill_(length)
         self.state.logits_BV.zero_()
         return length
 

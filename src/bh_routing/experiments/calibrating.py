@@ -24,7 +24,12 @@ from bh_routing.engine.texts import (
 from bh_routing.errors import CalibrationError, InputError
 from bh_routing.experiments.configurations import NamedRule
 from bh_routing.experiments.defaults import CALIBRATION_TOKENS
-from bh_routing.experiments.specs import CalibratedSpec, CalibrateSpec, ConfiguredSpec
+from bh_routing.experiments.specs import (
+    CalibratedSpec,
+    CalibrateSpec,
+    ConfiguredSpec,
+    PruneSpec,
+)
 from bh_routing.models.load import load_model
 from bh_routing.models.routers import model_fingerprint
 from bh_routing.nulls.calibration import Calibration
@@ -59,7 +64,7 @@ class CalibrationText(NamedTuple):
     source: str
 
 
-def calibration_documents(spec: CalibratedSpec | CalibrateSpec) -> CalibrationText:
+def calibration_documents(spec: CalibratedSpec | CalibrateSpec | PruneSpec) -> CalibrationText:
     """Read the calibration text of a run.
 
     Raises:

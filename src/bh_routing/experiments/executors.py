@@ -30,7 +30,8 @@ from bh_routing.experiments.experiment import (
 )
 from bh_routing.experiments.identity import experiment_key
 from bh_routing.experiments.run_log import FILE_ONLY
-from bh_routing.experiments.specs import Prompt, shorten
+from bh_routing.experiments.spec_errors import shorten
+from bh_routing.experiments.specs import Prompt
 from bh_routing.experiments.store import ResultStore
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.results.records import STATUS_OK, ExperimentRecord, QualityRecord

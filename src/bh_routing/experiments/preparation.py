@@ -18,7 +18,8 @@ from bh_routing.experiments.executors import Threads, choose_threads, make_grid,
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.identity import identify
 from bh_routing.experiments.quality import QualityPhase
-from bh_routing.experiments.specs import ModelSpec, RunSpec, shorten
+from bh_routing.experiments.spec_errors import shorten
+from bh_routing.experiments.specs import ModelSpec, RunSpec
 from bh_routing.experiments.store import ResultStore
 from bh_routing.models.load import load_model
 from bh_routing.models.routers import ModelFacts, describe_model

@@ -28,7 +28,8 @@ from bh_routing.experiments.preparation import Preparation, load
 from bh_routing.experiments.quality import scored_documents
 from bh_routing.experiments.ray_executor import make_executor
 from bh_routing.experiments.run_log import FILE_ONLY, RunLog
-from bh_routing.experiments.specs import RunSpec, shorten
+from bh_routing.experiments.spec_errors import shorten
+from bh_routing.experiments.specs import RunSpec
 from bh_routing.experiments.store import ResultStore
 from bh_routing.experiments.timing_rounds import write_timing_rounds
 from bh_routing.experiments.token_traces import write_token_traces

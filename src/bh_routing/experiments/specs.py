@@ -6,8 +6,6 @@ imports torch, so that `--help` is fast.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -20,57 +18,10 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails
 
 from bh_routing.errors import InputError
 from bh_routing.experiments import defaults
-
-_SHOWN = 60
-
-
-def describe_error(
-    error: ValidationError,
-    model: type[BaseModel],
-    items: Mapping[str, type[BaseModel]] | None = None,
-) -> str:
-    """Describe the most informative of pydantic's errors in one sentence.
-
-    Args:
-        error: pydantic's exception.
-        model: the validated model.
-        items: field -> model of its items, for fields that are lists of models.
-    """
-    found = error.errors(include_url=False)
-    # A misspelt key is unknown and leaves another one missing: the former explains both.
-    detail = next((item for item in found if item["type"] == "extra_forbidden"), found[0])
-    location = list(detail["loc"])
-    owner = model
-    where = ""
-    if len(location) >= 2 and isinstance(location[1], int):
-        owner = (items or {}).get(str(location[0]), model)
-        where = f"{str(location[0]).removesuffix('s')} {location[1] + 1}"
-        location = location[2:]
-    field = ".".join(str(part) for part in location)
-    known = list(owner.model_fields)
-    if detail["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(field, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "remove it"
-        return (
-            f"{where or 'the run'} has an unknown key {field!r}; known: {', '.join(known)}; {hint}"
-        )
-    if detail["type"] == "missing":
-        return f"{where or 'the run'} has no {field!r}; add it"
-    subject = " ".join(part for part in (where, field) if part)
-    return f"{subject}: {_message(detail)}" if subject else _message(detail)
-
-
-def _message(detail: ErrorDetails) -> str:
-    if detail["type"] == "value_error":
-        return str(detail["ctx"]["error"])
-    message = detail["msg"].removeprefix("Input should be ")
-    shown = repr(detail["input"])
-    shown = shorten(shown)
-    return f"must be {message}, got {shown}; change it"
+from bh_routing.experiments.spec_errors import describe_error, shorten
 
 
 class Prompt(BaseModel):
@@ -183,6 +134,38 @@ class CalibrateSpec(ModelSpec):
     part that needs no gradients."""
     max_tokens: Count = defaults.CALIBRATION_TOKENS
     """Tokens of text to use; no rule takes a calibration from fewer than 5,000."""
+
+
+class PruneSpec(ModelSpec):
+    """Settings of `prune`."""
+
+    model: Annotated[str, Field(min_length=1), NO_OPTION]
+    """`demo`, a folder with a checkpoint, or a Hugging Face id."""
+    output: Path
+    """New folder for the pruned checkpoint."""
+    keep: Annotated[int, Field(ge=2)] | None = None
+    """Experts that stay in each layer; give this or alpha."""
+    alpha: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """False discovery rate of Benjamini-Hochberg over all experts of the model, at which "this
+    expert matters to the text" is rejected; the layer with the fewest rejected experts decides how
+    many stay in each layer."""
+    score: Literal["reap", "fisher_mass", "frequency", "random"] = "fisher_mass"
+    """Score by which each layer's experts stay: mean weight times output norm, estimated loss
+    without the expert, tokens routed to it, or a random order."""
+    calibration_texts: list[Source] = []
+    """Text or JSONL file, or hf:NAME:SPLIT, to score the experts on; may be given several times.
+    Default: the packaged calibration text."""
+    max_tokens: Count = defaults.CALIBRATION_TOKENS
+    """Tokens of text to use, spread over the documents."""
+
+    @model_validator(mode="after")
+    def _one_number(self) -> PruneSpec:
+        if (self.keep is None) == (self.alpha is None):
+            raise ValueError(
+                "keep says how many experts stay in each layer, alpha lets a test decide; give one "
+                f"of them, got keep={self.keep}, alpha={self.alpha}"
+            )
+        return self
 
 
 class CalibratedSpec(ModelSpec):
@@ -387,8 +370,3 @@ def make_spec(kind: type[SpecT], **values: Any) -> SpecT:
         return kind(**values)
     except ValidationError as error:
         raise InputError(describe_error(error, kind, {"prompts": Prompt})) from None
-
-
-def shorten(text: str) -> str:
-    """Truncate a text for a message."""
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"

@@ -1,4 +1,4 @@
-"""Triton attention for one new token, and programmatic dependent launch."""
+"""Triton attention for one new token per sequence, and programmatic dependent launch."""
 
 from __future__ import annotations
 
@@ -21,9 +21,6 @@ def wait_for_previous(OVERLAPS: tl.constexpr):
     """Wait until the previous kernel has ended and its writes are visible."""
     if OVERLAPS:
         gdc_wait()
-
-
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 
 @triton.jit
@@ -101,11 +98,11 @@ def _meet_part(
 
 @triton.jit
 def _join(
-    parts, tops, sums, out, head, num_used, D: tl.constexpr, PARTS: tl.constexpr, S: tl.constexpr
+    parts, tops, sums, out, pair, num_used, D: tl.constexpr, PARTS: tl.constexpr, S: tl.constexpr
 ):
-    """Combine the results of one head's used parts, in order."""
+    """Combine the results of the used parts of one sequence and head, in order."""
     s, d = tl.arange(0, S), tl.arange(0, D)
-    slot_S = head * PARTS + s
+    slot_S = pair * PARTS + s
     # Other programs wrote it: read from L2, not from this multiprocessor's L1 cache.
     top_S = tl.load(tops + slot_S, s < num_used, -float("inf"), cache_modifier=".cg")
     sum_S = tl.load(sums + slot_S, s < num_used, 0.0, cache_modifier=".cg")
@@ -113,7 +110,7 @@ def _join(
     part_SD = tl.load(parts + place_SD, (s < num_used)[:, None], 0.0, cache_modifier=".cg")
     fraction_S = tl.exp(top_S - tl.max(top_S, 0))
     joined_D = tl.sum(fraction_S[:, None] * part_SD, 0) / tl.sum(fraction_S * sum_S, 0)
-    tl.store(out + head * D + d, joined_D.to(out.dtype.element_ty))
+    tl.store(out + pair * D + d, joined_D.to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -123,12 +120,13 @@ def attend(
     PART: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, S: tl.constexpr,
     P: tl.constexpr, NORM: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Attend with one head to the new token (part 0) or to one part of the cache.
+    """Attend with one head of one sequence to the new token (part 0) or to a part of the cache.
 
-    The last program of a head combines its used parts, in order.
+    The last program of a sequence and head combines its used parts, in order.
     """
-    head, part = tl.program_id(0), tl.program_id(1)
-    at = tl.load(position)
+    pair, part = tl.program_id(0), tl.program_id(1)
+    sequence, head = pair // N, pair % N
+    at = tl.load(position + sequence)
     num_used = 1 + tl.cdiv(at, PART)
     if part >= num_used:
         return
@@ -138,7 +136,8 @@ def attend(
     cos_D, sin_D = tl.load(cos + at * D + d), tl.load(sin + at * D + d)
     first = tl.where(part == 0, at, (part - 1) * PART)
     end = tl.minimum(first + PART, at)
-    cache = group * C * D
+    cache = (sequence * G + group).to(tl.int64) * C * D
+    row += sequence * (N + 2 * G) * D
     c = first + tl.arange(0, BLOCK)
     place_CD = cache + c[:, None] * D + d[None, :]
     key_CD = tl.load(keys + place_CD, (c < end)[:, None], 0.0)
@@ -171,11 +170,11 @@ def attend(
             query_D, key_CD, value_CD, keys + cache, values + cache, first, end, scaling,
             D, PART, BLOCK,
         )  # fmt: skip
-    slot = head * PARTS + part
+    slot = pair * PARTS + part
     tl.store(parts + slot * D + d, mixed_D)
     tl.store(tops + slot, top)
     tl.store(sums + slot, total)
     tl.debug_barrier()
-    if tl.atomic_add(arrived + head, 1, sem="acq_rel") == num_used - 1:
-        _join(parts, tops, sums, out, head, num_used, D, PARTS, S)
-        tl.store(arrived + head, 0)  # for the next layer
+    if tl.atomic_add(arrived + pair, 1, sem="acq_rel") == num_used - 1:
+        _join(parts, tops, sums, out, pair, num_used, D, PARTS, S)
+        tl.store(arrived + pair, 0)  # for the next layer

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +31,10 @@ class DecodeState:
 
     token_B: Tensor
     """int64: the input tokens, after the step the output tokens."""
-    position_1: Tensor
-    """int64: position of the input tokens; increased by 1 in a step."""
+    position_B: Tensor
+    """int64: positions of the input tokens; increased by 1 in a step."""
+    row_B: Tensor
+    """int64: numbers of the sequences."""
     token_PB: Tensor
     """int64: output tokens by the position of their input token."""
     kept_PLBK: Tensor
@@ -48,12 +50,13 @@ class DecodeState:
     def empty(
         cls, decoder: Decoder, *, batch: int, num_positions: int, num_slots: int
     ) -> DecodeState:
-        """Allocate a state for sequences of equal lengths."""
+        """Allocate a state for sequences of any lengths up to `num_positions`."""
         like = decoder.embedding_VH
         shape = (len(decoder.layers), batch, decoder.num_key_heads, num_positions, decoder.head_dim)
         return cls(
             token_B=like.new_zeros(batch, dtype=torch.int64),
-            position_1=like.new_zeros(1, dtype=torch.int64),
+            position_B=like.new_zeros(batch, dtype=torch.int64),
+            row_B=torch.arange(batch, device=like.device),
             token_PB=like.new_zeros(num_positions, batch, dtype=torch.int64),
             kept_PLBK=like.new_zeros(
                 num_positions, len(decoder.layers), batch, num_slots, dtype=torch.int16
@@ -66,30 +69,25 @@ class DecodeState:
 
     def record(self, slots: Sequence[RoutedSlots]) -> None:
         """Record the kept experts of all layers for the input tokens; no host sync."""
-        index_LBK = torch.stack([layer.top_k_index_TK for layer in slots])
-        keep_LBK = torch.stack([layer.keep_TK for layer in slots])
-        kept_LBK = torch.where(keep_LBK, index_LBK, DROPPED).to(torch.int16)
-        self.kept_PLBK.index_copy_(0, self.position_1, kept_LBK.unsqueeze(0))
+        index_BLK = torch.stack([layer.top_k_index_TK for layer in slots], 1)
+        keep_BLK = torch.stack([layer.keep_TK for layer in slots], 1)
+        kept_BLK = torch.where(keep_BLK, index_BLK, DROPPED).to(torch.int16)
+        self.kept_PLBK.transpose(1, 2)[self.position_B, self.row_B] = kept_BLK
 
 
 def bind_torch(decoder: Decoder, state: DecodeState, routers: Sequence[Router]) -> Step:
     """Return a step for a batch; on CUDA it makes no host sync and can be captured in a graph."""
-    num_positions = state.keys.shape[3]
     caches = list(zip(state.keys, state.values, strict=True))
     experts = [_bind_experts(layer, state.token_B.is_cuda) for layer in decoder.layers]
     parts = list(zip(decoder.layers, routers, experts, caches, strict=True))
-    positions_P = torch.arange(num_positions, device=state.position_1.device)
 
     def step() -> None:
         hidden_BH = functional.embedding(state.token_B, decoder.embedding_VH)
-        if hidden_BH.is_cuda:
-            at, place = _everything(decoder, state, positions_P), state.position_1
-        else:
-            at, place = _what_is_written(decoder, int(state.position_1)), None
+        at = _everything(decoder, state) if hidden_BH.is_cuda else _written(decoder, state)
         slots: list[RoutedSlots] = []
         for layer, route, mix, cache in parts:
             normed_BH = _normalise(hidden_BH, layer.input_norm)
-            hidden_BH = hidden_BH + _attend(layer.attention, decoder, normed_BH, at, cache, place)
+            hidden_BH = hidden_BH + _attend(layer.attention, decoder, normed_BH, at, cache)
             normed_BH = _normalise(hidden_BH, layer.experts_norm)
             slots.append(route(functional.linear(normed_BH, layer.gate_EH)))
             hidden_BH = hidden_BH + mix(normed_BH, slots[-1])
@@ -98,35 +96,48 @@ def bind_torch(decoder: Decoder, state: DecodeState, routers: Sequence[Router]) 
         state.token_B.copy_(logits_BV.argmax(-1))
         # argmax treats NaN as the largest, so the chosen logit reveals any NaN.
         top_B1 = logits_BV.gather(1, state.token_B.unsqueeze(1))
-        state.top_PB.index_copy_(0, state.position_1, top_B1.T.float())
+        state.top_PB[state.position_B, state.row_B] = top_B1[:, 0].float()
         state.record(slots)
-        state.token_PB.index_copy_(0, state.position_1, state.token_B.unsqueeze(0))
-        state.position_1.add_(1)
+        state.token_PB[state.position_B, state.row_B] = state.token_B
+        state.position_B.add_(1)
 
     return step
 
 
 class _At(NamedTuple):
-    """Attention's inputs that depend on the step's position."""
+    """Attention's inputs that depend on the step's positions."""
 
-    cos_1D: Tensor
-    sin_1D: Tensor
+    cos_B1D: Tensor
+    sin_B1D: Tensor
+    place_2B: tuple[Tensor, Tensor]
+    """Sequence and position of the new keys and values in the cache."""
     length: int
     """Positions of the cache that attention reads."""
-    seen: Tensor | None
+    seen_B11P: Tensor | None
     """Mask of the positions attended to; None for all."""
 
 
-def _what_is_written(decoder: Decoder, position: int) -> _At:
-    here = slice(position, position + 1)
-    return _At(decoder.cos_PD[here], decoder.sin_PD[here], position + 1, None)
+def _written(decoder: Decoder, state: DecodeState) -> _At:
+    positions = state.position_B.tolist()
+    length = max(positions) + 1
+    return _at(decoder, state, length, are_all_seen=min(positions) + 1 == length)
 
 
-def _everything(decoder: Decoder, state: DecodeState, positions_P: Tensor) -> _At:
+def _everything(decoder: Decoder, state: DecodeState) -> _At:
     # A graph's shapes are fixed: it reads the whole cache and masks the rest.
-    place = state.position_1
-    seen = (positions_P <= place).view(1, 1, 1, -1)
-    return _At(decoder.cos_PD[place], decoder.sin_PD[place], len(positions_P), seen)
+    return _at(decoder, state, state.keys.shape[3], are_all_seen=False)
+
+
+def _at(decoder: Decoder, state: DecodeState, length: int, *, are_all_seen: bool) -> _At:
+    place_B = state.position_B
+    seen_BP = torch.arange(length, device=place_B.device) <= place_B[:, None]
+    return _At(
+        decoder.cos_PD[place_B].unsqueeze(1),
+        decoder.sin_PD[place_B].unsqueeze(1),
+        (state.row_B, place_B),
+        length,
+        None if are_all_seen else seen_BP[:, None, None],
+    )
 
 
 def _bind_experts(layer: Layer, is_cuda: bool) -> Callable[[Tensor, RoutedSlots], Tensor]:
@@ -155,23 +166,19 @@ def _attend(
     normed_BH: Tensor,
     at: _At,
     cache: tuple[Tensor, Tensor],
-    place: Tensor | None,
 ) -> Tensor:
     dim, num_heads = decoder.head_dim, decoder.num_heads
     heads = _rotate(_queries_and_keys(attention, normed_BH, dim), at)
     query_BND, key_BGD = heads[:, :num_heads], heads[:, num_heads:]
     value_BGD = functional.linear(normed_BH, attention.value).view(key_BGD.shape)
+    for part, new_BGD in zip(cache, (key_BGD, value_BGD), strict=True):
+        part.transpose(1, 2)[at.place_2B] = new_BGD
     keys, values = (part[:, :, : at.length] for part in cache)
-    if place is None:
-        keys[:, :, -1], values[:, :, -1] = key_BGD, value_BGD
-    else:
-        keys.index_copy_(2, place, key_BGD.unsqueeze(2))
-        values.index_copy_(2, place, value_BGD.unsqueeze(2))
     mixed = functional.scaled_dot_product_attention(
         query_BND.unsqueeze(2),
         keys,
         values,
-        attn_mask=at.seen,
+        attn_mask=at.seen_B11P,
         scale=decoder.scaling,
         enable_gqa=num_heads != decoder.num_key_heads,
     )
@@ -205,22 +212,25 @@ def _queries_and_keys(attention: Attention, normed_BH: Tensor, dim: int) -> Tens
 
 
 def _rotate(heads: Tensor, at: _At) -> Tensor:
-    return heads * at.cos_1D + heads.roll(heads.shape[-1] // 2, -1) * at.sin_1D
+    return heads * at.cos_B1D + heads.roll(heads.shape[-1] // 2, -1) * at.sin_B1D
 
 
-# Triton is optional, and decode_triton requires it.
-_FEW: Final[Any] = (
-    import_module("bh_routing.kernels.decode_triton") if find_spec("triton") else None
+# Triton is optional, and these modules require it.
+_FEW, _BATCH = (
+    import_module(f"bh_routing.kernels.{name}") if find_spec("triton") else None
+    for name in ("decode_triton", "decode_batch_triton")
 )
 
 
 def bind_step(decoder: Decoder, state: DecodeState, routers: Sequence[Router]) -> Step:
-    """Return the fastest step: Triton kernels for one sequence on a GPU, else plain torch."""
-    if (
-        _FEW is not None
-        and decoder.embedding_VH.is_cuda
-        and _FEW.serves(decoder, len(state.token_B))
-    ):
+    """Return the fastest step: Triton kernels for up to 64 sequences on a GPU, or plain torch."""
+    batch = len(state.token_B)
+    if not decoder.embedding_VH.is_cuda or _FEW is None or _BATCH is None:
+        return bind_torch(decoder, state, routers)
+    if _FEW.serves(decoder, batch):
         step: Step = _FEW.bind_few(decoder, state, routers)
-        return step
-    return bind_torch(decoder, state, routers)
+    elif _BATCH.serves(decoder, batch):
+        step = _BATCH.bind_batch(decoder, state, routers)
+    else:
+        step = bind_torch(decoder, state, routers)
+    return step

@@ -14,7 +14,7 @@ cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -35,8 +35,11 @@ from bh_routing.kernels.router import RoutedSlots, Router
 # 0.02 ms more, and parts of 32 or 128 positions 0.06 ms more.
 POSITIONS_IN_A_PART: Final = 64
 ATTEND_WARPS: Final = 4
+BATCH_ATTEND_WARPS: Final = 2
 MOST_PARTS: Final = 16
-"""Parts of the cache that attention reads in parallel, in addition to the new token."""
+"""Parts of a sequence's cache that attention reads in parallel, in addition to the new token."""
+MOST_PROGRAMS: Final = 1024
+"""Programs up to which attention reads a sequence's cache in parts."""
 ROWS: Final = {"attention": 4, "output": 8, "gate": 1, "head": 16}
 """Rows that one program multiplies."""
 
@@ -108,22 +111,23 @@ def _output(
 
 
 @triton.jit
-def _pick(
-    best, best_row, token, written, top, position,
-    PROGRAMS: tl.constexpr, B: tl.constexpr,
+def pick(
+    best, best_row, token, written, top, position, BATCH: tl.constexpr, PROGRAMS: tl.constexpr,
+    P: tl.constexpr,
 ):  # fmt: skip
-    """Select the token with the largest logit (ties: smallest id) and increment the position."""
-    at = tl.load(position)
-    b = tl.arange(0, B)
-    value_B = tl.load(best + b, b < PROGRAMS, -float("inf"))
-    row_B = tl.load(best_row + b, b < PROGRAMS, 2147483647)
-    largest = tl.max(value_B, 0)
-    picked = tl.min(tl.where(value_B == largest, row_B, 2147483647), 0)
-    tl.store(top + at, largest)
-    tl.store(token, picked.to(tl.int64))
-    tl.store(written + at, picked.to(tl.int64))
+    """Select a sequence's token with the largest logit (ties: smallest id), increment position."""
+    b = tl.program_id(0)
+    at = tl.load(position + b)
+    p = tl.arange(0, P)
+    value_P = tl.load(best + b * PROGRAMS + p, p < PROGRAMS, -float("inf"))
+    row_P = tl.load(best_row + b * PROGRAMS + p, p < PROGRAMS, 2147483647)
+    largest = tl.max(value_P, 0)
+    picked = tl.min(tl.where(value_P == largest, row_P, 2147483647), 0)
+    tl.store(top + at * BATCH + b, largest)
+    tl.store(token + b, picked.to(tl.int64))
+    tl.store(written + at * BATCH + b, picked.to(tl.int64))
     tl.debug_barrier()
-    tl.store(position, at + 1)
+    tl.store(position + b, at + 1)
 
 
 IS_INTERPRETED: Final = not isinstance(_project, triton.JITFunction)
@@ -147,26 +151,18 @@ class _FewStep:
 
     def __init__(self, decoder: Decoder, state: DecodeState, routers: Sequence[Router]) -> None:
         self._decoder, self._state, self._routers = decoder, state, routers
-        self._recorder = _Recorder(state)
+        self._recorder = Recorder(state)
         self._options: dict[str, Any] = {"OVERLAPS": runs_on_hopper() and not IS_INTERPRETED}
         if self._options["OVERLAPS"]:
             self._options["launch_pdl"] = True
         like, num_heads, dim = decoder.embedding_VH, decoder.num_heads, decoder.head_dim
         vocabulary, hidden = decoder.head_VH.shape
-        self._num_positions = state.keys.shape[3]
-        self._part = max(POSITIONS_IN_A_PART, triton.cdiv(self._num_positions, MOST_PARTS))
-        # The new token is a separate part.
-        self._num_parts = 1 + triton.cdiv(self._num_positions, self._part)
         self._stream = like.new_empty(hidden)
         self._residual = like.new_empty(hidden)
         self._normed = like.new_empty(1, hidden)
-        self._row = like.new_empty((num_heads + 2 * decoder.num_key_heads) * dim)
-        self._heads = like.new_empty(num_heads * dim)
-        parts = (num_heads, self._num_parts)
-        self._parts = like.new_empty((*parts, dim), dtype=torch.float32)
-        self._tops = like.new_empty(parts, dtype=torch.float32)
-        self._sums = like.new_empty(parts, dtype=torch.float32)
-        self._arrived = like.new_zeros(num_heads, dtype=torch.int32)
+        self._row = like.new_empty(1, (num_heads + 2 * decoder.num_key_heads) * dim)
+        self._heads = like.new_empty(1, num_heads * dim)
+        self._attend = bind_attention(decoder, state, self._row, self._heads, self._options)
         num_best = triton.cdiv(vocabulary, ROWS["head"])
         self._best = like.new_empty(num_best, dtype=torch.float32)
         self._best_row = like.new_empty(num_best, dtype=torch.int32)
@@ -177,7 +173,8 @@ class _FewStep:
         added = None
         for number, (layer, route) in enumerate(zip(decoder.layers, self._routers, strict=True)):
             self._project("attention", layer.input_norm, layer.attention[:3], self._row, added)
-            self._attend(number, layer)
+            self._attend(number)
+            self._output(layer)
             logits_1E = self._row.new_empty(1, len(layer.gate_EH))
             self._project("gate", layer.experts_norm, [layer.gate_EH], logits_1E, None)
             slots.append(route(logits_1E))
@@ -188,9 +185,9 @@ class _FewStep:
         self._project("head", decoder.norm, [decoder.head_VH], state.logits_BV, added)
         self._recorder.join()
         num_best = len(self._best)
-        _pick[(1,)](
+        pick[(1,)](
             self._best, self._best_row, state.token_B, state.token_PB, state.top_PB,
-            state.position_1, PROGRAMS=num_best, B=triton.next_power_of_2(num_best),
+            state.position_B, BATCH=1, PROGRAMS=num_best, P=triton.next_power_of_2(num_best),
             num_warps=8,
         )  # fmt: skip
 
@@ -213,30 +210,56 @@ class _FewStep:
             num_warps=8 if use == "head" else 4, **self._options,
         )  # fmt: skip
 
-    def _attend(self, number: int, layer: Layer) -> None:
-        decoder, state, weights = self._decoder, self._state, layer.attention
-        dim, num_heads, hidden = decoder.head_dim, decoder.num_heads, len(self._stream)
-        norm, key_norm = weights.query_norm, weights.key_norm
-        width = "none" if norm is None else "head" if norm.weight.numel() == dim else "row"
-        padded = triton.next_power_of_2(num_heads * dim)
-        attend[num_heads, self._num_parts](
-            self._row, norm and norm.weight, key_norm and key_norm.weight,
-            decoder.cos_PD, decoder.sin_PD, state.keys[number], state.values[number],
-            state.position_1, self._parts, self._tops, self._sums, self._arrived, self._heads,
-            norm.eps if norm else 0.0, decoder.scaling,
-            N=num_heads, G=decoder.num_key_heads, D=dim, C=self._num_positions, PART=self._part,
-            BLOCK=min(64, self._part), PARTS=self._num_parts,
-            S=triton.next_power_of_2(self._num_parts), P=padded, NORM=width,
-            num_warps=ATTEND_WARPS, **self._options,
-        )  # fmt: skip
+    def _output(self, layer: Layer) -> None:
+        width, hidden = len(self._heads[0]), len(self._stream)
         _output[(triton.cdiv(hidden, ROWS["output"]),)](
-            self._residual, self._heads, weights.output, self._stream,
-            WIDTH=num_heads * dim, H=hidden, P=padded, R=ROWS["output"], num_warps=4,
+            self._residual, self._heads, layer.attention.output, self._stream,
+            WIDTH=width, H=hidden, P=triton.next_power_of_2(width), R=ROWS["output"], num_warps=4,
             **self._options,
         )  # fmt: skip
 
 
-class _Recorder:
+def bind_attention(
+    decoder: Decoder, state: DecodeState, row_BX: Tensor, heads_BX: Tensor, options: dict[str, Any]
+) -> Callable[[int], None]:
+    """Return the attention of a layer, by its number: from queries, keys and values to heads.
+
+    Args:
+        decoder: the model.
+        state: positions and cache; the new keys and values are written to it.
+        row_BX: a sequence's concatenated queries, keys and values.
+        heads_BX: where a sequence's heads are written.
+        options: constants and options of every launch.
+    """
+    (batch, width), num_heads, dim = heads_BX.shape, decoder.num_heads, decoder.head_dim
+    num_positions = state.keys.shape[3]
+    most_parts = min(MOST_PARTS, max(1, MOST_PROGRAMS // (batch * num_heads)))
+    part = max(POSITIONS_IN_A_PART, triton.cdiv(num_positions, most_parts))
+    # The new token is a separate part.
+    num_parts = 1 + triton.cdiv(num_positions, part)
+    parts = heads_BX.new_empty((batch * num_heads, num_parts, dim), dtype=torch.float32)
+    tops, sums = parts.new_empty(2, batch * num_heads, num_parts)
+    arrived = parts.new_zeros(batch * num_heads, dtype=torch.int32)
+
+    def attend_in(number: int) -> None:
+        weights = decoder.layers[number].attention
+        norm, key_norm = weights.query_norm, weights.key_norm
+        attend[batch * num_heads, num_parts](
+            row_BX, norm and norm.weight, key_norm and key_norm.weight,
+            decoder.cos_PD, decoder.sin_PD, state.keys[number], state.values[number],
+            state.position_B, parts, tops, sums, arrived, heads_BX,
+            norm.eps if norm else 0.0, decoder.scaling,
+            N=num_heads, G=decoder.num_key_heads, D=dim, C=num_positions, PART=part,
+            BLOCK=min(64, part), PARTS=num_parts, S=triton.next_power_of_2(num_parts),
+            P=triton.next_power_of_2(width),
+            NORM="none" if norm is None else "head" if norm.weight.numel() == dim else "row",
+            num_warps=ATTEND_WARPS if batch == 1 else BATCH_ATTEND_WARPS, **options,
+        )  # fmt: skip
+
+    return attend_in
+
+
+class Recorder:
     """Records kept experts on a second stream, concurrently with the last layer's experts."""
 
     def __init__(self, state: DecodeState) -> None:

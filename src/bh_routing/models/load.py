@@ -83,7 +83,7 @@ def load_model(
     target = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, target)
     _check_device_map(device_map, device)
-    source, options = _source_of(name)
+    source, options = source_of(name)
     try:
         tokenizer, model, report = _read(source, torch_dtype, device_map, options)
     except (ModelError, MemoryError, torch.OutOfMemoryError):
@@ -114,13 +114,13 @@ def read_config(name: str) -> PretrainedConfig:
     Raises:
         ModelError: the model can't be found or reached, or its family isn't supported.
     """
-    source, options = _source_of(name)
+    source, options = source_of(name)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(source, **options)
     except Exception as error:  # transformers may raise anything on an untested checkpoint
         raise ModelError(_explain(name, options, error)) from error
     family_of(config.model_type)
-    _auto_class(config)
+    auto_class(config)
     return config
 
 
@@ -128,7 +128,7 @@ _DENOISING: Final = frozenset({"diffusion_gemma"})
 """Families that denoise whole blocks: they have no loss of a next token and no decode step."""
 
 
-def _auto_class(config: PretrainedConfig) -> Any:
+def auto_class(config: PretrainedConfig) -> Any:
     """Return the transformers auto class that loads this configuration for generation."""
     if config.model_type not in _DENOISING:
         if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -141,7 +141,7 @@ def _auto_class(config: PretrainedConfig) -> Any:
     )
 
 
-def _source_of(name: str) -> tuple[str, dict[str, Any]]:
+def source_of(name: str) -> tuple[str, dict[str, Any]]:
     """Return the folder or hub id, and the keyword arguments for transformers."""
     source = str(demo_folder()) if name == DEMO else name
     options: dict[str, Any] = {"trust_remote_code": False}
@@ -172,7 +172,7 @@ def _read(
         if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
             raise ModelError(_NO_TOKENIZER.format(source))
         widening = widening_of(source, config)
-        model, report = _auto_class(config).from_pretrained(
+        model, report = auto_class(config).from_pretrained(
             source,
             config=config,
             dtype=dtype,

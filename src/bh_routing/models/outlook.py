@@ -10,7 +10,7 @@ from bh_routing.models.families import family_of, family_rows, takes_temperature
 from bh_routing.models.load import read_config
 from bh_routing.models.routers import Routers
 
-_TOP_K_FIELDS: Final = (
+TOP_K_FIELDS: Final = (
     "num_experts_per_tok",
     "num_experts_per_token",
     "top_k_experts",
@@ -72,7 +72,7 @@ def outlook_from_routers(model_type: str, routers: Routers) -> Outlook:
 def _top_k(text: Any) -> int | None:
     """Return the experts per token; None if not given or if layers differ."""
     for holder in (text, getattr(text, "ffn_config", None)):
-        for field in _TOP_K_FIELDS:
+        for field in TOP_K_FIELDS:
             value = getattr(holder, field, None)
             values = set(value) if isinstance(value, list | tuple) else {value}
             if len(values) == 1 and isinstance(k := values.pop(), int) and k > 0:
