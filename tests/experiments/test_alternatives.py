@@ -50,8 +50,6 @@ def document_of(folder: Path) -> dict[str, Any]:
     return document
 
 
-# One configuration of four tokens leaves a plot no room, which is a warning outside of tests.
-@pytest.mark.filterwarnings("ignore:constrained_layout not applied")
 def test_bh_drop_is_scored_where_bh_loses_and_its_command_runs(
     tiny_spec: MakeTinySpec, scored: dict[str, Any], loaded_demo: LoadedModel
 ) -> None:
@@ -84,7 +82,9 @@ def test_bh_drop_is_scored_where_bh_loses_and_its_command_runs(
     name = found["rules"][0]["config_name"]
     program, *arguments = shlex.split(found["commands"][name])
     assert program == "bh-routing" and main(arguments) == 0
-    again = load_results(Path(f"{spec.output}-bh_drop")).quality
+    folder = Path(f"{spec.output}-bh_drop")
+    assert document_of(folder)["baseline"] == "top_k_k-8"
+    again = load_results(folder).quality
     losses = {r.document_key: r.nll_sum for r in again if r.rule["method"] == "bh_drop"}
     assert losses == {r.document_key: r.nll_sum for r in quality if r.config_name == name}
 
@@ -97,7 +97,8 @@ def test_nothing_is_added_where_no_bh_configuration_loses(
     assert run(spec).exit_code == 0
     found = document_of(spec.output)["alternatives"]
     assert (found["rules"], found["skipped"]) == ([], None)
-    assert shlex.split(found["commands"]["top_p"])[4:6] == ["--rule", "top_p:p=0.7"]
+    rules = {name: shlex.split(text)[4:-2] for name, text in found["commands"].items()}
+    assert rules["top_p"] == ["--rule", "top_k:k=8", "--rule", "top_p:p=0.7", *rules["topk_8"][2:]]
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ def test_an_error_rate_is_nearer_to_alpha_on_noise_than_a_knob() -> None:
         for row in RESULTS["noise"]
         if row["alpha"] == 0.05
     }
-    assert excess["error rate", "gaussian"] < 3 < 15 < excess["knob", "background"]
+    assert excess["error rate", "gaussian"] < 3 < 15 < excess["tuning parameter", "background"]
 
 
 def test_the_examples_of_the_page_run() -> None:

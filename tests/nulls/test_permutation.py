@@ -91,7 +91,7 @@ def test_on_noise_the_studentized_background_rejects_too_so_its_alpha_is_a_knob(
     rule = BenjaminiHochberg(0.05, null="background_studentized")
     (result,) = noise_control([rule], num_experts=64, model_top_k=8)
     assert result.share_any_low > 0.5
-    assert get_null("background_studentized").alpha_is == "knob"
+    assert get_null("background_studentized").alpha_is == "tuning parameter"
 
 
 def test_studentizing_makes_a_score_blind_to_the_rows_scale() -> None:

@@ -163,7 +163,7 @@ RUN: dict[str, Any] = {
     "nulls": [
         {
             "name": "background",
-            "alpha_is": "knob",
+            "alpha_is": "tuning parameter",
             "meaning": "a tuning parameter, not an error rate: noise is rejected too",
             "noise": [
                 {

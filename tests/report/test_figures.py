@@ -204,6 +204,21 @@ def test_pictures_of_time_show_the_rounds_that_their_titles_speak_of(
     assert set(draw(results, tmp_path)) >= REQUIRED
 
 
+@pytest.mark.parametrize("names", [1, 2])
+@pytest.mark.parametrize("categories", [4, 13])
+@pytest.mark.parametrize(
+    "name", ["bh_drop:alpha=0.1705,scope=population", "x" * 150, "several words " * 12]
+)
+def test_long_names_leave_every_plot_room(
+    name: str, categories: int, names: int, make_results: MakeResults, tmp_path: Path
+) -> None:
+    # Warnings are errors here: matplotlib warns where a plot's labels leave no room for its axes.
+    configs = {name: 4.0} if names == 1 else {name: 4.0, f"{name}2": 5.0}
+    results = make_results(configs, categories)
+    results["prompt_category"] = results["prompt_text"].str.replace("Prompt", "a long category,")
+    assert set(draw(results, tmp_path)) >= REQUIRED
+
+
 def test_no_title_compares_times_of_an_unsteady_machine(results: pd.DataFrame) -> None:
     assert not findings.is_unsteady(facts_about(results))
     of_baseline = results["config_name"] == "topk_8"

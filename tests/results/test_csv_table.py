@@ -87,6 +87,22 @@ def test_both_tables_of_a_run_hold_any_prompt(text: str, tmp_path: Path) -> None
     assert read_timings(table)["prompt_text"].tolist() == [text, text]
 
 
+def test_a_number_that_a_failed_experiment_lacks_is_an_empty_cell(tmp_path: Path) -> None:
+    failed = make_record(status="failed", error="out of memory", avg_experts_per_token=math.nan)
+    row = render_row(failed)
+    assert "nan" not in row and ",,,," in row
+    table = tmp_path / "table.csv"
+    older = row.replace(",,", ",nan,").replace(",,", ",nan,")  # as older versions wrote it
+    table.write_text(render_header() + row + older)
+    numbers = read_experiments(table)[["avg_experts_per_token", "max_experts", "tokens_per_sec"]]
+    assert numbers.shape == (2, 3) and numbers.isna().all(axis=None)
+
+
+@pytest.mark.parametrize("value", [None, math.nan, np.float64("nan")])
+def test_an_unknown_value_is_an_empty_cell_in_every_table(value: float | None) -> None:
+    assert render_csv([{"a": value, "b": 1, "c": "nan"}]) == b"a,b,c\n,1,nan\n"
+
+
 @pytest.mark.parametrize(
     ("content", "match"),
     [

@@ -211,15 +211,21 @@ def find_alternatives(
     return Subject(model, tokenizer, calibration), found, about
 
 
-def command_of(spec: RunSpec, rule: Rule) -> str | None:
+def command_of(spec: RunSpec, rule: Rule, baseline: TopK) -> str | None:
     """Return the command that runs a rule with a run's settings; None if no option can state it.
 
     The calibration is that of the run's folder, so the rule makes the same decisions.
+
+    Args:
+        spec: the run's spec.
+        rule: the rule.
+        baseline: the model's own top-k, which the command runs as well.
     """
-    text = rule_text(rule)
-    if text is None:
+    texts = [rule_text(each) for each in dict.fromkeys((baseline, rule))]
+    if None in texts:
         return None
-    words = ["bh-routing", "run", "--model", spec.model, "--rule", text]
+    words = ["bh-routing", "run", "--model", spec.model]
+    words += [word for text in texts for word in ("--rule", str(text))]
     if rule.required_null is not None:
         words += ["--calibration", str(Path(spec.output) / CALIBRATION)]
     for name in _CARRIED:

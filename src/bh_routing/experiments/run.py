@@ -43,6 +43,7 @@ from bh_routing.results.records import (
     QualityRecord,
 )
 from bh_routing.rules.catalog import make_rule
+from bh_routing.rules.fixed import TopK
 
 log = logging.getLogger(__name__)
 
@@ -277,7 +278,8 @@ def _score_alternatives(
             # Models lack gradients or memory in many ways, and nothing requested depends on it.
             skipped = " ".join(str(error).split())
             log.warning("bh_drop isn't scored for comparison: %s", skipped)
-    commands = {name: command_of(spec, rule) for name, rule in rules.items()}
+    own = TopK(prepared.loaded.facts.model_top_k)
+    commands = {name: command_of(spec, rule, own) for name, rule in rules.items()}
     document = {"rules": found, "skipped": skipped, "commands": commands}
     store.update_document({ALTERNATIVES: document})
 

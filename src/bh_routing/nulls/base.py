@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bh_routing.errors import CalibrationError
 
-AlphaMeaning = Literal["error rate", "knob", "nothing"]
+AlphaMeaning = Literal["error rate", "tuning parameter", "nothing"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

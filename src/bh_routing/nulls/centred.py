@@ -127,7 +127,7 @@ class Background(TabledNull):
     """Reference: the experts outside the model's own top-k."""
 
     name: ClassVar[str] = "background"
-    alpha_is: ClassVar[AlphaMeaning] = "knob"
+    alpha_is: ClassVar[AlphaMeaning] = "tuning parameter"
     meaning: ClassVar[str] = (
         "a tuning parameter, not an error rate: the reference was truncated by the very selection "
         "under test, so pure noise is rejected too"

@@ -171,25 +171,26 @@ def render_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None 
     """Render a header and rows.
 
     Args:
-        rows: column -> value; numbers are written by `repr`, None and NaN as an empty cell.
+        rows: column -> value, as for `render_csv_row`.
         columns: names of the header, in order; None: the keys of the first row.
     """
     rows = list(rows)
     names = list(rows[0] if columns is None and rows else columns or ())
-    cells = ([_known(row[name]) for name in names] for row in rows)
-    lines = [render_csv_row(names), *map(render_csv_row, cells)]
+    lines = [render_csv_row(names), *(render_csv_row(row[name] for name in names) for row in rows)]
     return "".join(lines).encode(errors="backslashreplace")
 
 
 def render_csv_row(values: Iterable[Any]) -> str:
     """Render one row with its line ending; a row may hold quoted line endings.
 
+    Numbers are written by `repr`, None and NaN as an empty cell.
+
     Example:
-        >>> render_csv_row([0.5, "=1+1", "red\\x1b[31m", "a, b"])
-        '0.5,\\'=1+1,red\\\\x1b[31m,"a, b"\\n'
+        >>> render_csv_row([0.5, math.nan, "=1+1", "red\\x1b[31m", "a, b"])
+        '0.5,,\\'=1+1,red\\\\x1b[31m,"a, b"\\n'
     """
     buffer = io.StringIO()
-    cells = [_written(value) if isinstance(value, str) else value for value in values]
+    cells = [_written(value) if isinstance(value, str) else _known(value) for value in values]
     # The writer quotes only the line endings it is given: pass both, then end the line with one.
     csv.writer(buffer, lineterminator="\r\n").writerow(cells)
     return buffer.getvalue().removesuffix("\r\n") + "\n"

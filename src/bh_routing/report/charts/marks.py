@@ -125,7 +125,12 @@ def draw_heat_map(
         labels: labels of the columns' axis, the rows' axis and the colour bar.
     """
     height, width = values_YX.shape
-    figure, axes = new_figure(1.2 + min((0.2 if isinstance(rows, range) else 0.3) * height, 6.0))
+    is_turned = not isinstance(columns, range) and width > 3
+    degrees = 90 if width > 12 else 30
+    ticks = [] if isinstance(columns, range) else short_labels(columns)
+    room = 0.075 * max(map(len, ticks)) * math.sin(math.radians(degrees)) if is_turned else 0.0
+    body = min((0.2 if isinstance(rows, range) else 0.3) * height, 6.0)
+    figure, axes = new_figure(1.2 + room + body)
     image = axes.imshow(values_YX, aspect="auto", interpolation="nearest", vmin=0.0)
     figure.colorbar(image, ax=axes, pad=0.02).set_label(labels[2])
     axes.spines[:].set_visible(False)
@@ -139,8 +144,8 @@ def draw_heat_map(
         else:
             axis.set_ticks(range(len(names)), short_labels(names))
             named.append([plain(name, 40) for name in names])
-    if not isinstance(columns, range) and width > 3:
-        axes.tick_params(axis="x", labelrotation=90 if width > 12 else 30)
+    if is_turned:
+        axes.tick_params(axis="x", labelrotation=degrees)
         for text in axes.get_xticklabels():
             text.set(ha="right", rotation_mode="anchor", va="center" if width > 12 else "top")
     middle = np.nanmax(values_YX, initial=0.0) / 2

@@ -139,11 +139,14 @@ def new_figure(
 
 
 def set_title(figure: Figure, finding: str) -> None:
-    """Set the finding as title, wrapped to the figure's width and left-aligned."""
+    """Set the finding as title, wrapped to the width; each further line makes the figure taller."""
     # Keep a number and its percent sign on one line.
     text = for_plot(finding).replace(" %", "\u00a0%")
     width = int(10.2 * figure.get_figwidth())
-    figure.suptitle(textwrap.fill(text, width), x=0.012, ha="left")
+    lines = textwrap.wrap(text, width)
+    height = figure.get_figheight() + 0.18 * (len(lines) - 1)
+    figure.set_figheight(min(height, MAX_HEIGHT_INCHES))
+    figure.suptitle("\n".join(lines), x=0.012, ha="left")
 
 
 def rendered(figure: Figure, kind: str, **options: Any) -> bytes:
