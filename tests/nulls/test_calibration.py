@@ -170,7 +170,7 @@ def _no_json(tensors: Tensors, header: Header) -> None:
 
 
 def _newer_schema(tensors: Tensors, header: Header) -> None:
-    header["schema"] = "5"
+    header["schema"] = "6"
 
 
 def _observed_of_other_experts(tensors: Tensors, header: Header) -> None:
@@ -213,7 +213,7 @@ def _foreign(tensors: Tensors, header: Header) -> None:
         (_edited_fact, "was changed after it was written"),
         (_wrong_type, "unreadable facts .num_layers"),
         (_no_json, "unreadable facts"),
-        (_newer_schema, "has schema '5', this version reads 2, 3, 4;"),
+        (_newer_schema, "has schema '6', this version reads 2, 3, 4, 5;"),
         (_foreign, "no calibration of bh-routing"),
         (_observed_of_other_experts, r"'observed.pooled.1' .* shape \(T, 8\), got \(5, 7\)"),
         (_observed_not_finite, "'observed.pooled.0' .* must be finite"),
@@ -267,6 +267,7 @@ def test_a_fitting_model_and_alpha_pass() -> None:
         ({"num_experts": 64}, "covers 8 experts a layer, the model has 64"),
         ({"model_top_k": 8}, "covers 2 experts a token, the model has 8"),
         ({"model_fingerprint": "d" * 64}, "same shape, but other weights or settings"),
+        ({"router_fingerprint": "d" * 64}, "made for routers unknown to an older version, this"),
         ({"null": "needed"}, "no table of null 'needed', only of: background, pooled"),
         ({"alpha": 0.05}, "hold 2000 scores and 3200 are needed; use alpha >= 0.08, or"),
     ],

@@ -45,6 +45,9 @@ for _command in (
     commands.bench,
 ):
     app.command()(_command)
+# Options that aren't ours are vLLM's.
+_OPEN: Final = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command(context_settings=_OPEN)(commands.serve)
 
 
 def _print_version(asked: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from bh_routing.engine.windows import spread_tokens
 from bh_routing.errors import CalibrationError, InputError
 from bh_routing.models.capture import evaluating, text_config
 from bh_routing.models.routers import Routers, find_routers, model_fingerprint, refuse_routed
-from bh_routing.models.sites import Callback, Proposal, RouterSite
+from bh_routing.models.sites import Callback, Proposal, RouterSite, fingerprint_routers
 from bh_routing.nulls.base import ReferenceTable, RouterPass
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.catalog import get_null
@@ -77,15 +78,10 @@ def calibrate(
         site.layer: Reservoir(OBSERVED_TOKENS, (seed, 1, site.layer), site.facts.num_experts)
         for site in routers.sites
     }
-    undo = [
-        site.watch(_observe(site, tabled, reservoirs, logits[site.layer])) for site in routers.sites
-    ]
-    try:
-        with evaluating(model):
-            contributions = _read(model, routers, windows, set(nulls), seed)
-    finally:
-        for remove in undo:
-            remove()
+    with ExitStack() as undo, evaluating(model):
+        for site in routers.sites:
+            undo.callback(site.watch(_observe(site, tabled, reservoirs, logits[site.layer])))
+        contributions = _read(model, routers, windows, set(nulls), seed)
     return Calibration(
         tables={
             null: tuple(_table(null, reservoirs[null, site.layer]) for site in routers.sites)
@@ -100,6 +96,7 @@ def calibrate(
         num_experts=routers.num_experts,
         model_top_k=routers.model_top_k,
         model_fingerprint=model_fingerprint(model),
+        router_fingerprint=_router_fingerprint(routers),
         text_sha256=text_sha256(text_only),
         passages=torch.from_numpy(passage_hashes(_texts_read(tokenizer, read, taken))),
         num_tokens=sum(taken),
@@ -107,6 +104,15 @@ def calibrate(
         seed=seed,
         table_capacity=reservoir_capacity(routers.num_experts),
     )
+
+
+def _router_fingerprint(routers: Routers) -> str:
+    gates = [
+        (weight, site.module._parameters.get("bias"))
+        for site in routers.sites
+        if (weight := site.linear_gate()) is not None
+    ]
+    return fingerprint_routers(gates) if len(gates) == len(routers.sites) else ""
 
 
 def _nulls_to_fit(

@@ -9,13 +9,15 @@ Axes: T tokens, E experts, K candidate slots, S shared experts, H hidden.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from bh_routing.errors import ModelError
 
@@ -307,3 +309,25 @@ def as_routed(logits_TE: Tensor, pair: tuple[Tensor, Tensor]) -> Routed:
     first, second = pair
     weights_TK, index_TK = (first, second) if first.is_floating_point() else (second, first)
     return Routed(logits_TE, weights_TK, index_TK)
+
+
+def fingerprint_routers(gates: Iterable[tuple[Tensor, Tensor | None]]) -> str:
+    """Hash the routers' weights, rounded to bfloat16: SHA-256 in hex.
+
+    It is the same for any dtype and device that the weights are loaded in, and in any program. It
+    doesn't distinguish checkpoints that differ in other weights only.
+
+    Args:
+        gates: weight (E, H) and bias (E,) of each layer's router, in order.
+    """
+    digest = hashlib.sha256()
+    for gate in gates:
+        for tensor in gate:
+            if tensor is None:
+                digest.update(b"none")
+                continue
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            rounded = whole.detach().to(torch.bfloat16).cpu().contiguous()
+            digest.update(f"{tuple(rounded.shape)}".encode())
+            digest.update(rounded.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()

@@ -65,6 +65,9 @@ class Calibration:
     passages: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """Hashes of passages of the calibration text, ascending, int64; empty if unknown. Evaluation
     text is checked against them."""
+    router_fingerprint: str = ""
+    """Hash of the routers' weights; empty if unknown. Programs other than transformers, which can't
+    compute `model_fingerprint`, recognise the model by it."""
     created_at: str = ""
     """UTC, ISO 8601; not part of the fingerprint."""
 
@@ -158,6 +161,7 @@ class Calibration:
         num_experts: int,
         model_top_k: int,
         model_fingerprint: str | None = None,
+        router_fingerprint: str | None = None,
     ) -> None:
         """Check that the calibration is of this model and its tables resolve alpha.
 
@@ -168,6 +172,7 @@ class Calibration:
             num_experts: the model's experts per layer.
             model_top_k: the model's own experts per token.
             model_fingerprint: the model's fingerprint; None: it isn't compared.
+            router_fingerprint: that of its routers; None: it isn't compared.
         Raises:
             CalibrationError: either fails; the message gives value, requirement and remedy.
         """
@@ -186,6 +191,12 @@ class Calibration:
                 f"calibration was made for model {self.model_fingerprint[:12]}, this one is "
                 f"{model_fingerprint[:12]}: same shape, but other weights or settings, or a "
                 f"calibration of an older version; {REMEDY}"
+            )
+        if router_fingerprint is not None and router_fingerprint != self.router_fingerprint:
+            made_for = self.router_fingerprint[:12] or "unknown to an older version"
+            raise CalibrationError(
+                f"calibration was made for routers {made_for}, this model's are "
+                f"{router_fingerprint[:12]}: another checkpoint of the same shape; {REMEDY}"
             )
         self._check_reach(null, alpha)
 
@@ -283,6 +294,7 @@ class Calibration:
             tables={**other.tables, **self.tables},
             observed={**other.observed, **self.observed},
             contributions=contributions,
+            router_fingerprint=self.router_fingerprint or other.router_fingerprint,
         )
 
     def _contribution_tensors(self) -> dict[str, Tensor]:
@@ -361,6 +373,7 @@ class Calibration:
             seed=self.seed,
             table_capacity=self.table_capacity,
             observed=sorted(self.observed),
+            router_fingerprint=self.router_fingerprint,
         )
 
 

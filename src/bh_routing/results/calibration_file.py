@@ -41,9 +41,9 @@ ALL_STEPS: Final = "all_steps.sensitivity"
 """Tensors with the roots of the pairs' Fisher masses, a row per size of step."""
 
 FORMAT: Final = "bh_routing.calibration"
-SCHEMA: Final = 4
-_READABLE: Final = ("2", "3", str(SCHEMA))
-"""Schema 3 is schema 4 without passages; schema 2 also lacks observed scores."""
+SCHEMA: Final = 5
+_READABLE: Final = ("2", "3", "4", str(SCHEMA))
+"""Schema 4 lacks the routers' fingerprint, 3 also passages, 2 also observed scores."""
 OBSERVED: Final = "observed"
 CONTRIBUTIONS: Final = "contributions"
 PASSAGES: Final = "passages"
@@ -79,6 +79,8 @@ class CalibrationFacts(BaseModel):
     table_capacity: PositiveInt
     observed: list[str] = []
     """Nulls with a sample of observed scores; none in schema 2."""
+    router_fingerprint: str = ""
+    """Empty before schema 5, and for routers that are no linear layer."""
 
 
 class CalibrationArrays(NamedTuple):

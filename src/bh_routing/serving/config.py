@@ -1,0 +1,183 @@
+"""The configuration of a server: a YAML file with a rule and its calibration.
+
+rule: {method: bh_drop, alpha: 0.3, scope: step_population}
+calibration: model.safetensors
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bh_routing.errors import CalibrationError, InputError
+from bh_routing.experiments.configurations import YAML_ERRORS, RefusedYaml, load_yaml
+from bh_routing.experiments.specs import describe_error
+from bh_routing.nulls.calibration import Calibration
+from bh_routing.results.records import json_digest
+from bh_routing.rules.base import Rule
+from bh_routing.rules.catalog import make_rule, rule_to_config
+
+VARIABLE: Final = "BH_ROUTING_CONFIG"
+"""Environment variable with the path of the configuration; unset: the plugin does nothing."""
+OWN_KEY: Final = "bh_routing"
+"""Key of vLLM's `additional_config` with the path, or the configuration itself."""
+
+
+class ServingConfig(BaseModel):
+    """The content of a configuration file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rule: dict[str, Any]
+    """A method and its fields."""
+    calibration: Path | None = None
+    """File made by `bh-routing calibrate`; relative to the folder of the configuration file."""
+    prefill_rule: dict[str, Any] | None = None
+    """Rule of prefill tokens, for a rule that decides by decode step; None: the model's own top-k.
+    """
+
+
+class ServedRule(NamedTuple):
+    """A configuration with its rules made and its calibration read."""
+
+    rule: Rule
+    prefill_rule: Rule | None
+    calibration: Calibration | None
+    digest: str
+    """Identifies rules and calibration, for vLLM's compile cache."""
+
+
+def read_config(source: Path | Mapping[str, Any]) -> ServedRule:
+    """Read and check a configuration.
+
+    Args:
+        source: a YAML file, or its content.
+    Raises:
+        InputError: it can't be read, has an unknown key, or a rule that can't be served.
+        CalibrationError: the calibration is missing, can't be read, or lacks what a rule needs.
+    """
+    where, folder = "configuration", Path()
+    if isinstance(source, Path):
+        where, folder = f"configuration {source}", source.parent
+    values = _read_yaml(source) if isinstance(source, Path) else source
+    if not isinstance(values, Mapping):
+        raise InputError(
+            f"{where} must be a mapping with rule: and calibration:, got "
+            f"{type(values).__name__}; for example rule: {{method: bh, alpha: 0.05}}"
+        )
+    try:
+        config = ServingConfig(**{str(key): value for key, value in values.items()})
+    except ValidationError as error:
+        text = describe_error(error, ServingConfig).replace("the run has", "it has", 1)
+        raise InputError(f"{where}: {text}") from None
+    try:
+        return _served(config, folder)
+    except InputError as error:
+        raise type(error)(f"{where}: {error}") from None
+
+
+@cache
+def read_config_file(path: Path) -> ServedRule:
+    """Read a configuration once per process."""
+    return read_config(path)
+
+
+def config_of(additional: Any) -> ServedRule | None:
+    """Return the configuration of this process, None if there is none.
+
+    Args:
+        additional: vLLM's `additional_config`.
+    Raises:
+        InputError, CalibrationError: as in `read_config`, or two configurations are given.
+    """
+    own = additional.get(OWN_KEY) if isinstance(additional, Mapping) else None
+    path = os.environ.get(VARIABLE)
+    if own is not None and path:
+        raise InputError(
+            f"{VARIABLE}={path} and {OWN_KEY!r} of --additional-config both name a configuration; "
+            "give one"
+        )
+    if own is None:
+        return read_config_file(Path(path).absolute()) if path else None
+    return read_config_file(Path(own).absolute()) if isinstance(own, str) else read_config(own)
+
+
+def config_text(
+    rule: Mapping[str, Any], calibration: Path | None, prefill_rule: Mapping[str, Any] | None
+) -> str:
+    """Return the content of a configuration file."""
+    content: dict[str, Any] = {"rule": dict(rule)}
+    if calibration is not None:
+        content["calibration"] = str(calibration.absolute())
+    if prefill_rule is not None:
+        content["prefill_rule"] = dict(prefill_rule)
+    text: str = yaml.safe_dump(content, sort_keys=False)
+    return text
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return load_yaml(path.read_bytes())
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(
+            f"configuration {path} can't be read ({reason}); check {VARIABLE}"
+        ) from error
+    except (RefusedYaml, *YAML_ERRORS) as error:
+        problem = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"configuration {path} isn't valid YAML ({problem}); correct it"
+        ) from error
+
+
+def _served(config: ServingConfig, folder: Path) -> ServedRule:
+    rule = make_rule(config.rule)
+    prefill_rule = None if config.prefill_rule is None else make_rule(config.prefill_rule)
+    for each in (rule, prefill_rule):
+        if each is not None:
+            _check_servable(each)
+    if prefill_rule is not None and (rule.unit != "step" or prefill_rule.unit != "token"):
+        raise InputError(
+            f"prefill_rule is a rule by token next to a rule by decode step, got "
+            f"{prefill_rule.method!r} by {prefill_rule.unit} next to {rule.method!r} by "
+            f"{rule.unit}; leave out prefill_rule"
+        )
+    calibration = None
+    nulls = [null for each in (rule, prefill_rule) if each and (null := each.required_null)]
+    if nulls:
+        if config.calibration is None:
+            raise CalibrationError(
+                f"rule {rule.method!r} needs a calibration with {', '.join(nulls)}; run: "
+                f"bh-routing calibrate --nulls {','.join(nulls)} --model NAME --output FILE, and "
+                "give it as calibration: FILE"
+            )
+        calibration = Calibration.load(folder / config.calibration)
+        for null in nulls:
+            calibration.table_size(null)
+    parts = [
+        rule_to_config(rule),
+        prefill_rule and rule_to_config(prefill_rule),
+        calibration and calibration.fingerprint,
+    ]
+    return ServedRule(rule, prefill_rule, calibration, json_digest(parts)[:16])
+
+
+def _check_servable(rule: Rule) -> None:
+    """Raise InputError if no server can run the rule."""
+    if rule.needs_output_norms:
+        raise InputError(
+            f"rule {rule.method!r} needs the output of every candidate expert, which a server "
+            "doesn't compute; choose another rule"
+        )
+    if rule.unit == "block":
+        raise InputError(
+            f"rule {rule.method!r} with scope 'block' decides over a sequence's tokens in one "
+            "forward pass, and a server cuts prompts into chunks; choose scope token, population "
+            "or a scope of steps"
+        )

@@ -1,0 +1,209 @@
+"""A rule in one layer of a served model, applied to the routing that vLLM proposes.
+
+Axes: T rows of a forward pass, D decode rows, E experts, K slots. Shapes depend on T alone and
+nothing is read back to the host, so the operations can be compiled and captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bh_routing.kernels.router import SoftmaxFamily, fused_router
+from bh_routing.rules.base import Candidates, LayerContext, Rows, Rule
+from bh_routing.rules.weights import alias_dropped, kept_weights
+
+Decided = tuple[Tensor, Tensor]
+"""Weights and expert ids of T rows, both (T, K)."""
+
+
+class StepRows:
+    """Which rows of the forward pass decode together, in buffers that a CUDA graph can read.
+
+    Args:
+        max_rows: most rows of a forward pass.
+        max_decodes: most decode rows of a forward pass.
+        device: device of the buffers.
+    """
+
+    def __init__(self, max_rows: int, max_decodes: int, device: torch.device) -> None:
+        self.max_decodes = max_decodes
+        self._zeros_T = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self._step_T = torch.full_like(self._zeros_T, -1)
+        self._sequence_T = torch.full_like(self._zeros_T, -1)
+
+    def set(self, is_decode_T: NDArray[np.bool_]) -> None:
+        """Set the rows of the next forward pass; further rows are padding. No host sync."""
+        size = len(self._step_T)
+        values = np.full((2, size), -1, dtype=np.int64)
+        values[0, : len(is_decode_T)] = np.where(is_decode_T, 0, -1)
+        values[1, : len(is_decode_T)] = np.arange(len(is_decode_T))
+        host = torch.from_numpy(values)
+        if self._step_T.is_cuda:
+            # The caching host allocator keeps pinned memory until the copy is done.
+            host = host.pin_memory()
+        self._step_T.copy_(host[0], non_blocking=True)
+        self._sequence_T.copy_(host[1], non_blocking=True)
+
+    def of(self, num_rows: int) -> Rows:
+        """Return the rows of the running forward pass."""
+        return Rows(self._sequence_T[:num_rows], self._zeros_T[:num_rows], self._step_T[:num_rows])
+
+
+class ServedLayer:
+    """A rule bound to one layer.
+
+    Args:
+        rule: decides which slots stay.
+        prefill_rule: decides for prefill rows, if the rule decides by step; None: all slots stay.
+        context: the layer.
+        normalises: whether the model's weights are divided by their sum.
+        rows: the rows of the running forward pass.
+        record_TK: int32, filled with each forward pass's expert ids.
+    Raises:
+        InputError, CalibrationError: a rule doesn't fit the layer.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        prefill_rule: Rule | None,
+        context: LayerContext,
+        *,
+        normalises: bool,
+        rows: StepRows,
+        record_TK: Tensor,
+    ) -> None:
+        self._rule = rule
+        self._select = rule.bind(context)
+        self._select_prefill = None if prefill_rule is None else prefill_rule.bind(context)
+        self._model_top_k = context.model_top_k
+        self._normalises = normalises
+        self._rows = rows
+        self._record_TK = record_TK
+        family = SoftmaxFamily(normalises=normalises, weights_dtype=torch.float32)
+        self._fused = fused_router(rule, context, family) if rule.unit == "token" else None
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether one kernel computes the model's routing and the rule, from the logits alone."""
+        return self._fused is not None
+
+    def route(self, router_logits_TE: Tensor) -> Decided:
+        """Route by the fused kernel."""
+        assert self._fused is not None, "is_fused"
+        slots = self._fused(router_logits_TE)
+        return slots.top_k_weights_TK, self._recorded(slots.top_k_index_TK)
+
+    def decide(self, router_logits_TE: Tensor, weights_TK: Tensor, index_TK: Tensor) -> Decided:
+        """Apply the rule to the model's own routing; new tensors of the same dtypes."""
+        candidates = Candidates(router_logits_TE.float(), index_TK.long(), weights_TK)
+        by_step = self._rule.unit == "step"
+        keep_TK = self._keep_by_step(candidates) if by_step else self._select(candidates)
+        kept_TK = kept_weights(
+            weights_TK,
+            keep_TK,
+            convention=self._rule.weights,
+            normalises=self._normalises,
+            temperature=self._rule.temperature,
+            router_logits_TE=candidates.router_logits_TE,
+            top_k_index_TK=candidates.top_k_index_TK,
+            model_top_k=self._model_top_k,
+            temperature_weights=self._rule.temperature_weights,
+        )
+        alias_TK, kept_TK = alias_dropped(candidates.top_k_index_TK, kept_TK, keep_TK)
+        if by_step:
+            # Padding takes an expert that is read anyway.
+            is_padding_T1 = self._rows.of(len(index_TK)).sequence_T[:, None] < 0
+            alias_TK = torch.where(is_padding_T1, alias_TK[:1, :1], alias_TK)
+        return kept_TK, self._recorded(alias_TK).to(index_TK.dtype, copy=True)
+
+    def _keep_by_step(self, candidates: Candidates) -> Tensor:
+        num_rows, most = len(candidates.top_k_index_TK), self._rows.max_decodes
+        rows = self._rows.of(num_rows)
+        if num_rows <= most:
+            keep_TK = self._select(candidates._replace(rows=rows))
+        else:
+            # A rule provides for as many steps as rows: all but the decode rows are left out.
+            first_D = rows.step_T.argsort(descending=True, stable=True)[:most]
+            part = Candidates(
+                candidates.router_logits_TE[first_D],
+                candidates.top_k_index_TK[first_D],
+                candidates.top_k_weights_TK[first_D],
+                rows=Rows(*(field_T[first_D] for field_T in rows)),
+            )
+            keep_TK = torch.ones_like(candidates.top_k_index_TK, dtype=torch.bool)
+            keep_TK = keep_TK.index_copy(0, first_D, self._select(part))
+        if self._select_prefill is None:
+            return keep_TK
+        is_decode_T1 = (rows.step_T >= 0)[:, None]
+        return torch.where(is_decode_T1, keep_TK, self._select_prefill(candidates))
+
+    def _recorded(self, index_TK: Tensor) -> Tensor:
+        """Return the ids as int32, in the record if it has room."""
+        if len(index_TK) > len(self._record_TK):
+            return index_TK.to(torch.int32)
+        record_TK = self._record_TK[: len(index_TK)]
+        record_TK.copy_(index_TK)
+        return record_TK
+
+
+_LAYERS: Final[dict[int, ServedLayer]] = {}
+
+
+# An operation of its own: a compiled model calls it, and doesn't contain the rule's constants.
+@torch.library.custom_op("bh_routing::decide", mutates_args=())
+def _decide(
+    router_logits_TE: Tensor, weights_TK: Tensor, index_TK: Tensor, layer: int
+) -> tuple[Tensor, Tensor]:
+    return _LAYERS[layer].decide(router_logits_TE, weights_TK, index_TK)
+
+
+@_decide.register_fake
+def _(
+    router_logits_TE: Tensor, weights_TK: Tensor, index_TK: Tensor, layer: int
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weights_TK), torch.empty_like(index_TK)
+
+
+def routing_of(
+    own: Callable[..., Decided], number: int, layer: ServedLayer
+) -> Callable[..., Decided]:
+    """Return a replacement of a vLLM router's `_compute_routing`.
+
+    Args:
+        own: the router's method.
+        number: number of the layer in this process.
+        layer: the rule in this layer.
+    """
+    _LAYERS[number] = layer
+    if layer.is_fused:
+
+        def route(
+            hidden_states: Tensor,
+            router_logits: Tensor,
+            indices_type: torch.dtype | None,
+            *,
+            input_ids: Tensor | None = None,
+        ) -> Decided:
+            return layer.route(router_logits)
+
+        return route
+
+    def decide(
+        hidden_states: Tensor,
+        router_logits: Tensor,
+        indices_type: torch.dtype | None,
+        *,
+        input_ids: Tensor | None = None,
+    ) -> Decided:
+        weights_TK, index_TK = own(hidden_states, router_logits, indices_type, input_ids=input_ids)
+        decided: Decided = _decide(router_logits, weights_TK, index_TK, number)
+        return decided
+
+    return decide

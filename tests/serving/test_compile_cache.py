@@ -1,0 +1,52 @@
+"""Compiled code of one rule is never run under another."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bh_routing.models.load import LoadedModel
+from bh_routing.models.routing import route
+from bh_routing.rules.catalog import make_rule
+from bh_routing.serving.config import VARIABLE
+from tests.serving.conftest import continue_alone, environment, write_yaml
+
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.timeout(1800)]
+
+CODE = """
+import json, sys
+from vllm import LLM, SamplingParams
+prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[2])]
+llm = LLM(sys.argv[1], dtype="float32", max_model_len=128, max_num_seqs=4)
+outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=16, ignore_eos=True))
+print("TOKENS", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+"""
+
+
+def test_a_second_start_with_another_rule_uses_the_cache_correctly(
+    demo: LoadedModel, prompts: list[list[int]], checkpoint: str, tmp_path: Path
+) -> None:
+    rules: list[dict[str, Any]] = [{"method": "top_k", "k": 3}, {"method": "top_k", "k": 5}]
+    for rule in (*rules, None, rules[0]):
+        variables = {"VLLM_CACHE_ROOT": str(tmp_path), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        if rule is not None:
+            config = write_yaml(tmp_path / f"{rule['k']}.yaml", {"rule": rule})
+            variables[VARIABLE] = str(config)
+        done = subprocess.run(
+            [sys.executable, "-c", CODE, checkpoint, json.dumps(prompts[:2])],
+            env=environment(**variables),
+            capture_output=True,
+            text=True,
+            timeout=1200,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-4_000:]
+        line = next(each for each in done.stdout.splitlines() if each.startswith("TOKENS"))
+        with route(demo.model, make_rule(rule or {"method": "top_k", "k": 8})):
+            wanted = [continue_alone(demo.model, ids, 16) for ids in prompts[:2]]
+        assert json.loads(line.removeprefix("TOKENS")) == wanted

@@ -1,0 +1,141 @@
+"""Configurations of a server, and what is known before vLLM is started."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bh_routing.cli.main import main
+from bh_routing.errors import CalibrationError, InputError
+from bh_routing.models.load import LoadedModel, load_model, read_config
+from bh_routing.models.routers import find_routers
+from bh_routing.models.sites import fingerprint_routers
+from bh_routing.nulls.calibration import Calibration
+from bh_routing.serving.config import VARIABLE, config_of, config_text
+from bh_routing.serving.config import read_config as read_serving
+from bh_routing.serving.launch import check_routers, servable_checkpoint
+
+
+def gates_of(model: Any) -> list[tuple[torch.Tensor, None]]:
+    weights = [site.linear_gate() for site in find_routers(model).sites]
+    return [(weight, None) for weight in weights if weight is not None]
+
+
+def fingerprint_of(model: Any) -> str:
+    return fingerprint_routers(gates_of(model))
+
+
+def test_a_calibration_knows_the_routers_in_any_dtype(
+    demo: LoadedModel, demo_calibration: Calibration
+) -> None:
+    half = load_model("demo", device="cpu", dtype="bfloat16")
+    assert demo_calibration.router_fingerprint == fingerprint_of(demo.model)
+    assert demo_calibration.router_fingerprint == fingerprint_of(half.model)
+
+
+@pytest.mark.parametrize("layer", [0, 5])
+def test_one_changed_router_changes_the_fingerprint(layer: int, demo: LoadedModel) -> None:
+    gates = [(weight.clone(), None) for weight, _ in gates_of(demo.model)]
+    before = fingerprint_routers(gates)
+    gates[layer][0][3, 7] += 0.5
+    assert fingerprint_routers(gates) != before
+    assert fingerprint_routers([*gates[1:], gates[0]]) != before
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("- 1", "must be a mapping with rule: and calibration:, got list"),
+        ("rule: {method: bh, alhpa: 0.1}", "unknown key of method 'bh' 'alhpa'"),
+        ("rule: {method: top_k, k: 4}\nrules: 1", "it has an unknown key 'rules'"),
+        ("calibration: x", "it has no 'rule'"),
+        ("rule: {method: top_k, k: 0}", "k must be a whole number of at least 1, got 0"),
+        ("rule: {method: bh}", "rule 'bh' needs a calibration with background"),
+        ("rule: {method: bh}\ncalibration: x", "does not exist or is no file"),
+        ("rule: {method: oracle_contribution, threshold: 1}", "the output of every candidate"),
+        ("rule: {method: bh_drop, alpha: 0.1, scope: block}", "a server cuts prompts into chunks"),
+        (
+            "rule: {method: top_k, k: 4}\nprefill_rule: {method: top_k, k: 6}",
+            "prefill_rule is a rule by token next to a rule by decode step",
+        ),
+        ("rule: &a {method: top_k, k: 4}\nprefill_rule: *a", "uses a YAML alias"),
+        ("rule: {", "isn't valid YAML"),
+    ],
+)
+def test_a_wrong_configuration_is_one_sentence(content: str, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(content)
+    with pytest.raises(InputError) as caught:
+        read_serving(path)
+    assert sentence in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_calibration_is_looked_up_next_to_the_configuration(
+    demo_calibration: Calibration, tmp_path: Path
+) -> None:
+    demo_calibration.save(tmp_path / "demo.safetensors")
+    path = tmp_path / "serve.yaml"
+    path.write_text("rule: {method: bh}\ncalibration: demo.safetensors")
+    served = read_serving(path)
+    assert served.calibration is not None
+    assert served.calibration.fingerprint == demo_calibration.fingerprint
+
+
+def test_rules_and_calibrations_have_digests_of_their_own(
+    demo_calibration: Calibration, tmp_path: Path
+) -> None:
+    file = demo_calibration.save(tmp_path / "demo.safetensors")
+    contents: list[dict[str, Any]] = [
+        {"rule": {"method": "top_k", "k": 4}},
+        {"rule": {"method": "top_k", "k": 5}},
+        {"rule": {"method": "oea", "k0": 4}},
+        {"rule": {"method": "oea", "k0": 4}, "prefill_rule": {"method": "top_k", "k": 4}},
+        {"rule": {"method": "bh"}, "calibration": str(file)},
+    ]
+    assert len({read_serving(content).digest for content in contents}) == len(contents)
+    assert read_serving(contents[0]).digest == read_serving(dict(contents[0])).digest
+
+
+def test_without_a_configuration_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert config_of({}) is None
+    path = tmp_path / "serve.yaml"
+    path.write_text(config_text({"method": "top_k", "k": 3}, None, None))
+    monkeypatch.setenv(VARIABLE, str(path))
+    served = config_of({})
+    assert served is not None
+    with pytest.raises(InputError, match="both name a configuration; give one"):
+        config_of({"bh_routing": str(path)})
+
+
+def test_the_demo_is_served_from_an_untied_copy_with_the_same_routers(
+    demo: LoadedModel,
+    demo_calibration: Calibration,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = servable_checkpoint("demo", read_config("demo"))
+    assert folder == servable_checkpoint("demo", read_config("demo"))
+    assert folder == servable_checkpoint(folder, read_config(folder))
+    copy = load_model(folder, device="cpu").model
+    ids = torch.tensor([[5, 6, 7]])
+    assert copy.config.tie_word_embeddings is False
+    assert torch.equal(copy(ids).logits, demo.model(ids).logits)
+    check_routers(Path(folder), demo_calibration.router_fingerprint)
+    with pytest.raises(CalibrationError, match="another checkpoint; run: bh-routing calibrate"):
+        check_routers(Path(folder), "0" * 64)
+
+
+@pytest.mark.skipif("vllm" in sys.modules, reason="needs an environment without vLLM")
+def test_serve_without_vllm_names_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "demo", "--rule", "top_k:k=4", "--port", "8000"]) == 2
+    assert "vLLM isn't installed here; install bh-routing into vLLM's" in capsys.readouterr().err

@@ -1,0 +1,140 @@
+"""Rules by decode step see exactly the decode tokens of each step that vLLM's scheduler makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from bh_routing.models.load import LoadedModel
+from bh_routing.models.routing import route
+from bh_routing.nulls.calibration import Calibration
+from bh_routing.rules.catalog import make_rule
+from bh_routing.serving.layer import ServedLayer
+from tests.serving.conftest import write_yaml
+from tests.serving.offline import complete, engine
+from tests.serving.steps import Call, check_calls
+
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.timeout(1200)]
+
+RULES: list[dict[str, Any]] = [
+    {"method": "bh_drop", "alpha": 0.3, "scope": "step_population"},
+    {"method": "bh_drop", "alpha": 0.3, "scope": "step"},
+    {"method": "oea", "k0": 3},
+]
+
+
+def continue_together(
+    demo: LoadedModel, prompts: list[list[int]], max_tokens: int
+) -> list[list[int]]:
+    """Continue left-padded prompts in one batch with transformers."""
+    reversed_BS = pad_sequence(
+        [torch.tensor(ids[::-1]) for ids in prompts], batch_first=True, padding_value=1
+    )
+    ids_BS = reversed_BS.flip(1)
+    lengths_B1 = torch.tensor([[len(ids)] for ids in prompts])
+    mask_BS = (torch.arange(ids_BS.shape[1]).flip(0) < lengths_B1).long()
+    output = demo.model.generate(
+        ids_BS, attention_mask=mask_BS, max_new_tokens=max_tokens, min_new_tokens=max_tokens,
+        do_sample=False,
+    )  # fmt: skip
+    found: list[list[int]] = output[:, ids_BS.shape[1] :].tolist()
+    return found
+
+
+@pytest.mark.parametrize("config", RULES, ids=lambda config: config.get("scope", config["method"]))
+def test_eight_requests_generate_the_tokens_of_a_batch_inside_route(
+    config: dict[str, Any],
+    demo: LoadedModel,
+    prompts: list[list[int]],
+    served_calibration: Calibration,
+    calibration_file: Path,
+    checkpoint: str,
+    tmp_path: Path,
+) -> None:
+    content = {"rule": config, "calibration": str(calibration_file)}
+    with engine(write_yaml(tmp_path / "config.yaml", content), checkpoint) as llm:
+        served = complete(llm, prompts)
+    with route(demo.model, make_rule(config), served_calibration) as trace:
+        wanted = continue_together(demo, prompts, 24)
+    assert served == wanted
+    assert float(trace.distinct_experts.float().mean()) < 35
+
+
+def test_staggered_requests_are_decided_by_the_steps_that_they_share(
+    prompts: list[list[int]],
+    served_calibration: Calibration,
+    calibration_file: Path,
+    checkpoint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm import SamplingParams
+
+    calls: list[Call] = []
+    layers: dict[int, int] = {}
+    decide = ServedLayer.decide
+
+    def record(layer: Any, logits_TE: Tensor, weights_TK: Tensor, index_TK: Tensor) -> Any:
+        decided = decide(layer, logits_TE, weights_TK, index_TK)
+        number = layers.setdefault(id(layer), len(layers))
+        step_T = layer._rows.of(len(index_TK)).step_T.clone()
+        calls.append(Call(number, logits_TE, weights_TK, index_TK, *decided, step_T))
+        return decided
+
+    monkeypatch.setattr(ServedLayer, "decide", record)
+    rule = {"method": "bh_drop", "alpha": 0.3, "scope": "step_population"}
+    content = {"rule": rule, "calibration": str(calibration_file)}
+    config = write_yaml(tmp_path / "config.yaml", content)
+    # A prompt is cut into chunks of at most 16 tokens, which share steps with decode tokens; a last
+    # chunk of one token looks like one.
+    long = [prompts[0] * 5, [*prompts[1] * 2, 5]]
+    arrivals = {0: prompts[0], 2: prompts[1], 3: long[0], 6: long[1][:17], 7: prompts[2][:1]}
+    lengths = {0: 12, 2: 6, 3: 8, 6: 5, 7: 3}
+    with engine(config, checkpoint, max_num_batched_tokens=32, enable_prefix_caching=False) as llm:
+        steps = 0
+        llm_engine = llm.llm_engine
+        calls.clear()
+        while steps <= max(arrivals) or llm_engine.has_unfinished_requests():
+            if steps in arrivals:
+                greedy = SamplingParams(temperature=0, max_tokens=lengths[steps], ignore_eos=True)
+                llm_engine.add_request(str(steps), {"prompt_token_ids": arrivals[steps]}, greedy)
+            llm_engine.step()
+            steps += 1
+    prefill, decode = check_calls(calls, make_rule(rule), served_calibration)
+    assert decode == 6 * sum(length - 1 for length in lengths.values())
+    assert prefill == 6 * sum(map(len, arrivals.values()))
+    sizes = {int((call.step_T >= 0).sum()) for call in calls}
+    assert len(sizes) > 3
+
+
+def test_prompts_follow_the_prefill_rule(
+    prompts: list[list[int]],
+    calibration_file: Path,
+    checkpoint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counts: list[np.ndarray[Any, Any]] = []
+    decide = ServedLayer.decide
+
+    def record(layer: Any, logits_TE: Tensor, weights_TK: Tensor, index_TK: Tensor) -> Any:
+        decided = decide(layer, logits_TE, weights_TK, index_TK)
+        counts.append((decided[0] > 0).sum(-1).numpy())
+        return decided
+
+    monkeypatch.setattr(ServedLayer, "decide", record)
+    content = {
+        "rule": {"method": "oea", "k0": 2}, "prefill_rule": {"method": "top_k", "k": 5},
+    }  # fmt: skip
+    with engine(write_yaml(tmp_path / "config.yaml", content), checkpoint) as llm:
+        counts.clear()
+        complete(llm, prompts[:1], max_tokens=3)
+    rows = [len(prompts[0]), 1, 1]
+    wanted = [[5] * rows[0], [2], [2]]
+    assert [part.tolist() for part in counts] == [part for part in wanted for _ in range(6)]
