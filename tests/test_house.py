@@ -10,10 +10,10 @@ from tools.measure_house import House, measure
 
 HOUSE = measure()
 MOST = House(
-    lines=32_680,
-    files=160,
+    lines=32_710,
+    files=161,
     record_types=184,
-    import_percent=8.04,
+    import_percent=8.06,
     prose_words=48_650,
     what_per_thousand=0.5,
     beside_per_thousand=0.05,

@@ -18,6 +18,7 @@ import bh_routing
 from bh_routing.cli import commands
 from bh_routing.cli.console import EXIT_INTERRUPTED
 from bh_routing.cli.options import Overrides, spell_anew
+from bh_routing.cli.serve import serve
 from bh_routing.errors import BHRoutingError, ExperimentError, InputError
 
 EXIT_DONE: Final = 0
@@ -47,7 +48,7 @@ for _command in (
     app.command()(_command)
 # Options that aren't ours are vLLM's.
 _OPEN: Final = {"allow_extra_args": True, "ignore_unknown_options": True}
-app.command(context_settings=_OPEN)(commands.serve)
+app.command(context_settings=_OPEN)(serve)
 
 
 def _print_version(asked: bool) -> None:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bh_routing.errors import CalibrationError, InputError
 from bh_routing.experiments.configurations import YAML_ERRORS, RefusedYaml, load_yaml
-from bh_routing.experiments.specs import describe_error
+from bh_routing.experiments.spec_errors import describe_error
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.results.records import json_digest
 from bh_routing.rules.base import Rule
