@@ -25,8 +25,8 @@ from bh_routing.errors import InputError
 from bh_routing.experiments.configurations import make_rules
 from bh_routing.experiments.executors import choose_threads, torch_threads
 from bh_routing.experiments.experiment import Subject, run_experiment, warm_up
-from bh_routing.experiments.fitting import Fitted, fit_to_loaded
 from bh_routing.experiments.identity import device_name
+from bh_routing.experiments.preparation import Fitted, fit_to_loaded
 from bh_routing.experiments.specs import RunSpec, make_spec
 from bh_routing.kernels.decode_layout import Decoder
 from bh_routing.kernels.experts import NAME, sparse_experts_forward

@@ -15,9 +15,9 @@ from bh_routing.experiments.calibrating import check_held_out, obtain_calibratio
 from bh_routing.experiments.configurations import make_rules
 from bh_routing.experiments.executors import choose_threads, torch_threads
 from bh_routing.experiments.experiment import Subject
-from bh_routing.experiments.fitting import fit_to_config, fit_to_loaded
 from bh_routing.experiments.folder import only_writer
 from bh_routing.experiments.identity import identify
+from bh_routing.experiments.preparation import fit_to_config, fit_to_loaded
 from bh_routing.experiments.quality import QualityLedger, score_missing, scored_documents
 from bh_routing.experiments.quality_text import QualityText, prepare_text
 from bh_routing.experiments.ray_executor import make_executor

@@ -21,9 +21,8 @@ from bh_routing.errors import ExperimentError, ResultsError
 from bh_routing.experiments.executors import Executor, ScoreSettings, SerialExecutor
 from bh_routing.experiments.experiment import Subject, find_nan
 from bh_routing.experiments.identity import RunIdentity, rule_key
-from bh_routing.experiments.quality_text import QualityText, prepare_text
-from bh_routing.experiments.specs import RunSpec, ScoredSpec
-from bh_routing.models.routers import ModelFacts
+from bh_routing.experiments.quality_text import QualityText
+from bh_routing.experiments.specs import ScoredSpec
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.results.journal import Journal, as_object, digest, parse_quality
 from bh_routing.results.records import QUALITY_JOURNAL, QualityRecord
@@ -245,59 +244,31 @@ def scored_documents(spec: ScoredSpec) -> list[Document]:
     return read_documents(spec.texts) if spec.texts else packaged_documents("evaluation")
 
 
-class QualityPhase:
-    """Scoring of a run; the text is read and tokenized before the run begins, to find errors early.
+def score_with_references(
+    text: QualityText,
+    ledger: QualityLedger,
+    subject: Subject,
+    rules: Mapping[str, Rule],
+    executor: Executor | None = None,
+) -> list[QualityRecord]:
+    """Score all missing records, then static top-k below and above each mean.
 
-    Raises:
-        InputError: the text can't be read, or there is nothing to score.
+    Args:
+        text: the text to score.
+        ledger: open for writing.
+        subject: the model, and the calibration of the rules.
+        rules: configuration name -> rule.
+        executor: where text is scored; None: in this process.
+    Returns:
+        The records of all configurations, of the static ones last.
     """
+    model, tokenizer, calibration = subject
 
-    def __init__(self, spec: RunSpec, tokenizer: Any, facts: ModelFacts) -> None:
-        self._text = prepare_text(
-            tokenizer,
-            facts,
-            scored_documents(spec),
-            max_tokens=spec.tokens,
-            batch_size=spec.batch_size,
-            decode_batch=spec.decode_batch,
-        )
+    def score_all(part: Mapping[str, Rule]) -> list[QualityRecord]:
+        return score_missing(model, tokenizer, text, part, calibration, ledger, executor)
 
-    def ledger(self, folder: Path, identity: RunIdentity) -> QualityLedger:
-        """Read the scores of an earlier run of the folder, without writing.
-
-        Raises:
-            ResultsError: they are of another text or setting, or were edited.
-        """
-        return QualityLedger(folder, self._text, identity)
-
-    def score(
-        self,
-        folder: Path,
-        identity: RunIdentity,
-        subject: Subject,
-        rules: Mapping[str, Rule],
-        executor: Executor | None = None,
-    ) -> list[QualityRecord]:
-        """Score all missing records, then static top-k below and above each mean.
-
-        Args:
-            folder, identity: those of the run.
-            subject: the model, and the calibration of the rules.
-            rules: configuration name -> rule.
-            executor: where text is scored; None: in this process.
-        Returns:
-            The records of all configurations, of the static ones last.
-        """
-        model, tokenizer, calibration = subject
-        with self.ledger(folder, identity) as ledger:
-
-            def score_all(part: Mapping[str, Rule]) -> list[QualityRecord]:
-                return score_missing(
-                    model, tokenizer, self._text, part, calibration, ledger, executor
-                )
-
-            records = score_all(rules)
-            return records + score_all(static_references(rules, records))
+    records = score_all(rules)
+    return records + score_all(static_references(rules, records))
 
 
 def static_references(
