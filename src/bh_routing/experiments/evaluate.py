@@ -77,7 +77,7 @@ def evaluate(
         subject = Subject(model, tokenizer, calibration)
         executor = stack.enter_context(make_executor(spec, subject))
         by_name = {named.name: named.rule for named in rules}
-        records = score_missing(model, tokenizer, text, by_name, calibration, ledger, executor)
+        records = score_missing(subject, text, ledger, by_name, executor)
         seconds = time.perf_counter() - start
         document = {
             "model": spec.model,
@@ -113,7 +113,6 @@ def score_loaded(
     Raises:
         ExperimentError: as `score_missing`.
     """
-    model, tokenizer, calibration = subject
-    identity = identify("model", model, tokenizer)
+    identity = identify("model", subject.model, subject.tokenizer)
     with TemporaryDirectory() as folder, QualityLedger(Path(folder), text, identity) as ledger:
-        return score_missing(model, tokenizer, text, rules, calibration, ledger)
+        return score_missing(subject, text, ledger, rules)

@@ -251,7 +251,7 @@ def _score_into(
         torch_threads(prepared.loaded.threads.batch),
         QualityLedger(folder, prepared.text, prepared.identity) as ledger,
     ):
-        return score_with_references(prepared.text, ledger, subject, rules, executor)
+        return score_with_references(subject, prepared.text, ledger, rules, executor)
 
 
 def _add_alternatives(

@@ -22,7 +22,7 @@ from bh_routing.experiments.calibrating import (
     save_calibration,
 )
 from bh_routing.experiments.configurations import NamedRule
-from bh_routing.experiments.executors import Executor, torch_threads
+from bh_routing.experiments.executors import torch_threads
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.folder import only_writer
 from bh_routing.experiments.identity import RunIdentity, collect_provenance, device_name, identify
@@ -151,7 +151,7 @@ def _sweep_begun(prepared: _Prepared, start: float) -> dict[str, Any]:
     clock.append(time.perf_counter())
     subject = Subject(loaded.model, loaded.tokenizer, calibration)
     with ledger, make_executor(spec, subject) as executor:
-        score_all = partial(_score_all, subject, text, ledger, executor)
+        score_all = partial(score_missing, subject, text, ledger, executor=executor)
         references = score_settings(settings, curve_settings, score_all, search)
     clock.append(time.perf_counter())
     document[KIND]["references"] = describe_references(references, search)
@@ -342,17 +342,6 @@ def describe_references(references: Mapping[str, TopK], search: KnobSearch) -> l
         | ({"budget": round(search.cost(rule), 4)} if by_step else {})
         for name, rule in references.items()
     ]
-
-
-def _score_all(
-    subject: Subject,
-    text: QualityText,
-    ledger: QualityLedger,
-    executor: Executor,
-    rules: Mapping[str, Rule],
-) -> list[QualityRecord]:
-    model, tokenizer, calibration = subject
-    return score_missing(model, tokenizer, text, rules, calibration, ledger, executor)
 
 
 def _reached(settings: Sequence[Setting]) -> dict[str, Rule]:
