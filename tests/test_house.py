@@ -17,7 +17,7 @@ MOST = House(
     prose_words=48_650,
     what_per_thousand=0.5,
     beside_per_thousand=0.05,
-    spec_modules=63,
+    spec_modules=62,
 )
 
 
