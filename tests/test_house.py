@@ -10,11 +10,11 @@ from tools.measure_house import House, measure
 
 HOUSE = measure()
 MOST = House(
-    lines=32_500,
-    files=161,
+    lines=32_480,
+    files=160,
     record_types=182,
-    import_percent=8.05,
-    prose_words=48_620,
+    import_percent=8.07,
+    prose_words=48_570,
     what_per_thousand=0.5,
     beside_per_thousand=0.05,
     spec_modules=62,
