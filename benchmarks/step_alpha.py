@@ -2,6 +2,7 @@
 
     python -m benchmarks.step_alpha --device cuda
     python -m benchmarks.step_alpha --tokens 4000 --replicates 10    # a quick try
+    python -m benchmarks.step_alpha --device cuda --replicates 100 --jobs 6
 
 Each case calibrates on some documents and draws steps from others: held-out documents of the same
 text, the evaluation text, another domain, and the evaluation text read by a model whose routers are
@@ -19,8 +20,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from typing import Any, Final
 
 import numpy as np
@@ -96,6 +98,32 @@ def fit(slots: Slots, model: Any) -> tuple[Contributions, dict[int, float]]:
     return replace(found, steps=steps), cuts
 
 
+Reads = Callable[[StepExperts, Tensor], Tensor]
+
+
+def bind(contributions: Contributions, model: Any) -> list[dict[tuple[Scope, float], Reads]]:
+    """Bind every scope and alpha to every layer: experts and tokens of steps -> what is read."""
+    routers = find_routers(model)
+    contexts = [
+        LayerContext(
+            layer=site.layer,
+            num_experts=routers.num_experts,
+            model_top_k=routers.model_top_k,
+            device=model.device,
+            contributions=contributions,
+        )
+        for site in routers.sites
+    ]
+    return [
+        {
+            (scope, alpha): BenjaminiHochbergDrop(alpha, scope=scope).step_reads(context)
+            for scope in SCOPES
+            for alpha in ALPHAS
+        }
+        for context in contexts
+    ]
+
+
 def resample(slots: Slots, seed: int) -> tuple[Tensor, Tensor]:
     """Draw clusters with replacement; return tokens, and the numbers of their documents anew."""
     names = sorted(set(slots.clusters))
@@ -108,7 +136,12 @@ def resample(slots: Slots, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def count(
-    slots: Slots, fitted: tuple[Contributions, dict[int, float]], model: Any, size: int, seed: int
+    slots: Slots,
+    fitted: tuple[Contributions, dict[int, float]],
+    reads: Sequence[Mapping[tuple[Scope, float], Reads]],
+    model: Any,
+    size: int,
+    seed: int,
 ) -> dict[tuple[Scope, float], np.ndarray[Any, Any]]:
     """Draw steps and decide them.
 
@@ -123,13 +156,6 @@ def count(
     token_SB = token_SB.to(model.device)
     counts = {(scope, alpha): np.zeros(6) for scope in SCOPES for alpha in ALPHAS}
     for number, layer in enumerate(slots.layers):
-        context = LayerContext(
-            layer=number,
-            num_experts=routers.num_experts,
-            model_top_k=routers.model_top_k,
-            device=model.device,
-            contributions=contributions,
-        )
         scale_E = contributions.scales["sensitivity"][number].to(model.device)
         pairs = step_pairs(layer, routers.model_top_k, scale_E, token_SB)
         experts = StepExperts(pairs.norms_SE, pairs.is_present_SE)
@@ -142,9 +168,8 @@ def count(
         best_SB = index_TK.gather(-1, best_T1).view(STEPS, size)
         is_best_SE = torch.zeros_like(mattered_SE).scatter(1, best_SB, torch.ones_like(best_SB) > 0)
         tokens_S = torch.full((STEPS,), size, device=model.device)
-        for (scope, alpha), sums in counts.items():
-            rule = BenjaminiHochbergDrop(alpha, scope=scope)
-            is_read_SE = rule.step_reads(context)(experts, tokens_S) | is_best_SE
+        for setting, sums in counts.items():
+            is_read_SE = reads[number][setting](experts, tokens_S) | is_best_SE
             dropped_SE = pairs.is_present_SE & ~is_read_SE
             wrong_S, dropped_S = (dropped_SE & mattered_SE).sum(-1), dropped_SE.sum(-1)
             sums += [
@@ -171,9 +196,9 @@ def describe(
     replicates: int,
 ) -> list[dict[str, Any]]:
     """Return a row for each size, scope and alpha of one case."""
-    rows = []
+    rows, reads = [], bind(fitted[0], model)
     for size in SIZES:
-        drawn = [count(slots, fitted, model, size, seed) for seed in range(replicates + 1)]
+        drawn = [count(slots, fitted, reads, model, size, seed) for seed in range(replicates + 1)]
         for scope, alpha in drawn[0]:
             sums_RC = np.stack([replicate[scope, alpha] for replicate in drawn])
             wrong_R, dropped_R, read_R, mattered_R, pairs_R, by_step_R = sums_RC.T
@@ -207,25 +232,36 @@ def randomise_routers(model: Any) -> None:
             weight.copy_(noise * float(weight.std()))
 
 
-def measure(device: Any, tokens: int | None, replicates: int) -> dict[str, Any]:
-    """Measure every case."""
+HELD_OUT: Final = "held-out documents"
+WHOLE: Final = "evaluation text"
+TRANSFERS: Final = {
+    f"{source} to {target}": (source, target)
+    for source, target in zip(DOMAINS, (*DOMAINS[1:], DOMAINS[0]), strict=True)
+}
+RANDOM: Final = "random routers"
+CASES: Final = (HELD_OUT, WHOLE, *TRANSFERS, RANDOM)
+
+
+def measure_case(case: str, device: Any, tokens: int | None, replicates: int) -> dict[str, Any]:
+    """Measure one case."""
     start = time.perf_counter()
     loaded = load_model("demo", device=device, dtype="float32")
     model, tokenizer = loaded.model, loaded.tokenizer
     known = tokenize_documents(tokenizer, packaged_documents("calibration"), tokens)
     unseen = tokenize_documents(tokenizer, packaged_documents("evaluation"), tokens)
-    halves = known[::2], known[1::2]
-    fitted = fit(observe(model, halves[0]), model)
-    rows = describe("held-out documents", observe(model, halves[1]), fitted, model, replicates)
-    fitted = fit(observe(model, known), model)
-    rows += describe("evaluation text", observe(model, unseen), fitted, model, replicates)
-    for source, target in zip(DOMAINS, (*DOMAINS[1:], DOMAINS[0]), strict=True):
-        own = fit(observe(model, [d for d in known if d.domain == source]), model)
-        other = observe(model, [d for d in unseen if d.domain == target])
-        rows += describe(f"{source} to {target}", other, own, model, replicates)
-        print(f"{source} to {target} after {time.perf_counter() - start:.0f} s", flush=True)
-    randomise_routers(model)
-    rows += describe("random routers", observe(model, unseen), fitted, model, replicates)
+    own, other = known, unseen
+    if case == HELD_OUT:
+        own, other = known[::2], known[1::2]
+    elif case in TRANSFERS:
+        source, target = TRANSFERS[case]
+        own = [document for document in known if document.domain == source]
+        other = [document for document in unseen if document.domain == target]
+    fitted = fit(observe(model, own), model)
+    if case == RANDOM:
+        randomise_routers(model)
+    rows = describe(case, observe(model, other), fitted, model, replicates)
+    seconds = time.perf_counter() - start
+    print(f"{case}: {seconds:.0f} s", flush=True)
     return {
         "device": str(model.device),
         "torch": torch.__version__,
@@ -233,9 +269,18 @@ def measure(device: Any, tokens: int | None, replicates: int) -> dict[str, Any]:
         "tokens": sum(len(d.ids) for d in unseen),
         "steps": STEPS,
         "replicates": replicates,
-        "seconds": time.perf_counter() - start,
+        "seconds": seconds,
         "rows": rows,
     }
+
+
+def measure(device: Any, tokens: int | None, replicates: int, jobs: int) -> dict[str, Any]:
+    """Measure every case, each in a process of its own."""
+    given = [(case, device, tokens, replicates) for case in CASES]
+    with get_context("spawn").Pool(jobs) as pool:
+        found = pool.starmap(measure_case, given, chunksize=1)
+    seconds = sum(one["seconds"] for one in found)
+    return {**found[0], "seconds": seconds, "rows": [row for one in found for row in one["rows"]]}
 
 
 def render(results: dict[str, Any]) -> str:
@@ -266,7 +311,7 @@ def render(results: dict[str, Any]) -> str:
         f"{results['steps']} steps per replicate, {results['replicates']} replicates; calibrated "
         f"on {results['calibration_tokens']:,} tokens, the half of them for held-out documents; "
         f"{results['tokens']:,} tokens of evaluation text; {results['device']}, torch "
-        f"{results['torch']}, {results['seconds']:.0f} s."
+        f"{results['torch']}, {results['seconds']:.0f} s in all processes."
     )
     return "\n".join([*lines, "", footer]) + "\n"
 
@@ -277,9 +322,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--tokens", type=int, help="tokens of either text; default: all")
     parser.add_argument("--replicates", type=int, default=200)
+    parser.add_argument("--jobs", type=int, default=1, help="cases measured at a time")
     parser.add_argument("--output", default=str(HERE / "step_alpha"), help="path without suffix")
     options = parser.parse_args(argv)
-    results = measure(options.device, options.tokens, options.replicates)
+    results = measure(options.device, options.tokens, options.replicates, options.jobs)
     with open(f"{options.output}.json", "w", encoding="utf-8") as file:
         json.dump(results, file, indent=1)
     with open(f"{options.output}.md", "w", encoding="utf-8") as file:

@@ -2,18 +2,25 @@
 
     python -m benchmarks.step_rules sweep --output FOLDER
     python -m benchmarks.step_rules sweep --output FOLDER --device cuda --model PATH --tokens 20000
+    python -m benchmarks.step_rules all --output FOLDER packaged=demo seed-1=PATH seed-2=PATH
     python -m benchmarks.step_rules collect packaged=FOLDER seed-1=FOLDER
 
 For each batch size, `sweep` runs `bh-routing sweep --cost distinct` into its own folder of the
-output, and resumes there. `collect` gathers the sweeps of several models into `step_rules.json`,
-`step_rules.md` and the table of docs/method.md.
+output, and resumes there. `all` does so for several models, each sweep in a process of its own, and
+leaves the folders NAME/batch-B. `collect` gathers the sweeps of several models into
+`step_rules.json`, `step_rules.md` and the table of docs/method.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +39,10 @@ POINT = ["variant", "budget", "mean_distinct_experts", "mean_experts", "perplexi
 COMPARISON = ["variant", "budget", "reference", "answer", "difference", "low", "high",
               "p_corrected", "saved", "saved_low", "saved_high"]  # fmt: skip
 OURS = {
-    "bh_drop-step-sensitivity": "`bh_drop` step",
+    "bh_drop-step-sensitivity-refill-16": "`bh_drop` step, refilled",
+    "bh_drop-step_population-sensitivity-refill-16": "`bh_drop` step_population, refilled",
+    "fisher_mass-sensitivity-refill-16": "`fisher_mass`, refilled",
     "bh_drop-step_population-sensitivity": "`bh_drop` step_population",
-    "fisher_mass-sensitivity": "`fisher_mass`",
 }
 REFERENCES = {
     "top_k": "static top-k",
@@ -54,6 +62,27 @@ def run_sweeps(options: argparse.Namespace) -> None:
         )  # fmt: skip
         sweep(spec)
         conclude_sweep(folder)
+
+
+def run_all(options: argparse.Namespace) -> None:
+    """Sweep several models, the largest batches first, each sweep in its own process."""
+    start = time.perf_counter()
+
+    def work(task: tuple[int, str]) -> None:
+        batch, named = task
+        name, _, path = named.partition("=")
+        folder = options.output / name
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "benchmarks.step_rules", "sweep", "--model", path]
+        command += ["--device", options.device, "--batches", str(batch), "--output", str(folder)]
+        command += ["--tokens", str(options.tokens)] if options.tokens else []
+        with (folder / f"batch-{batch}.log").open("w", encoding="utf-8") as log:
+            code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
+        print(f"{name}, B = {batch}: exit code {code}, {time.perf_counter() - start:.0f} s")
+
+    tasks = [(batch, named) for batch in sorted(options.batches)[::-1] for named in options.models]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(work, tasks))
 
 
 def read_sweep(model: str, folder: Path) -> dict[str, Any]:
@@ -117,16 +146,23 @@ def main() -> None:
     sweeping.add_argument("--batches", type=int, nargs="+", default=[4, 8, 16, 32])
     sweeping.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     sweeping.add_argument("--tokens", type=int, help="scored tokens; default: the whole text")
+    everything = commands.add_parser("all", help="run the sweeps of several models in parallel")
+    everything.add_argument("models", nargs="+", metavar="NAME=MODEL")
+    everything.add_argument("--output", type=Path, required=True)
+    everything.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    everything.add_argument("--batches", type=int, nargs="+", default=[4, 8, 16, 32])
+    everything.add_argument("--tokens", type=int, help="scored tokens; default: the whole text")
+    everything.add_argument("--jobs", type=int, default=os.cpu_count(), help="sweeps at a time")
     collecting = commands.add_parser("collect", help="gather sweeps into one table")
     collecting.add_argument("folders", nargs="+", metavar="NAME=FOLDER")
     options = parser.parse_args()
-    if options.command == "sweep":
-        run_sweeps(options)
+    if options.command in ("sweep", "all"):
+        run_sweeps(options) if options.command == "sweep" else run_all(options)
         return
     sweeps = [
         read_sweep(model, folder)
         for model, _, path in (named.partition("=") for named in options.folders)
-        for folder in sorted(Path(path).glob("batch-*"), key=lambda f: int(f.name[6:]))
+        for folder in sorted(Path(path).glob("batch-*/"), key=lambda f: int(f.name[6:]))
     ]
     (HERE / "step_rules.json").write_text(
         json.dumps(to_strict(sweeps), indent=1) + "\n", encoding="utf-8"

@@ -61,6 +61,7 @@ PUBLIC_NAMES = [
     "generate",
     "load_model",
     "load_results",
+    "median_ratios",
     "p_values",
     "packaged_documents",
     "prune",

@@ -10,14 +10,14 @@ from tools.measure_house import House, measure
 
 HOUSE = measure()
 MOST = House(
-    lines=32_480,
-    files=160,
-    record_types=182,
-    import_percent=8.07,
-    prose_words=48_570,
+    lines=32_780,
+    files=161,
+    record_types=184,
+    import_percent=8.06,
+    prose_words=48_850,
     what_per_thousand=0.5,
     beside_per_thousand=0.05,
-    spec_modules=62,
+    spec_modules=63,
 )
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bh_routing.analysis.results import Results, load_results
     from bh_routing.api import evaluate, generate, prune, sweep
-    from bh_routing.engine import Document, calibrate, packaged_documents
+    from bh_routing.engine import Document, calibrate, median_ratios, packaged_documents
     from bh_routing.errors import (
         BHRoutingError,
         CalibrationError,
@@ -92,6 +92,7 @@ __all__ = [
     "generate",
     "load_model",
     "load_results",
+    "median_ratios",
     "p_values",
     "packaged_documents",
     "prune",
@@ -103,7 +104,7 @@ __all__ = [
 _HOMES = {
     "analysis.results": ("Results", "load_results"),
     "api": ("evaluate", "generate", "prune", "sweep"),
-    "engine": ("Document", "calibrate", "packaged_documents"),
+    "engine": ("Document", "calibrate", "median_ratios", "packaged_documents"),
     "errors": (
         "BHRoutingError",
         "CalibrationError",

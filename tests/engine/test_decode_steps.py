@@ -6,17 +6,19 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from bh_routing.engine.proposals import capture_proposals, mean_distinct_experts
+from bh_routing.engine.proposals import capture_proposals, mean_distinct_experts, median_ratios
 from bh_routing.engine.score import score
 from bh_routing.engine.windows import TokenizedDocument, cut_windows, plan_steps, prefix_token
 from bh_routing.errors import InputError
 from bh_routing.models import LoadedModel, find_routers, route
 from bh_routing.models.trace import DROPPED, count_distinct
 from bh_routing.results.records import QualityRecord
-from bh_routing.rules import TopK, TopP
+from bh_routing.rules import ExpertBudget, FloorThreshold, OpportunisticActivation, TopK, TopP
+from bh_routing.rules.step import StepRule
 
 LENGTHS = (40, 9, 40, 23, 31, 40, 5)
 
@@ -157,6 +159,46 @@ def test_proposals_in_steps_give_the_scored_mean(
     scored = sum(r.distinct_experts_sum or 0 for r in own) / sum(r.units for r in own)
     assert mean_distinct_experts(TopK(8), proposals, routers) == pytest.approx(scored, rel=1e-3)
     assert mean_distinct_experts(TopK(2), proposals, routers) < scored
+
+
+@pytest.mark.parametrize("rule", [ExpertBudget(12), OpportunisticActivation(3)])
+def test_a_refilled_rule_reads_the_same_experts_of_the_same_proposals(
+    rule: StepRule, demo: LoadedModel, documents: list[TokenizedDocument]
+) -> None:
+    routers, reads = find_routers(demo.model), []
+    for refill in (None, 20):
+        mine = replace(rule, refill=refill)
+        proposals = capture_proposals(
+            *demo, documents, window=16, num_candidates=mine.num_candidates(8), decode_batch=3
+        )  # fmt: skip
+        reads.append(mean_distinct_experts(mine, proposals, routers))
+    assert reads[0] == reads[1]
+
+
+@pytest.mark.parametrize("max_tokens", [None, 10])
+def test_ratios_are_medians_of_the_second_largest_weight_over_the_largest(
+    max_tokens: int | None, demo: LoadedModel
+) -> None:
+    texts = ["The castle stood on a hill above the town.", "A recipe for bread begins with flour."]
+    ratios = median_ratios(*demo, texts, max_tokens=max_tokens)
+    ratios_LT: list[list[float]] = [[] for _ in find_routers(demo.model).sites]
+    passes = []
+    for text in texts:
+        ids = demo.tokenizer(text)["input_ids"][: max_tokens and max_tokens // 2]
+        prefixed = torch.tensor([[prefix_token(demo.tokenizer), *ids]])[:, :-1]
+        passes.append(prefixed)
+        logits = demo.model(prefixed, output_router_logits=True).router_logits
+        for own, layer_TE in zip(ratios_LT, logits, strict=True):
+            first, second = layer_TE.softmax(-1).topk(2).values.T
+            own += (second / first).tolist()
+    assert ratios == pytest.approx([float(np.median(own)) for own in ratios_LT], rel=1e-5)
+    with route(demo.model, FloorThreshold(min_k=1, ratio=ratios)) as trace:
+        for prefixed in passes:
+            demo.model(prefixed)
+    has_several_T = trace.expert_counts[:, 0] > 1
+    assert abs(int(has_several_T.sum()) - len(has_several_T) / 2) <= 1, (
+        "half of them, by definition"
+    )
 
 
 def test_dropped_slots_and_empty_steps_count_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.generate import Generation, generate_greedy
+from bh_routing.engine.proposals import median_ratios
 from bh_routing.engine.texts import Document, packaged_documents, read_documents
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "Generation",
     "calibrate",
     "generate_greedy",
+    "median_ratios",
     "packaged_documents",
     "read_documents",
 ]

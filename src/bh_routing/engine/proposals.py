@@ -10,23 +10,29 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from bh_routing.engine.texts import Document, as_documents
 from bh_routing.engine.windows import (
     TokenizedDocument,
     Window,
     cut_windows,
     plan_steps,
     prefix_token,
+    tokenize_documents,
 )
+from bh_routing.errors import InputError
 from bh_routing.models.capture import evaluating
-from bh_routing.models.routers import Routers, find_routers
-from bh_routing.models.routing import bind_rule, install, layer_context
+from bh_routing.models.routers import Routers, describe_model, find_routers
+from bh_routing.models.routing import bind_rule, install
 from bh_routing.models.trace import DROPPED, count_distinct
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.rules.base import LayerContext, MixingRule, Rule, Unit
-from bh_routing.rules.plan import Candidates, Rows, Selector
+from bh_routing.nulls.contributions import OF_SLOTS
+from bh_routing.rules.base import Candidates, LayerContext, MixingRule, Rows, Rule, Selector, Unit
+from bh_routing.rules.weights import own_slots
 
 MEMORY_BYTES: Final = 2**30
 """Maximum memory for the proposals of a text."""
+WINDOW: Final = 1024
+"""Longest sequence whose weights are compared."""
 _SLOT_BYTES: Final = 16  # index, weight and norm
 _ROW_BYTES: Final = 16  # sequence and position
 
@@ -42,7 +48,7 @@ class Proposals:
 
 @dataclass(frozen=True, eq=False)
 class _Recorder(MixingRule):
-    """Keeps all slots and records the proposals."""
+    """Keeps the model's own top-k and records the proposals."""
 
     method: ClassVar[str] = "recorder"
     seen: tuple[list[Candidates], ...]
@@ -61,10 +67,10 @@ class _Recorder(MixingRule):
         return self.num_slots
 
     def bind(self, context: LayerContext) -> Selector:
-        mine = self.seen[context.layer]
+        mine, model_top_k = self.seen[context.layer], context.model_top_k
 
         def select(candidates: Candidates) -> Tensor:
-            keep_TK = torch.ones_like(candidates.top_k_index_TK, dtype=torch.bool)
+            keep_TK = own_slots(*candidates[:2], model_top_k)
             assert candidates.rows is not None, "the unit isn't the token"
             is_real_T = candidates.rows.sequence_T >= 0
             if not is_real_T.all():
@@ -76,7 +82,7 @@ class _Recorder(MixingRule):
 
 
 def _select_rows(candidates: Candidates, is_real_T: Tensor) -> Candidates:
-    logits_TE, index_TK, weights_TK, norms_TK, rows, _ = candidates
+    logits_TE, index_TK, weights_TK, norms_TK, rows = candidates
     return Candidates(
         logits_TE[is_real_T],
         index_TK[is_real_T],
@@ -140,6 +146,45 @@ def capture_proposals(
     return Proposals(tuple(_join(calls) for calls in seen), torch.cat(counted))
 
 
+def median_ratios(
+    model: Any, tokenizer: Any, texts: Sequence[str | Document], *, max_tokens: int | None = None
+) -> tuple[float, ...]:
+    """Return each layer's median of the second largest weight over the largest, on a text.
+
+    As `ratio` of FloorThreshold with `min_k` 1, a token keeps more than its best expert in half of
+    the cases.
+
+    Args:
+        model: a transformers model with routers, not inside `route`.
+        tokenizer: its tokenizer.
+        texts: calibration texts.
+        max_tokens: tokens in total, spread over the documents; None: all.
+    Raises:
+        InputError: a token uses one expert only, or there is no text.
+    Source: Lu et al. (2024), "Not All Experts are Equal", arXiv 2402.14800, and its repository
+        Lucky-Lance/Expert_Sparsity (read: method/dynamic_skipping.py).
+    """
+    routers = find_routers(model)
+    if routers.model_top_k < 2:
+        raise InputError(
+            "ratios need a model that uses at least 2 experts per token, got 1; choose another"
+        )
+    context = describe_model(model).context_length
+    proposals = capture_proposals(
+        model,
+        tokenizer,
+        tokenize_documents(tokenizer, as_documents(texts), max_tokens),
+        window=min(WINDOW, context or WINDOW),
+        num_candidates=routers.model_top_k,
+    )
+    ratios = []
+    for layer in proposals.layers:
+        best_T2 = layer.top_k_weights_TK[proposals.counted_T.to(layer.top_k_weights_TK.device)]
+        first_T, second_T = best_T2.float().topk(2).values.T
+        ratios.append(float((second_T / first_T).quantile(0.5)))
+    return tuple(ratios)
+
+
 def _join(calls: list[Candidates]) -> Candidates:
     norms = [c.output_norms_TK for c in calls if c.output_norms_TK is not None]
     joined = Candidates(
@@ -183,7 +228,7 @@ def mean_experts(
     kept = []
     for layer, candidates in enumerate(proposals.layers):
         device = candidates.router_logits_TE.device
-        select = rule.bind(layer_context(routers, layer, rule, calibration, device))
+        select = rule.bind(_context(rule, layer, routers, calibration, device))
         counted_T = proposals.counted_T.to(device)
         kept.append(select(candidates)[counted_T].sum().to(proposals.counted_T.device))
     units = len(kept) * int(proposals.counted_T.sum())
@@ -205,9 +250,35 @@ def mean_distinct_experts(
     for layer, candidates in enumerate(proposals.layers):
         device = candidates.router_logits_TE.device
         assert candidates.rows is not None, "captured with rows"
-        select = rule.bind(layer_context(routers, layer, rule, calibration, device))
+        select = rule.bind(_context(rule, layer, routers, calibration, device))
         kept_TK = torch.where(select(candidates), candidates.top_k_index_TK, DROPPED)
         step_T = candidates.rows.step_T
         distinct_S1 = count_distinct(step_T, kept_TK[:, None], routers.num_experts)
         total += int(distinct_S1[step_T[proposals.counted_T.to(device)]].sum())
     return total / (len(proposals.layers) * int(proposals.counted_T.sum()))
+
+
+def _context(
+    rule: Rule,
+    layer: int,
+    routers: Routers,
+    calibration: Calibration | None,
+    device: torch.device,
+) -> LayerContext:
+    null = rule.required_null
+    table = contributions = None
+    if null is not None and calibration is not None:
+        if null in OF_SLOTS:
+            known = calibration.contributions
+            contributions = None if known is None else known.to(torch.device("cpu"))
+        else:
+            table = calibration.table(null, layer).to(device)
+    return LayerContext(
+        layer=layer,
+        num_experts=routers.num_experts,
+        model_top_k=routers.model_top_k,
+        device=device,
+        table=table,
+        contributions=contributions,
+        num_layers=len(routers.sites),
+    )

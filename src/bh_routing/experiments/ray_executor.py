@@ -129,7 +129,7 @@ class RayExecutor(Executor):
         subject: the driver's model, which is moved off its GPU while workers run.
         threads: per worker, on a CPU.
     Raises:
-        InputError: (on entering) the cluster can't be reached, or has no room for a worker.
+        InputError: (on entering) Ray isn't installed, or the cluster has no room for a worker.
     """
 
     def __init__(self, spec: ScoredSpec, subject: Subject, threads: int = 1) -> None:
@@ -349,10 +349,16 @@ def connected(address: str | None) -> Iterator[Any]:
     An existing connection is used and left open.
 
     Raises:
-        InputError: the cluster can't be reached.
+        InputError: Ray isn't installed, or the cluster can't be reached.
     """
     earlier = signal.getsignal(signal.SIGTERM)
-    ray: Any = importlib.import_module("ray")
+    try:
+        ray: Any = importlib.import_module("ray")
+    except ImportError:
+        raise InputError(
+            "--executor ray needs Ray, which isn't installed; run: pip install 'bh-routing[ray]', "
+            "or leave --executor out"
+        ) from None
     is_ours = not ray.is_initialized()
     if is_ours:
         # No usage reports to Ray's developers.

@@ -33,6 +33,7 @@ from bh_routing.results.records import QualityRecord
 from bh_routing.rules.base import Rule
 from bh_routing.rules.catalog import make_rule
 from bh_routing.rules.fixed import PerLayerTopK, TopK
+from bh_routing.rules.step import StepRule
 
 SEARCH_TOKENS: Final = 4_000
 """Tokens of calibration text, spread over its documents: they determine a mean to about 0.6 %."""
@@ -175,6 +176,8 @@ class KnobSearch:
         return mean if self.text.decode_batch is None else mean / self.own_reads
 
     def _mean_of_proposals(self, rule: Rule) -> float:
+        if self.text.decode_batch is not None and isinstance(rule, StepRule):
+            rule = replace(rule, refill=None)  # reads the same experts
         if rule not in self._means:
             key = (rule.num_candidates(self._routers.model_top_k), rule.needs_output_norms)
             if key not in self._proposals:

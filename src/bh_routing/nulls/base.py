@@ -138,16 +138,10 @@ class Null(ABC):
             CalibrationError: the null needs a table and none was given.
         """
 
-    def descending_scores(
-        self,
-        router_logits_TE: Tensor,
-        temperature: float = 1.0,
-        sorted_logits_TE: Tensor | None = None,
-    ) -> Tensor:
+    def descending_scores(self, router_logits_TE: Tensor, temperature: float = 1.0) -> Tensor:
         """Return the rows of `score` sorted, largest first; bitwise equal, for the hot path.
 
-        A subclass whose score starts from a sorted row overrides this, sorts only once, and not at
-        all if `sorted_logits_TE` holds the logits in float32, largest first.
+        A subclass whose score starts from a sorted row overrides this and sorts only once.
         """
         return self.score(router_logits_TE, temperature).sort(dim=-1, descending=True).values
 
