@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from bh_routing.analysis.kl_histogram import RESOLUTION, histogram_quantile
+from bh_routing.analysis.quality_row import RESOLUTION, histogram_quantile
 from bh_routing.errors import InputError
 from bh_routing.results.records import KL_BIN_EDGES
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bh_routing.analysis.null_samples import NullSample, read_null_samples
 from bh_routing.errors import CalibrationError
 from bh_routing.nulls import NULLS, Calibration, ReferenceTable, RouterPass
 from bh_routing.nulls.contributions import NEEDED
+from bh_routing.report.charts.calibration import NullSample, read_null_samples
 from bh_routing.results.calibration_file import BY_EXPERT
 from bh_routing.rules.drop import lower_tail
 from tests.nulls.test_calibration import make, rewrite

@@ -78,9 +78,9 @@ def test_a_level_outside_zero_to_one_is_refused() -> None:
 @pytest.mark.parametrize("n", [5, 12, 50])
 def test_wilcoxon_without_ties_equals_scipys_exact_test(n: int) -> None:
     x, y = _pairs(n)
-    ours = signed_rank(x - y)
-    assert ours.method == "exact"
-    assert ours.p == pytest.approx(stats.wilcoxon(x, y, method="exact").pvalue, rel=1e-12)
+    p, method, _ = signed_rank(x - y)
+    assert method == "exact"
+    assert p == pytest.approx(stats.wilcoxon(x, y, method="exact").pvalue, rel=1e-12)
 
 
 def test_wilcoxon_with_ties_equals_the_enumeration_of_all_signs() -> None:
@@ -90,31 +90,31 @@ def test_wilcoxon_with_ties_equals_the_enumeration_of_all_signs() -> None:
     signs = np.array(list(itertools.product([-1, 1], repeat=len(nonzero))))
     sums, observed = np.abs(signs @ ranks), abs(np.sign(nonzero) @ ranks)
     by_hand = float((sums >= observed - 1e-9).mean())
-    ours = signed_rank(difference)
-    assert ours.method == "exact"
-    assert ours.p == pytest.approx(by_hand, rel=1e-12)
+    p, method, _ = signed_rank(difference)
+    assert method == "exact"
+    assert p == pytest.approx(by_hand, rel=1e-12)
 
 
 def test_forty_tied_differences_come_close_to_scipys_approximation() -> None:
     difference = np.random.default_rng(1).integers(-5, 7, 40).astype(float)
     nonzero = difference[difference != 0]
-    assert 0.01 < signed_rank(difference).p < 0.99
+    assert 0.01 < signed_rank(difference)[0] < 0.99
     approximate = stats.wilcoxon(nonzero, method="approx", correction=True).pvalue
-    assert signed_rank(difference).p == pytest.approx(approximate, rel=0.02)
+    assert signed_rank(difference)[0] == pytest.approx(approximate, rel=0.02)
 
 
 def test_twelve_pairs_of_one_sign_reach_the_floor_of_the_exact_wilcoxon() -> None:
-    ours = signed_rank(np.arange(1.0, 13.0))
-    assert ours.p == ours.floor == pytest.approx(2 / 2**12)
+    p, _, floor = signed_rank(np.arange(1.0, 13.0))
+    assert p == floor == pytest.approx(2 / 2**12)
 
 
 def test_zero_differences_do_not_lower_the_floor() -> None:
-    assert signed_rank([0.0, 0.0, 1.0, 2.0, 3.0]).floor == 0.25
-    assert math.isnan(signed_rank([0.0, 0.0]).p)
+    assert signed_rank([0.0, 0.0, 1.0, 2.0, 3.0])[2] == 0.25
+    assert math.isnan(signed_rank([0.0, 0.0])[0])
 
 
 def test_more_than_fifty_differences_take_scipys_approximation() -> None:
     difference = np.random.default_rng(1).integers(-3, 6, 80).astype(float)
-    ours = signed_rank(difference)
+    p, method, _ = signed_rank(difference)
     scipys = stats.wilcoxon(difference[difference != 0], method="approx")
-    assert (ours.p, ours.method) == (scipys.pvalue, "approximate")
+    assert (p, method) == (scipys.pvalue, "approximate")

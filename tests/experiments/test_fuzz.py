@@ -18,7 +18,6 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bh_routing.analysis.null_samples import read_null_samples
 from bh_routing.analysis.quality_row import read_quality
 from bh_routing.analysis.results import load_results
 from bh_routing.engine.texts import read_documents
@@ -39,6 +38,7 @@ from bh_routing.experiments.token_traces import pack
 from bh_routing.models.load import LoadedModel
 from bh_routing.models.routers import describe_model
 from bh_routing.nulls import Calibration, ReferenceTable
+from bh_routing.report.charts.calibration import read_null_samples
 from bh_routing.report.traces import read_traces
 from bh_routing.results.records import (
     CHECKPOINT,

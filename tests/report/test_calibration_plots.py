@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bh_routing.analysis.null_samples import NullSample
 from bh_routing.errors import CalibrationError
-from bh_routing.report.charts.calibration import draw_null, finding, plot_calibration
+from bh_routing.report.charts.calibration import NullSample, draw_null, finding, plot_calibration
 from bh_routing.report.charts.style import look
 from tests.nulls.test_calibration import make
 

@@ -267,6 +267,18 @@ def test_the_rule_of_lowest_loss_that_beats_static_top_k_is_recommended(
     assert text.endswith("\n\n    bh-routing run --rule a ## b\n")
 
 
+@pytest.mark.parametrize(
+    ("commands", "is_explained"), [({"mid": None}, True), ({"low": "x"}, False), ({}, False)]
+)
+def test_a_rule_that_no_option_states_has_a_sentence_in_place_of_its_command(
+    results: pd.DataFrame, commands: dict[str, Any], is_explained: bool
+) -> None:
+    quality = scored(STATIC | {"mid": (4.6, 0.08)}, 0.01)
+    text = recommended(results, quality, commands)
+    assert ("No command is shown" in text and "`--config`" in text) == is_explained
+    assert "    " not in text
+
+
 @pytest.mark.parametrize("loss", [0.177, 0.3])
 def test_static_top_k_is_recommended_where_nothing_pays(results: pd.DataFrame, loss: float) -> None:
     quality = scored(STATIC | {"bh": (4.5, loss)}, 0.05)

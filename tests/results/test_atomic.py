@@ -12,8 +12,7 @@ import pytest
 
 from bh_routing.errors import ResultsError
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.report.files import write_text
-from bh_routing.results.files import write_atomically
+from bh_routing.results.files import write_atomically, write_text
 
 
 @pytest.fixture

@@ -264,21 +264,9 @@ def _compare(mine: pd.DataFrame, base: pd.DataFrame, metric: str) -> dict[str, A
         notes.append(f"Prompts left out because one side has no value: {estimate.left_out}.")
     if (both["y"] == 0).any():
         notes.append("Prompts where the baseline is 0 have no reduction and are left out of it.")
-    return {
-        "n": estimate.n,
-        "left_out": estimate.left_out,
-        "mean_difference": estimate.mean,
-        "sd_difference": estimate.sd,
-        "low": estimate.low,
-        "high": estimate.high,
-        "t": estimate.t,
-        "df": estimate.df,
-        "p": estimate.p,
+    renamed = {"mean": "mean_difference", "sd": "sd_difference"}
+    return {renamed.get(name, name): value for name, value in asdict(estimate).items()} | {
         "p_corrected": math.nan,
-        "cohens_d": estimate.cohens_d,
-        "wilcoxon_p": estimate.wilcoxon_p,
-        "wilcoxon_method": estimate.wilcoxon_method,
-        "wilcoxon_floor": estimate.wilcoxon_floor,
         "reduction": reduction.mean,
         "reduction_low": reduction.low,
         "reduction_high": reduction.high,

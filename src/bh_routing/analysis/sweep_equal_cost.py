@@ -113,19 +113,10 @@ class EqualCost:
         return "yes" if self.high < 0 else "no"
 
 
-class Sampled(NamedTuple):
-    """Estimate, standard error and resampled t of a function of ratios; no t_B: Student's."""
-
-    estimate: float
-    se: float
-    t_B: Floats | None
-
-
-class Value(NamedTuple):
-    """Value and derivatives of a function of ratios."""
-
-    value_B: Floats
-    gradient_BJ: Floats
+Sampled = tuple[float, float, Floats | None]
+"""Estimate, standard error and resampled t of a function of ratios; without t, Student's."""
+Value = tuple[Floats, Floats]
+"""Value of a function of ratios, (B,), and its derivatives, (B, J)."""
 
 
 class _Test(NamedTuple):
@@ -166,16 +157,16 @@ def compare_at_equal_cost(
     ]
     asked = [test for test in tests if test.knots]
     num_clusters = len(np.unique(text.clusters_D))
-    draws = _Draws(num_clusters, max(resamples, 100 * len(asked)), seed)
-    differences = [_sample(text, test, _difference, draws) for test in asked]
-    shares = [_sample(text, test, _fraction_saved, draws) for test in asked]
+    draws = max(resamples, 100 * len(asked)), seed
+    differences = [_sample(text, test, _difference, *draws) for test in asked]
+    shares = [_sample(text, test, _fraction_saved, *draws) for test in asked]
     ends = _intervals(differences, num_clusters, confidence, simultaneous)
     fraction_ends = _intervals(shares, num_clusters, confidence, simultaneous)
     p_N = np.array([_p_different(sampled, num_clusters) for sampled in differences])
     corrected_N = holm(p_N)
     found = {(test.config_name, test.curve.name): EqualCost(note=test.note) for test in tests}
     for i, test in enumerate(asked):
-        own = differences[i].estimate
+        own = differences[i][0]
         ratios_1J = _ratios(text, test)
         found[test.config_name, test.curve.name] = EqualCost(
             at_mean=float(ratios_1J[0, 0]) - own,
@@ -185,7 +176,7 @@ def compare_at_equal_cost(
             high=float(ends.high_R[i]),
             p=float(p_N[i]),
             p_corrected=float(corrected_N[i]),
-            saved=shares[i].estimate,
+            saved=shares[i][0],
             saved_low=float(fraction_ends.low_R[i]),
             saved_high=float(fraction_ends.high_R[i]),
             note=_why_no_interval(ends.low_R[i], fraction_ends.low_R[i], num_clusters),
@@ -255,14 +246,8 @@ def _ratios(text: ScoredText, test: _Test) -> Floats:
     return np.asarray(_columns(text, test).sum(axis=0, keepdims=True) / text.tokens_D.sum())
 
 
-class _Line(NamedTuple):
-    """Position of each resample's mean on the curve, and d/dJ of the interpolated loss there."""
-
-    loss_B: Floats
-    gradient_BJ: Floats
-
-
-def _line(ratios_BJ: Floats) -> _Line:
+def _line(ratios_BJ: Floats) -> Value:
+    """Interpolate the curve's loss at each resample's mean."""
     num_knots = ratios_BJ.shape[1] // 2 - 1
     mean_B, knots_BK = ratios_BJ[:, num_knots + 1], ratios_BJ[:, num_knots + 2 :]
     rows_B = np.arange(len(ratios_BJ))
@@ -279,25 +264,24 @@ def _line(ratios_BJ: Floats) -> _Line:
     gradient_BJ[:, num_knots + 1] = slope_B
     gradient_BJ[rows_B, num_knots + 2 + left_B] = -slope_B * (1 - fraction_B)
     gradient_BJ[rows_B, num_knots + 3 + left_B] = -slope_B * fraction_B
-    return _Line(first_B + fraction_B * (second_B - first_B), gradient_BJ)
+    return first_B + fraction_B * (second_B - first_B), gradient_BJ
 
 
 def _difference(ratios_BJ: Floats) -> Value:
-    line = _line(ratios_BJ)
-    gradient_BJ = -line.gradient_BJ
-    gradient_BJ[:, 0] += 1
-    return Value(ratios_BJ[:, 0] - line.loss_B, gradient_BJ)
+    loss_B, gradient_BJ = _line(ratios_BJ)
+    gradient_BJ[:, 0] -= 1
+    return ratios_BJ[:, 0] - loss_B, -gradient_BJ
 
 
 def _fraction_saved(ratios_BJ: Floats) -> Value:
-    line = _line(ratios_BJ)
+    loss_B, slope_BJ = _line(ratios_BJ)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        own_B, curve_B = np.expm1(ratios_BJ[:, 0]), np.expm1(line.loss_B)
+        own_B, curve_B = np.expm1(ratios_BJ[:, 0]), np.expm1(loss_B)
         # Without a loss of the curve there is nothing to save.
         curve_B = np.where(curve_B > 0, curve_B, np.nan)
-        gradient_BJ = line.gradient_BJ * (own_B * (curve_B + 1) / curve_B**2)[:, None]
+        gradient_BJ = slope_BJ * (own_B * (curve_B + 1) / curve_B**2)[:, None]
         gradient_BJ[:, 0] -= (own_B + 1) / curve_B
-        return Value(1 - own_B / curve_B, gradient_BJ)
+        return 1 - own_B / curve_B, gradient_BJ
 
 
 def _geometric(ratios_1J: Floats) -> float:
@@ -307,33 +291,26 @@ def _geometric(ratios_1J: Floats) -> float:
     logged_1J = ratios_1J.copy()
     logged_1J[:, 1 : num_knots + 1] = logs_1K
     with np.errstate(invalid="ignore"):
-        found = float(np.exp(_line(logged_1J).loss_B[0]))
+        found = float(np.exp(_line(logged_1J)[0][0]))
     return found if found > 0 else math.nan
 
 
-class _Draws(NamedTuple):
-    """Arguments of the resampling that all tests share: `draw_clusters(*draws)`."""
-
-    num_clusters: int
-    resamples: int
-    seed: int
-
-
 def _sample(
-    text: ScoredText, test: _Test, function: Callable[[Floats], Value], draws: _Draws
+    text: ScoredText, test: _Test, function: Callable[[Floats], Value], resamples: int, seed: int
 ) -> Sampled:
     sums = sum_clusters(_columns(text, test), text.tokens_D, text.clusters_D)
-    everything_1G = np.ones((1, len(sums.weights_G)))
+    num_clusters = len(sums.weights_G)
+    everything_1G = np.ones((1, num_clusters))
     value_1, error_1 = _evaluate(function, sums, everything_1G)
     estimate, se = float(value_1[0]), float(error_1[0])
-    if draws.num_clusters < BOOTSTRAP_CLUSTERS or not se > 0:
-        return Sampled(estimate, se if se > 0 else math.nan, None)
+    if num_clusters < BOOTSTRAP_CLUSTERS or not se > 0:
+        return estimate, se if se > 0 else math.nan, None
     parts = []
-    for drawn_BG in draw_clusters(*draws):
+    for drawn_BG in draw_clusters(num_clusters, resamples, seed):
         value_B, error_B = _evaluate(function, sums, drawn_BG)
         with np.errstate(invalid="ignore", divide="ignore"):
             parts.append((value_B - estimate) / error_B)
-    return Sampled(estimate, se, np.concatenate(parts))
+    return estimate, se, np.concatenate(parts)
 
 
 def _evaluate(
@@ -355,10 +332,11 @@ def _evaluate(
 def _intervals(
     sampled: Sequence[Sampled], num_clusters: int, confidence: float, simultaneous: bool
 ) -> Ends:
-    known_N = np.array([math.isfinite(one.se) for one in sampled], dtype=bool)
+    estimate_N, se_N = (np.array([one[field] for one in sampled]) for field in (0, 1))
+    known_N = np.isfinite(se_N)
     t_2N = np.full((2, len(sampled)), math.nan)
     tail = (1 - confidence) / 2
-    resampled = [one.t_B for one in sampled if one.t_B is not None]
+    resampled = [t_B for *_, t_B in sampled if t_B is not None]
     if resampled:
         t_BN = np.stack(resampled, axis=1)
         # Resamples with an unknown value count against both ends.
@@ -374,20 +352,20 @@ def _intervals(
         shared = max(1, int(known_N.sum())) if simultaneous else 1
         t = float(stats.t.isf(tail / shared, num_clusters - 1))
         t_2N[:, known_N] = np.array([[-t], [t]])
-    estimate_N, se_N = (np.array([getattr(one, f) for one in sampled]) for f in ("estimate", "se"))
     high_N, low_N = estimate_N - t_2N * se_N
     is_known_N = np.isfinite(low_N + high_N)
     return Ends(np.where(is_known_N, low_N, math.nan), np.where(is_known_N, high_N, math.nan))
 
 
 def _p_different(sampled: Sampled, num_clusters: int) -> float:
-    if not sampled.se > 0 or num_clusters < MIN_CLUSTERS:
+    estimate, se, t_B = sampled
+    if not se > 0 or num_clusters < MIN_CLUSTERS:
         return math.nan
-    t = sampled.estimate / sampled.se
-    if sampled.t_B is None:
+    t = estimate / se
+    if t_B is None:
         return float(2 * stats.t.sf(abs(t), num_clusters - 1))
-    below, above = (1 + (sampled.t_B <= t).sum()), (1 + (sampled.t_B >= t).sum())
-    return float(min(1.0, 2 * min(below, above) / (len(sampled.t_B) + 1)))
+    below, above = (1 + (t_B <= t).sum()), (1 + (t_B >= t).sum())
+    return float(min(1.0, 2 * min(below, above) / (len(t_B) + 1)))
 
 
 def _why_no_interval(low: float, fraction_low: float, num_clusters: int) -> str:

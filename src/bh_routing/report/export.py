@@ -14,9 +14,8 @@ import pandas as pd
 from bh_routing.analysis.results import Results, load_results
 from bh_routing.errors import InputError, unknown_name
 from bh_routing.report.facts import BALANCE, EXPERTS, METRICS, SECONDS, SPEED, Facts, facts_of
-from bh_routing.report.files import write_bytes
 from bh_routing.report.text import as_float, latex, number, signed, spreadsheet
-from bh_routing.results.files import render_json
+from bh_routing.results.files import render_json, write_bytes
 from bh_routing.results.records import SCHEMA_VERSION, column_definitions
 
 ENDINGS: Final = {"xlsx": "xlsx", "latex": "tex", "json": "json"}

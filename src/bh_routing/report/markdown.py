@@ -19,10 +19,10 @@ from markupsafe import Markup
 
 from bh_routing.report import findings, text
 from bh_routing.report.facts import BALANCE, EXPERTS, METRICS, SECONDS, SPEED, Facts, read_facts
-from bh_routing.report.files import write_text
 from bh_routing.report.judge import compare_expectations, count_verdicts
 from bh_routing.report.sweep_findings import batch_advice, budgets_of, series_label
 from bh_routing.report.text import MISSING, as_float
+from bh_routing.results.files import write_text
 from bh_routing.results.records import LEFT_OUT, REPORT_MD
 from bh_routing.stats.paired import signed_rank_floor
 

@@ -25,12 +25,11 @@ from bh_routing.report.charts.calibration import null_charts
 from bh_routing.report.charts.quality import compared_quality
 from bh_routing.report.charts.style import Picture, inline_svg, look, theme
 from bh_routing.report.facts import Facts, facts_of
-from bh_routing.report.files import write_text
 from bh_routing.report.markdown import context
 from bh_routing.report.markdown import render as render_markdown
 from bh_routing.report.text import as_float, plain
 from bh_routing.report.traces import for_page, read_traces
-from bh_routing.results.files import planned_keys
+from bh_routing.results.files import planned_keys, write_text
 from bh_routing.results.records import CALIBRATION, REPORT_HTML
 
 SCRIPTS: Final = ("page.js", "experiments.js", "tokens.js")

@@ -12,7 +12,6 @@ from bh_routing.analysis.sweep_records import read_sweep
 from bh_routing.report.charts.style import save
 from bh_routing.report.charts.sweep import DOMAINS_PLOT, PARETO_PLOT, domains, pareto
 from bh_routing.report.facts import child
-from bh_routing.report.files import write_bytes, write_text
 from bh_routing.report.markdown import render
 from bh_routing.report.sweep_findings import (
     COMPARISONS_CSV,
@@ -21,7 +20,7 @@ from bh_routing.report.sweep_findings import (
     domains_title,
     pareto_title,
 )
-from bh_routing.results.files import render_csv
+from bh_routing.results.files import render_csv, write_bytes, write_text
 from bh_routing.results.records import PLOTS
 from bh_routing.stats.bootstrap import RESAMPLES
 

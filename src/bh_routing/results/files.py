@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 from bh_routing.errors import ResultsError
+from bh_routing.results.records import PLOTS
 
 TEMPORARY_SUFFIX: Final = ".tmp"
 
@@ -36,6 +37,30 @@ def write_atomically(path: Path, content: bytes) -> Path:
     except OSError as error:
         raise unwritable(path, error) from error
     return path
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Write a file of a report atomically, and create its folder if missing.
+
+    Raises:
+        ResultsError: the plots folder is a symbolic link to another place, or the file can't be
+            written.
+    """
+    if path.parent.name == PLOTS and path.parent.is_symlink():
+        raise ResultsError(
+            f"{path.parent} is a symbolic link, and bh-routing writes no plot outside its folder; "
+            "remove the link"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(path.parent, error) from error
+    return write_atomically(path, content)
+
+
+def write_text(path: Path, content: str) -> Path:
+    """Write UTF-8 text the same way; unencodable characters become question marks."""
+    return write_bytes(path, content.encode("utf-8", errors="replace"))
 
 
 def unwritable(path: Path, error: OSError) -> ResultsError:

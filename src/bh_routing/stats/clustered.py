@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -155,33 +155,24 @@ def estimate_ratio(
     )
 
 
-class NonInferiority(NamedTuple):
-    """Non-inferiority test, one entry per column; upper and p are NaN where unknown."""
-
-    margin: float
-    upper_R: Floats
-    """One-sided 95 % upper bound: the upper end of the two-sided 90 % interval."""
-    p_R: Floats
-    """One-sided p of "the harm is the margin or more"."""
-    is_non_inferior_R: np.ndarray[tuple[int], np.dtype[np.bool_]]
-    """upper <= margin; False where unknown, which is no evidence of harm."""
-
-
-def non_inferiority(delta: RatioEstimate, margin: float = NON_INFERIORITY_MARGIN) -> NonInferiority:
+def non_inferiority(
+    delta: RatioEstimate, margin: float = NON_INFERIORITY_MARGIN
+) -> tuple[Floats, Floats]:
     """Test whether an increase in loss stays within `margin`, at the one-sided 5 % level.
 
     Args:
         delta: mean increase over the reference, in the margin's unit; more is worse.
         margin: largest increase that counts as harmless, above 0.
     Returns:
-        Bound, p and verdict of every column.
+        One-sided 95 % upper bound of every column, the upper end of the two-sided 90 % interval,
+        and the one-sided p of "the harm is the margin or more". The increase stays within the
+        margin if its bound does; NaN where unknown, which is no evidence of harm.
     Raises:
         InputError: the margin isn't a positive number.
     """
     if not (margin > 0 and math.isfinite(margin)):
         raise InputError(f"the margin must be a number above 0, got {margin}; the usual is ln 1.01")
-    upper_R = delta.interval(0.90).high_R
-    return NonInferiority(margin, upper_R, delta.p_below(margin), upper_R <= margin)
+    return delta.interval(0.90).high_R, delta.p_below(margin)
 
 
 def minimum_detectable_effect(

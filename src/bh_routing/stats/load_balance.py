@@ -9,7 +9,6 @@ Axes: S simulations, L layers, E experts, C experts kept per token (from 0).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -35,43 +34,13 @@ EXACT_KEYS: Final = 10_000_000
 """Random keys, S * L * tokens * E, up to which every token's set is drawn: about half a second."""
 
 
-@dataclass(frozen=True, slots=True)
-class BalanceMeasure:
-    """One measure of load, with its value under sampling noise alone at this number of tokens."""
-
-    by_layer: tuple[float, ...]
-    mean: float
-    """Mean over layers; NaN if a layer's value is NaN."""
-    pooled: float
-    """Over the concatenated loads of all layers."""
-    noise_by_layer: tuple[float, ...]
-    """Expected value under a uniform router: closed form for cv and dead_share, else simulated."""
-    noise: float
-    """Mean of noise_by_layer."""
-    noise_pooled: float
-    noise_sd: float
-    """Standard deviation of `mean` under a uniform router, simulated."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoadBalance:
-    """All measures of one configuration's expert load."""
-
-    num_tokens: int
-    mean_experts: float
-    measures: dict[str, BalanceMeasure]
-    """Name in MEASURES -> measure."""
-    note: str
-    """Reason why a measure is NaN; empty if none is."""
-
-
 def measure_load(
     expert_load: ArrayLike,
     count_histogram: ArrayLike,
     *,
     simulations: int = SIMULATIONS,
     seed: int = 0,
-) -> LoadBalance:
+) -> dict[str, Any]:
     """Measure load balance per layer and pooled, each with its sampling noise.
 
     The uniform router keeps as many experts per token as the rule did, with equal probability for
@@ -85,12 +54,16 @@ def measure_load(
         simulations: S.
         seed: seed of the simulation.
     Returns:
-        Every measure; see MEASURES for the definitions.
+        num_tokens, mean_experts, measures (name in MEASURES -> dict) and note, the reason why a
+        measure is NaN. The dict of a measure holds by_layer, mean (over layers; NaN if a layer's
+        value is), pooled (over the concatenated loads of all layers), and the values under a
+        uniform router: noise_by_layer (in closed form for cv and dead_share, else simulated), its
+        mean noise, noise_pooled, and noise_sd, the simulated standard deviation of mean.
     Raises:
         InputError: the two inputs contradict each other, or a layer has no assignment.
     Example:
         >>> load = measure_load([[4, 4, 0, 0]], [[0, 8]])
-        >>> load.measures["cv"].mean, load.measures["dead_share"].mean
+        >>> load["measures"]["cv"]["mean"], load["measures"]["dead_share"]["mean"]
         (1.0, 0.5)
     """
     counts_LE, histogram_LC = _checked(expert_load, count_histogram)
@@ -113,18 +86,23 @@ def measure_load(
     measures = {}
     for name, value_L in layers.items():
         noise_L = closed.get(name, _mean_known(noise[name]))
-        measures[name] = BalanceMeasure(
-            by_layer=tuple(value_L.tolist()),
-            mean=float(value_L.mean()),
-            pooled=float(pooled[name]),
-            noise_by_layer=tuple(noise_L.tolist()),
-            noise=float(noise_L.mean()),
-            noise_pooled=closed_pooled.get(name, float(_mean_known(noise_pooled[name]))),
-            noise_sd=_sd_known(noise[name].mean(axis=-1)),
-        )
+        measures[name] = {
+            "by_layer": value_L.tolist(),
+            "mean": float(value_L.mean()),
+            "pooled": float(pooled[name]),
+            "noise_by_layer": noise_L.tolist(),
+            "noise": float(noise_L.mean()),
+            "noise_pooled": closed_pooled.get(name, float(_mean_known(noise_pooled[name]))),
+            "noise_sd": _sd_known(noise[name].mean(axis=-1)),
+        }
     unused = int((counts_LE == 0).any(axis=1).sum())
     note = f"max_min_ratio is NaN: {unused} of {len(counts_LE)} layers have an unused expert."
-    return LoadBalance(num_tokens, float(kept_L.mean()), measures, note if unused else "")
+    return {
+        "num_tokens": num_tokens,
+        "mean_experts": float(kept_L.mean()),
+        "measures": measures,
+        "note": note if unused else "",
+    }
 
 
 def load_columns(expert_load: NDArray[np.integer], count_histogram: ArrayLike) -> dict[str, Any]:

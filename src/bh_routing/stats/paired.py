@@ -41,20 +41,19 @@ class PairedEstimate:
     low: float
     high: float
     """Ends of the t interval of the mean."""
-    confidence: float
-    t: float
-    df: float
-    p: float
+    t: float = math.nan
+    df: float = math.nan
+    p: float = math.nan
     """Two-sided paired t test of mean difference 0."""
-    cohens_d: float
+    cohens_d: float = math.nan
     """d_z = mean / sd of the differences: the effect size for paired data."""
-    wilcoxon_p: float
+    wilcoxon_p: float = math.nan
     """Two-sided signed-rank test; zero differences are dropped."""
-    wilcoxon_method: str
+    wilcoxon_method: str = "none"
     """exact, approximate or none."""
-    wilcoxon_floor: float
+    wilcoxon_floor: float = math.nan
     """The smallest p an exact signed-rank test can give here: 2 / 2^(nonzero differences)."""
-    note: str
+    note: str = ""
     """One sentence on missing statistics and the reason; empty if none is missing."""
 
 
@@ -66,14 +65,6 @@ class MeanInterval(NamedTuple):
     sd: float
     low: float
     high: float
-
-
-class SignedRank(NamedTuple):
-    """A two-sided Wilcoxon signed-rank test."""
-
-    p: float
-    method: str
-    floor: float
 
 
 def paired_difference(x: ArrayLike, y: ArrayLike, *, confidence: float = 0.95) -> PairedEstimate:
@@ -107,29 +98,28 @@ def paired_difference(x: ArrayLike, y: ArrayLike, *, confidence: float = 0.95) -
     difference_n = (x_n - y_n)[both]
     n, left_out = int(both.sum()), int((~both).sum())
     interval = mean_interval(difference_n, confidence=confidence)
-    mean, sd = interval.mean, interval.sd
     scale = float(np.abs(np.concatenate([x_n[both], y_n[both]])).max()) if n else 0.0
-    note = _why_untestable(difference_n, scale)
-    if note:
-        return _untested(n, left_out, mean, sd, confidence, note)
+    if note := _why_untestable(difference_n, scale):
+        return PairedEstimate(
+            n=n, left_out=left_out, mean=interval.mean, sd=interval.sd, low=math.nan,
+            high=math.nan, note=note,
+        )  # fmt: skip
     test = stats.ttest_1samp(difference_n, 0.0)
-    ranks = signed_rank(difference_n)
+    rank_p, method, floor = signed_rank(difference_n)
     return PairedEstimate(
         n=n,
         left_out=left_out,
-        mean=mean,
-        sd=sd,
+        mean=interval.mean,
+        sd=interval.sd,
         low=interval.low,
         high=interval.high,
-        confidence=confidence,
         t=float(test.statistic),
         df=float(n - 1),
         p=float(test.pvalue),
-        cohens_d=mean / sd,
-        wilcoxon_p=ranks.p,
-        wilcoxon_method=ranks.method,
-        wilcoxon_floor=ranks.floor,
-        note="",
+        cohens_d=interval.mean / interval.sd,
+        wilcoxon_p=rank_p,
+        wilcoxon_method=method,
+        wilcoxon_floor=floor,
     )
 
 
@@ -154,26 +144,28 @@ def mean_interval(values: ArrayLike, *, confidence: float = 0.95) -> MeanInterva
     return MeanInterval(n, mean, sd, mean - half, mean + half)
 
 
-def signed_rank(difference_n: Sequence[float] | NDArray[np.float64]) -> SignedRank:
+def signed_rank(difference_n: Sequence[float] | NDArray[np.float64]) -> tuple[float, str, float]:
     """Run the two-sided Wilcoxon signed-rank test.
 
     It is exact up to 50 nonzero differences, with or without ties; above, it is scipy's normal
     approximation. Zeros are dropped (Wilcoxon's own rule) and ties get their mean rank.
 
+    Returns:
+        p, the method (exact, approximate or none) and the smallest p of an exact test.
     Example:
         >>> signed_rank([1.0, 2.0, 3.0, 4.0, 5.0])
-        SignedRank(p=0.0625, method='exact', floor=0.0625)
+        (0.0625, 'exact', 0.0625)
     """
     nonzero_n = np.asarray(difference_n, dtype=np.float64)
     nonzero_n = nonzero_n[nonzero_n != 0]
     n = len(nonzero_n)
     if n == 0:
-        return SignedRank(math.nan, "none", math.nan)
+        return math.nan, "none", math.nan
     floor = signed_rank_floor(n)
     if n > EXACT_PAIRS:
         p = float(stats.wilcoxon(nonzero_n, method="approx").pvalue)
-        return SignedRank(p, "approximate", floor)
-    return SignedRank(_exact_signed_rank(nonzero_n), "exact", floor)
+        return p, "approximate", floor
+    return _exact_signed_rank(nonzero_n), "exact", floor
 
 
 def _exact_signed_rank(nonzero_n: NDArray[np.float64]) -> float:
@@ -222,29 +214,6 @@ def _why_untestable(difference_n: NDArray[np.float64], scale: float) -> str:
             "no interval and no effect size."
         )
     return ""
-
-
-def _untested(
-    n: int, left_out: int, mean: float, sd: float, confidence: float, note: str
-) -> PairedEstimate:
-    nan = math.nan
-    return PairedEstimate(
-        n=n,
-        left_out=left_out,
-        mean=mean,
-        sd=sd,
-        low=nan,
-        high=nan,
-        confidence=confidence,
-        t=nan,
-        df=nan,
-        p=nan,
-        cohens_d=nan,
-        wilcoxon_p=nan,
-        wilcoxon_method="none",
-        wilcoxon_floor=nan,
-        note=note,
-    )
 
 
 class AccuracyComparison(NamedTuple):

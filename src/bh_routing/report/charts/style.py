@@ -23,8 +23,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bh_routing.errors import InputError
-from bh_routing.report.files import write_bytes
 from bh_routing.report.text import for_plot
+from bh_routing.results.files import write_bytes
 
 # At this width, text is about 7 points high when printed half a page wide.
 WIDTH_INCHES: Final = 5.4
