@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from bh_routing.models.load import LoadedModel, load_model, read_config
 from bh_routing.models.routers import find_routers
 from bh_routing.models.sites import fingerprint_routers
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.serving.config import VARIABLE, config_of, config_text
+from bh_routing.serving.config import VARIABLE, config_of
 from bh_routing.serving.config import read_config as read_serving
 from bh_routing.serving.launch import check_routers, servable_checkpoint
 
@@ -108,7 +108,7 @@ def test_without_a_configuration_there_is_none(
     monkeypatch.delenv(VARIABLE, raising=False)
     assert config_of({}) is None
     path = tmp_path / "serve.yaml"
-    path.write_text(config_text({"method": "top_k", "k": 3}, None, None))
+    path.write_text("rule: {method: top_k, k: 3}")
     monkeypatch.setenv(VARIABLE, str(path))
     served = config_of({})
     assert served is not None
@@ -135,7 +135,51 @@ def test_the_demo_is_served_from_an_untied_copy_with_the_same_routers(
         check_routers(Path(folder), "0" * 64)
 
 
-@pytest.mark.skipif("vllm" in sys.modules, reason="needs an environment without vLLM")
+HAS_VLLM = find_spec("vllm") is not None
+
+
+@pytest.mark.skipif(HAS_VLLM, reason="needs an environment without vLLM")
 def test_serve_without_vllm_names_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "demo", "--rule", "top_k:k=4", "--port", "8000"]) == 2
     assert "vLLM isn't installed here; install bh-routing into vLLM's" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not HAS_VLLM, reason="needs an environment with vLLM")
+def test_check_prints_the_command_and_starts_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    own = ["serve", "demo", "--rule", "oea:k0=3", "--check"]
+    assert main([*own, "--port", "8123", "--served-model-name", "mine"]) == 0
+    text = capsys.readouterr().out
+    assert "olmoe, 64 experts, top 8" in text
+    assert "the model's own top k" in text
+    assert "VLLM_PLUGINS=other,bh_routing" in text
+    assert text.rstrip().endswith("--port 8123 --served-model-name mine")
+    assert text.count("--served-model-name") == 1
+
+
+@pytest.mark.skipif(not HAS_VLLM, reason="needs an environment with vLLM")
+@pytest.mark.parametrize(
+    ("rule", "sentence"),
+    [
+        ("top_k:k=65", "k must be at most the 64 experts of a layer, got 65"),
+        ("oea:k0=9", "k0 must be at most 8"),
+        ("oea:k0=3,refill=12", "asks for 12 experts per token, a served router proposes 8"),
+        ("bh_drop:alpha=0.3", "'needed_by_loss', only of: background, pooled"),
+    ],
+)
+def test_check_rejects_what_cannot_run(
+    rule: str,
+    sentence: str,
+    demo_calibration: Calibration,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    file = demo_calibration.save(tmp_path / "demo.safetensors")
+    given = ["--rule", rule, "--calibration", str(file), "--check"]
+    assert main(["serve", "demo", *given]) == 2
+    assert sentence in capsys.readouterr().err

@@ -38,6 +38,7 @@ RECORDER = """
 import os
 from itertools import count
 
+import torch
 from safetensors.torch import save_file
 
 

@@ -14,8 +14,7 @@ from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
 from bh_routing.errors import InputError, ModelError
 from bh_routing.models.sites import fingerprint_routers
-from bh_routing.nulls.calibration import Calibration
-from bh_routing.rules.base import Rule
+from bh_routing.serving.config import ServedRule, check_fit
 
 TESTED: Final = SpecifierSet(">=0.26,<0.33")
 """Versions of vLLM whose router interface this plugin was written for."""
@@ -125,30 +124,27 @@ def _why_not_plain(layer: MoELayer, config: Any) -> str:
     return ""
 
 
-def check_rule(rule: Rule, calibration: Calibration | None, layers: list[MoELayer]) -> None:
-    """Raise InputError or CalibrationError if a rule doesn't fit the layers."""
-    num_experts, top_k = layers[0].router.global_num_experts, layers[0].router.top_k
+def check_rules(served: ServedRule, layers: list[MoELayer]) -> None:
+    """Raise InputError or CalibrationError if a rule or the calibration doesn't fit the layers."""
     sizes = {(layer.router.global_num_experts, layer.router.top_k) for layer in layers}
     if len(sizes) > 1:
         raise ModelError(f"layers differ in experts and top k: {sorted(sizes)}; serve no rule")
-    rule.check(num_experts=num_experts, model_top_k=top_k)
-    if rule.num_candidates(top_k) > top_k:
-        raise InputError(
-            f"rule {rule.method!r} asks for {rule.num_candidates(top_k)} experts per token, the "
-            f"served router proposes {top_k}; ask for no more than that"
+    ((num_experts, top_k),) = sizes
+    check_fit(served, num_experts=num_experts, model_top_k=top_k)
+    fingerprint = None
+    for rule in (served.rule, served.prefill_rule):
+        if rule is None or rule.required_null is None:
+            continue
+        assert served.calibration is not None, "read_config"
+        fingerprint = fingerprint or fingerprint_routers(map(_gate_of, layers))
+        served.calibration.check(
+            null=rule.required_null,
+            alpha=rule.smallest_alpha(num_experts),
+            num_layers=len(layers),
+            num_experts=num_experts,
+            model_top_k=top_k,
+            router_fingerprint=fingerprint,
         )
-    if rule.required_null is None:
-        return
-    assert calibration is not None, "read_config"
-    gates = [_gate_of(layer) for layer in layers]
-    calibration.check(
-        null=rule.required_null,
-        alpha=rule.smallest_alpha(num_experts),
-        num_layers=len(layers),
-        num_experts=num_experts,
-        model_top_k=top_k,
-        router_fingerprint=fingerprint_routers(gates),
-    )
 
 
 def _gate_of(layer: MoELayer) -> tuple[Tensor, Tensor | None]:

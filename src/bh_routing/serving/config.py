@@ -12,7 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bh_routing.errors import CalibrationError, InputError
@@ -62,10 +61,9 @@ def read_config(source: Path | Mapping[str, Any]) -> ServedRule:
         InputError: it can't be read, has an unknown key, or a rule that can't be served.
         CalibrationError: the calibration is missing, can't be read, or lacks what a rule needs.
     """
-    where, folder = "configuration", Path()
+    where, folder, values = OWN_KEY, Path(), source
     if isinstance(source, Path):
-        where, folder = f"configuration {source}", source.parent
-    values = _read_yaml(source) if isinstance(source, Path) else source
+        where, folder, values = f"configuration {source}", source.parent, _read_yaml(source)
     if not isinstance(values, Mapping):
         raise InputError(
             f"{where} must be a mapping with rule: and calibration:, got "
@@ -79,7 +77,7 @@ def read_config(source: Path | Mapping[str, Any]) -> ServedRule:
     try:
         return _served(config, folder)
     except InputError as error:
-        raise type(error)(f"{where}: {error}") from None
+        raise type(error)(f"{where}: {error}" if isinstance(source, Path) else str(error)) from None
 
 
 @cache
@@ -106,19 +104,6 @@ def config_of(additional: Any) -> ServedRule | None:
     if own is None:
         return read_config_file(Path(path).absolute()) if path else None
     return read_config_file(Path(own).absolute()) if isinstance(own, str) else read_config(own)
-
-
-def config_text(
-    rule: Mapping[str, Any], calibration: Path | None, prefill_rule: Mapping[str, Any] | None
-) -> str:
-    """Return the content of a configuration file."""
-    content: dict[str, Any] = {"rule": dict(rule)}
-    if calibration is not None:
-        content["calibration"] = str(calibration.absolute())
-    if prefill_rule is not None:
-        content["prefill_rule"] = dict(prefill_rule)
-    text: str = yaml.safe_dump(content, sort_keys=False)
-    return text
 
 
 def _read_yaml(path: Path) -> Any:
@@ -181,3 +166,16 @@ def _check_servable(rule: Rule) -> None:
             "forward pass, and a server cuts prompts into chunks; choose scope token, population "
             "or a scope of steps"
         )
+
+
+def check_fit(served: ServedRule, *, num_experts: int, model_top_k: int) -> None:
+    """Raise InputError if a rule can't run on a model of this shape."""
+    for rule in (served.rule, served.prefill_rule):
+        if rule is None:
+            continue
+        rule.check(num_experts=num_experts, model_top_k=model_top_k)
+        if (wanted := rule.num_candidates(model_top_k)) > model_top_k:
+            raise InputError(
+                f"rule {rule.method!r} asks for {wanted} experts per token, a served router "
+                f"proposes {model_top_k}; ask for no more than that"
+            )

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+import yaml
 from packaging.version import Version
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -32,7 +33,8 @@ from bh_routing.models.load import DEMO, read_config
 from bh_routing.models.outlook import outlook_from_config
 from bh_routing.models.sites import fingerprint_routers
 from bh_routing.results.files import write_atomically
-from bh_routing.serving.config import VARIABLE, config_text, read_config_file
+from bh_routing.serving.config import VARIABLE, check_fit
+from bh_routing.serving.config import read_config as read_serving
 
 log = logging.getLogger(__name__)
 
@@ -86,26 +88,21 @@ def prepare(
         ModelError: the model can't be found, or its family isn't supported.
     """
     vllm = _vllm_distribution()
-    prefill = None if prefill_rule is None else parse_rule(prefill_rule)[1]
+    content: dict[str, Any] = {"rule": parse_rule(rule)[1]}
+    if calibration is not None:
+        content["calibration"] = str(calibration.absolute())
+    if prefill_rule is not None:
+        content["prefill_rule"] = parse_rule(prefill_rule)[1]
+    served, config = read_serving(content), read_config(model)
+    outlook, num_experts = outlook_from_config(config), _num_experts(config.get_text_config())
+    if outlook.top_k is not None and num_experts is not None:
+        check_fit(served, num_experts=num_experts, model_top_k=outlook.top_k)
+    source = servable_checkpoint(model, config)
+    if served.calibration is not None:
+        check_routers(Path(source), served.calibration.router_fingerprint)
     state = Path(tempfile.mkdtemp(prefix="bh-routing-serve-"))
-    try:
-        path = state / "config.yaml"
-        path.write_text(config_text(parse_rule(rule)[1], calibration, prefill), encoding="utf-8")
-        served = read_config_file(path)
-        config = read_config(model)
-        outlook = outlook_from_config(config)
-        text: Any = config.get_text_config()
-        num_experts = _num_experts(text)
-        if outlook.top_k is not None and num_experts is not None:
-            for each in (served.rule, served.prefill_rule):
-                if each is not None:
-                    each.check(num_experts=num_experts, model_top_k=outlook.top_k)
-        source = servable_checkpoint(model, config)
-        if served.calibration is not None:
-            check_routers(Path(source), served.calibration.router_fingerprint)
-    except BaseException:
-        shutil.rmtree(state)
-        raise
+    path = state / "config.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     metrics = state / "metrics"
     metrics.mkdir()
     environment = {VARIABLE: str(path), "PROMETHEUS_MULTIPROC_DIR": str(metrics)}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bh_routing.kernels.router import SoftmaxFamily, fused_router
-from bh_routing.rules.base import Candidates, LayerContext, Rows, Rule
+from bh_routing.rules.base import Candidates, LayerContext, Rows, Rule, Selector
 from bh_routing.rules.weights import alias_dropped, kept_weights
 
 Decided = tuple[Tensor, Tensor]
@@ -60,8 +60,8 @@ class ServedLayer:
 
     Args:
         rule: decides which slots stay.
-        prefill_rule: decides for prefill rows, if the rule decides by step; None: all slots stay.
         context: the layer.
+        select_prefill: decides for prefill rows, if the rule decides by step; None: all slots stay.
         normalises: whether the model's weights are divided by their sum.
         rows: the rows of the running forward pass.
         record_TK: int32, filled with each forward pass's expert ids.
@@ -72,8 +72,8 @@ class ServedLayer:
     def __init__(
         self,
         rule: Rule,
-        prefill_rule: Rule | None,
         context: LayerContext,
+        select_prefill: Selector | None,
         *,
         normalises: bool,
         rows: StepRows,
@@ -81,7 +81,7 @@ class ServedLayer:
     ) -> None:
         self._rule = rule
         self._select = rule.bind(context)
-        self._select_prefill = None if prefill_rule is None else prefill_rule.bind(context)
+        self._select_prefill = select_prefill
         self._model_top_k = context.model_top_k
         self._normalises = normalises
         self._rows = rows

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -22,13 +23,14 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from bh_routing.errors import BHRoutingError
 from bh_routing.experiments.configurations import rule_text
+from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.contributions import OF_SLOTS
-from bh_routing.rules.base import LayerContext
+from bh_routing.rules.base import LayerContext, Rule
 from bh_routing.serving.checks import (
     check_engine,
     check_finite,
     check_model,
-    check_rule,
+    check_rules,
     find_layers,
 )
 from bh_routing.serving.config import ServedRule, config_of
@@ -109,9 +111,7 @@ def bind(model: nn.Module, vllm_config: Any, served: ServedRule) -> None:
     layers = find_layers(model)
     check_model(model, vllm_config, layers)
     num_experts, top_k = layers[0].router.global_num_experts, layers[0].router.top_k
-    for rule in (served.rule, served.prefill_rule):
-        if rule is not None:
-            check_rule(rule, served.calibration, layers)
+    check_rules(served, layers)
     check_finite(model, vllm_config, layers)
     scheduler = vllm_config.scheduler_config
     device = next(model.parameters()).device
@@ -120,11 +120,20 @@ def bind(model: nn.Module, vllm_config: Any, served: ServedRule) -> None:
     shape = (len(layers), max_rows, top_k)
     record_LTK = torch.zeros(shape, dtype=torch.int32, device=device)
     for number, layer in enumerate(layers):
-        context = _context(number, len(layers), num_experts, top_k, device, served)
+        common = LayerContext(
+            layer=number,
+            num_experts=num_experts,
+            model_top_k=top_k,
+            device=device,
+            num_layers=len(layers),
+        )
+        prefill = served.prefill_rule
         bound = ServedLayer(
             served.rule,
-            served.prefill_rule,
-            context,
+            _calibrated(common, served.rule, served.calibration),
+            None
+            if prefill is None
+            else prefill.bind(_calibrated(common, prefill, served.calibration)),
             normalises=bool(layer.router.renormalize),
             rows=rows,
             record_TK=record_LTK[number],
@@ -141,25 +150,14 @@ def bind(model: nn.Module, vllm_config: Any, served: ServedRule) -> None:
     log.info("rule %s is bound to %d layers, by %s", text, len(layers), how)
 
 
-def _context(
-    number: int,
-    num_layers: int,
-    num_experts: int,
-    top_k: int,
-    device: torch.device,
-    served: ServedRule,
-) -> LayerContext:
-    calibration, null = served.calibration, served.rule.required_null
-    is_table = calibration is not None and null is not None and null not in OF_SLOTS
-    return LayerContext(
-        layer=number,
-        num_experts=num_experts,
-        model_top_k=top_k,
-        device=device,
-        table=calibration.table(null, number).to(device) if is_table else None,  # type: ignore[union-attr,arg-type]
-        contributions=None if calibration is None else calibration.contributions,
-        num_layers=num_layers,
-    )
+def _calibrated(context: LayerContext, rule: Rule, calibration: Calibration | None) -> LayerContext:
+    """Return the context with what the rule needs of the calibration."""
+    if calibration is None or rule.required_null is None:
+        return context
+    if rule.required_null in OF_SLOTS:
+        return replace(context, contributions=calibration.contributions)
+    table = calibration.table(rule.required_null, context.layer)
+    return replace(context, table=table.to(context.device))
 
 
 class Watcher(NamedTuple):
