@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -116,14 +117,14 @@ def test_code_of_a_checkpoint_is_never_copied(tmp_path: Path) -> None:
         ("dbrx", {"ffn_config": {"moe_num_experts": 3, "moe_top_k": 3}}),
         ("qwen3_vl_moe", {"text_config": {"num_local_experts": 3, "num_experts_per_tok": 3}}),
         ("granitemoe", {"num_local_experts": 3, "num_experts_per_tok": 3}),
-        # 2 of 4 groups of 2 experts can be chosen.
+        # A token can reach 2 of 4 groups of 2 experts.
         ("deepseek_v3", {"n_routed_experts": 8, "num_experts_per_tok": 4}),
     ],
 )
 def test_the_config_states_fewer_experts_under_the_familys_own_names(
     family: str, expected: dict[str, Any], tmp_path: Path
 ) -> None:
-    checkpoint = open_checkpoint(str(save_tiny(family, tmp_path / "tiny")))
+    checkpoint = open_checkpoint(str(save_tiny(family, tmp_path / "tiny", top_k=6)))
     kept = all_but_last(checkpoint, 8 if family == "deepseek_v3" else 13)
     write_pruned(checkpoint, kept, {}, tmp_path / "pruned")
     before, after = (
@@ -139,14 +140,14 @@ def test_the_config_states_fewer_experts_under_the_familys_own_names(
     assert find_routers(model).num_experts == 16 - (8 if family == "deepseek_v3" else 13)
 
 
-def test_a_config_keeps_numbers_that_are_not_finite(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(str(save_tiny("granitemoehybrid", tmp_path / "tiny")))
+@pytest.mark.parametrize("infinity", [{"__float__": "Infinity"}, math.inf])
+def test_a_config_keeps_numbers_that_are_not_finite(infinity: Any, tmp_path: Path) -> None:
+    folder = save_tiny("granitemoehybrid", tmp_path / "tiny")
+    edit_config(folder, lambda c: c.update(time_step_limit=[0.0, infinity]))
+    checkpoint = open_checkpoint(str(folder))
     write_pruned(checkpoint, all_but_last(checkpoint), {}, tmp_path / "pruned")
-    before, after = (
-        json.loads((tmp_path / name / "config.json").read_text())["time_step_limit"]
-        for name in ("tiny", "pruned")
-    )
-    assert after == before
+    after = json.loads((tmp_path / "pruned" / "config.json").read_text())
+    assert after["time_step_limit"] == [0.0, infinity]
 
 
 def test_tensors_that_transformers_does_not_load_are_left_out_and_named(tmp_path: Path) -> None:
@@ -283,19 +284,25 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint_or_none(
 
 
 MEASURE = """
-import resource, sys
+import sys
 from pathlib import Path
 from bh_routing.models.expert_axes import open_checkpoint
 from bh_routing.models.prune import write_pruned
 
+def peak_bytes():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
 checkpoint = open_checkpoint(sys.argv[1])
 kept = {f"model.layers.{layer}.mlp": range(12) for layer in range(4)}
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in memory
+before = peak_bytes()
 write_pruned(checkpoint, kept, {}, Path(sys.argv[2]))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak_bytes() - before)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 @pytest.mark.parametrize("is_fused", [False, True])
 def test_writing_takes_less_memory_than_a_shard(is_fused: bool, tmp_path: Path) -> None:
     folder = tmp_path / "large"
@@ -310,4 +317,4 @@ def test_writing_takes_less_memory_than_a_shard(is_fused: bool, tmp_path: Path) 
     command = [sys.executable, "-c", MEASURE, str(folder), str(tmp_path / "pruned")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=250)
     # A block of 16 MiB is in memory at a time.
-    assert int(done.stdout) * 1024 < 40e6
+    assert int(done.stdout) < 40e6
