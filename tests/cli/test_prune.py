@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,3 +135,18 @@ def test_an_unsupported_model_is_rejected_before_its_weights_are_read(
     prune = ["prune", str(folder), "--keep", "8", "--output", str(tmp_path / "pruned")]
     expect(prune, "is quantised by fp8", capsys)
     assert not (tmp_path / "pruned").exists()
+
+
+def test_a_model_of_the_hub_is_pruned_from_the_cache(tmp_path: Path) -> None:
+    cached = tmp_path / "hub" / "models--org--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("a" * 40)
+    save_tiny("olmoe", cached / "snapshots" / ("a" * 40))
+    command = [sys.executable, "-m", "bh_routing", "prune", "org/tiny", "--keep", "12"]
+    done = subprocess.run(
+        [*command, "--score", "random", "--output", str(tmp_path / "pruned"), *FEW],
+        env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, timeout=250, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "pruned" / "README.md").read_text().startswith("---\nbase_model: org/tiny\n")

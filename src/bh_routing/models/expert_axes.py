@@ -141,9 +141,14 @@ def open_checkpoint(name: str) -> Checkpoint:
     source, options = source_of(name)
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        wanted = [*COPIED, CONFIG, INDEX, "*.safetensors"]
-        local = options.get("local_files_only", False)
-        folder = Path(snapshot_download(source, allow_patterns=wanted, local_files_only=local))
+        folder = Path(
+            snapshot_download(
+                source,
+                allow_patterns=[*COPIED, CONFIG, INDEX, "*.safetensors"],
+                ignore_patterns=["*/*", "consolidated*"],  # weights in other formats
+                local_files_only=options.get("local_files_only", False),
+            )
+        )
     model, shapes = _without_storage(config)
     num_experts, axes = _expert_axes(config, folder, shapes)
     tensors, not_loaded = _stored_tensors(folder, model, shapes, axes)
