@@ -10,11 +10,11 @@ from tools.measure_house import House, measure
 
 HOUSE = measure()
 MOST = House(
-    lines=32_650,
+    lines=32_590,
     files=158,
-    record_types=176,
-    import_percent=8.05,
-    prose_words=48_700,
+    record_types=175,
+    import_percent=8.07,
+    prose_words=48_690,
     what_per_thousand=0.5,
     beside_per_thousand=0.05,
     spec_modules=63,

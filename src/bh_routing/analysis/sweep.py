@@ -20,10 +20,10 @@ from bh_routing.analysis.quality import DEFAULT_OPTIONS, QualityOptions, quality
 from bh_routing.analysis.quality_row import STATIC, QualityRow
 from bh_routing.analysis.sweep_equal_cost import Curve, EqualCost, compare_at_equal_cost
 from bh_routing.analysis.sweep_records import (
+    ALL_DOMAINS,
     PointRow,
     ScoredText,
     Sweep,
-    SweepPoint,
     align,
     read_sweep,
 )
@@ -39,7 +39,6 @@ STEP_REFERENCES: Final = (STATIC, BH_DROP, OEA, GATE_MASS)
 _REFERENCE_FIELDS: Final = {BH_DROP: ("scope", "token"), GATE_MASS: ("by", "gate_mass")}
 OFF_BUDGET: Final = 0.02
 """A mean that deviates from its budget by more than this fraction is flagged."""
-ALL_DOMAINS: Final = "all"
 MEAN_EXPERTS: Final = "mean_experts"
 """The cost at which points are compared: experts kept per token."""
 MEAN_DISTINCT: Final = "mean_distinct_experts"
@@ -53,6 +52,12 @@ STATIC_STEP: Final = 1.0
 """Static top-k is linear between k and k + 1: close to mixing the two at random."""
 CURVE_STEP: Final = 1.25
 """Points of other curves lie one expert apart, plus the drift of their means between texts."""
+
+_OF_QUALITY: Final = (
+    "mean_experts", "mean_distinct_experts", "delta_nll", "delta_nll_low", "delta_nll_high",
+    "perplexity_ratio", "kl_mean", "same_top1_share", "tokens", "documents", "clusters", "method",
+)  # fmt: skip
+"""Columns of a point that are those of its row in the quality table."""
 
 Found = Mapping[tuple[str, str, str], EqualCost]
 _KEYS: Final = {
@@ -206,7 +211,7 @@ def _compare(
             p.config_name
             for p in sweep.points
             if not (p.rule == STATIC or p.is_curve_only)
-            and (p.config_name in text.names or not p.unreachable)
+            and (p.config_name in text.names or not p.note)
         ],
         curves,
         resamples=options.resamples,
@@ -237,7 +242,11 @@ def _step_curves(sweep: Sweep) -> list[Curve]:
     curves = []
     for name in STEP_REFERENCES:
         field, value = _REFERENCE_FIELDS.get(name, ("method", name))
-        own = [p for p in sweep.points if p.rule == name and p.config.get(field) == value]
+        own = [
+            p
+            for p in sweep.points
+            if p.rule == name and sweep.configs[p.config_name].get(field) == value
+        ]
         names = tuple(p.config_name for p in own if p.variant == own[0].variant)
         if names:
             curves.append(Curve(name=name, config_names=names))
@@ -261,41 +270,19 @@ def _ranked(rows: Sequence[PointRow], found: Found) -> list[PointRow]:
     return [replace(row, rank=ranks.get(row.config_name)) for row in rows]
 
 
-def _row(point: SweepPoint, quality: QualityRow | None, found: Found, own: float) -> PointRow:
-    """Return a point's row; `own` is what the model's own top-k reads in a decode step."""
-    nan = math.nan
-    mean = quality.mean_experts if quality else nan
-    distinct = quality.mean_distinct_experts if quality else nan
-    cost = distinct / own if math.isfinite(distinct) else mean
-    notes = [point.unreachable]
-    if quality is None and not point.unreachable:
-        notes.append("Not scored yet; run bh-routing sweep again to finish.")
+def _row(point: PointRow, quality: QualityRow | None, found: Found, own: float) -> PointRow:
+    """Return a compared point; `own` is what the model's own top-k reads in a decode step."""
+    notes = [point.note]
     if quality:
+        point = replace(point, **{name: getattr(quality, name) for name in _OF_QUALITY})
         notes.append(quality.note)
-    return PointRow(
-        rule=point.rule,
-        variant=point.variant,
-        knob=point.knob,
-        budget=point.budget,
-        domain=ALL_DOMAINS,
-        mean_experts=mean,
-        mean_distinct_experts=distinct,
-        delta_nll=quality.delta_nll if quality else nan,
-        delta_nll_low=quality.delta_nll_low if quality else nan,
-        delta_nll_high=quality.delta_nll_high if quality else nan,
-        perplexity_ratio=quality.perplexity_ratio if quality else nan,
-        kl_mean=quality.kl_mean if quality else nan,
-        same_top1_share=quality.same_top1_share if quality else nan,
-        config_name=point.config_name,
-        knob_field=point.knob_field,
-        calibration_mean_experts=point.calibration_mean_experts,
-        corrections=point.corrections,
-        is_curve_only=point.is_curve_only,
+    elif not point.note:
+        notes.append("Not scored yet; run bh-routing sweep again to finish.")
+    distinct = point.mean_distinct_experts
+    cost = distinct / own if math.isfinite(distinct) else point.mean_experts
+    return replace(
+        point,
         off_budget=abs(cost / point.budget - 1) > OFF_BUDGET,
-        tokens=quality.tokens if quality else 0,
-        documents=quality.documents if quality else 0,
-        clusters=quality.clusters if quality else 0,
-        method=quality.method if quality else "",
         note=_joined([*notes, *_notes(point.config_name, ALL_DOMAINS, found)]),
     )
 

@@ -26,13 +26,17 @@ from bh_routing.results.records import (
 )
 from bh_routing.stats.bootstrap import Floats
 
+SWEEP: Final = "sweep"
+ALL_DOMAINS: Final = "all"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PointRow:
     """One row of `points.csv`: a rule with its tuning parameter set for one budget.
 
     `points_by_domain.csv` has the same columns for the documents of one domain. Losses are in nats
-    per token relative to the model's own top-k. NaN means unknown, and `note` gives the reason.
+    per token relative to the model's own top-k. NaN means unknown, and `note` gives the reason;
+    before the comparison it is the reason why no value of the parameter meets the budget.
     """
 
     rule: str = column("Name in the catalog of rules; top_k is static top-k.")
@@ -42,17 +46,28 @@ class PointRow:
         "Cost that the tuning parameter was set for: mean experts per token, or in decode steps a "
         "fraction of the distinct experts that the model's own top-k reads."
     )
-    domain: str = column("Domain of the text, or all.")
-    mean_experts: float = column("Mean experts kept per token on the evaluation text.")
-    delta_nll: float = column("Loss: NLL minus that of the model's own top-k.")
-    delta_nll_low: float = column("Lower end of its 95 % interval, for this row alone.")
-    delta_nll_high: float = column("Upper end of that interval.")
-    perplexity_ratio: float = column("exp(delta_nll): 1.01 is one per cent more perplexity.")
-    kl_mean: float = column("KL(top-k || rule) over the full vocabulary, nats per token.")
-    same_top1_share: float = column("Fraction of tokens where both rank the same token first.")
+    domain: str = column("Domain of the text, or all.", default=ALL_DOMAINS)
+    mean_experts: float = column(
+        "Mean experts kept per token on the evaluation text.", default=math.nan
+    )
+    delta_nll: float = column("Loss: NLL minus that of the model's own top-k.", default=math.nan)
+    delta_nll_low: float = column(
+        "Lower end of its 95 % interval, for this row alone.", default=math.nan
+    )
+    delta_nll_high: float = column("Upper end of that interval.", default=math.nan)
+    perplexity_ratio: float = column(
+        "exp(delta_nll): 1.01 is one per cent more perplexity.", default=math.nan
+    )
+    kl_mean: float = column(
+        "KL(top-k || rule) over the full vocabulary, nats per token.", default=math.nan
+    )
+    same_top1_share: float = column(
+        "Fraction of tokens where both rank the same token first.", default=math.nan
+    )
     mean_distinct_experts: float = column(
         "Mean distinct experts per decode step and layer, over its tokens; NaN without decode "
-        "steps. With them it is the cost that is equal."
+        "steps. With them it is the cost that is equal.",
+        default=math.nan,
     )
     rank: int | None = column(
         "Rank in its budget by the fraction of static top-k's increase in perplexity that it saves "
@@ -63,12 +78,14 @@ class PointRow:
     knob_field: str = column("Name of the tuning parameter.")
     calibration_mean_experts: float = column("Mean experts on calibration text.")
     corrections: float = column("Forward passes on calibration text that corrected the parameter.")
-    off_budget: bool = column("The cost is more than 2 % away from the budget.")
-    is_curve_only: bool = column("The point only lengthens a reference curve.")
-    tokens: int = column("Scored tokens.")
-    documents: int = column("Documents with a scored token.")
-    clusters: int = column("Independent clusters of documents: the chapters of a book are one.")
-    method: str = column("Source of the interval of delta_nll.")
+    off_budget: bool = column("The cost is more than 2 % away from the budget.", default=False)
+    is_curve_only: bool = column("The point only lengthens a reference curve.", default=False)
+    tokens: int = column("Scored tokens.", default=0)
+    documents: int = column("Documents with a scored token.", default=0)
+    clusters: int = column(
+        "Independent clusters of documents: the chapters of a book are one.", default=0
+    )
+    method: str = column("Source of the interval of delta_nll.", default="")
     note: str = column("The missing values and the reason; empty if none is missing.")
 
     @property
@@ -78,41 +95,16 @@ class PointRow:
         return self.mean_distinct_experts if is_known else self.mean_experts
 
 
-SWEEP: Final = "sweep"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SweepPoint:
-    """One rule with its tuning parameter set for one budget of experts."""
-
-    config_name: str
-    config: Mapping[str, Any]
-    """All fields of the rule."""
-    rule: str
-    """Name in the catalog of rules."""
-    variant: str
-    """Distinguishes several forms of one rule; empty if there is only one."""
-    knob: float
-    knob_field: str
-    budget: float
-    calibration_mean_experts: float
-    """Mean experts on calibration text."""
-    corrections: float
-    """Forward passes spent on correcting the tuning parameter."""
-    unreachable: str
-    """Reason why no value meets the budget; empty if one does."""
-    is_curve_only: bool = False
-    """Whether the point only extends a reference curve: its budget wasn't requested."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sweep:
     """Contents of a sweep's folder."""
 
     run: Mapping[str, Any]
     """Content of run.json."""
-    points: tuple[SweepPoint, ...]
-    """Static top-k first, then the rules in the order of run.json."""
+    points: tuple[PointRow, ...]
+    """Static top-k first, then the rules in the order of run.json; not yet compared."""
+    configs: Mapping[str, Mapping[str, Any]]
+    """Point -> all fields of its rule."""
     records: tuple[QualityRecord, ...]
 
 
@@ -187,22 +179,18 @@ def make_sweep(run: Mapping[str, Any], records: Iterable[QualityRecord]) -> Swee
     Raises:
         KeyError, TypeError, ValueError: a point isn't whole.
     """
-    points = (
-        *map(_static_point, run[SWEEP]["references"]),
-        *map(_point, run[SWEEP]["points"]),
-        *(
-            replace(_point(entry), is_curve_only=True)
-            for entry in run[SWEEP].get("curve_points", ())
-        ),
-    )
-    configs = {point.config_name: point.config for point in points}
+    block = run[SWEEP]
+    entries = [*map(_static, block["references"]), *block["points"]]
+    further = block.get("curve_points", ())
+    points = (*map(_point, entries), *(replace(_point(e), is_curve_only=True) for e in further))
+    configs = {str(e["config_name"]): dict(e["config"]) for e in (*entries, *further)}
     # An earlier sweep of this folder may have scored other points, or these at other values.
     kept = tuple(
         record
         for record in records
         if record.config_name in configs and record.rule in ({}, configs[record.config_name])
     )
-    return Sweep(run=run, points=points, records=kept)
+    return Sweep(run=run, points=points, configs=configs, records=kept)
 
 
 def align(records: Sequence[QualityRecord]) -> ScoredText:
@@ -243,26 +231,20 @@ def _cost(record: QualityRecord, has_steps: bool) -> float:
     return (total or 0) * record.tokens / record.units
 
 
-def _static_point(entry: Mapping[str, Any]) -> SweepPoint:
-    k = _budget(entry["k"])
-    return SweepPoint(
-        config_name=str(entry["config_name"]),
-        config=dict(entry.get("config") or {"method": STATIC, "k": entry["k"]}),
-        rule=STATIC,
-        variant="",
-        knob=k,
-        knob_field="k",
-        budget=_budget(entry.get("budget", k)),
-        calibration_mean_experts=k,
-        corrections=0,
-        unreachable="",
-    )
+def _static(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a static top-k's entry in the form of the others."""
+    k = entry["k"]
+    config = entry.get("config") or {"method": STATIC, "k": k}
+    own = {"config": config, "budget": entry.get("budget", k), "rule": STATIC, "knob": k}
+    return {
+        **own, "config_name": entry["config_name"], "knob_field": "k",
+        "calibration_mean_experts": k, "corrections": 0,
+    }  # fmt: skip
 
 
-def _point(entry: Mapping[str, Any]) -> SweepPoint:
-    return SweepPoint(
+def _point(entry: Mapping[str, Any]) -> PointRow:
+    return PointRow(
         config_name=str(entry["config_name"]),
-        config=dict(entry["config"]),
         rule=str(entry["rule"]),
         variant=str(entry.get("variant") or ""),
         knob=_number(entry.get("knob")),
@@ -270,7 +252,7 @@ def _point(entry: Mapping[str, Any]) -> SweepPoint:
         budget=_budget(entry["budget"]),
         calibration_mean_experts=_number(entry.get("calibration_mean_experts")),
         corrections=_number(entry.get("corrections")),
-        unreachable=str(entry.get("unreachable") or ""),
+        note=str(entry.get("unreachable") or ""),
     )
 
 
