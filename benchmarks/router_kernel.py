@@ -25,9 +25,10 @@ import torch
 import triton
 from torch import Tensor
 
-from bh_routing.kernels.router import SoftmaxFamily, fused_router, reference_router
+from bh_routing.kernels.router import fused_router
 from bh_routing.nulls import ReferenceTable, get_null
 from bh_routing.rules import BenjaminiHochberg, LayerContext
+from bh_routing.rules.router import SoftmaxFamily, reference_router
 
 NUM_TOKENS = (1, 512, 8_192, 65_536)
 NUM_EXPERTS, TOP_K = 64, 8

@@ -16,10 +16,10 @@ from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.decode import Session, bind_routers, engine_of
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.experiments.bench import PROMPT_TOKENS, random_tokens
-from bh_routing.kernels.router import RoutedSlots, Router
 from bh_routing.models.load import load_model
 from bh_routing.models.routing import install
 from bh_routing.rules import BenjaminiHochberg, Rule, TopK
+from bh_routing.rules.router import RoutedSlots, Router
 
 STEPS, ROUNDS = 200, 11
 RULES = (

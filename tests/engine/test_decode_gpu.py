@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from bh_routing.engine.decode import Engine, decode_greedily, engine_of
-from bh_routing.engine.fused import bind_fused
 from bh_routing.engine.generate import generate_greedy, generate_routed
+from bh_routing.kernels.router import fused_router
 from bh_routing.models import LoadedModel, load_model, route
 from bh_routing.models.routing import bind_rule, install
 from bh_routing.rules.base import Rule
@@ -140,10 +140,10 @@ def test_scoring_keeps_the_same_experts_with_kernels_and_without(
 ) -> None:
     token_BP = torch.arange(5, 405, device="cuda").view(2, 200)
     kept = []
-    for bind in (bind_fused, bind_rule):
-        bound = bind(on_gpu.model, rule)
+    for fuse in (fused_router, None):
+        bound = bind_rule(on_gpu.model, rule, fuse=fuse)
         with torch.inference_mode(), install(on_gpu.model, bound) as trace:
             on_gpu.model(token_BP, use_cache=False)
         kept.append(trace.kept_index)
-    assert all(bind_fused(on_gpu.model, rule).deciders)
+    assert all(bind_rule(on_gpu.model, rule, fuse=fused_router).deciders)
     assert torch.equal(*kept)

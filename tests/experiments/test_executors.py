@@ -6,7 +6,6 @@ Nothing here needs Ray; `test_executors_ray.py` does.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ def test_workers_find_the_model_from_any_working_directory(
         (tmp_path / name).mkdir()  # a results folder may be called as the packaged model is
 
     def source(name: str) -> str:
-        spec = make_spec(RunSpec, model=name, executor="ray")
+        spec = make_spec(RunSpec, model=name)
         return str(RayExecutor(spec, Subject(*demo, None))._recipe[0].model)
 
     assert source("demo") == "demo"
@@ -81,18 +80,19 @@ def test_the_serial_executor_does_each_cell_in_order(demo: LoadedModel) -> None:
     assert [e.record.avg_experts_per_token for _, e in done] == [8, 8, 4, 4, 2, 2]
 
 
-def test_without_ray_the_executor_is_refused_and_nothing_is_written(
-    tiny_spec: Callable[..., RunSpec],
-    loaded_demo: LoadedModel,
+@pytest.mark.parametrize("command", ["run", "evaluate", "sweep"])
+def test_without_ray_the_executor_is_refused_before_the_model_is_sought(
+    command: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    command = ["run", "--model", "demo", "--device", "cpu", "--output", str(tmp_path / "results")]
-    assert main([*command, "--executor", "ray", "--no-eval", "--configs", "topk_8"]) == 2
-    assert "--executor ray needs Ray" in (message := capsys.readouterr().err)
-    assert "bh-routing[ray]" in message
+    output = ["--output", str(tmp_path / "results")]
+    assert main([command, "--model", "./nowhere", "--executor", "ray", *output]) == 2
+    message = capsys.readouterr().err
+    assert "--executor ray needs Ray" in message and "bh-routing[ray]" in message
+    assert "use --executor local" in message
     assert not (tmp_path / "results").exists()
 
 

@@ -15,6 +15,7 @@ from bh_routing.analysis.quality import analyze_quality
 from bh_routing.analysis.quality_row import read_quality
 from bh_routing.engine.texts import Document
 from bh_routing.errors import ExperimentError, InputError, ResultsError
+from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.identity import RunIdentity
 from bh_routing.experiments.quality import QualityLedger, score_missing, static_references
 from bh_routing.experiments.quality_text import QualityText, prepare_text
@@ -45,7 +46,7 @@ def score_into(
     folder: Path, demo: LoadedModel, text: QualityText, rules: dict[str, Rule]
 ) -> list[QualityRecord]:
     with QualityLedger(folder, text, IDENTITY) as ledger:
-        return score_missing(demo.model, demo.tokenizer, text, rules, None, ledger)
+        return score_missing(Subject(*demo, None), text, ledger, rules)
 
 
 def test_what_is_scored_is_not_scored_again(
@@ -180,7 +181,7 @@ def test_static_references_stand_on_both_sides_of_every_mean(
 ) -> None:
     rules: dict[str, Rule] = {"topk_8": TopK(k=8), "bh": BenjaminiHochberg(alpha=0.05)}
     with QualityLedger(tmp_path, text, IDENTITY) as ledger:
-        records = score_missing(demo.model, demo.tokenizer, text, rules, demo_calibration, ledger)
+        records = score_missing(Subject(*demo, demo_calibration), text, ledger, rules)
     bh = [r for r in records if r.config_name == "bh"]
     mean = sum(r.experts_sum for r in bh) / sum(r.units for r in bh)
     low = int(mean)

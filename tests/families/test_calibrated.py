@@ -16,7 +16,8 @@ from bh_routing.engine.texts import packaged_documents
 from bh_routing.models import find_routers, route
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules import BenjaminiHochberg, BenjaminiHochbergDrop, FisherMass
-from bh_routing.rules.base import Candidates, LayerContext, Rule, Selector
+from bh_routing.rules.base import LayerContext, Rule
+from bh_routing.rules.plan import Candidates, Selector
 from tests.families.checks import family_subject, prefill
 from tests.families.zoo import VOCABULARY
 

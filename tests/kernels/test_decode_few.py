@@ -14,9 +14,9 @@ from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 from bh_routing.kernels.decode import DecodeState, bind_torch
 from bh_routing.kernels.decode_layout import Decoder, read_decoder
-from bh_routing.kernels.router import Router, SoftmaxFamily, reference_router
 from bh_routing.rules.base import LayerContext
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
+from bh_routing.rules.router import Router, SoftmaxFamily, reference_router
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -14,24 +14,22 @@ import torch
 from torch import Tensor
 
 from bh_routing.errors import CalibrationError, InputError
-from bh_routing.kernels.router import (
-    RoutedSlots,
-    SoftmaxFamily,
-    fused_router,
-    plan_of,
-    reference_router,
-)
+from bh_routing.kernels.router import fused_router
 from bh_routing.rules import (
     BenjaminiHochberg,
     BenjaminiHochbergDrop,
     ContributionThreshold,
     Entropy,
+    FloorThreshold,
+    HigherCriticism,
     MinP,
     PerLayerTopK,
     Rule,
+    Threshold,
     TopK,
     TopP,
 )
+from bh_routing.rules.router import RoutedSlots, SoftmaxFamily, reference_router
 from tests.rules.proposals import context_for, random_logits
 
 NUM_TOKENS = {"cpu": 41, "cuda": 5_001}
@@ -53,6 +51,9 @@ RULES: list[Rule] = [
     ContributionThreshold(0.03, min_k=2),
     TopP(0.6),
     MinP(0.2),
+    FloorThreshold(3, 0.4),
+    Threshold(0.1),
+    HigherCriticism(2.0, max_k=10),
 ]
 
 
@@ -153,7 +154,7 @@ def test_a_token_with_more_than_half_of_its_logits_equal(device: str) -> None:
 
 def test_a_score_exactly_on_its_line_is_kept(device: str) -> None:
     rule = BenjaminiHochberg(0.05)
-    plan = plan_of(rule, context_for(rule, device=device))
+    plan = rule.plan(context_for(rule, device=device))
     assert plan is not None and plan.lines is not None
     # With a median of 0 a logit is its own score: two of them on the line of rank 2, and below.
     line = plan.lines[1].cpu()

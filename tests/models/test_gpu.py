@@ -14,9 +14,9 @@ from bh_routing.engine.texts import packaged_documents
 from bh_routing.models import LoadedModel, load_model, route
 from bh_routing.models.routing import bind_rule
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.rules.base import Candidates
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 from bh_routing.rules.fixed import TopK
+from bh_routing.rules.plan import Candidates
 
 pytestmark = [
     pytest.mark.gpu,

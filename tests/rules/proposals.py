@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bh_routing.nulls import ReferenceTable, RouterPass, get_null
 from bh_routing.nulls.contributions import (
@@ -141,7 +141,7 @@ class OneDevice(TorchDispatchMode):
 
 def changed(candidates: Candidates, change: Callable[[Tensor], Tensor]) -> Candidates:
     """Apply the same change to every tensor of some candidates."""
-    return tree_map(change, candidates)  # type: ignore[no-any-return]
+    return tree_map_only(Tensor, change, candidates)  # type: ignore[no-any-return]
 
 
 def kept_experts(candidates: Candidates, keep_TK: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bh_routing.rules import Candidates, TopK, alias_dropped, kept_weights
+from bh_routing.rules import Candidates, TopK, Weighing, alias_dropped
 from tests.rules.proposals import context_for, propose, random_logits
 
 LOGITS_TE = random_logits(100)
@@ -29,15 +29,8 @@ def keep(candidates: Candidates, k: int) -> Tensor:
 
 
 def weigh(candidates: Candidates, keep_TK: Tensor, **changes: Any) -> Tensor:
-    arguments: dict[str, Any] = {
-        "convention": "model",
-        "normalises": False,
-        "temperature": 1.0,
-        "router_logits_TE": candidates.router_logits_TE,
-        "top_k_index_TK": candidates.top_k_index_TK,
-        "model_top_k": 8,
-    }
-    return kept_weights(candidates.top_k_weights_TK, keep_TK, **(arguments | changes))
+    arguments: dict[str, Any] = {"normalises": False, "model_top_k": 8} | changes
+    return Weighing(**arguments).weights(candidates, keep_TK)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.rules.base import Candidates, LayerContext, Rows, Rule
+from bh_routing.rules.base import LayerContext, Rule
+from bh_routing.rules.plan import Candidates, Rows
 
 
 class Call(NamedTuple):

@@ -21,8 +21,8 @@ from bh_routing.models.routers import Routers, find_routers, model_fingerprint, 
 from bh_routing.models.sites import Callback, Proposal, RouterSite, fingerprint_routers
 from bh_routing.nulls.base import ReferenceTable, RouterPass
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.nulls.catalog import get_null
-from bh_routing.nulls.contributions import NEEDED, OF_SLOTS, STEPS, Contributions
+from bh_routing.nulls.catalog import get_null, is_calibrated
+from bh_routing.nulls.contributions import OF_SLOTS, STEPS, Contributions, needed_null
 from bh_routing.nulls.cut_offs import OBSERVED_TOKENS
 from bh_routing.nulls.reservoir import Reservoir, reservoir_capacity, row_capacity
 from bh_routing.rules.base import Rule
@@ -123,8 +123,7 @@ def _nulls_to_fit(
     if not given and not nulls:
         return [BenjaminiHochberg.null]
     for name in nulls:
-        if name not in OF_SLOTS:
-            get_null(name)
+        is_calibrated(name)
     needed = [null for rule in given if (null := rule.required_null) is not None]
     if not needed and not nulls:
         methods = ", ".join(dict.fromkeys(rule.method for rule in given))
@@ -213,7 +212,9 @@ def _read(
             for _, window in bar:
                 model(window.to(model.device), use_cache=False, logits_to_keep=1)
         return None
-    observer = SlotObserver(model, routers, by_loss=bool(nulls & {NEEDED["loss"], STEPS}))
+    observer = SlotObserver(
+        model, routers, by_loss=bool(nulls & {needed_null("sensitivity", "loss"), STEPS})
+    )
     try:
         seen = [(number, observer.read(window.to(model.device))) for number, window in bar]
     finally:

@@ -11,25 +11,19 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from bh_routing.engine.fused import bind_fused, is_plain_softmax
 from bh_routing.engine.timing import captured
 from bh_routing.kernels.decode import DecodeState, bind_step
 from bh_routing.kernels.decode_layout import Decoder, UndecodableError, read_decoder
 from bh_routing.kernels.experts import NAME, sparse_experts_forward
-from bh_routing.kernels.router import (
-    Router,
-    SoftmaxFamily,
-    fused_router,
-    reference_router,
-    sorted_router,
-)
+from bh_routing.kernels.router import fused_router
 from bh_routing.models.experts import experts_by
 from bh_routing.models.routers import find_routers
-from bh_routing.models.routing import BoundRule, check_calibration, install
+from bh_routing.models.routing import BoundRule, bind_rule, check_calibration, install
 from bh_routing.models.trace import DROPPED, ExpertTrace
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules.base import Rule
 from bh_routing.rules.fixed import TopK
+from bh_routing.rules.router import Router, SoftmaxFamily, reference_router
 
 STEPS_IN_A_BURST: Final = 16
 """Steps between host syncs: end-of-text tokens are detected only then, and later tokens are
@@ -188,7 +182,7 @@ class Engine:
         """Bind a rule as `bind_rule` does, and cache it; check its calibration on every call."""
         key = (rule, calibration)
         if key not in self._bound:
-            self._bound[key] = bind_fused(model, rule, calibration)
+            self._bound[key] = bind_rule(model, rule, calibration, fused_router)
         else:
             # Weights may have changed in place, by training or by merging an adapter.
             check_calibration(model, self._bound[key].routers, rule, calibration)
@@ -321,7 +315,7 @@ def startup_seconds(model: Any) -> float | None:
 
 
 def bind_routers(bound: BoundRule) -> list[Router]:
-    """Bind a rule to each layer: as one kernel, else one sort, else the reference implementation.
+    """Bind a rule to each layer: as one kernel where there is one, else in torch.
 
     Raises:
         UndecodableError: the rule needs expert outputs, or a router isn't a plain softmax.
@@ -330,11 +324,10 @@ def bind_routers(bound: BoundRule) -> list[Router]:
         raise UndecodableError(f"rule {bound.rule.method!r} runs the experts before it decides")
     routers = []
     for site, context in zip(bound.routers.sites, bound.contexts, strict=True):
-        if not is_plain_softmax(site.facts):
+        if not site.facts.is_plain_softmax:
             raise UndecodableError("its router does more than a softmax and its k largest")
         family = SoftmaxFamily(normalises=site.facts.normalises)
         router = fused_router(bound.rule, context, family)
-        router = router or sorted_router(bound.rule, context, family)
         routers.append(router or reference_router(bound.rule, context, family))
     return routers
 

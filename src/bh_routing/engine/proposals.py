@@ -22,12 +22,11 @@ from bh_routing.engine.windows import (
 from bh_routing.errors import InputError
 from bh_routing.models.capture import evaluating
 from bh_routing.models.routers import Routers, describe_model, find_routers
-from bh_routing.models.routing import bind_rule, install
+from bh_routing.models.routing import bind_rule, install, layer_context
 from bh_routing.models.trace import DROPPED, count_distinct
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.nulls.contributions import OF_SLOTS
-from bh_routing.rules.base import Candidates, LayerContext, MixingRule, Rows, Rule, Selector, Unit
-from bh_routing.rules.weights import own_slots
+from bh_routing.rules.base import LayerContext, MixingRule, Rule, Unit
+from bh_routing.rules.plan import Candidates, Rows, Selector, keep_best
 
 MEMORY_BYTES: Final = 2**30
 """Maximum memory for the proposals of a text."""
@@ -70,7 +69,7 @@ class _Recorder(MixingRule):
         mine, model_top_k = self.seen[context.layer], context.model_top_k
 
         def select(candidates: Candidates) -> Tensor:
-            keep_TK = own_slots(*candidates[:2], model_top_k)
+            keep_TK = keep_best(candidates, model_top_k)
             assert candidates.rows is not None, "the unit isn't the token"
             is_real_T = candidates.rows.sequence_T >= 0
             if not is_real_T.all():
@@ -82,7 +81,7 @@ class _Recorder(MixingRule):
 
 
 def _select_rows(candidates: Candidates, is_real_T: Tensor) -> Candidates:
-    logits_TE, index_TK, weights_TK, norms_TK, rows = candidates
+    logits_TE, index_TK, weights_TK, norms_TK, rows, _ = candidates
     return Candidates(
         logits_TE[is_real_T],
         index_TK[is_real_T],
@@ -228,7 +227,7 @@ def mean_experts(
     kept = []
     for layer, candidates in enumerate(proposals.layers):
         device = candidates.router_logits_TE.device
-        select = rule.bind(_context(rule, layer, routers, calibration, device))
+        select = rule.bind(layer_context(routers, layer, rule, calibration, device))
         counted_T = proposals.counted_T.to(device)
         kept.append(select(candidates)[counted_T].sum().to(proposals.counted_T.device))
     units = len(kept) * int(proposals.counted_T.sum())
@@ -250,35 +249,9 @@ def mean_distinct_experts(
     for layer, candidates in enumerate(proposals.layers):
         device = candidates.router_logits_TE.device
         assert candidates.rows is not None, "captured with rows"
-        select = rule.bind(_context(rule, layer, routers, calibration, device))
+        select = rule.bind(layer_context(routers, layer, rule, calibration, device))
         kept_TK = torch.where(select(candidates), candidates.top_k_index_TK, DROPPED)
         step_T = candidates.rows.step_T
         distinct_S1 = count_distinct(step_T, kept_TK[:, None], routers.num_experts)
         total += int(distinct_S1[step_T[proposals.counted_T.to(device)]].sum())
     return total / (len(proposals.layers) * int(proposals.counted_T.sum()))
-
-
-def _context(
-    rule: Rule,
-    layer: int,
-    routers: Routers,
-    calibration: Calibration | None,
-    device: torch.device,
-) -> LayerContext:
-    null = rule.required_null
-    table = contributions = None
-    if null is not None and calibration is not None:
-        if null in OF_SLOTS:
-            known = calibration.contributions
-            contributions = None if known is None else known.to(torch.device("cpu"))
-        else:
-            table = calibration.table(null, layer).to(device)
-    return LayerContext(
-        layer=layer,
-        num_experts=routers.num_experts,
-        model_top_k=routers.model_top_k,
-        device=device,
-        table=table,
-        contributions=contributions,
-        num_layers=len(routers.sites),
-    )

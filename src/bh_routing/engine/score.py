@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bh_routing.engine.fused import bind_fused
 from bh_routing.engine.tally import DocumentTally
 from bh_routing.engine.windows import (
     TokenizedDocument,
@@ -21,9 +20,10 @@ from bh_routing.engine.windows import (
     prefix_token,
 )
 from bh_routing.errors import InputError
+from bh_routing.kernels.router import fused_router
 from bh_routing.models.capture import evaluating, text_config
 from bh_routing.models.routers import find_routers
-from bh_routing.models.routing import BoundRule, install
+from bh_routing.models.routing import BoundRule, bind_rule, install
 from bh_routing.models.trace import count_distinct
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.results.records import QualityRecord
@@ -120,8 +120,10 @@ def score(
         check_decode_batch(documents, decode_batch)
     prefix = prefix_token(tokenizer)
     routers = find_routers(model)
-    own = bind_fused(model, TopK(k=routers.model_top_k))
-    bound = {name: bind_fused(model, rule, calibration) for name, rule in rules.items()}
+    own = bind_rule(model, TopK(k=routers.model_top_k), fuse=fused_router)
+    bound = {
+        name: bind_rule(model, rule, calibration, fused_router) for name, rule in rules.items()
+    }
     for group in document_groups(documents, decode_batch):
         tallies = {
             name: [DocumentTally(len(routers.sites), routers.num_experts) for _ in group]

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.decode import decode_greedily, engine_of, startup_seconds
-from bh_routing.engine.fused import bind_fused
 from bh_routing.engine.generate import TokenClock
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.engine.timing import Timing, copied_bytes_per_second, stopwatch, time_interleaved
@@ -25,15 +24,16 @@ from bh_routing.errors import InputError
 from bh_routing.experiments.configurations import make_rules
 from bh_routing.experiments.executors import choose_threads, torch_threads
 from bh_routing.experiments.experiment import Subject, run_experiment, warm_up
-from bh_routing.experiments.fitting import Fitted, fit_to_loaded
 from bh_routing.experiments.identity import device_name
+from bh_routing.experiments.preparation import Fitted, fit_to_loaded
 from bh_routing.experiments.specs import RunSpec, make_spec
 from bh_routing.kernels.decode_layout import Decoder
 from bh_routing.kernels.experts import NAME, sparse_experts_forward
+from bh_routing.kernels.router import fused_router
 from bh_routing.models.experts import experts_by
 from bh_routing.models.load import LoadedModel, load_model, resolve_device, resolve_dtype
 from bh_routing.models.routers import find_routers
-from bh_routing.models.routing import install
+from bh_routing.models.routing import bind_rule, install
 from bh_routing.models.shapes import make_olmoe_shape
 from bh_routing.models.trace import DROPPED
 from bh_routing.rules.base import Rule
@@ -238,7 +238,7 @@ def bench_prefill(model: Any, *, tokens: int, rounds: int) -> list[Row]:
         model(input_ids=token_1P, use_cache=True, logits_to_keep=1)
 
     def mean_of(rule: Rule) -> float:
-        with install(model, bind_fused(model, rule)) as trace:
+        with install(model, bind_rule(model, rule, fuse=fused_router)) as trace:
             forward()
         return float(trace.expert_counts.float().mean())
 
@@ -246,7 +246,7 @@ def bench_prefill(model: Any, *, tokens: int, rounds: int) -> list[Row]:
     bh_mean = mean_of(bh)
 
     def passes(implementation: str, rule: Rule | None = None) -> Callable[[], float]:
-        bound = bind_fused(model, rule) if rule else None
+        bound = bind_rule(model, rule, fuse=fused_router) if rule else None
         watch = stopwatch(forward, model.device)
         function = sparse_experts_forward if implementation == NAME else None
 

@@ -33,8 +33,7 @@ from bh_routing.experiments.specs import (
 from bh_routing.models.load import load_model
 from bh_routing.models.routers import model_fingerprint
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.nulls.catalog import get_null
-from bh_routing.nulls.contributions import OF_SLOTS
+from bh_routing.nulls.catalog import get_null, is_calibrated
 from bh_routing.nulls.cut_offs import MIN_TOKENS
 from bh_routing.results.files import unwritable
 from bh_routing.results.records import CALIBRATION
@@ -248,7 +247,7 @@ def calibrate_to_file(spec: CalibrateSpec) -> Calibration:
             f"max_tokens: must be at least {MIN_TOKENS}, got {spec.max_tokens}: no rule takes a "
             "calibration from fewer"
         )
-    names = [name for name in spec.nulls if name in OF_SLOTS or get_null(name).needs_table]
+    names = [name for name in spec.nulls if is_calibrated(name)]
     documents = calibration_documents(spec).documents
     model, tokenizer = load_model(
         spec.model, device=spec.device, dtype=spec.dtype, device_map=spec.device_map

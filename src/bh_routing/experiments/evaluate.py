@@ -15,9 +15,9 @@ from bh_routing.experiments.calibrating import check_held_out, obtain_calibratio
 from bh_routing.experiments.configurations import make_rules
 from bh_routing.experiments.executors import choose_threads, torch_threads
 from bh_routing.experiments.experiment import Subject
-from bh_routing.experiments.fitting import fit_to_config, fit_to_loaded
 from bh_routing.experiments.folder import only_writer
 from bh_routing.experiments.identity import identify
+from bh_routing.experiments.preparation import fit_to_config, fit_to_loaded
 from bh_routing.experiments.quality import QualityLedger, score_missing, scored_documents
 from bh_routing.experiments.quality_text import QualityText, prepare_text
 from bh_routing.experiments.ray_executor import make_executor
@@ -77,7 +77,7 @@ def evaluate(
         subject = Subject(model, tokenizer, calibration)
         executor = stack.enter_context(make_executor(spec, subject))
         by_name = {named.name: named.rule for named in rules}
-        records = score_missing(model, tokenizer, text, by_name, calibration, ledger, executor)
+        records = score_missing(subject, text, ledger, by_name, executor)
         seconds = time.perf_counter() - start
         document = {
             "model": spec.model,
@@ -113,7 +113,6 @@ def score_loaded(
     Raises:
         ExperimentError: as `score_missing`.
     """
-    model, tokenizer, calibration = subject
-    identity = identify("model", model, tokenizer)
+    identity = identify("model", subject.model, subject.tokenizer)
     with TemporaryDirectory() as folder, QualityLedger(Path(folder), text, identity) as ledger:
-        return score_missing(model, tokenizer, text, rules, calibration, ledger)
+        return score_missing(subject, text, ledger, rules)

@@ -22,7 +22,8 @@ from bh_routing.models.routing import bind_rule, install
 from bh_routing.models.trace import ExpertTrace
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.results.records import STATUS_FAILED, ExperimentDetail, ExperimentRecord
-from bh_routing.rules.base import Candidates, Rule, Selector
+from bh_routing.rules.base import Rule
+from bh_routing.rules.plan import Candidates, Selector
 from bh_routing.stats.load_balance import load_columns
 
 ResultT = TypeVar("ResultT")

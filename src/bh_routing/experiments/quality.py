@@ -21,10 +21,8 @@ from bh_routing.errors import ExperimentError, ResultsError
 from bh_routing.experiments.executors import Executor, ScoreSettings, SerialExecutor
 from bh_routing.experiments.experiment import Subject, find_nan
 from bh_routing.experiments.identity import RunIdentity, rule_key
-from bh_routing.experiments.quality_text import QualityText, prepare_text
-from bh_routing.experiments.specs import RunSpec, ScoredSpec
-from bh_routing.models.routers import ModelFacts
-from bh_routing.nulls.calibration import Calibration
+from bh_routing.experiments.quality_text import QualityText
+from bh_routing.experiments.specs import ScoredSpec
 from bh_routing.results.journal import Journal, as_object, digest, parse_quality
 from bh_routing.results.records import QUALITY_JOURNAL, QualityRecord
 from bh_routing.rules.base import Rule
@@ -148,12 +146,10 @@ class QualityLedger:
 
 
 def score_missing(
-    model: Any,
-    tokenizer: Any,
+    subject: Subject,
     text: QualityText,
-    rules: Mapping[str, Rule],
-    calibration: Calibration | None,
     ledger: QualityLedger,
+    rules: Mapping[str, Rule],
     executor: Executor | None = None,
 ) -> list[QualityRecord]:
     """Score every rule on every document that the ledger lacks.
@@ -162,11 +158,10 @@ def score_missing(
     new rule is scored again, a rule with a new name isn't.
 
     Args:
-        model, tokenizer: as for `score`.
+        subject: the model; its calibration is required if a rule needs one.
         text: the text to score.
-        rules: configuration name -> rule.
-        calibration: required if a rule needs one.
         ledger: open for writing; receives each record as soon as its document is finished.
+        rules: configuration name -> rule.
         executor: where text is scored; None: in this process.
     Returns:
         One record per rule and document, rules outermost, both in order.
@@ -174,8 +169,8 @@ def score_missing(
         ExperimentError: the model gave NaN, and the message names the first router; or it gave a
             token of the text probability 0.
     """
-    executor = executor or SerialExecutor(Subject(model, tokenizer, calibration))
-    rule_keys = {name: rule_key(rule, calibration) for name, rule in rules.items()}
+    executor = executor or SerialExecutor(subject)
+    rule_keys = {name: rule_key(rule, subject.calibration) for name, rule in rules.items()}
     once: dict[str, str] = {}  # the first of equal rules is scored
     for name, key in rule_keys.items():
         once.setdefault(key, name)
@@ -202,7 +197,7 @@ def score_missing(
                 group = list(text.documents)
             for record in executor.score(group, part, settings):
                 if not _is_finite(record):
-                    raise ExperimentError(_why_not_finite(model, text, rules, calibration, record))
+                    raise ExperimentError(_why_not_finite(subject, text, rules, record))
                 ledger.add(keys[record.config_name, record.document_key], record)
                 bar.update(record.tokens)
     return [
@@ -219,11 +214,7 @@ def _is_finite(record: QualityRecord) -> bool:
 
 
 def _why_not_finite(
-    model: Any,
-    text: QualityText,
-    rules: Mapping[str, Rule],
-    calibration: Calibration | None,
-    record: QualityRecord,
+    subject: Subject, text: QualityText, rules: Mapping[str, Rule], record: QualityRecord
 ) -> str:
     if math.isinf(record.nll_sum) or math.isinf(record.top_k_nll_sum):
         return (
@@ -232,7 +223,7 @@ def _why_not_finite(
         )
     document = next(d for d in text.documents if d.key == record.document_key)
     ids = document.ids[: text.window]
-    where = find_nan(model, rules[record.config_name], calibration, ids)
+    where = find_nan(subject.model, rules[record.config_name], subject.calibration, ids)
     return f"{record.config_name} on {record.document}: {where}"
 
 
@@ -245,59 +236,21 @@ def scored_documents(spec: ScoredSpec) -> list[Document]:
     return read_documents(spec.texts) if spec.texts else packaged_documents("evaluation")
 
 
-class QualityPhase:
-    """Scoring of a run; the text is read and tokenized before the run begins, to find errors early.
+def score_with_references(
+    subject: Subject,
+    text: QualityText,
+    ledger: QualityLedger,
+    rules: Mapping[str, Rule],
+    executor: Executor | None = None,
+) -> list[QualityRecord]:
+    """Score like `score_missing`, then static top-k below and above each mean.
 
-    Raises:
-        InputError: the text can't be read, or there is nothing to score.
+    Returns:
+        The records of all configurations, of the static ones last.
     """
-
-    def __init__(self, spec: RunSpec, tokenizer: Any, facts: ModelFacts) -> None:
-        self._text = prepare_text(
-            tokenizer,
-            facts,
-            scored_documents(spec),
-            max_tokens=spec.tokens,
-            batch_size=spec.batch_size,
-            decode_batch=spec.decode_batch,
-        )
-
-    def ledger(self, folder: Path, identity: RunIdentity) -> QualityLedger:
-        """Read the scores of an earlier run of the folder, without writing.
-
-        Raises:
-            ResultsError: they are of another text or setting, or were edited.
-        """
-        return QualityLedger(folder, self._text, identity)
-
-    def score(
-        self,
-        folder: Path,
-        identity: RunIdentity,
-        subject: Subject,
-        rules: Mapping[str, Rule],
-        executor: Executor | None = None,
-    ) -> list[QualityRecord]:
-        """Score all missing records, then static top-k below and above each mean.
-
-        Args:
-            folder, identity: those of the run.
-            subject: the model, and the calibration of the rules.
-            rules: configuration name -> rule.
-            executor: where text is scored; None: in this process.
-        Returns:
-            The records of all configurations, of the static ones last.
-        """
-        model, tokenizer, calibration = subject
-        with self.ledger(folder, identity) as ledger:
-
-            def score_all(part: Mapping[str, Rule]) -> list[QualityRecord]:
-                return score_missing(
-                    model, tokenizer, self._text, part, calibration, ledger, executor
-                )
-
-            records = score_all(rules)
-            return records + score_all(static_references(rules, records))
+    records = score_missing(subject, text, ledger, rules, executor)
+    static = static_references(rules, records)
+    return records + score_missing(subject, text, ledger, static, executor)
 
 
 def static_references(

@@ -129,7 +129,7 @@ class RayExecutor(Executor):
         subject: the driver's model, which is moved off its GPU while workers run.
         threads: per worker, on a CPU.
     Raises:
-        InputError: (on entering) Ray isn't installed, or the cluster has no room for a worker.
+        InputError: (on entering) the cluster can't be reached, or has no room for a worker.
     """
 
     def __init__(self, spec: ScoredSpec, subject: Subject, threads: int = 1) -> None:
@@ -349,16 +349,10 @@ def connected(address: str | None) -> Iterator[Any]:
     An existing connection is used and left open.
 
     Raises:
-        InputError: Ray isn't installed, or the cluster can't be reached.
+        InputError: the cluster can't be reached.
     """
     earlier = signal.getsignal(signal.SIGTERM)
-    try:
-        ray: Any = importlib.import_module("ray")
-    except ImportError:
-        raise InputError(
-            "--executor ray needs Ray, which isn't installed; run: pip install 'bh-routing[ray]', "
-            "or leave --executor out"
-        ) from None
+    ray: Any = importlib.import_module("ray")
     is_ours = not ray.is_initialized()
     if is_ours:
         # No usage reports to Ray's developers.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,16 @@ from bh_routing.experiments.calibrating import (
 )
 from bh_routing.experiments.configurations import find_baseline, make_rules, resolved
 from bh_routing.experiments.executors import Executor, run_grid, torch_threads
-from bh_routing.experiments.experiment import guard
-from bh_routing.experiments.fitting import fit_to_config, fit_to_loaded
+from bh_routing.experiments.experiment import Subject, guard
 from bh_routing.experiments.identity import collect_provenance, device_name, peak_memory_bytes
-from bh_routing.experiments.preparation import Preparation, load
-from bh_routing.experiments.quality import scored_documents
+from bh_routing.experiments.preparation import (
+    Preparation,
+    fit_to_config,
+    fit_to_loaded,
+    load,
+    prepare,
+)
+from bh_routing.experiments.quality import QualityLedger, score_with_references, scored_documents
 from bh_routing.experiments.ray_executor import make_executor
 from bh_routing.experiments.run_log import FILE_ONLY, RunLog
 from bh_routing.experiments.spec_errors import shorten
@@ -42,6 +47,7 @@ from bh_routing.results.records import (
     ExperimentRecord,
     QualityRecord,
 )
+from bh_routing.rules.base import Rule
 from bh_routing.rules.catalog import make_rule
 from bh_routing.rules.fixed import TopK
 
@@ -119,7 +125,7 @@ def run(spec: RunSpec, conclude: Conclude | None = None) -> RunOutcome:
         loaded = load(fitted.spec)
         spec, left_out = fit_to_loaded(fitted, loaded.model)
         with torch_threads(loaded.threads.decode):
-            prepared = Preparation(spec, store, loaded)
+            prepared = prepare(spec, store, loaded)
             keys = [cell.key for cell in prepared.grid]
             with make_executor(spec, prepared.subject) as executor:
                 document = _document(spec, prepared, store) | {
@@ -179,7 +185,7 @@ def _run_begun(
         "experiments_sec": earlier_sec + quality_start - grid_start,
         "timing_rounds_sec": traces_start - rounds_start,
         "token_traces_sec": time.perf_counter() - traces_start,
-        "quality_sec": rounds_start - quality_start if prepared.quality else None,
+        "quality_sec": rounds_start - quality_start if prepared.text else None,
         "total_sec": earlier_sec + time.perf_counter() - start,
     }
     peak = peak_memory_bytes(prepared.subject.model.device)
@@ -221,21 +227,31 @@ def _score(
 
     Closes the executor: the model is needed in this process from here on.
     """
-    if (quality := prepared.quality) is None:
+    if prepared.text is None:
         executor.close()
         return []
-    identity, subject = prepared.identity, prepared.subject
     rules = {named.name: named.rule for named in prepared.rules}
-    with torch_threads(prepared.loaded.threads.batch):
-        scored = guard(
-            problems,
-            "scoring",
-            lambda: quality.score(store.folder, identity, subject, rules, executor),
-        )
+    score = partial(_score_into, store.folder, prepared, prepared.subject, rules, executor)
+    scored = guard(problems, "scoring", score)
     executor.close()
     names = dict.fromkeys(record.config_name for record in scored or ())
     store.update_document({"quality": {"configs": list(names)}})
     return scored or []
+
+
+def _score_into(
+    folder: Path,
+    prepared: Preparation,
+    subject: Subject,
+    rules: Mapping[str, Rule],
+    executor: Executor | None = None,
+) -> list[QualityRecord]:
+    assert prepared.text is not None, "there is text to score"
+    with (
+        torch_threads(prepared.loaded.threads.batch),
+        QualityLedger(folder, prepared.text, prepared.identity) as ledger,
+    ):
+        return score_with_references(subject, prepared.text, ledger, rules, executor)
 
 
 def _add_alternatives(
@@ -256,7 +272,7 @@ def _score_alternatives(
     records: Sequence[QualityRecord],
 ) -> None:
     """Score `bh_drop` where BH configurations lose; note it, and each rule's command."""
-    if (quality := prepared.quality) is None or not records:
+    if not records:
         return
     rules = {record.config_name: make_rule(record.rule) for record in records}
     budgets = losing_budgets(prepared.rules, records, prepared.loaded.facts.model_top_k)
@@ -270,7 +286,7 @@ def _score_alternatives(
                     spec, budgets, rules, prepared.subject, store.document
                 )
                 added = {entry["config_name"]: make_rule(entry["config"]) for entry in alternatives}
-                records = quality.score(store.folder, prepared.identity, subject, rules | added)
+            records = _score_into(store.folder, prepared, subject, rules | added)
             names = [n for n in dict.fromkeys(r.config_name for r in records) if n not in added]
             store.update_document({"calibration": calibration, "quality": {"configs": names}})
             rules, found = rules | added, alternatives

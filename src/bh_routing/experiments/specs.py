@@ -6,6 +6,7 @@ imports torch, so that `--help` is fast.
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -233,6 +234,11 @@ class ScoredSpec(CalibratedSpec):
             raise ValueError(
                 'device_map="auto" and executor="ray" exclude each other: a worker has one GPU; '
                 "leave one of them out"
+            )
+        if self.executor == "ray" and importlib.util.find_spec("ray") is None:
+            raise ValueError(
+                'executor="ray" needs Ray, which isn\'t installed; run: pip install '
+                "'bh-routing[ray]', or use executor=\"local\""
             )
         return self
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from bh_routing.errors import InputError, ResultsError
 from bh_routing.experiments import step_sweep
@@ -22,7 +22,7 @@ from bh_routing.experiments.calibrating import (
     save_calibration,
 )
 from bh_routing.experiments.configurations import NamedRule
-from bh_routing.experiments.executors import Executor, torch_threads
+from bh_routing.experiments.executors import torch_threads
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.folder import only_writer
 from bh_routing.experiments.identity import RunIdentity, collect_provenance, device_name, identify
@@ -100,29 +100,21 @@ def sweep(spec: SweepSpec) -> dict[str, Any]:
         batch_size=spec.batch_size,
         decode_batch=spec.decode_batch,
     )
-    prepared = _Prepared(spec.model_copy(update={"budgets": budgets}), variants, loaded, text)
+    spec = spec.model_copy(update={"budgets": budgets})
     with only_writer(spec.output), torch_threads(loaded.threads.batch):
-        return _sweep_begun(prepared, start)
+        return _sweep_begun(spec, variants, loaded, text, start)
 
 
-class _Prepared(NamedTuple):
-    """A sweep with validated model and texts."""
-
-    spec: SweepSpec
-    variants: list[Variant]
-    loaded: Loaded
-    text: QualityText
-
-
-def _sweep_begun(prepared: _Prepared, start: float) -> dict[str, Any]:
-    """Carry out a sweep whose folder is locked."""
-    spec, variants, loaded, text = prepared
+def _sweep_begun(
+    spec: SweepSpec, variants: Sequence[Variant], loaded: Loaded, text: QualityText, start: float
+) -> dict[str, Any]:
+    """Carry out a validated sweep whose folder is locked."""
     stored = read_stored_sweep(spec.output)
     identity = identify(spec.model, loaded.model, loaded.tokenizer)
     _check_identity(spec.output, stored, identity)
     ledger = QualityLedger(spec.output, text, identity)
     clock = [time.perf_counter()]
-    calibration, about = _calibrate(prepared, stored)
+    calibration, about = _calibrate(spec, variants, loaded, stored)
     if calibration is not None:
         identity = replace(identity, tables=calibration.table_fingerprints)
     _check_identity(spec.output, stored, identity)
@@ -134,7 +126,7 @@ def _sweep_begun(prepared: _Prepared, start: float) -> dict[str, Any]:
         batch_size=spec.batch_size,
         decode_batch=spec.decode_batch,
     )
-    document = _document(prepared, about, search)
+    document = _document(spec, loaded, text, about, search)
     tables = {**stored.get("identity", {}).get("tables", {}), **identity.tables}
     document["identity"] = asdict(replace(identity, tables=tables))
     earlier = {part: stored.get(KIND, {}).get(part, []) for part in ("points", "curve_points")}
@@ -151,7 +143,7 @@ def _sweep_begun(prepared: _Prepared, start: float) -> dict[str, Any]:
     clock.append(time.perf_counter())
     subject = Subject(loaded.model, loaded.tokenizer, calibration)
     with ledger, make_executor(spec, subject) as executor:
-        score_all = partial(_score_all, subject, text, ledger, executor)
+        score_all = partial(score_missing, subject, text, ledger, executor=executor)
         references = score_settings(settings, curve_settings, score_all, search)
     clock.append(time.perf_counter())
     document[KIND]["references"] = describe_references(references, search)
@@ -246,9 +238,8 @@ def _check_identity(folder: Path, stored: Mapping[str, Any], identity: RunIdenti
 
 
 def _calibrate(
-    prepared: _Prepared, stored: dict[str, Any]
+    spec: SweepSpec, variants: Sequence[Variant], loaded: Loaded, stored: dict[str, Any]
 ) -> tuple[Calibration | None, dict[str, Any]]:
-    spec, variants, loaded, _ = prepared
     rules = [NamedRule(variant.name, "", variant.anywhere()) for variant in variants]
     calibration, about = obtain_calibration(
         spec,
@@ -265,12 +256,13 @@ def _calibrate(
 
 
 def _document(
-    prepared: _Prepared,
+    spec: SweepSpec,
+    loaded: Loaded,
+    text: QualityText,
     about: Mapping[str, Any],
     search: KnobSearch,
 ) -> dict[str, Any]:
     """Return the content of run.json before the search."""
-    spec, _, loaded, text = prepared
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": KIND,
@@ -342,17 +334,6 @@ def describe_references(references: Mapping[str, TopK], search: KnobSearch) -> l
         | ({"budget": round(search.cost(rule), 4)} if by_step else {})
         for name, rule in references.items()
     ]
-
-
-def _score_all(
-    subject: Subject,
-    text: QualityText,
-    ledger: QualityLedger,
-    executor: Executor,
-    rules: Mapping[str, Rule],
-) -> list[QualityRecord]:
-    model, tokenizer, calibration = subject
-    return score_missing(model, tokenizer, text, rules, calibration, ledger, executor)
 
 
 def _reached(settings: Sequence[Setting]) -> dict[str, Rule]:

@@ -30,7 +30,7 @@ from bh_routing.models.sites import Proposal
 from bh_routing.results.files import render_json_lines, write_atomically
 from bh_routing.results.journal import Journal, as_object
 from bh_routing.results.records import JOURNAL, TOKEN_TRACES, TokenTrace
-from bh_routing.rules.base import Candidates
+from bh_routing.rules.plan import Candidates
 
 MAX_TOKENS: Final = 256
 """Maximum number of traced tokens per sequence."""

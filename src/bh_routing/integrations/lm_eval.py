@@ -31,12 +31,12 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from bh_routing.engine.calibrate import calibrate
-from bh_routing.engine.fused import bind_fused
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.errors import InputError
+from bh_routing.kernels.router import fused_router
 from bh_routing.models.load import LoadedModel, load_model
 from bh_routing.models.routers import model_fingerprint
-from bh_routing.models.routing import install
+from bh_routing.models.routing import bind_rule, install
 from bh_routing.models.trace import ExpertTrace
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules.base import Rule
@@ -139,7 +139,7 @@ class RoutedModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
                 add_bos_token=add_bos_token,
                 prefix_token_id=prefix_token_id,
             )
-        self._bound = bind_fused(self.model, rule, calibration)
+        self._bound = bind_rule(self.model, rule, calibration, fused_router)
         self._calibration = calibration
         self._unread_rows: list[Tensor] = []
         self.expert_use = ExpertUse()

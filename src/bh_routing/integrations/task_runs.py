@@ -23,8 +23,8 @@ from bh_routing.experiments.budget import bring_to_budget
 from bh_routing.experiments.calibrating import obtain_calibration
 from bh_routing.experiments.configurations import NamedRule, make_rules, resolved
 from bh_routing.experiments.defaults import LOCAL_TASKS
-from bh_routing.experiments.fitting import fit_to_config, fit_to_loaded
 from bh_routing.experiments.identity import collect_provenance
+from bh_routing.experiments.preparation import fit_to_config, fit_to_loaded
 from bh_routing.experiments.specs import LmEvalSpec
 from bh_routing.integrations.lm_eval import ExpertUse, RoutedModel, check_end_token, task_folder
 from bh_routing.models.load import LoadedModel, load_model

@@ -8,13 +8,14 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Final, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from bh_routing.kernels.decode_layout import Attention, Decoder, Layer, Norm
 from bh_routing.kernels.experts import mix_one, mix_torch, read_experts, sparse_experts_forward
-from bh_routing.kernels.router import RoutedSlots, Router
+from bh_routing.rules.router import RoutedSlots, Router
 
 Step = Callable[[], None]
 """Reads a state's tokens, and writes the next ones, the kept experts and the cache."""
@@ -144,13 +145,14 @@ def _bind_experts(layer: Layer, is_cuda: bool) -> Callable[[Tensor, RoutedSlots]
     experts = read_experts(layer.experts)
 
     def mix(normed_BH: Tensor, slots: RoutedSlots) -> Tensor:
-        index_BK, weights_BK, keep_BK, count_B = slots
+        index_BK, weights_BK, keep_BK = slots
         if is_cuda:
             return sparse_experts_forward(layer.experts, normed_BH, index_BK, weights_BK)
         if len(normed_BH) > 1:
             return mix_torch(experts, normed_BH, index_BK, weights_BK)
         expert_K, weights_K = index_BK[0], weights_BK[0]
-        count, keep_K = int(count_B), keep_BK[0].numpy()
+        keep_K = keep_BK[0].numpy()
+        count = int(np.count_nonzero(keep_K))
         if keep_K[:count].all():  # slicing is cheaper than gathering, and most rules allow it
             expert_K, weights_K = expert_K[:count], weights_K[:count]
         else:

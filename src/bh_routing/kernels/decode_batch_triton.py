@@ -28,7 +28,7 @@ from bh_routing.kernels.decode_layout import Decoder, Layer, Norm
 from bh_routing.kernels.decode_triton import IS_INTERPRETED, Recorder, bind_attention, pick
 from bh_routing.kernels.experts import ExpertWeights, read_experts, runs_on_hopper
 from bh_routing.kernels.experts_triton import mix_few
-from bh_routing.kernels.router import RoutedSlots, Router
+from bh_routing.rules.router import RoutedSlots, Router
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 

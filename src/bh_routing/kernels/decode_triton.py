@@ -26,7 +26,7 @@ from bh_routing.kernels.attention_triton import attend, let_next_start, wait_for
 from bh_routing.kernels.decode import DecodeState, Step
 from bh_routing.kernels.decode_layout import Decoder, Layer, Norm
 from bh_routing.kernels.experts import runs_on_hopper, sparse_experts_forward
-from bh_routing.kernels.router import RoutedSlots, Router
+from bh_routing.rules.router import RoutedSlots, Router
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -180,7 +180,7 @@ class _FewStep:
             slots.append(route(logits_1E))
             if layer is decoder.layers[-1]:
                 self._recorder.start(slots)
-            index_1K, weights_1K, _, _ = slots[-1]
+            index_1K, weights_1K, _ = slots[-1]
             added = sparse_experts_forward(layer.experts, self._normed, index_1K, weights_1K)
         self._project("head", decoder.norm, [decoder.head_VH], state.logits_BV, added)
         self._recorder.join()

@@ -26,8 +26,10 @@ from triton.language.extra import libdevice
 from bh_routing.errors import InputError
 from bh_routing.kernels.attention_triton import let_next_start, wait_for_previous
 from bh_routing.kernels.experts import runs_on_hopper
-from bh_routing.kernels.router import RoutedSlots, Router, RouterPlan, SoftmaxFamily
+from bh_routing.nulls.centred import CentredNull
 from bh_routing.rules.base import LayerContext, Rule
+from bh_routing.rules.plan import Plan
+from bh_routing.rules.router import RoutedSlots, Router, SoftmaxFamily
 
 
 @triton.jit
@@ -180,18 +182,23 @@ def _keep_by_contribution(
 
 
 @triton.jit
-def _keep_by_mass(weights_BC, slot_C, share_ptr, TOP_P: tl.constexpr):
+def _keep_by_mass(weights_BC, slot_C, share_ptr, min_k, DECISION: tl.constexpr):
     """Keep slots by their fraction of the token's mass, or of its largest weight."""
     # float64: the sum of earlier slots must not depend on the number of later ones.
     weights_BC = weights_BC.to(tl.float64)
     share = tl.load(share_ptr)
-    if TOP_P:
+    if DECISION == "top_p":
         is_before_1CC = tl.expand_dims(slot_C, 1) < tl.expand_dims(slot_C, 2)
         before_BC = tl.sum(tl.where(is_before_1CC, tl.expand_dims(weights_BC, 1), 0.0), axis=2)
         mass_B1 = tl.sum(weights_BC, axis=1, keep_dims=True)
-        return (before_BC < share * mass_B1) | (slot_C == 0)
+        return (before_BC < share * mass_B1) | (slot_C < min_k)
+    elif DECISION == "min_fraction":
+        is_large_BC = weights_BC >= share * tl.sum(weights_BC, axis=1, keep_dims=True)
+        return is_large_BC | (weights_BC == tl.max(weights_BC, axis=1, keep_dims=True))
     else:
-        return weights_BC >= share * tl.max(weights_BC, axis=1, keep_dims=True)
+        # Weights descend with the slot.
+        is_large_BC = weights_BC >= share * tl.max(weights_BC, axis=1, keep_dims=True)
+        return is_large_BC | (slot_C < min_k)
 
 
 @triton.jit
@@ -200,7 +207,7 @@ def _mix(
     NORMALISES: tl.constexpr, CONVENTION: tl.constexpr, TEMPERED: tl.constexpr,
     LIBDEVICE: tl.constexpr,
 ):  # fmt: skip
-    """Return the weights of the kept slots, as defined by `rules.weights.kept_weights`."""
+    """Return the weights of the kept slots, as defined by `rules.router.Weighing`."""
     kept_BC = tl.where(keep_BC, weights_BC, 0.0)
     sum_B1 = tl.maximum(_row_sum(kept_BC), 1e-30)
     if CONVENTION == "renormalize":
@@ -246,7 +253,7 @@ def _slot_weights(
 
 @triton.jit(do_not_specialize=["num_tokens", "min_k", "max_k", "empty_k", "model_k"])
 def _route(
-    logits_ptr, index_ptr, weights_ptr, keep_ptr, counts_ptr, lines_ptr, scale_ptr,
+    logits_ptr, index_ptr, weights_ptr, keep_ptr, lines_ptr, scale_ptr,
     num_tokens, min_k, max_k, empty_k, model_k, temperature,
     E: tl.constexpr, K: tl.constexpr, C: tl.constexpr, LOG_P: tl.constexpr, LOG_B: tl.constexpr,
     DECISION: tl.constexpr, STUDENTIZED: tl.constexpr, NORMALISES: tl.constexpr,
@@ -295,7 +302,7 @@ def _route(
             weights_BC, expert_BC, slot_C, lines_ptr, scale_ptr, min_k, K, DECISION == "drop"
         )
     else:
-        keep_BC = _keep_by_mass(weights_BC, slot_C, lines_ptr, DECISION == "top_p")
+        keep_BC = _keep_by_mass(weights_BC, slot_C, lines_ptr, min_k, DECISION)
     keep_BC &= slot_C < K
 
     mixed_BC = _mix(
@@ -309,17 +316,15 @@ def _route(
     tl.store(index_ptr + at_BC, tl.where(keep_BC, expert_BC, best_B1).to(tl.int64), is_there_BC)
     tl.store(weights_ptr + at_BC, mixed_BC.to(weights_ptr.dtype.element_ty), is_there_BC)
     tl.store(keep_ptr + at_BC, keep_BC, is_there_BC)
-    counts_B1 = tl.sum(keep_BC.to(tl.int32), axis=1, keep_dims=True)
-    tl.store(counts_ptr + token_B1, counts_B1, token_B1 < num_tokens)
 
 
 IS_INTERPRETED: Final = not isinstance(_route, triton.JITFunction)
 DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def bind(plan: RouterPlan, rule: Rule, context: LayerContext, family: SoftmaxFamily) -> Router:
+def bind(plan: Plan, rule: Rule, context: LayerContext, family: SoftmaxFamily) -> Router:
     """Return a layer's router: contiguous logits on the layer's device -> slots."""
-    num_experts, num_slots = context.num_experts, plan.num_slots
+    num_experts, num_slots = context.num_experts, rule.num_candidates(context.model_top_k)
     log_experts = (num_experts - 1).bit_length()
     numbers = (plan.min_k, plan.max_k, plan.empty_k, context.model_top_k, rule.temperature)
     constants = {
@@ -328,7 +333,7 @@ def bind(plan: RouterPlan, rule: Rule, context: LayerContext, family: SoftmaxFam
         "K": num_slots,
         "C": triton.next_power_of_2(num_slots),
         "DECISION": plan.decision,
-        "STUDENTIZED": plan.is_studentized,
+        "STUDENTIZED": isinstance(plan.null, CentredNull) and plan.null.is_studentized,
         "NORMALISES": family.normalises,
         "CONVENTION": rule.weights,
         "TEMPERED": rule.temperature != 1.0,
@@ -353,7 +358,6 @@ def bind(plan: RouterPlan, rule: Rule, context: LayerContext, family: SoftmaxFam
             torch.empty(shape, dtype=torch.int64, device=device),
             torch.empty(shape, dtype=weights_dtype, device=device),
             torch.empty(shape, dtype=torch.bool, device=device),
-            torch.empty(num_tokens, dtype=torch.int32, device=device),
         )
         if num_tokens:
             log_tokens, num_warps = _tile(num_tokens, log_experts)

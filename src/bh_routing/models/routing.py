@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,16 +24,23 @@ from bh_routing.models.routers import (
     unwrapped,
 )
 from bh_routing.models.rows import RowsOfCall, end_ids
-from bh_routing.models.sites import Decision, Proposal, RouterSite, RoutingHook, Undo
+from bh_routing.models.sites import (
+    Decision,
+    Proposal,
+    RouterFacts,
+    RouterSite,
+    RoutingHook,
+    Undo,
+)
 from bh_routing.models.trace import ExpertTrace
 from bh_routing.nulls.calibration import Calibration
-from bh_routing.nulls.contributions import OF_SLOTS
-from bh_routing.rules.base import Candidates, LayerContext, Rule, Selector
-from bh_routing.rules.weights import alias_dropped, kept_weights, own_slots
+from bh_routing.rules.base import LayerContext, Rule
+from bh_routing.rules.plan import Candidates, Selector, keep_best
+from bh_routing.rules.router import RoutedSlots, Router, SoftmaxFamily, Weighing
 
-Decider = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor, Tensor, Tensor]]
-"""Router logits (T, E) and the weights' dtype -> index with dropped slots aliased, weights and keep
-mask, each (T, K), and counts (T,)."""
+Decider = Callable[[Tensor, torch.dtype], RoutedSlots]
+"""Router logits (T, E) and the weights' dtype -> decided and weighted slots."""
+Fuse = Callable[[Rule, LayerContext, SoftmaxFamily], Router | None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -45,8 +53,8 @@ class BoundRule:
     """One per router, in order."""
     contexts: tuple[LayerContext, ...]
     """Context that each selector was bound to."""
-    deciders: tuple[Decider | None, ...] = ()
-    """Fused deciders, one per router, used instead of its selector unless None; empty if unused."""
+    deciders: tuple[Decider | None, ...]
+    """Fused deciders, one per router, used instead of its selector unless None."""
 
 
 @contextmanager
@@ -82,8 +90,16 @@ def route(
         yield trace
 
 
-def bind_rule(model: nn.Module, rule: Rule, calibration: Calibration | None = None) -> BoundRule:
+def bind_rule(
+    model: nn.Module,
+    rule: Rule,
+    calibration: Calibration | None = None,
+    fuse: Fuse | None = None,
+) -> BoundRule:
     """Check `rule` against the model and bind it to every layer, as `route` does.
+
+    With `fuse`, which returns a layer's fused router or None, kept experts are the same bit for
+    bit, except for ties of logits: a fused router prefers the smaller expert index, torch any.
 
     Raises:
         CalibrationError, ModelError, InputError: as in `route`.
@@ -91,9 +107,40 @@ def bind_rule(model: nn.Module, rule: Rule, calibration: Calibration | None = No
     routers = find_routers(model)
     check_rule(routers, rule)
     check_calibration(model, routers, rule, calibration)
-    contexts = tuple(_layer_context(site, routers, rule, calibration) for site in routers.sites)
-    selectors = tuple(rule.bind(context) for context in contexts)
-    return BoundRule(rule=rule, routers=routers, selectors=selectors, contexts=contexts)
+    contexts = tuple(
+        layer_context(routers, site.layer, rule, calibration, _device(site))
+        for site in routers.sites
+    )
+    return BoundRule(
+        rule=rule,
+        routers=routers,
+        selectors=tuple(rule.bind(context) for context in contexts),
+        contexts=contexts,
+        deciders=tuple(
+            None if fuse is None else _decider(rule, context, site.facts, fuse)
+            for site, context in zip(routers.sites, contexts, strict=True)
+        ),
+    )
+
+
+def _decider(rule: Rule, context: LayerContext, facts: RouterFacts, fuse: Fuse) -> Decider | None:
+    if rule.needs_output_norms or not facts.is_plain_softmax:
+        return None
+
+    @cache
+    def router(dtype: torch.dtype | None) -> Router | None:
+        family = SoftmaxFamily(normalises=facts.normalises, weights_dtype=dtype)
+        return fuse(rule, context, family)
+
+    if router(None) is None:
+        return None
+
+    def decide(router_logits_TE: Tensor, dtype: torch.dtype) -> RoutedSlots:
+        route = router(dtype)
+        assert route is not None, "whether there is a kernel doesn't depend on the dtype"
+        return route(router_logits_TE)
+
+    return decide
 
 
 def check_rule(routers: Routers, rule: Rule) -> None:
@@ -154,12 +201,12 @@ def install(
             rows = RowsOfCall(emulates_steps=emulates_steps, end_ids=end_ids(unwrapped(model)))
         for remove in _watch_calls(text_stack_of(unwrapped(model), routers.sites), trace, rows):
             undo.callback(remove)
-        deciders = bound.deciders or (None,) * len(routers.sites)
-        for site, selector, decider in zip(routers.sites, bound.selectors, deciders, strict=True):
+        parts = zip(routers.sites, bound.selectors, bound.deciders, strict=True)
+        for site, selector, decider in parts:
             callback = (
                 _make_callback(site, bound, selector, trace, rows)
                 if decider is None
-                else _make_short_callback(site, decider, trace)
+                else _make_fused_callback(site, decider, trace)
             )
             undo.callback(site.watch(callback))
             if (widener := site.facts.widener) is not None:
@@ -191,25 +238,34 @@ def check_calibration(
     )
 
 
-def _layer_context(
-    site: RouterSite, routers: Routers, rule: Rule, calibration: Calibration | None
+def layer_context(
+    routers: Routers,
+    layer: int,
+    rule: Rule,
+    calibration: Calibration | None,
+    device: torch.device,
 ) -> LayerContext:
-    device = next(site.module.parameters()).device
+    """Return the context that `rule` is bound to in a layer.
+
+    Raises:
+        CalibrationError: the calibration has no table of the rule's null.
+    """
     table = contributions = None
-    if rule.required_null in OF_SLOTS and calibration is not None:
-        if calibration.contributions is not None:
-            contributions = calibration.contributions.to(torch.device("cpu"))
-    elif rule.required_null is not None and calibration is not None:
-        table = calibration.table(rule.required_null, site.layer).to(device)
+    if rule.required_null is not None and calibration is not None:
+        table, contributions = calibration.references(rule.required_null, layer)
     return LayerContext(
-        layer=site.layer,
-        num_experts=site.facts.num_experts,
-        model_top_k=site.facts.top_k,
+        layer=layer,
+        num_experts=routers.num_experts,
+        model_top_k=routers.model_top_k,
         device=device,
-        table=table,
+        table=None if table is None else table.to(device),
         contributions=contributions,
         num_layers=len(routers.sites),
     )
+
+
+def _device(site: RouterSite) -> torch.device:
+    return next(site.module.parameters()).device
 
 
 def _watch_calls(stack: nn.Module, trace: ExpertTrace, rows: RowsOfCall | None) -> Iterator[Undo]:
@@ -254,13 +310,21 @@ def _make_callback(
     # Such a family normalises the masses, so preserving their sum is its own convention.
     keeps_sum = has_own_sum and rule.weights != "renormalize"
 
+    weighing = Weighing(
+        normalises=facts.normalises and not has_own_sum,
+        model_top_k=facts.top_k,
+        convention="model" if keeps_sum else rule.weights,
+        temperature=rule.temperature,
+        temperature_weights=rule.temperature_weights,
+    )
+
     def decide(proposal: Proposal) -> Decision:
         hidden_TH, scores_TE, index_TK, proposed_TK, masses_TK, shared_TS = proposal
         candidates = Candidates(scores_TE, index_TK, proposed_TK)
         with torch.no_grad():
             if facts.normalises and index_TK.shape[-1] > facts.top_k:
                 # A rule compares weights with those of the model's own top-k in calibration.
-                is_own_TK = own_slots(scores_TE, index_TK, facts.top_k)
+                is_own_TK = keep_best(candidates, facts.top_k)
                 factor_T1 = _sum_ratio(masses_TK, is_own_TK, shared_TS)
                 own_scale_TK = (proposed_TK.float() * factor_T1).to(proposed_TK.dtype)
                 candidates = candidates._replace(top_k_weights_TK=own_scale_TK)
@@ -271,36 +335,25 @@ def _make_callback(
                 known = rows.of(len(index_TK), index_TK.device)
                 candidates = candidates._replace(rows=known)
             keep_TK = select(candidates)
-        weights_TK = kept_weights(
-            proposed_TK,
-            keep_TK,
-            convention="model" if keeps_sum else rule.weights,
-            normalises=facts.normalises and not has_own_sum,
-            temperature=rule.temperature,
-            router_logits_TE=scores_TE,
-            top_k_index_TK=index_TK,
-            model_top_k=facts.top_k,
-            temperature_weights=rule.temperature_weights,
-        )
+        index_TK, weights_TK, _ = weighing.route(candidates, keep_TK)
         if keeps_sum:
             factor_T1 = _sum_ratio(masses_TK, keep_TK, shared_TS)
             weights_TK = (weights_TK.float() * factor_T1).to(proposed_TK.dtype)
             if shared_TS is not None:
                 shared_TS = (shared_TS.float() * factor_T1).to(shared_TS.dtype)
         index_TK = trace._record(site.layer, index_TK, keep_TK)
-        index_TK, weights_TK = alias_dropped(index_TK, weights_TK, keep_TK)
         return Decision(index_TK, weights_TK, shared_TS)
 
     return decide
 
 
-def _make_short_callback(
+def _make_fused_callback(
     site: RouterSite, decider: Decider, trace: ExpertTrace
 ) -> Callable[[Proposal], Decision]:
     @torch.no_grad()
     def decide(proposal: Proposal) -> Decision:
         dtype = proposal.top_k_weights_TK.dtype
-        index_TK, weights_TK, keep_TK, _ = decider(proposal.scores_TE, dtype)
+        index_TK, weights_TK, keep_TK = decider(proposal.scores_TE, dtype)
         index_TK = trace._record(site.layer, index_TK, keep_TK)
         return Decision(index_TK, weights_TK, proposal.shared_weights_TS)
 

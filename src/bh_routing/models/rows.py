@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bh_routing.errors import ModelError
 from bh_routing.models.capture import real_tokens
-from bh_routing.rules.base import Rows
+from bh_routing.rules.plan import Rows
 
 
 class RowsOfCall:

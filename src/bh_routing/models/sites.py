@@ -93,6 +93,13 @@ class RouterFacts:
         is_softmax = self.scoring in ("softmax", "probabilities")
         return is_softmax and not (self.bias or self.has_gains or self.shares_with or self.groups)
 
+    @property
+    def is_plain_softmax(self) -> bool:
+        """Whether the router is a softmax followed by the k largest weights, and nothing else."""
+        more = self.bias or self.groups or self.has_gains or self.shares_with or self.by_token
+        is_scaled = self.scale is None or abs(self.scale - 1.0) > 1e-3
+        return self.scoring == "softmax" and not (more or self.skips or is_scaled)
+
     def scores(self, logits_TE: Tensor) -> Tensor:
         """Return the scores that the router ranks experts by, float32, shape (T, E)."""
         logits_TE = logits_TE.float()

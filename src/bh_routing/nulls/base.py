@@ -138,10 +138,16 @@ class Null(ABC):
             CalibrationError: the null needs a table and none was given.
         """
 
-    def descending_scores(self, router_logits_TE: Tensor, temperature: float = 1.0) -> Tensor:
+    def descending_scores(
+        self,
+        router_logits_TE: Tensor,
+        temperature: float = 1.0,
+        sorted_logits_TE: Tensor | None = None,
+    ) -> Tensor:
         """Return the rows of `score` sorted, largest first; bitwise equal, for the hot path.
 
-        A subclass whose score starts from a sorted row overrides this and sorts only once.
+        A subclass whose score starts from a sorted row overrides this, sorts only once, and not at
+        all if `sorted_logits_TE` holds the logits in float32, largest first.
         """
         return self.score(router_logits_TE, temperature).sort(dim=-1, descending=True).values
 

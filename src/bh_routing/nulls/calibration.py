@@ -94,6 +94,21 @@ class Calibration:
             )
         return tables[layer]
 
+    def references(
+        self, null: str, layer: int
+    ) -> tuple[ReferenceTable | None, Contributions | None]:
+        """Return what a layer's rules of this null read: its table, or the observed slots.
+
+        The slots are those of all layers, on the CPU; None if none were observed.
+
+        Raises:
+            CalibrationError: the calibration doesn't hold this null or layer.
+        """
+        if null not in OF_SLOTS:
+            return self.table(null, layer), None
+        slots = self.contributions
+        return None, slots and slots.to(torch.device("cpu"))
+
     def resolution(self, null: str) -> float:
         """Return the smallest alpha that every table of this null can resolve: 20 * E / n."""
         return DRAWS_ON_FIRST_LINE * self.num_experts / self.table_size(null)

@@ -19,6 +19,7 @@ from bh_routing.nulls.centred import (
     Pooled,
     Softmax,
 )
+from bh_routing.nulls.contributions import OF_SLOTS
 
 _ALL: Final[tuple[Null, ...]] = (
     Background(),
@@ -45,6 +46,18 @@ def get_null(name: str) -> Null:
     if not isinstance(name, str) or name not in NULLS:
         raise unknown_name("null", str(name), NULLS)
     return NULLS[name]
+
+
+def is_calibrated(name: str) -> bool:
+    """Return whether rules of a null need a calibration: its tables, or observed slots.
+
+    Raises:
+        InputError: the name is unknown.
+    Example:
+        >>> is_calibrated("background"), is_calibrated("needed"), is_calibrated("gaussian")
+        (True, True, False)
+    """
+    return name in OF_SLOTS or get_null(name).needs_table
 
 
 def check_router_logits(router_logits_TE: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from math import pi, sqrt
 from typing import ClassVar, Final
 
@@ -38,20 +37,31 @@ def _sort_rows(router_logits_TE: Tensor) -> Tensor:
 
 
 class CentredNull(Null):
-    """A null whose score is a function of the logit and the token's sorted logits."""
+    """A null whose score is logit - median of the token's logits, on a robust scale if studentized.
+
+    The temperature cancels.
+    """
+
+    is_studentized: ClassVar[bool] = False
 
     def score(self, router_logits_TE: Tensor, temperature: float = 1.0) -> Tensor:
-        """Score each expert against its token's median; the temperature cancels."""
+        """Score each expert against its token's median."""
         return self._scores(router_logits_TE.to(torch.float32), _sort_rows(router_logits_TE))
 
-    def descending_scores(self, router_logits_TE: Tensor, temperature: float = 1.0) -> Tensor:
+    def descending_scores(
+        self,
+        router_logits_TE: Tensor,
+        temperature: float = 1.0,
+        sorted_logits_TE: Tensor | None = None,
+    ) -> Tensor:
         """Return the scores of each row, largest first, from one sort of the logits."""
-        sorted_TE = _sort_rows(router_logits_TE)
+        sorted_TE = _sort_rows(router_logits_TE) if sorted_logits_TE is None else sorted_logits_TE
         return self._scores(sorted_TE, sorted_TE)
 
-    @abstractmethod
     def _scores(self, logits_TE: Tensor, sorted_TE: Tensor) -> Tensor:
-        """Score `logits_TE` relative to the token's sorted logits."""
+        if self.is_studentized:
+            return studentize(logits_TE, sorted_TE)
+        return logits_TE - median_of_sorted(sorted_TE)
 
 
 def studentize(logits_TE: Tensor, sorted_TE: Tensor) -> Tensor:
@@ -84,15 +94,13 @@ class Gaussian(CentredNull):
         "centre and scale are estimated from the same few logits, so noise alone exceeds it"
     )
     needs_table: ClassVar[bool] = False
+    is_studentized: ClassVar[bool] = True
 
     def p_from_score(self, scores: Tensor, table: ReferenceTable | None = None) -> Tensor:
         """Return the upper tail of N(0, 1) at each score; a table is ignored."""
         # erfc, not 1 - cdf: BH's critical values lie far in the tail.
         tail: Tensor = torch.special.erfc(scores.to(torch.float64) * sqrt(0.5))
         return 0.5 * tail
-
-    def _scores(self, logits_TE: Tensor, sorted_TE: Tensor) -> Tensor:
-        return studentize(logits_TE, sorted_TE)
 
 
 class TabledNull(CentredNull):
@@ -103,9 +111,6 @@ class TabledNull(CentredNull):
     def p_from_score(self, scores: Tensor, table: ReferenceTable | None = None) -> Tensor:
         """Return (1 + #{reference >= s}) / (N + 1)."""
         return self.require_table(table).p_values(scores)
-
-    def _scores(self, logits_TE: Tensor, sorted_TE: Tensor) -> Tensor:
-        return logits_TE - median_of_sorted(sorted_TE)
 
 
 class Pooled(TabledNull):
@@ -156,9 +161,7 @@ class BackgroundStudentized(Background):
     """Background scores over a robust scale per token: comparable for flat and sharp routers."""
 
     name: ClassVar[str] = "background_studentized"
-
-    def _scores(self, logits_TE: Tensor, sorted_TE: Tensor) -> Tensor:
-        return studentize(logits_TE, sorted_TE)
+    is_studentized: ClassVar[bool] = True
 
 
 class PerExpert(Background):

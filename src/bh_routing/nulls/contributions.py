@@ -43,6 +43,7 @@ __all__ = [
     "Definition",
     "Statistic",
     "is_of_null",
+    "needed_null",
     "remedy",
 ]
 
@@ -159,6 +160,11 @@ class Contributions:
             cuts=self.cuts,
             steps={name: table_BN.to(device) for name, table_BN in self.steps.items()},
         )
+
+
+def needed_null(statistic: Statistic, definition: Definition) -> str:
+    """Return the name of the null to calibrate for a statistic and a definition of needed slots."""
+    return NEEDED["loss" if statistic in BY_LOSS else definition]
 
 
 def is_of_null(name: str, null: str) -> bool:

@@ -129,6 +129,10 @@ class StoreyCutOffs(NamedTuple):
     smallest_not_large: Tensor
     """float32 scalar: a score below it has a p-value above lambda."""
 
+    def to(self, device: torch.device) -> StoreyCutOffs:
+        """Return the critical values on `device`."""
+        return StoreyCutOffs(self.lines_CE.to(device), self.smallest_not_large.to(device))
+
 
 def storey_cut_offs(
     null: Null, alpha: float, num_experts: int, table: ReferenceTable | None = None

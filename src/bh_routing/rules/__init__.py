@@ -1,11 +1,8 @@
 """Rules: selection among the slots that a router proposes, and weights of the kept slots."""
 
 from bh_routing.rules.base import (
-    Candidates,
     LayerContext,
-    Rows,
     Rule,
-    Selector,
     TemperatureWeights,
     Unit,
     WeightConvention,
@@ -19,12 +16,12 @@ from bh_routing.rules.functional import RoutedExperts, benjamini_hochberg_routin
 from bh_routing.rules.higher_criticism import HigherCriticism
 from bh_routing.rules.mass import Entropy, FloorThreshold, MinP, Threshold, TopP
 from bh_routing.rules.noise import NoiseResult, noise_control
+from bh_routing.rules.plan import Candidates, Plan, Rows, Selector
+from bh_routing.rules.router import Weighing, alias_dropped
 from bh_routing.rules.step import ExpertBudget, FisherMass, OpportunisticActivation
-from bh_routing.rules.weights import AliasedSlots, alias_dropped, kept_weights
 
 __all__ = [
     "RULES",
-    "AliasedSlots",
     "BenjaminiHochberg",
     "BenjaminiHochbergDrop",
     "Candidates",
@@ -40,6 +37,7 @@ __all__ = [
     "OpportunisticActivation",
     "OracleContribution",
     "PerLayerTopK",
+    "Plan",
     "RandomK",
     "RoutedExperts",
     "Rows",
@@ -50,10 +48,10 @@ __all__ = [
     "TopK",
     "TopP",
     "Unit",
+    "Weighing",
     "WeightConvention",
     "alias_dropped",
     "benjamini_hochberg_routing",
-    "kept_weights",
     "make_rule",
     "noise_control",
     "rule_to_config",

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Final, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from bh_routing.errors import InputError, unknown_name
 from bh_routing.nulls.base import ReferenceTable
 from bh_routing.nulls.catalog import check_temperature
 from bh_routing.nulls.contributions import Contributions
+from bh_routing.rules.plan import Candidates, Plan, Selector, interpret
 
 
 def check_count(name: str, value: int) -> None:
@@ -131,74 +132,6 @@ Unit = Literal["token", "block", "step"]
 of all sequences in a decode step."""
 
 
-class Rows(NamedTuple):
-    """Sequence and position of each of a forward pass's T rows; a sequence's rows are in order.
-
-    In a decode step every sequence has one row, at position 0.
-    """
-
-    sequence_T: Tensor
-    """int64: number of the row's sequence, in the order of the batch; -1 for padding."""
-    position_T: Tensor
-    """int64: preceding rows of the same sequence in this forward pass, without padding."""
-    step_T: Tensor
-    """int64: number of the decode step that the row is part of; -1 for padding and in prefill."""
-
-    @classmethod
-    def of_batch(cls, is_real_BS: Tensor, is_start_BS: Tensor) -> Rows:
-        """Number the rows of a batch; no host sync.
-
-        Args:
-            is_real_BS: bool, False for padding.
-            is_start_BS: bool, True where another sequence starts within a row of the batch.
-        Example:
-            >>> mask = torch.tensor([[False, True, True], [True, True, True]])
-            >>> rows = Rows.of_batch(mask, torch.zeros_like(mask))
-            >>> rows.sequence_T.tolist(), rows.position_T.tolist()
-            ([-1, 0, 0, 1, 1, 1], [0, 0, 1, 0, 1, 2])
-        """
-        is_first_BS = is_real_BS.cumsum(dim=-1) == 1
-        is_start_T = (is_real_BS & (is_first_BS | is_start_BS)).flatten()
-        is_real_T = is_real_BS.flatten()
-        number_T = is_real_T.cumsum(dim=0) - 1
-        first_T = torch.where(is_start_T, number_T, 0).cummax(dim=0).values
-        return cls(
-            torch.where(is_real_T, is_start_T.cumsum(dim=0) - 1, -1),
-            torch.where(is_real_T, number_T - first_T, 0),
-            # In a call of one position per sequence these are the sequences' next tokens.
-            torch.where(is_real_T & (is_real_BS.shape[1] == 1), 0, -1),
-        )
-
-    @classmethod
-    def of_step(cls, num_rows: int, device: torch.device) -> Rows:
-        """Number the rows of a decode step: one row per sequence."""
-        numbers_T = torch.arange(num_rows, device=device)
-        return cls(numbers_T, torch.zeros_like(numbers_T), torch.zeros_like(numbers_T))
-
-    def as_emulated_steps(self) -> Rows:
-        """Return the rows with position t of all sequences as decode step t."""
-        return self._replace(step_T=torch.where(self.sequence_T >= 0, self.position_T, -1))
-
-    def to(self, device: torch.device) -> Rows:
-        """Return the rows with their tensors on `device`."""
-        return Rows(*(field_T.to(device) for field_T in self))
-
-
-class Candidates(NamedTuple):
-    """The slots of T tokens in one layer, as proposed by the model's own router."""
-
-    router_logits_TE: Tensor
-    """float32: the scores by which the family ranks experts."""
-    top_k_index_TK: Tensor
-    """int64, in the family's order, which need not be by weight."""
-    top_k_weights_TK: Tensor
-    """The family's own weights, in the family's dtype."""
-    output_norms_TK: Tensor | None = None
-    """float32 norm of each slot's expert output; only for rules with `needs_output_norms`."""
-    rows: Rows | None = None
-    """The tokens' sequences; only for rules whose `unit` isn't the token."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerContext:
     """Properties of one layer that a rule can use before the first token."""
@@ -216,10 +149,6 @@ class LayerContext:
     """The model's layers with a router; None if only one layer is known."""
 
 
-Selector = Callable[[Candidates], Tensor]
-"""Candidates -> bool tensor (T, K), True where the slot stays; makes no host sync."""
-
-
 class Rule(ABC):
     """Base of all rules. Subclasses are frozen dataclasses and validate in __post_init__."""
 
@@ -228,7 +157,7 @@ class Rule(ABC):
     knob: ClassVar[Knob | None] = None
     """The tuning parameter of a search for a mean number of experts; None: no such search."""
     weights: WeightConvention
-    """Convention for the kept slots' weights; see `weights.kept_weights`."""
+    """Convention for the kept slots' weights; see `router.Weighing`."""
     temperature: float
     """Divides the router logits; 1.0 leaves them unchanged."""
     temperature_weights: TemperatureWeights
@@ -270,9 +199,18 @@ class Rule(ABC):
     def check(self, *, num_experts: int, model_top_k: int) -> None:
         """Raise InputError if the rule can't run on a model of this shape."""
 
-    @abstractmethod
+    def plan(self, context: LayerContext) -> Plan | None:
+        """Return the decision of one layer as data; None if no plan describes it.
+
+        A rule without a plan overrides `bind`.
+        """
+        return None
+
     def bind(self, context: LayerContext) -> Selector:
         """Return the selector of one layer, with all token-independent work done."""
+        plan = self.plan(context)
+        assert plan is not None, f"{type(self).__name__} has neither a plan nor a `bind`"
+        return interpret(plan)
 
     def slot_p_values(self, context: LayerContext) -> Callable[[Candidates], Tensor] | None:
         """Return candidates -> p-value of each slot, float64 (T, K), for reports.

@@ -14,22 +14,14 @@ from torch import Tensor
 
 from bh_routing.errors import InputError
 from bh_routing.multitest import Procedure, check_alpha
-from bh_routing.multitest.step_up import STOREY_LAMBDA, harmonic_number, on_or_below_line, ranks
+from bh_routing.multitest.step_up import STOREY_LAMBDA, harmonic_number, on_or_below_line
 from bh_routing.nulls.catalog import get_null
-from bh_routing.nulls.cut_offs import (
-    StoreyCutOffs,
-    count_at_cut_offs,
-    count_at_storey_cut_offs,
-    cut_offs,
-    storey_cut_offs,
-)
+from bh_routing.nulls.cut_offs import cut_offs, storey_cut_offs
 from bh_routing.rules.base import (
     LOG_ODDS,
-    Candidates,
     Knob,
     LayerContext,
     Rule,
-    Selector,
     TemperatureWeights,
     WeightConvention,
     check_at_most_experts,
@@ -38,7 +30,7 @@ from bh_routing.rules.base import (
     check_min_k,
     check_mixture,
 )
-from bh_routing.rules.weights import keep_best
+from bh_routing.rules.plan import Candidates, Plan, Selector, interpret, rank_slots
 
 OnEmpty = Literal["min_k", "model_k"]
 
@@ -129,33 +121,38 @@ class BenjaminiHochberg(Rule):
         """Whether the null has one table per layer, not one per expert."""
         return not get_null(self.null).by_expert
 
-    def count_kept(self, num_rejected: int, model_top_k: int) -> int:
-        """Return the number of experts kept for a number of rejections among a token's slots."""
-        is_empty = num_rejected == 0 and self.on_empty == "model_k"
-        wanted = model_top_k if is_empty else num_rejected
-        return min(max(wanted, self.min_k), self.most_kept(model_top_k))
-
-    def bind(self, context: LayerContext) -> Selector:
-        """Compute the layer's critical values and return a selector that only compares.
+    def plan(self, context: LayerContext) -> Plan | None:
+        """Return the layer's critical values; None if experts have tables of their own.
 
         Raises:
             InputError: max_k exceeds the experts of the layer, or min_k the most kept per token.
             CalibrationError: the null needs a table and the context has none.
         """
         self.check(num_experts=context.num_experts, model_top_k=context.model_top_k)
-        null = get_null(self.null)
-        kept = [self.count_kept(n, context.model_top_k) for n in range(context.num_experts + 1)]
-        kept_by_count = torch.tensor(kept, device=context.device)
+        null, alpha, num_experts = get_null(self.null), self.alpha, context.num_experts
         if null.by_expert:
-            return self._select_by_p_values(context, kept_by_count)
-        count = self._counter(context)
-        temperature = self.temperature
+            return None
+        storey = None
+        if self.procedure == "storey":
+            storey = storey_cut_offs(null, alpha, num_experts, context.table).to(context.device)
+            lines = storey.lines_CE
+        else:
+            lines = cut_offs(null, alpha, num_experts, context.table, self.procedure)
+        return Plan(
+            decision="step_up",
+            min_k=self.min_k,
+            max_k=self.most_kept(context.model_top_k),
+            empty_k=context.model_top_k if self.on_empty == "model_k" else 0,
+            null=null,
+            temperature=self.temperature,
+            lines=lines.to(context.device),
+            storey=storey,
+        )
 
-        def select(candidates: Candidates) -> Tensor:
-            scores_TE = null.descending_scores(candidates.router_logits_TE, temperature)
-            return keep_best(candidates, kept_by_count.take(count(scores_TE)))
-
-        return select
+    def bind(self, context: LayerContext) -> Selector:
+        """Return the selector of a layer; tables by expert have no common critical values."""
+        plan = self.plan(context)
+        return self._select_by_p_values(context) if plan is None else interpret(plan)
 
     def slot_p_values(self, context: LayerContext) -> Callable[[Candidates], Tensor] | None:
         """Return the upper tail of the null distribution at each candidate's score."""
@@ -168,11 +165,12 @@ class BenjaminiHochberg(Rule):
 
         return p_values
 
-    def _select_by_p_values(self, context: LayerContext, kept_by_count: Tensor) -> Selector:
-        """Reject by p-values: experts with tables of their own have no common critical values."""
-        null = get_null(self.null)
+    def _select_by_p_values(self, context: LayerContext) -> Selector:
+        null, model_top_k = get_null(self.null), context.model_top_k
         table = null.require_table(context.table).to(context.device)
         alpha, procedure, temperature = self.alpha, self.procedure, self.temperature
+        least, most = self.min_k, self.most_kept(model_top_k)
+        empty_k = model_top_k if self.on_empty == "model_k" else 0
 
         def select(candidates: Candidates) -> Tensor:
             p_TE = null.p_from_score(null.score(candidates.router_logits_TE, temperature), table)
@@ -181,18 +179,7 @@ class BenjaminiHochberg(Rule):
             last_rejected_T1 = torch.where(is_below_TE, sorted_p_TE, -1.0).amax(-1, keepdim=True)
             p_TK = p_TE.gather(-1, candidates.top_k_index_TK)
             num_rejected_T1 = (p_TK <= last_rejected_T1).sum(dim=-1, keepdim=True)
-            return keep_best(candidates, kept_by_count.take(num_rejected_T1), -p_TK)
+            counts_T1 = torch.where(num_rejected_T1 == 0, empty_k, num_rejected_T1)
+            return rank_slots(candidates, -p_TK) < counts_T1.clamp(least, most)
 
         return select
-
-    def _counter(self, context: LayerContext) -> Callable[[Tensor], Tensor]:
-        """Return descending scores (T, E) -> number rejected (T, 1), by critical values."""
-        null, device = get_null(self.null), context.device
-        rank_E = ranks(context.num_experts, device)
-        if self.procedure == "storey":
-            lines = storey_cut_offs(null, self.alpha, context.num_experts, context.table)
-            there = StoreyCutOffs(lines.lines_CE.to(device), lines.smallest_not_large.to(device))
-            return lambda scores_TE: count_at_storey_cut_offs(scores_TE, there, rank_E)
-        cut_offs_E = cut_offs(null, self.alpha, context.num_experts, context.table, self.procedure)
-        cut_offs_E = cut_offs_E.to(device)
-        return lambda scores_TE: count_at_cut_offs(scores_TE, cut_offs_E, rank_E)

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isfinite
-from typing import ClassVar, NamedTuple, get_args
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
 
 from bh_routing.errors import CalibrationError, InputError
 from bh_routing.nulls.contributions import (
-    BY_LOSS,
-    NEEDED,
     Contributions,
-    Definition,
     Statistic,
+    needed_null,
     remedy,
 )
 from bh_routing.rules.base import (
     LOG,
-    Candidates,
     Knob,
     LayerContext,
     MixingRule,
-    Selector,
     check_choice,
     check_count,
     check_min_k,
 )
+from bh_routing.rules.plan import Candidates, Plan, Selector, rank_slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +77,7 @@ def require_contributions(method: str, context: LayerContext) -> Contributions:
     if context.contributions is None:
         raise CalibrationError(
             f"rule {method!r} needs a calibration that observed slots and none was given; "
-            f"{remedy(NEEDED['loss'])}"
+            f"{remedy(needed_null('sensitivity', 'loss'))}"
         )
     return context.contributions
 
@@ -91,35 +88,14 @@ def layer_scale(method: str, statistic: Statistic, context: LayerContext) -> Ten
     return contributions.scale(statistic, context.layer).to(context.device)
 
 
-def slot_scores(candidates: Candidates, scale_E: Tensor) -> Tensor:
-    """Return weight x scale of the slot's expert, float32, shape (T, K)."""
-    # float32: bfloat16 scores tie, and a tie moves the count.
-    return candidates.top_k_weights_TK.float() * scale_E[candidates.top_k_index_TK]
-
-
-class RankedSlots(NamedTuple):
-    """Slots of each token by score, largest first."""
-
-    scores_TK: Tensor
-    """Largest first."""
-    rank_TK: Tensor
-    """int64: the rank of each slot, 0 for the largest, in the order of the slots."""
-
-
-def rank_slots(candidates: Candidates, scores_TK: Tensor) -> RankedSlots:
-    """Rank slots by score; a tie goes to the larger logit, then to the router's order."""
-    logits_TK = candidates.router_logits_TE.gather(-1, candidates.top_k_index_TK)
-    by_logit_TK = logits_TK.argsort(dim=-1, descending=True, stable=True)
-    by_score_TK = scores_TK.gather(-1, by_logit_TK).argsort(dim=-1, descending=True, stable=True)
-    order_TK = by_logit_TK.gather(-1, by_score_TK)
-    place_K = torch.arange(order_TK.shape[-1], device=order_TK.device)
-    rank_TK = torch.zeros_like(order_TK).scatter_(-1, order_TK, place_K.expand_as(order_TK))
-    return RankedSlots(scores_TK.gather(-1, order_TK), rank_TK)
-
-
-def needed_null(statistic: Statistic, definition: Definition) -> str:
-    """Return the name of the null to calibrate for a statistic and a definition of needed slots."""
-    return NEEDED["loss" if statistic in BY_LOSS else definition]
+def threshold_plan(rule: ContributionRule, threshold: float, context: LayerContext) -> Plan:
+    """Return the plan that keeps the contributions above a threshold."""
+    return Plan(
+        decision="threshold",
+        min_k=rule.min_k,
+        lines=torch.tensor([threshold], device=context.device),
+        scale_E=layer_scale(rule.method, rule.statistic, context),
+    )
 
 
 def check_contribution_threshold(threshold: float) -> None:
@@ -152,20 +128,13 @@ class ContributionThreshold(ContributionRule):
         check_contribution_threshold(self.threshold)
         super().__post_init__()
 
-    def bind(self, context: LayerContext) -> Selector:
-        """Return a selector with the layer's scale.
+    def plan(self, context: LayerContext) -> Plan | None:
+        """Return the plan with the layer's scale.
 
         Raises:
             CalibrationError: the context has no contributions.
         """
-        scale_E = layer_scale(self.method, self.statistic, context)
-        threshold, min_k = self.threshold, self.min_k
-
-        def select(candidates: Candidates) -> Tensor:
-            scores_TK = slot_scores(candidates, scale_E)
-            return (scores_TK > threshold) | (rank_slots(candidates, scores_TK).rank_TK < min_k)
-
-        return select
+        return threshold_plan(self, self.threshold, context)
 
 
 @dataclass(frozen=True)
@@ -195,7 +164,7 @@ class OracleContribution(DroppingRule):
     @property
     def required_null(self) -> str | None:
         """Name of the null that must be calibrated."""
-        return NEEDED["norm"]
+        return needed_null("contribution", "norm")
 
     @property
     def needs_output_norms(self) -> bool:
@@ -204,6 +173,8 @@ class OracleContribution(DroppingRule):
 
     def bind(self, context: LayerContext) -> Selector:
         """Return a selector with the layer's mean residual norm.
+
+        A plan knows nothing of the experts' outputs.
 
         Raises:
             CalibrationError: the context has no contributions.
@@ -216,6 +187,6 @@ class OracleContribution(DroppingRule):
             norms_TK = candidates.output_norms_TK
             assert norms_TK is not None  # our own bug: route() fills it in
             scores_TK = candidates.top_k_weights_TK.float() * norms_TK / residual
-            return (scores_TK > threshold) | (rank_slots(candidates, scores_TK).rank_TK < min_k)
+            return (scores_TK > threshold) | (rank_slots(candidates, scores_TK) < min_k)
 
         return select

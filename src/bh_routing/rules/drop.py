@@ -14,16 +14,20 @@ from torch import Tensor
 
 from bh_routing.errors import InputError
 from bh_routing.multitest import check_alpha, on_or_below_line
-from bh_routing.multitest.step_up import number_blocks, ranks, reject_in_blocks
+from bh_routing.multitest.step_up import number_blocks, reject_in_blocks
 from bh_routing.nulls.base import ReferenceTable
-from bh_routing.nulls.contributions import ALL_STEPS, NEEDED_STEPS, STEPS, Definition
-from bh_routing.nulls.cut_offs import count_at_cut_offs, smallest_scores
+from bh_routing.nulls.contributions import (
+    ALL_STEPS,
+    NEEDED_STEPS,
+    STEPS,
+    Definition,
+    needed_null,
+)
+from bh_routing.nulls.cut_offs import smallest_scores
 from bh_routing.rules.base import (
     LOG_ODDS,
-    Candidates,
     Knob,
     LayerContext,
-    Selector,
     Unit,
     check_choice,
     check_count,
@@ -31,11 +35,10 @@ from bh_routing.rules.base import (
 from bh_routing.rules.contribution import (
     ContributionRule,
     layer_scale,
-    needed_null,
-    rank_slots,
     require_contributions,
-    slot_scores,
+    threshold_plan,
 )
+from bh_routing.rules.plan import Candidates, Plan, Selector, rank_slots, slot_scores
 from bh_routing.rules.step import (
     Between,
     StepExperts,
@@ -135,19 +138,28 @@ class BenjaminiHochbergDrop(StepRule, ContributionRule):
         """Return alpha, which is conservative: there are fewer hypotheses than experts."""
         return self.alpha
 
-    def bind(self, context: LayerContext) -> Selector:
-        """Compute the layer's critical values and return its selector.
+    def plan(self, context: LayerContext) -> Plan | None:
+        """Return the layer's critical values; None for scopes that decide tokens jointly.
 
         Raises:
             CalibrationError: the context has no contributions, or none for this statistic.
         """
-        if self.scope == "token":
-            return self._bind_token(context)
-        if self.scope == "block":
-            return self._bind_block(context)
-        if self.scope in _STEP_SCOPES:
-            return self._bind_step(context)
-        return self._bind_population(context)
+        if self.unit != "token":
+            return None
+        if self.scope == "population":
+            return threshold_plan(self, self.cut_off(context), context)
+        return Plan(
+            decision="drop",
+            min_k=self.min_k,
+            lines=self.cut_offs(context),
+            scale_E=layer_scale(self.method, self.statistic, context),
+        )
+
+    def bind(self, context: LayerContext) -> Selector:
+        """Return the selector of a layer; a plan can't describe the tokens of a block or step."""
+        if self.unit == "token":
+            return super().bind(context)
+        return self._bind_block(context) if self.scope == "block" else self._bind_step(context)
 
     def slot_p_values(self, context: LayerContext) -> Callable[[Candidates], Tensor] | None:
         """Return the lower tail of the slots that mattered; small where a slot can be dropped."""
@@ -182,19 +194,6 @@ class BenjaminiHochbergDrop(StepRule, ContributionRule):
         is_below_N = on_or_below_line(lower_tail(all_N, needed), self.alpha)
         return float(all_N[is_below_N][-1]) if bool(is_below_N.any()) else _NOTHING
 
-    def _bind_token(self, context: LayerContext) -> Selector:
-        scale_E = layer_scale(self.method, self.statistic, context)
-        min_k, num_slots = self.min_k, context.model_top_k
-        cut_offs_K = self.cut_offs(context)
-        rank_K = ranks(num_slots, context.device)
-
-        def select(candidates: Candidates) -> Tensor:
-            slots = rank_slots(candidates, slot_scores(candidates, scale_E))
-            dropped_T1 = count_at_cut_offs(-slots.scores_TK.flip(-1), cut_offs_K, rank_K)
-            return slots.rank_TK < (num_slots - dropped_T1).clamp_min(min_k)
-
-        return select
-
     def _bind_block(self, context: LayerContext) -> Selector:
         contributions = require_contributions(self.method, context)
         scale_E = layer_scale(self.method, self.statistic, context)
@@ -207,7 +206,7 @@ class BenjaminiHochbergDrop(StepRule, ContributionRule):
             rows = candidates.rows
             block_T = number_blocks(rows.sequence_T, rows.position_T, block_tokens)
             is_dropped_TK = reject_in_blocks(lower_tail(scores_TK, needed), alpha, block_T)
-            return ~is_dropped_TK | (rank_slots(candidates, scores_TK).rank_TK < min_k)
+            return ~is_dropped_TK | (rank_slots(candidates, scores_TK) < min_k)
 
         return select
 
@@ -275,16 +274,6 @@ class BenjaminiHochbergDrop(StepRule, ContributionRule):
             return experts.norms_SE > cut_off_B[at_S][:, None]
 
         return reads
-
-    def _bind_population(self, context: LayerContext) -> Selector:
-        scale_E = layer_scale(self.method, self.statistic, context)
-        cut_off, min_k = self.cut_off(context), self.min_k
-
-        def select(candidates: Candidates) -> Tensor:
-            scores_TK = slot_scores(candidates, scale_E)
-            return (scores_TK > cut_off) | (rank_slots(candidates, scores_TK).rank_TK < min_k)
-
-        return select
 
 
 def lower_tail(scores: Tensor, needed: ReferenceTable) -> Tensor:

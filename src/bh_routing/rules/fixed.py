@@ -14,19 +14,17 @@ from bh_routing.errors import InputError
 from bh_routing.rules.base import (
     EXPERTS,
     WHOLE,
-    Candidates,
     Knob,
     LayerContext,
     MixingRule,
     Rule,
-    Selector,
     TemperatureWeights,
     WeightConvention,
     check_at_most_experts,
     check_count,
     check_mixture,
 )
-from bh_routing.rules.weights import keep_best
+from bh_routing.rules.plan import Candidates, Plan, Selector, rank_slots
 
 
 @dataclass(frozen=True)
@@ -63,18 +61,10 @@ class TopK(Rule):
         """Raise InputError if the rule keeps more experts than a layer has."""
         check_at_most_experts("k", self.k, num_experts)
 
-    def bind(self, context: LayerContext) -> Selector:
-        """Return the selector; only its device depends on the layer."""
+    def plan(self, context: LayerContext) -> Plan:
+        """Return the plan, which doesn't depend on the layer."""
         self.check(num_experts=context.num_experts, model_top_k=context.model_top_k)
-        k = self.k
-        count_11 = torch.full((1, 1), k, device=context.device)
-
-        def select(candidates: Candidates) -> Tensor:
-            if candidates.top_k_index_TK.shape[-1] <= k:
-                return torch.ones_like(candidates.top_k_index_TK, dtype=torch.bool)
-            return keep_best(candidates, count_11)
-
-        return select
+        return Plan(decision="count", max_k=self.k)
 
 
 @dataclass(frozen=True)
@@ -158,8 +148,8 @@ class PerLayerTopK(MixingRule):
         """Raise InputError if the rule keeps more experts than a layer has."""
         check_at_most_experts("the largest k", max(self.k), num_experts)
 
-    def bind(self, context: LayerContext) -> Selector:
-        """Return the selector of the layer.
+    def plan(self, context: LayerContext) -> Plan:
+        """Return the plan of the layer.
 
         Raises:
             InputError: k doesn't have one entry per layer, or an entry exceeds the experts.
@@ -171,12 +161,7 @@ class PerLayerTopK(MixingRule):
                 "give one for each"
             )
         self.check(num_experts=context.num_experts, model_top_k=context.model_top_k)
-        count_11 = torch.full((1, 1), self.k[context.layer], device=context.device)
-
-        def select(candidates: Candidates) -> Tensor:
-            return keep_best(candidates, count_11)
-
-        return select
+        return Plan(decision="count", max_k=self.k[context.layer])
 
 
 # Odd constants of splitmix64, as int64; the mixing relies on multiplication with wrap-around.
@@ -243,7 +228,10 @@ class RandomK(MixingRule):
         check_at_most_experts("the largest count of shares", most_kept, num_experts)
 
     def bind(self, context: LayerContext) -> Selector:
-        """Return a selector with the layer's hash and the cumulative histogram."""
+        """Return a selector with the layer's hash and the cumulative histogram.
+
+        A plan has no hash of the logits.
+        """
         self.check(num_experts=context.num_experts, model_top_k=context.model_top_k)
         shares_C = torch.tensor(
             self.shares[: self.most_kept(context.model_top_k)], dtype=torch.float64
@@ -259,7 +247,7 @@ class RandomK(MixingRule):
             bits_TE = (candidates.router_logits_TE.float() + 0.0).view(torch.int32).long()
             uniform_T1 = _uniform((bits_TE * odd_E).sum(dim=-1, keepdim=True))
             counts_T1 = 1 + (uniform_T1 >= edges_C).sum(dim=-1, keepdim=True)
-            return keep_best(candidates, counts_T1)
+            return rank_slots(candidates) < counts_T1
 
         return select
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from bh_routing.nulls.base import ReferenceTable
 from bh_routing.nulls.catalog import check_router_logits
 from bh_routing.rules.base import (
-    Candidates,
     LayerContext,
     TemperatureWeights,
     WeightConvention,
@@ -21,7 +20,7 @@ from bh_routing.rules.base import (
     check_count,
 )
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
-from bh_routing.rules.weights import kept_weights
+from bh_routing.rules.router import SoftmaxFamily, Weighing
 
 OLMOE_TOP_K: Final = 8
 """Default of the model's own k if neither it nor max_k is given."""
@@ -104,36 +103,16 @@ def benjamini_hochberg_routing(
     )
     select = rule.bind(context)
     num_slots = rule.num_candidates(model_top_k)
-    candidates = _propose(router_logits.reshape(-1, num_experts), num_slots)
+    dtype = torch.promote_types(router_logits.dtype, torch.float32)
+    family = SoftmaxFamily(normalises=False, weights_dtype=dtype)
+    candidates = family.propose(router_logits.reshape(-1, num_experts), num_slots)
     keep_TK = select(candidates)
     experts_TK = candidates.top_k_index_TK.masked_fill(~keep_TK, -1)
-    weights_TK = kept_weights(
-        candidates.top_k_weights_TK,
-        keep_TK,
-        convention=weights,
-        normalises=False,
-        temperature=temperature,
-        router_logits_TE=candidates.router_logits_TE,
-        top_k_index_TK=candidates.top_k_index_TK,
-        model_top_k=model_top_k,
-        temperature_weights=temperature_weights,
-    )
+    weighing = Weighing.of(rule, normalises=False, model_top_k=model_top_k)
+    weights_TK = weighing.weights(candidates, keep_TK)
     leading = router_logits.shape[:-1]
     return RoutedExperts(
         weights_TK.to(router_logits.dtype).reshape(*leading, num_slots),
         experts_TK.reshape(*leading, num_slots),
         keep_TK.sum(dim=-1).reshape(leading),
-    )
-
-
-def _propose(router_logits_TE: Tensor, num_slots: int) -> Candidates:
-    """Return the best slots with their softmax weights, like a router without renormalisation."""
-    # float64 is preserved, so that weights are as precise as the logits.
-    logits_TE = router_logits_TE.to(torch.promote_types(router_logits_TE.dtype, torch.float32))
-    # A stable sort, not topk: ties go to the lower expert on every device.
-    index_TK = logits_TE.argsort(dim=-1, descending=True, stable=True)[:, :num_slots]
-    return Candidates(
-        router_logits_TE=logits_TE,
-        top_k_index_TK=index_TK,
-        top_k_weights_TK=logits_TE.softmax(dim=-1).gather(-1, index_TK),
     )

@@ -10,23 +10,20 @@ from math import isfinite
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from bh_routing.errors import InputError
-from bh_routing.multitest.step_up import criticism_reaches, ranks
+from bh_routing.multitest.step_up import criticism_reaches
 from bh_routing.nulls.catalog import get_null
-from bh_routing.nulls.cut_offs import count_at_cut_offs, cut_offs_where
+from bh_routing.nulls.cut_offs import cut_offs_where
 from bh_routing.rules.base import (
     SIGNED_LOG,
-    Candidates,
     Knob,
     LayerContext,
     MixingRule,
-    Selector,
     check_at_most_experts,
     check_count,
 )
-from bh_routing.rules.weights import keep_best
+from bh_routing.rules.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -82,25 +79,27 @@ class HigherCriticism(MixingRule):
         """Raise InputError if the rule keeps more experts than a layer has."""
         check_at_most_experts("max_k", self.most_kept(model_top_k), num_experts)
 
-    def bind(self, context: LayerContext) -> Selector:
-        """Convert the threshold to a critical value per rank and return the selector.
+    def plan(self, context: LayerContext) -> Plan:
+        """Convert the threshold to a critical value per rank.
 
         Raises:
             InputError: max_k exceeds the experts of the layer.
             CalibrationError: the null needs a table and the context has none.
         """
         self.check(num_experts=context.num_experts, model_top_k=context.model_top_k)
-        null, threshold, temperature = get_null(self.null), self.threshold, self.temperature
-        cut_offs_E = cut_offs_where(
+        null, threshold, most = (
+            get_null(self.null),
+            self.threshold,
+            self.most_kept(context.model_top_k),
+        )
+        lines_E = cut_offs_where(
             null, context.num_experts, lambda p_E: criticism_reaches(p_E, threshold), context.table
         )
-        cut_offs_E[self.most_kept(context.model_top_k) :] = torch.inf
-        cut_offs_E = cut_offs_E.to(context.device)
-        rank_E = ranks(context.num_experts, context.device)
-
-        def select(candidates: Candidates) -> Tensor:
-            scores_TE = null.descending_scores(candidates.router_logits_TE, temperature)
-            counts_T1 = count_at_cut_offs(scores_TE, cut_offs_E, rank_E)
-            return keep_best(candidates, counts_T1.clamp_min(1))
-
-        return select
+        lines_E[most:] = torch.inf
+        return Plan(
+            decision="step_up",
+            max_k=most,
+            null=null,
+            temperature=self.temperature,
+            lines=lines_E.to(context.device),
+        )

@@ -13,16 +13,22 @@ from bh_routing.errors import InputError
 from bh_routing.rules.base import (
     LOG,
     LOG_ODDS,
-    Candidates,
     Knob,
     LayerContext,
     MixingRule,
-    Selector,
     check_count,
     check_fraction,
     check_min_k,
 )
-from bh_routing.rules.weights import by_slot, keep_best, sort_slots
+from bh_routing.rules.plan import Candidates, Decision, Plan, Selector, rank_slots
+
+
+def fraction_plan(
+    decision: Decision, fraction: float, context: LayerContext, min_k: int = 1
+) -> Plan:
+    """Return a plan that compares weights with a fraction of the token's mass or largest weight."""
+    lines = torch.tensor([fraction], dtype=torch.float64, device=context.device)
+    return Plan(decision=decision, min_k=min_k, lines=lines)
 
 
 @dataclass(frozen=True)
@@ -49,19 +55,9 @@ class TopP(MixingRule):
         check_fraction("p", self.p)
         super().__post_init__()
 
-    def bind(self, context: LayerContext) -> Selector:
-        """Return the selector, which doesn't depend on the layer."""
-        p = self.p
-
-        def select(candidates: Candidates) -> Tensor:
-            order_TK, weights_TK = sort_slots(candidates)
-            # float64: the sum over preceding slots must not depend on the number of later slots.
-            before_TK = weights_TK.cumsum(dim=-1) - weights_TK
-            keep_TK = before_TK < p * weights_TK.sum(dim=-1, keepdim=True)
-            keep_TK[:, 0] = True
-            return by_slot(order_TK, keep_TK)
-
-        return select
+    def plan(self, context: LayerContext) -> Plan:
+        """Return the plan, which doesn't depend on the layer."""
+        return fraction_plan("top_p", self.p, context)
 
 
 @dataclass(frozen=True)
@@ -85,15 +81,9 @@ class MinP(MixingRule):
         check_fraction("share", self.share)
         super().__post_init__()
 
-    def bind(self, context: LayerContext) -> Selector:
-        """Return the selector, which doesn't depend on the layer."""
-        share = self.share
-
-        def select(candidates: Candidates) -> Tensor:
-            weights_TK = candidates.top_k_weights_TK.double()
-            return weights_TK >= share * weights_TK.amax(dim=-1, keepdim=True)
-
-        return select
+    def plan(self, context: LayerContext) -> Plan:
+        """Return the plan, which doesn't depend on the layer."""
+        return fraction_plan("min_p", self.share, context)
 
 
 @dataclass(frozen=True)
@@ -135,13 +125,13 @@ class FloorThreshold(MixingRule):
         """Raise InputError if min_k exceeds the model's own k."""
         check_min_k(self.min_k, model_top_k)
 
-    def bind(self, context: LayerContext) -> Selector:
-        """Return a selector with the layer's ratio.
+    def plan(self, context: LayerContext) -> Plan:
+        """Return the plan with the layer's ratio.
 
         Raises:
             InputError: there is not one ratio per layer.
         """
-        min_k, ratio = self.min_k, self.ratio
+        ratio = self.ratio
         if isinstance(ratio, tuple):
             expected = context.num_layers or len(ratio)
             if len(ratio) != expected or context.layer >= len(ratio):
@@ -150,14 +140,7 @@ class FloorThreshold(MixingRule):
                     f"got {len(ratio)}; give one number for all layers, or {expected}"
                 )
             ratio = ratio[context.layer]
-
-        def select(candidates: Candidates) -> Tensor:
-            weights_TK = candidates.top_k_weights_TK.double()
-            is_large_TK = weights_TK >= ratio * weights_TK.amax(dim=-1, keepdim=True)
-            floor_T1 = torch.full_like(candidates.top_k_index_TK[:, :1], min_k)
-            return is_large_TK | keep_best(candidates, floor_T1, weights_TK)
-
-        return select
+        return fraction_plan("min_p", ratio, context, self.min_k)
 
 
 @dataclass(frozen=True)
@@ -182,16 +165,9 @@ class Threshold(MixingRule):
         check_fraction("threshold", self.threshold)
         super().__post_init__()
 
-    def bind(self, context: LayerContext) -> Selector:
-        """Return the selector, which doesn't depend on the layer."""
-        threshold = self.threshold
-
-        def select(candidates: Candidates) -> Tensor:
-            weights_TK = candidates.top_k_weights_TK.double()
-            is_large_TK = weights_TK >= threshold * weights_TK.sum(dim=-1, keepdim=True)
-            return is_large_TK | (weights_TK == weights_TK.amax(dim=-1, keepdim=True))
-
-        return select
+    def plan(self, context: LayerContext) -> Plan:
+        """Return the plan, which doesn't depend on the layer."""
+        return fraction_plan("min_fraction", self.threshold, context)
 
 
 @dataclass(frozen=True)
@@ -221,7 +197,10 @@ class Entropy(MixingRule):
         super().__post_init__()
 
     def bind(self, context: LayerContext) -> Selector:
-        """Return the selector, which doesn't depend on the layer."""
+        """Return the selector, which doesn't depend on the layer.
+
+        A plan compares slots; the entropy is that of all experts.
+        """
         scale = self.scale
 
         def select(candidates: Candidates) -> Tensor:
@@ -229,6 +208,6 @@ class Entropy(MixingRule):
             log_p_TE = candidates.router_logits_TE.double().log_softmax(dim=-1)
             effective_T1 = (-(log_p_TE.exp() * log_p_TE).sum(dim=-1, keepdim=True)).exp()
             num_slots = candidates.top_k_index_TK.shape[-1]
-            return keep_best(candidates, (scale * effective_T1).ceil().clamp(1, num_slots))
+            return rank_slots(candidates) < (scale * effective_T1).ceil().clamp(1, num_slots)
 
         return select

@@ -15,8 +15,9 @@ from torch import Tensor
 from bh_routing.multitest import count_rejected
 from bh_routing.nulls.base import Null, ReferenceTable, RouterPass
 from bh_routing.nulls.catalog import get_null
-from bh_routing.rules.base import Candidates, LayerContext
+from bh_routing.rules.base import LayerContext
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
+from bh_routing.rules.plan import Candidates
 
 FIT_TOKENS: Final = 16_384
 """Noise tokens per table: as many as a calibration reads by default."""

@@ -25,12 +25,10 @@ from bh_routing.errors import InputError
 from bh_routing.nulls.contributions import STEP_SIZES
 from bh_routing.rules.base import (
     WHOLE,
-    Candidates,
     Knob,
     LayerContext,
     MixingRule,
     Scale,
-    Selector,
     Unit,
     check_at_most_experts,
     check_choice,
@@ -40,10 +38,8 @@ from bh_routing.rules.contribution import (
     ContributionRule,
     ContributionThreshold,
     layer_scale,
-    rank_slots,
-    slot_scores,
 )
-from bh_routing.rules.weights import keep_best, own_slots
+from bh_routing.rules.plan import Candidates, Plan, Selector, keep_best, rank_slots, slot_scores
 
 _UNITS: Final = 2.0**40
 _SMALLEST: Final = 1e-300
@@ -74,6 +70,10 @@ class StepRule(MixingRule):
     def keeps_best_by_logit(self) -> bool:
         """False: another token may have read the expert of a slot with a smaller logit."""
         return False
+
+    def plan(self, context: LayerContext) -> Plan | None:
+        """Return None: a plan decides each token alone."""
+        return None
 
     def num_candidates(self, model_top_k: int) -> int:
         """Return `refill`, or the model's own k."""
@@ -179,8 +179,7 @@ def step_selector(
     model_top_k = context.model_top_k
 
     def select(candidates: Candidates) -> Tensor:
-        logits_TE, index_TK = candidates[:2]
-        is_own_TK = own_slots(logits_TE, index_TK, model_top_k)
+        index_TK, is_own_TK = candidates.top_k_index_TK, keep_best(candidates, model_top_k)
         scores_TK = slot_scores(candidates, scale_E).masked_fill(~is_own_TK, -1.0)
         assert candidates.rows is not None, "the unit isn't the token"
         step_T, is_prefill_T = candidates.rows.step_T, candidates.rows.sequence_T >= 0
@@ -189,12 +188,12 @@ def step_selector(
         experts = step_experts(
             scores_TK.clamp_min(0), index_TK, step_TK, num_experts=len(scale_E), exponent=exponent
         )
-        is_floor_TK = rank_slots(candidates, scores_TK).rank_TK < min_k
+        is_floor_TK = rank_slots(candidates, scores_TK) < min_k
         is_read_SE = reads(experts, step_T) & experts.is_present_SE
         is_read_TK = read_slots(index_TK, step_T, is_read_SE, is_floor_TK)
         if index_TK.shape[-1] > model_top_k:
-            count_11 = torch.full((1, 1), model_top_k, device=index_TK.device)
-            is_read_TK = is_read_TK & keep_best(candidates, count_11, is_read_TK.float())
+            is_best_TK = rank_slots(candidates, is_read_TK.float()) < model_top_k
+            is_read_TK = is_read_TK & is_best_TK
         in_prefill_TK = is_own_TK & is_prefill_T[:, None]
         return torch.where((step_T >= 0)[:, None], is_read_TK, in_prefill_TK) | is_floor_TK
 
@@ -325,12 +324,12 @@ class OpportunisticActivation(StepRule):
 
     def check(self, *, num_experts: int, model_top_k: int) -> None:
         """Raise InputError if k0 exceeds the model's own k."""
+        super().check(num_experts=num_experts, model_top_k=model_top_k)
         if self.k0 > model_top_k:
             raise InputError(
                 f"k0 must be at most {model_top_k}, the model's own experts per token, got "
                 f"{self.k0}; set k0={model_top_k} or less"
             )
-        super().check(num_experts=num_experts, model_top_k=model_top_k)
 
     def bind(self, context: LayerContext) -> Selector:
         """Return the selector, which doesn't depend on the layer's calibration."""

@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bh_routing.kernels.router import SoftmaxFamily, fused_router
-from bh_routing.rules.base import Candidates, LayerContext, Rows, Rule, Selector
-from bh_routing.rules.weights import alias_dropped, kept_weights
+from bh_routing.kernels.router import fused_router
+from bh_routing.rules.base import LayerContext, Rule
+from bh_routing.rules.plan import Candidates, Rows, Selector
+from bh_routing.rules.router import SoftmaxFamily, Weighing
 
 Decided = tuple[Tensor, Tensor]
 """Weights and expert ids of T rows, both (T, K)."""
@@ -82,8 +83,7 @@ class ServedLayer:
         self._rule = rule
         self._select = rule.bind(context)
         self._select_prefill = select_prefill
-        self._model_top_k = context.model_top_k
-        self._normalises = normalises
+        self._weighing = Weighing.of(rule, normalises=normalises, model_top_k=context.model_top_k)
         self._rows = rows
         self._record_TK = record_TK
         family = SoftmaxFamily(normalises=normalises, weights_dtype=torch.float32)
@@ -105,18 +105,7 @@ class ServedLayer:
         candidates = Candidates(router_logits_TE.float(), index_TK.long(), weights_TK)
         by_step = self._rule.unit == "step"
         keep_TK = self._keep_by_step(candidates) if by_step else self._select(candidates)
-        kept_TK = kept_weights(
-            weights_TK,
-            keep_TK,
-            convention=self._rule.weights,
-            normalises=self._normalises,
-            temperature=self._rule.temperature,
-            router_logits_TE=candidates.router_logits_TE,
-            top_k_index_TK=candidates.top_k_index_TK,
-            model_top_k=self._model_top_k,
-            temperature_weights=self._rule.temperature_weights,
-        )
-        alias_TK, kept_TK = alias_dropped(candidates.top_k_index_TK, kept_TK, keep_TK)
+        alias_TK, kept_TK, _ = self._weighing.route(candidates, keep_TK)
         if by_step:
             # Padding takes an expert that is read anyway.
             is_padding_T1 = self._rows.of(len(index_TK)).sequence_T[:, None] < 0

@@ -20,7 +20,7 @@ from bh_routing.cli.main import main
 from bh_routing.errors import InputError
 from bh_routing.experiments.configurations import find_baseline, make_rules
 from bh_routing.experiments.defaults import ROUTING_CONFIGS, standard_configs
-from bh_routing.experiments.fitting import Fitted, fit_to_model, select_configs
+from bh_routing.experiments.preparation import Fitted, fit_to_model, select_configs
 from bh_routing.experiments.specs import RunSpec, make_spec
 from bh_routing.models.outlook import Outlook, outlook_from_config
 

@@ -11,8 +11,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from bh_routing.kernels.router import SoftmaxFamily, reference_router
-from bh_routing.rules import BenjaminiHochberg, TopK
+from bh_routing.rules import BenjaminiHochberg, ContributionThreshold, FisherMass, TopK
+from bh_routing.rules.router import SoftmaxFamily, reference_router
 from tests.rules.proposals import context_for, random_logits
 
 NUM_EXPERTS = 16
@@ -65,3 +65,18 @@ def test_a_dropped_slot_weighs_nothing_and_names_the_best_expert() -> None:
     assert not slots.top_k_weights_TK[~slots.keep_TK].any()
     assert torch.equal(slots.expert_counts_T, slots.keep_TK.sum(-1))
     assert slots.expert_counts_T.unique().numel() > 3
+
+
+@pytest.mark.parametrize("normalises", [False, True])
+@pytest.mark.parametrize("refill", [None, 9, 12])
+def test_refilling_leaves_the_scale_that_a_step_of_one_token_compares(
+    refill: int | None, normalises: bool
+) -> None:
+    family = SoftmaxFamily(normalises=normalises)
+    context = context_for(ContributionThreshold(0.1))
+    by_step = reference_router(FisherMass(0.1, refill=refill), context, family)
+    by_token = reference_router(ContributionThreshold(0.1), context, family)
+    for row_E in random_logits(60).unsqueeze(1):
+        step, token = by_step(row_E), by_token(row_E)
+        assert torch.equal(step.keep_TK[:, :8], token.keep_TK)
+        assert not step.keep_TK[:, 8:].any()
