@@ -95,7 +95,8 @@ $(SERVING)/.installed: pyproject.toml constraints-serving.txt $(RUNTIME)
 
 # Real servers, one after the other: no network, two cores, minutes.
 test-serving: serving
-	$(TEST_ENV) OMP_WAIT_POLICY=passive $(SERVING_BIN)/python -m pytest tests/serving --durations 10
+	$(TEST_ENV) OMP_WAIT_POLICY=passive $(SERVING_BIN)/python -m pytest tests/serving \
+		src/bh_routing/serving/telemetry.py --durations 10
 
 # Asks PyPI for known vulnerabilities of every pinned version; fails where it can't ask. In an
 # environment of its own, so that the auditor's dependencies aren't ours.
