@@ -320,7 +320,7 @@ def _make_callback(
 
     def decide(proposal: Proposal) -> Decision:
         hidden_TH, scores_TE, index_TK, proposed_TK, masses_TK, shared_TS = proposal
-        candidates = Candidates(scores_TE, index_TK, proposed_TK)
+        candidates = proposed = Candidates(scores_TE, index_TK, proposed_TK)
         with torch.no_grad():
             if facts.normalises and index_TK.shape[-1] > facts.top_k:
                 # A rule compares weights with those of the model's own top-k in calibration.
@@ -335,7 +335,7 @@ def _make_callback(
                 known = rows.of(len(index_TK), index_TK.device)
                 candidates = candidates._replace(rows=known)
             keep_TK = select(candidates)
-        index_TK, weights_TK, _ = weighing.route(candidates, keep_TK)
+        index_TK, weights_TK, _ = weighing.route(proposed, keep_TK)
         if keeps_sum:
             factor_T1 = _sum_ratio(masses_TK, keep_TK, shared_TS)
             weights_TK = (weights_TK.float() * factor_T1).to(proposed_TK.dtype)
