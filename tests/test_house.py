@@ -10,11 +10,11 @@ from tools.measure_house import House, measure
 
 HOUSE = measure()
 MOST = House(
-    lines=32_360,
-    files=157,
-    record_types=173,
+    lines=32_660,
+    files=158,
+    record_types=174,
     import_percent=8.06,
-    prose_words=48_610,
+    prose_words=49_050,
     what_per_thousand=0.5,
     beside_per_thousand=0.05,
     spec_modules=62,

@@ -5,9 +5,7 @@ Axes: T tokens, E experts, K slots.
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -55,15 +53,6 @@ RULES: list[Rule] = [
     Threshold(0.1),
     HigherCriticism(2.0, max_k=10),
 ]
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    """Where a kernel can run: interpreted on a CPU, compiled on a GPU."""
-    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not find_spec("triton") or is_interpreted != (request.param == "cpu"):
-        pytest.skip("needs Triton: with TRITON_INTERPRET=1 on a CPU, without it on a GPU")
-    return str(request.param)
 
 
 def route_both(

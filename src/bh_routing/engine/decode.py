@@ -15,7 +15,7 @@ from bh_routing.engine.timing import captured
 from bh_routing.kernels.decode import DecodeState, bind_step
 from bh_routing.kernels.decode_layout import Decoder, UndecodableError, read_decoder
 from bh_routing.kernels.experts import NAME, sparse_experts_forward
-from bh_routing.kernels.router import fused_router
+from bh_routing.kernels.router import fused_router, fused_step_router
 from bh_routing.models.experts import experts_by
 from bh_routing.models.routers import find_routers
 from bh_routing.models.routing import BoundRule, bind_rule, check_calibration, install
@@ -315,7 +315,7 @@ def startup_seconds(model: Any) -> float | None:
 
 
 def bind_routers(bound: BoundRule) -> list[Router]:
-    """Bind a rule to each layer: as one kernel where there is one, else in torch.
+    """Bind a rule to each layer: as kernels where there are some, else in torch.
 
     Raises:
         UndecodableError: the rule needs expert outputs, or a router isn't a plain softmax.
@@ -328,6 +328,7 @@ def bind_routers(bound: BoundRule) -> list[Router]:
             raise UndecodableError("its router does more than a softmax and its k largest")
         family = SoftmaxFamily(normalises=site.facts.normalises)
         router = fused_router(bound.rule, context, family)
+        router = router or fused_step_router(bound.rule, context, family)
         routers.append(router or reference_router(bound.rule, context, family))
     return routers
 

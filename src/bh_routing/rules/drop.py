@@ -260,20 +260,30 @@ class BenjaminiHochbergDrop(StepRule, ContributionRule):
         return p_values
 
     def _reads_by_cut_off(self, context: LayerContext) -> Callable[[StepExperts, Tensor], Tensor]:
-        contributions = require_contributions(self.method, context)
-        needed_BN = contributions.step_tables(NEEDED_STEPS)
-        every_BN = contributions.step_tables(ALL_STEPS)
-        cut_offs = [self.cut_off(context)] + [
-            self._largest_rejected(all_N, ReferenceTable(needed_N))
-            for all_N, needed_N in zip(every_BN, needed_BN, strict=True)
-        ]
-        cut_off_B = Between.values(cut_offs).to(context.device)
+        cut_off_B = self.step_cut_offs(context).to(context.device)
 
         def reads(experts: StepExperts, tokens_S: Tensor) -> Tensor:
             at_S = tokens_S.clamp_max(len(cut_off_B) - 1)
             return experts.norms_SE > cut_off_B[at_S][:, None]
 
         return reads
+
+    def step_cut_offs(self, context: LayerContext) -> Tensor:
+        """Return the cut-off for each number of tokens up to 64, float64, on the CPU.
+
+        Raises:
+            CalibrationError: the context has no tables of steps.
+        """
+        contributions = require_contributions(self.method, context)
+        needed_BN = contributions.step_tables(NEEDED_STEPS)
+        every_BN = contributions.step_tables(ALL_STEPS)
+        return Between.values(
+            [self.cut_off(context)]
+            + [
+                self._largest_rejected(all_N, ReferenceTable(needed_N))
+                for all_N, needed_N in zip(every_BN, needed_BN, strict=True)
+            ]
+        )
 
 
 def lower_tail(scores: Tensor, needed: ReferenceTable) -> Tensor:
