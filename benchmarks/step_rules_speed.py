@@ -1,6 +1,6 @@
 """Time decode steps of batches under rules on steps, on OLMoE-1B-7B's shape with random weights.
 
-    python benchmarks/step_rules_speed.py
+    python -m benchmarks.step_rules_speed
 
 Per batch size: top-k 8 and 4, and for some sizes: Fisher mass at a threshold that drops nothing,
 whose difference is the rule's own time; Fisher mass at 75 and 65 % of top-k's distinct experts; and
