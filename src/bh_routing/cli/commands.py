@@ -147,20 +147,20 @@ def sweep(context: typer.Context, values: Values, as_json: JsonOption = False) -
     """Compare rules at equal mean numbers of experts, tuned on calibration text only."""
     with console_log(), interruptible(_resumes(values["output"])):
         from bh_routing.analysis.quality import QualityOptions
-        from bh_routing.experiments.experiment import guard
+        from bh_routing.experiments.experiment import Attempts
         from bh_routing.experiments.sweep import sweep as compare
         from bh_routing.report.sweep import conclude_sweep
 
         spec = make_spec(SweepSpec, **values, command=context.obj.command)
         document = compare(spec)
-        problems: list[str] = []
         options = QualityOptions(seed=spec.seed)
-        guard(problems, "the conclusion", lambda: conclude_sweep(spec.output, options))
-    for problem in problems:
+        attempt = Attempts()
+        attempt("the conclusion", lambda: conclude_sweep(spec.output, options))
+    for problem in attempt.problems:
         typer.echo(f"bh-routing: {problem}", err=True)
     if as_json:
         _print_json(document)
-    return 1 if problems else 0
+    return 1 if attempt.problems else 0
 
 
 @with_options(PruneSpec)

@@ -193,14 +193,21 @@ def _summarise(
     return Experiment(record, detail)
 
 
-def guard(problems: list[str], what: str, step: Callable[[], ResultT]) -> ResultT | None:
-    """Run one step; if it fails, append a sentence to `problems` and return None."""
-    try:
-        return step()
-    except Exception as error:  # finished experiments are on disk: report the failure and go on
-        log.exception("%s failed", what, extra=FILE_ONLY)
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        if is_out_of_memory(error):
-            reason = OUT_OF_MEMORY
-        problems.append(f"{what} failed ({reason}); every finished experiment is kept")
-        return None
+class Attempts:
+    """Steps after the experiments, whose failure must not end the run."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        """One sentence per failed step."""
+
+    def __call__(self, name: str, step: Callable[[], ResultT]) -> ResultT | None:
+        """Return the step's result; None if it failed."""
+        try:
+            return step()
+        except Exception as error:  # finished experiments are on disk: report the failure and go on
+            log.exception("%s failed", name, extra=FILE_ONLY)
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            if is_out_of_memory(error):
+                reason = OUT_OF_MEMORY
+            self.problems.append(f"{name} failed ({reason}); every finished experiment is kept")
+            return None

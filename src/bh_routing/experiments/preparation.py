@@ -252,7 +252,7 @@ def prepare(spec: RunSpec, store: ResultStore, loaded: Loaded) -> Preparation:
     identity = replace(identity, tables=calibration.table_fingerprints if calibration else {})
     store.check(identity)
     if text is not None and stored:
-        QualityLedger(spec.output, text, identity)  # raises if the scores there are of others
+        QualityLedger(spec.output, text, identity)  # checks the scores there
     return Preparation(
         loaded=loaded,
         subject=Subject(model, tokenizer, calibration),

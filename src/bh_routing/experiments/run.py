@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from bh_routing.experiments.calibrating import (
 )
 from bh_routing.experiments.configurations import find_baseline, make_rules, resolved
 from bh_routing.experiments.executors import Executor, run_grid, torch_threads
-from bh_routing.experiments.experiment import Subject, guard
+from bh_routing.experiments.experiment import Attempts, Subject
 from bh_routing.experiments.identity import collect_provenance, device_name, peak_memory_bytes
 from bh_routing.experiments.preparation import (
     Preparation,
@@ -54,7 +53,7 @@ from bh_routing.rules.fixed import TopK
 log = logging.getLogger(__name__)
 
 Conclude = Callable[[Path, Callable[[str, Callable[[], Any]], Any]], Any]
-"""Analyses and reports the results in a folder, with a function that guards a named step."""
+"""Analyses and reports a folder, each step by a function like `Attempts`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,23 +160,22 @@ def _run_begun(
     grid_start = time.perf_counter()
     num_run = run_grid(executor, grid, spec.max_tokens, store)
     store.flush()
-    problems = [
+    failures = [
         f"{record.config_name} on {shorten(record.prompt_text)!r} failed: {record.error}"
         for record in store.records
         if record.status != STATUS_OK
     ]
     quality_start = time.perf_counter()
-    records = _score(prepared, executor, store, problems)
-    _add_alternatives(spec, prepared, store, records, problems)
+    attempt = Attempts()
+    records = _score(prepared, executor, store, attempt)
+    attempt(
+        "the comparison with bh_drop",
+        lambda: _score_alternatives(spec, prepared, store, records),
+    )
     rounds_start = time.perf_counter()
-    _time_interleaved(spec, prepared, store, problems)
+    attempt("interleaved timing", lambda: _time_interleaved(spec, prepared, store))
     traces_start = time.perf_counter()
-    with torch_threads(prepared.loaded.threads.batch):
-        guard(
-            problems,
-            "tracing tokens",
-            lambda: write_token_traces(folder, prepared.subject, grid, spec.token_traces),
-        )
+    attempt("tracing tokens", lambda: _trace_tokens(spec, prepared))
     timing = {
         "load_sec": prepared.loaded.seconds,
         "calibrate_sec": prepared.calibrate_sec,
@@ -190,9 +188,10 @@ def _run_begun(
     }
     peak = peak_memory_bytes(prepared.subject.model.device)
     store.update_document({"timing": timing, "peak_memory_bytes": peak})
-    concluded = _conclude(conclude, folder, problems)
+    concluded = _conclude(conclude, folder, attempt)
     timing["total_sec"] = earlier_sec + time.perf_counter() - start
     store.update_document({"timing": timing})
+    problems = (*failures, *attempt.problems)
     for problem in problems:
         log.error("%s", problem)
     _say_the_end(store, len(grid), num_run, time.perf_counter() - start)
@@ -201,16 +200,16 @@ def _run_begun(
         records=tuple(store.records),
         num_run=num_run,
         num_reused=num_reused,
-        problems=tuple(problems),
+        problems=problems,
         concluded=concluded,
     )
 
 
-def _conclude(conclude: Conclude | None, folder: Path, problems: list[str]) -> Any:
+def _conclude(conclude: Conclude | None, folder: Path, attempt: Attempts) -> Any:
     if conclude is None:
         return None
     log.info("comparing, drawing the plots and writing the report")
-    return conclude(folder, partial(guard, problems))
+    return conclude(folder, attempt)
 
 
 def _ready_folder(prepared: Preparation, store: ResultStore) -> int:
@@ -221,7 +220,7 @@ def _ready_folder(prepared: Preparation, store: ResultStore) -> int:
 
 
 def _score(
-    prepared: Preparation, executor: Executor, store: ResultStore, problems: list[str]
+    prepared: Preparation, executor: Executor, store: ResultStore, attempt: Attempts
 ) -> list[QualityRecord]:
     """Score quality if the spec asks for it; return the records, empty if there are none.
 
@@ -231,8 +230,10 @@ def _score(
         executor.close()
         return []
     rules = {named.name: named.rule for named in prepared.rules}
-    score = partial(_score_into, store.folder, prepared, prepared.subject, rules, executor)
-    scored = guard(problems, "scoring", score)
+    scored = attempt(
+        "scoring",
+        lambda: _score_into(store.folder, prepared, prepared.subject, rules, executor),
+    )
     executor.close()
     names = dict.fromkeys(record.config_name for record in scored or ())
     store.update_document({"quality": {"configs": list(names)}})
@@ -252,17 +253,6 @@ def _score_into(
         QualityLedger(folder, prepared.text, prepared.identity) as ledger,
     ):
         return score_with_references(subject, prepared.text, ledger, rules, executor)
-
-
-def _add_alternatives(
-    spec: RunSpec,
-    prepared: Preparation,
-    store: ResultStore,
-    records: Sequence[QualityRecord],
-    problems: list[str],
-) -> None:
-    compare = partial(_score_alternatives, spec, prepared, store, records)
-    guard(problems, "the comparison with bh_drop", compare)
 
 
 def _score_alternatives(
@@ -300,21 +290,19 @@ def _score_alternatives(
     store.update_document({ALTERNATIVES: document})
 
 
-def _time_interleaved(
-    spec: RunSpec, prepared: Preparation, store: ResultStore, problems: list[str]
-) -> None:
-    finished = [cell for cell in prepared.grid if store.finished_record(cell.key) is not None]
-    guard(
-        problems,
-        "interleaved timing",
-        lambda: write_timing_rounds(
-            store.folder,
-            prepared.subject,
-            finished,
-            num_rounds=spec.timing_rounds,
-            max_tokens=spec.max_tokens,
-            seed=spec.seed,
-        ),
+def _trace_tokens(spec: RunSpec, prepared: Preparation) -> None:
+    with torch_threads(prepared.loaded.threads.batch):
+        write_token_traces(spec.output, prepared.subject, prepared.grid, spec.token_traces)
+
+
+def _time_interleaved(spec: RunSpec, prepared: Preparation, store: ResultStore) -> None:
+    write_timing_rounds(
+        store.folder,
+        prepared.subject,
+        [cell for cell in prepared.grid if store.finished_record(cell.key) is not None],
+        num_rounds=spec.timing_rounds,
+        max_tokens=spec.max_tokens,
+        seed=spec.seed,
     )
 
 
