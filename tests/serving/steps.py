@@ -46,7 +46,9 @@ def check_calls(calls: Iterable[Call], rule: Rule, calibration: Calibration) -> 
             Candidates(call.logits_TE[is_decode_T], index_TK, own_TK, rows=rows)
         )
         assert torch.equal(call.weights_TK[is_decode_T], own_TK.masked_fill(~keep_TK, 0.0))
-        best_T1 = index_TK.gather(-1, own_TK.argmax(-1, keepdim=True))
+        # Best of the kept slots: a step need not read a token's expert of the largest weight.
+        best_slot_T1 = own_TK.masked_fill(~keep_TK, -1.0).argmax(-1, keepdim=True)
+        best_T1 = index_TK.gather(-1, best_slot_T1)
         wanted_TK = torch.where(keep_TK, index_TK, best_T1)
         assert torch.equal(call.index_TK[is_decode_T].long(), wanted_TK)
     return prefill, decode
