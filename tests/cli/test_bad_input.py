@@ -182,7 +182,7 @@ def test_a_report_of_a_damaged_folder_is_refused(
     ("command", "content", "part"),
     [
         ("--calibration", b"no tensors", "is no calibration or is damaged"),
-        ("--calibration", None, "schema '1', this version reads 2, 3, 4"),
+        ("--calibration", None, "schema '1', this version reads 2, 3, 4, 5"),
         ("--config", b"a: &b 1\nc: *b", "alias"),
         ("--config", b"configs: " + b"#" * 2_000_000, "larger than 1,000,000 bytes"),
         ("--config", b"configs: !!python/object/apply:os.system ['touch x']", "valid YAML"),
@@ -203,7 +203,7 @@ def test_a_bad_file_is_refused(
     path = results.parent / "file"
     if content is None:
         older = make_calibration().save(path).read_bytes()
-        content = older.replace(b'"schema":"4"', b'"schema":"1"')
+        content = older.replace(b'"schema":"5"', b'"schema":"1"')
         assert content != older
     path.write_bytes(content)
     before = read_files(results)
