@@ -15,8 +15,11 @@ from bh_routing.cli.main import app
 from bh_routing.cli.options import OLD_SPELLINGS
 
 SOURCE = Path(__file__).parents[2] / "src" / "bh_routing"
-OTHERS_FLAGS = {"--help", "--version", "--head", "--always", "--dirty", "--abbrev", "--exclude"}
-"""Of every command, of `ray start` and of git."""
+OTHERS_FLAGS = {
+    *("--help", "--version", "--head", "--always", "--dirty", "--abbrev", "--exclude", "--no-deps"),
+    *("--moe-backend", "--enable-expert-parallel", "--additional-config", "--served-model-name"),
+}
+"""Of every command, of `ray start`, git and pip, and of `vllm serve`."""
 COMMANDS: dict[str, Any] = getattr(typer.main.get_command(app), "commands")  # noqa: B009
 ADVICE = re.compile(r"bh-routing ([a-z][a-z-]*)((?: (?:--[a-z0-9-]+|[^ ;`]+))*)")
 
@@ -86,7 +89,7 @@ def test_a_message_names_only_commands_and_flags_that_exist(path: Path) -> None:
         ("run: bh-routing calibrate --model NAME", ["calibrate needs --output"]),
         ("bh-routing evaluate --no-resume", ["evaluate has no --no-resume"]),
         ("give another --destination", ["no --destination"]),
-        ("run: bh-routing tune --alpha 1", ["no command tune", "no --alpha"]),
+        ("run: bh-routing tune --level 1", ["no command tune", "no --level"]),
     ],
 )
 def test_a_remedy_that_does_not_exist_is_found(text: str, wrong: list[str]) -> None:
