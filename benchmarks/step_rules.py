@@ -136,7 +136,7 @@ def _ratio(row: dict[str, Any] | None) -> str:
 
 
 def main() -> None:
-    """Sweep, or collect what sweeps wrote."""
+    """Sweep, or collect the results of sweeps."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     sweeping = commands.add_parser("sweep", help="run the sweeps of one model")

@@ -364,7 +364,7 @@ def check_budgets(budgets: Sequence[float], model_top_k: int) -> None:
 
 
 def check_fractions(budgets: Sequence[float]) -> None:
-    """Raise InputError unless each budget is a fraction of what the model's own top-k reads."""
+    """Raise InputError unless each budget is a fraction of the model's own top-k's reads."""
     for budget in budgets:
         if not 0 < budget <= 1:
             raise InputError(

@@ -15,7 +15,7 @@ from bh_routing.rules.fixed import TopK
 
 STEP_BUDGETS: Final = (0.75, 0.65)
 SPACING: Final = 0.05
-"""Distance of a curve's points, as a fraction of what the model's own top-k reads."""
+"""Distance of a curve's points, as a fraction of the model's own top-k's reads."""
 MARGIN: Final = 0.1
 """Distance of a curve's ends from the budgets: on other text a rule reads slightly more or less
 than its budget, and a budget of experts a twentieth."""

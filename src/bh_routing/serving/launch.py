@@ -1,4 +1,4 @@
-"""Start `vllm serve` with a rule, or say what would be started.
+"""Start `vllm serve` with a rule, or print its command.
 
 Nothing here imports vLLM, which takes seconds: what can be rejected is rejected before.
 """
