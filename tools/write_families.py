@@ -69,7 +69,7 @@ def try_family(name: str) -> FamilyRow:
     try:
         routers = find_routers(tiny_model(name))
     except ModelError as error:
-        reason = str(error).partition(": ")[2].removesuffix("; see: bh-routing models")
+        reason = str(error).partition(": ")[2].partition("; see: ")[0]
         row["limits"] = [reason]
         return row
     facts = [site.facts for site in routers.sites]

@@ -180,7 +180,7 @@ def test_a_number_column_with_text_is_refused(folder: Path) -> None:
 
 
 def test_a_missing_or_foreign_folder_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    with pytest.raises(ResultsError, match="bh-routing run --output"):
+    with pytest.raises(ResultsError, match="nowhere; name a folder that a run wrote"):
         load_results(tmp_path / "nowhere")
     with pytest.raises(ResultsError, match="holds neither"):
         load_results(tmp_path)
@@ -201,7 +201,7 @@ def test_show_opens_the_page_or_says_how_to_make_it(
 ) -> None:
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", opened.append)
-    with pytest.raises(ResultsError, match="bh-routing report"):
+    with pytest.raises(ResultsError, match=r"run: bh_routing\.report\.page\.write_page\('"):
         load_results(folder).show()
     (folder / REPORT_HTML).write_text("page")
     assert load_results(folder).show() == (folder / REPORT_HTML).resolve()

@@ -259,7 +259,7 @@ def test_a_folder_that_is_no_sweep_is_refused_by_name(
 
 
 def test_a_folder_without_anything_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ResultsError, match="bh-routing sweep"):
+    with pytest.raises(ResultsError, match="name a folder that a finished sweep or run wrote"):
         read_sweep(tmp_path)
     (tmp_path / RUN_JSON).write_text(json.dumps([]))
     with pytest.raises(ResultsError, match=QUALITY_JOURNAL):

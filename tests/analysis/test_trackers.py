@@ -11,6 +11,7 @@ import pytest
 
 from bh_routing.analysis.results import load_results
 from bh_routing.analysis.trackers import find_tracker, track_run
+from bh_routing.cli.options import name_commands
 from bh_routing.errors import InputError
 from bh_routing.report import create_visualizations
 from bh_routing.results.records import RUN_JSON
@@ -143,5 +144,8 @@ def test_a_store_that_cannot_be_used_is_named_before_the_run(
 def test_logging_that_fails_keeps_the_results_and_says_how_to_try_again(folder: Path) -> None:
     pytest.importorskip("tensorboardX", reason="needs tensorboardX")
     (folder / "tensorboard").write_text("a file where events would go")
-    with pytest.raises(InputError, match=r"bh-routing report .* --track tensorboard"):
+    again = r"track_run\(load_results\('.*'\), 'tensorboard'\)"
+    with pytest.raises(InputError, match=again) as caught:
         track_run(load_results(folder), "tensorboard")
+    advice = f"run: bh-routing report {folder} --track tensorboard"
+    assert name_commands(str(caught.value)).endswith(advice)

@@ -11,7 +11,7 @@ import typer
 from pydantic import BaseModel
 
 from bh_routing.cli.main import app, main
-from bh_routing.cli.options import OLD_SPELLINGS, SHORTHANDS, name_options, spell_anew
+from bh_routing.cli.options import OLD_SPELLINGS, SHORTHANDS, name_commands, spell_anew
 from bh_routing.errors import CalibrationError
 from bh_routing.experiments import specs
 from bh_routing.nulls import get_null
@@ -139,7 +139,7 @@ def test_the_command_line_advises_its_command_where_python_advises_a_call(
         CalibrationError, match=r"bh_routing\.calibrate\(model, tokenizer"
     ) as caught:
         fail()
-    text = name_options(str(caught.value), {})
+    text = name_commands(str(caught.value))
     command = f"run: bh-routing calibrate {options} --model NAME --output FILE"
     assert " ".join(command.split()) in text
     assert "bh_routing.calibrate" not in text

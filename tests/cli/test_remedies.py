@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import typer
 
-from bh_routing.cli.main import app
+from bh_routing.cli.main import app, main
 from bh_routing.cli.options import OLD_SPELLINGS
 
 SOURCE = Path(__file__).parents[2] / "src" / "bh_routing"
@@ -81,6 +81,39 @@ def complaints(text: str) -> list[str]:
 def test_a_message_names_only_commands_and_flags_that_exist(path: Path) -> None:
     found = {text: complaints(text) for text in texts(path.read_text(encoding="utf-8"))}
     assert {text: wrong for text, wrong in found.items() if wrong} == {}
+
+
+LIBRARY = (
+    "analysis",
+    "engine",
+    "kernels",
+    "models",
+    "multitest",
+    "nulls",
+    "results",
+    "rules",
+    "stats",
+)
+
+
+@pytest.mark.parametrize("package", LIBRARY)
+def test_a_message_of_the_library_names_no_command_and_no_flag(package: str) -> None:
+    found = {
+        text
+        for path in (SOURCE / package).rglob("*.py")
+        for text in texts(path.read_text(encoding="utf-8"))
+        if any(name in COMMANDS for name, _ in ADVICE.findall(text))
+        or re.search(r"(?<![\w-])--[a-z]", text)
+    }
+    assert found == set()
+
+
+def test_the_command_line_names_its_command_for_an_unsupported_family(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "jetmoe"}')
+    assert main(["models", "--check", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.endswith("weights and indices; see: bh-routing models\n")
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,9 @@ class Results:
         """
         page = (self.folder / REPORT_HTML).resolve()
         if not page.is_file():
-            raise ResultsError(f"no {page}; make it with: bh-routing report {self.folder}")
+            raise ResultsError(
+                f"no {page}; run: bh_routing.report.page.write_page({str(self.folder)!r})"
+            )
         webbrowser.open(page.as_uri())
         return page
 
@@ -103,12 +105,11 @@ def load_results(folder: str | Path) -> Results:
     """
     path = Path(folder)
     if not path.is_dir():
-        raise ResultsError(f"no results folder at {path}; run: bh-routing run --output {path}")
+        raise ResultsError(f"no results folder at {path}; name a folder that a run wrote")
     table, journal = path / RESULTS_CSV, path / JOURNAL
     if not table.is_file() and not journal.is_file():
         raise ResultsError(
-            f"{path} holds neither {RESULTS_CSV} nor {JOURNAL}; name a folder that "
-            "bh-routing run wrote"
+            f"{path} holds neither {RESULTS_CSV} nor {JOURNAL}; name a folder that a run wrote"
         )
     run = find_json_object(path / RUN_JSON) or {}
     identity = run.get("identity")

@@ -277,7 +277,7 @@ def _row(point: PointRow, quality: QualityRow | None, found: Found, own: float) 
         point = replace(point, **{name: getattr(quality, name) for name in _OF_QUALITY})
         notes.append(quality.note)
     elif not point.note:
-        notes.append("Not scored yet; run bh-routing sweep again to finish.")
+        notes.append("Not scored yet; resume the sweep to finish it.")
     distinct = point.mean_distinct_experts
     cost = distinct / own if math.isfinite(distinct) else point.mean_experts
     return replace(

@@ -155,15 +155,14 @@ def read_sweep(folder: Path) -> Sweep:
     for name in (RUN_JSON, QUALITY_JOURNAL):
         if not (folder / name).is_file():
             raise ResultsError(
-                f"{folder} holds no {name}; give the output folder of a finished bh-routing sweep "
-                "or run"
+                f"{folder} holds no {name}; name a folder that a finished sweep or run wrote"
             )
     run = read_json_object(path)
     kind, version = run.get("kind"), run.get("schema_version")
     if kind != SWEEP or version != SCHEMA_VERSION:
         raise ResultsError(
             f"{path} is of kind {kind!r} and schema version {version}, expected {SWEEP!r} and "
-            f"{SCHEMA_VERSION}; give the output folder of bh-routing sweep or run"
+            f"{SCHEMA_VERSION}; name a folder that a sweep or run wrote"
         )
     try:
         return make_sweep(run, read_quality(folder / QUALITY_JOURNAL))
@@ -206,7 +205,7 @@ def align(records: Sequence[QualityRecord]) -> ScoredText:
         if record.tokens > 0:
             by_name[record.config_name][record.document_key] = record
     if not by_name:
-        raise ResultsError("no token was scored in this sweep; run bh-routing sweep again")
+        raise ResultsError("no token was scored in this sweep; resume it")
     fullest = max(by_name.values(), key=len)
     # Sorted, since the bootstrap draws by position.
     documents = [r.document_key for r in sorted(fullest.values(), key=in_order)]

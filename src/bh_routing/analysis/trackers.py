@@ -47,8 +47,8 @@ def track_run(results: Results, tracker: str) -> str:
         return log(module, results.folder, _parameters(results.run), _metrics(results), files)
     except Exception as error:  # trackers raise exceptions of any type
         raise InputError(
-            f"logging to {tracker} failed ({_reason(error)}); the results are kept, try again "
-            f"with: bh-routing report {results.folder} --track {tracker}"
+            f"logging to {tracker} failed ({_reason(error)}); the results are kept, run: "
+            f"track_run(load_results({str(results.folder)!r}), {tracker!r})"
         ) from error
 
 

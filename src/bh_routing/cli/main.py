@@ -17,7 +17,7 @@ import typer
 import bh_routing
 from bh_routing.cli import commands
 from bh_routing.cli.console import EXIT_INTERRUPTED
-from bh_routing.cli.options import Overrides, spell_anew
+from bh_routing.cli.options import Overrides, name_commands, spell_anew
 from bh_routing.cli.serve import serve
 from bh_routing.errors import BHRoutingError, ExperimentError, InputError
 
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None, overrides: Overrides | None = None) 
             obj=replace(overrides or Overrides(), command=shlex.join(["bh-routing", *arguments])),
         )
     except BHRoutingError as error:
-        _complain(str(error))
+        _complain(name_commands(str(error)))
         return EXIT_FAILED if isinstance(error, ExperimentError) else EXIT_BAD_INPUT
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED

@@ -115,15 +115,13 @@ def name_options(text: str, flags: Mapping[str, str]) -> str:
 
     Args:
         text: begins with the name of a field, or the number of an item, and a colon, or has
-            `name="value"` or a call of `calibrate` in it.
+            `name="value"` in it.
         flags: field -> option.
     Example:
         >>> name_options('device_map="auto" needs accelerate', {"device_map": "--device-map"})
         '--device-map auto needs accelerate'
         >>> name_options("budget 2: must be at least 1", {"budgets": "--budget"})
         '--budget must be at least 1'
-        >>> name_options("run: bh_routing.calibrate(model, tokenizer, texts, nulls=['iid'])", {})
-        'run: bh-routing calibrate --nulls iid --model NAME --output FILE'
     """
     flags = {**flags, **{f"{name.removesuffix('s')} #": flag for name, flag in flags.items()}}
 
@@ -131,19 +129,38 @@ def name_options(text: str, flags: Mapping[str, str]) -> str:
         flag = flags.get(re.sub(r"\d+$", "#", match[1]))
         return match[0] if flag is None else f"{flag} {match[2]}"
 
-    text = re.sub(r'\b(\w+)="([^"]+)"', spell, re.sub(r"^(\w+(?: \d+)?): ()", spell, text))
-    return _CALIBRATE.sub(_calibrate_command, text)
+    return re.sub(r'\b(\w+)="([^"]+)"', spell, re.sub(r"^(\w+(?: \d+)?): ()", spell, text))
 
 
-_CALIBRATE: Final = re.compile(
-    r"bh_routing\.calibrate\(model, tokenizer, texts(?:, nulls=\[(.*?)\])?(?:, max_tokens=(\d+))?\)"
-)
+def name_commands(text: str) -> str:
+    """Replace the calls of Python that a message of the library advises by commands.
+
+    Example:
+        >>> name_commands("run: bh_routing.calibrate(model, tokenizer, texts, nulls=['iid'])")
+        'run: bh-routing calibrate --nulls iid --model NAME --output FILE'
+        >>> name_commands("see: bh_routing.models.families.family_rows()")
+        'see: bh-routing models'
+    """
+    for call, command in _COMMANDS.items():
+        text = re.sub(call, command, text)
+    return text
 
 
 def _calibrate_command(call: re.Match[str]) -> str:
     nulls = f" --nulls {call[1].replace(', ', ',').replace(chr(39), '')}" if call[1] else ""
     tokens = f" --max-tokens {call[2]}" if call[2] else ""
     return f"bh-routing calibrate{nulls}{tokens} --model NAME --output FILE"
+
+
+_CALIBRATE: Final = (
+    r"bh_routing\.calibrate\(model, tokenizer, texts(?:, nulls=\[(.*?)\])?(?:, max_tokens=(\d+))?\)"
+)
+_COMMANDS: Final[Mapping[str, str | Callable[[re.Match[str]], str]]] = {
+    _CALIBRATE: _calibrate_command,
+    r"bh_routing\.models\.families\.family_rows\(\)": "bh-routing models",
+    r"track_run\(load_results\('(.*)'\), '(\w+)'\)": r"bh-routing report \1 --track \2",
+}
+"""Pattern of a call -> command."""
 
 
 def _parameter(name: str, kind: Any, option: Any, default: Any) -> inspect.Parameter:

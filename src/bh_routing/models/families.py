@@ -40,6 +40,8 @@ REFUSED: Final[dict[str, str]] = {
     "switch_transformers": "it is no causal language model",
 }
 """Unsupported families by `model_type`, with the reason."""
+TABLE_CALL: Final = "bh_routing.models.families.family_rows()"
+"""For messages; the command line replaces it by its command."""
 
 
 def family_of(model_type: str) -> Family:
@@ -51,7 +53,7 @@ def family_of(model_type: str) -> Family:
     base = model_type.removesuffix("_text")
     if base in REFUSED:
         raise ModelError(
-            f"model type {model_type!r} is not supported: {REFUSED[base]}; see: bh-routing models"
+            f"model type {model_type!r} is not supported: {REFUSED[base]}; see: {TABLE_CALL}"
         )
     return FAMILIES.get(base, Family())
 

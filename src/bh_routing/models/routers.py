@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Co
 
 from bh_routing.errors import InputError, ModelError
 from bh_routing.models.capture import listen_to_text, text_config
-from bh_routing.models.families import family_of
+from bh_routing.models.families import TABLE_CALL, family_of
 from bh_routing.models.probe import establish
 from bh_routing.models.sites import RouterSite
 
@@ -215,7 +215,7 @@ def find_routers(model: nn.Module) -> Routers:
         routers = None if damaged else _agree(sites)
     except ModelError as error:
         raise ModelError(
-            f"model type {model_type!r} can't be routed: {error}; see: bh-routing models"
+            f"model type {model_type!r} can't be routed: {error}; see: {TABLE_CALL}"
         ) from error
     if routers is None:
         raise ModelError(
