@@ -13,8 +13,8 @@ import torch
 import transformers
 
 from bh_routing.engine.generate import generate_greedy
+from bh_routing.kernels.experts import NAME
 from bh_routing.models import load_model, route
-from bh_routing.models.experts import NAME
 from bh_routing.rules.fixed import TopK
 
 TOKENS = 50

@@ -21,15 +21,15 @@ FLOORS: Mapping[str, int] = {
     "multitest": 2,
     "nulls": 3,
     "rules": 4,
-    "models": 5,
     "kernels": 5,
-    "engine": 6,
-    "experiments": 7,
-    "integrations": 8,
-    "serving": 8,
-    "cli": 9,
-    "api": 9,
-    "__main__": 10,
+    "models": 6,
+    "engine": 7,
+    "experiments": 8,
+    "integrations": 9,
+    "serving": 9,
+    "cli": 10,
+    "api": 10,
+    "__main__": 11,
 }
 """The running tower: a module may import its own package and what lies on lower floors."""
 

@@ -73,7 +73,7 @@ PUBLIC_NAMES = [
 MODULE_CHECKS: list[tuple[Callable[[Modules], list[str]], Mapping[str, str]]] = [
     (architecture.relative_imports, {"rules.base": "from ..errors import InputError"}),
     (architecture.upward_imports, {"nulls.base": "import bh_routing.rules"}),
-    (architecture.upward_imports, {"models.load": "from bh_routing.kernels import experts"}),
+    (architecture.upward_imports, {"kernels.experts": "from bh_routing.models import load"}),
     (architecture.upward_imports, {"analysis.results": "from bh_routing.nulls import NULLS"}),
     (architecture.upward_imports, {"experiments.run": "from bh_routing.analysis import results"}),
     (architecture.upward_imports, {"analysis.results": "from bh_routing.report import text"}),

@@ -1,4 +1,4 @@
-"""The experts for a CPU compute what transformers' own do, for one token and for many."""
+"""A model on a CPU computes with sparse experts as with transformers' own."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from bh_routing.kernels.experts import MOST_GATHERED, NAME, sparse_experts_forward
 from bh_routing.models import LoadedModel
-from bh_routing.models.experts import MOST_SLOTS, cpu_experts_forward
 
 
-@pytest.mark.parametrize("tokens", [1, 3, MOST_SLOTS // 8, MOST_SLOTS])
+@pytest.mark.parametrize("tokens", [1, 3, MOST_GATHERED // 8, MOST_GATHERED])
 @pytest.mark.parametrize("dropped", [0, 5])
 def test_they_mix_what_grouping_mixes(demo: LoadedModel, tokens: int, dropped: int) -> None:
     experts = demo.model.model.layers[2].mlp.experts
@@ -22,7 +22,7 @@ def test_they_mix_what_grouping_mixes(demo: LoadedModel, tokens: int, dropped: i
     weights[:, 8 - dropped :] = 0.0
     grouped: Any = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
     torch.testing.assert_close(
-        cpu_experts_forward(experts, hidden, index, weights),
+        sparse_experts_forward(experts, hidden, index, weights),
         grouped(experts, hidden, index, weights),
         rtol=1e-5,
         atol=1e-6,
@@ -30,4 +30,4 @@ def test_they_mix_what_grouping_mixes(demo: LoadedModel, tokens: int, dropped: i
 
 
 def test_a_model_on_a_cpu_uses_them(demo: LoadedModel) -> None:
-    assert demo.model.config._experts_implementation == "bh_cpu"
+    assert demo.model.config._experts_implementation == NAME

@@ -21,7 +21,7 @@ from bh_routing.rules.drop import BenjaminiHochbergDrop
 from bh_routing.rules.fixed import TopK
 
 PROMPT = "The old man walked down to the river and"
-IMPLEMENTATIONS = ("bh_cpu", "eager", "batched_mm", "grouped_mm")
+IMPLEMENTATIONS = ("bh_sparse", "eager", "batched_mm", "grouped_mm")
 
 
 def logits_of(demo: LoadedModel, inputs: dict[str, Any]) -> Tensor:

@@ -1,16 +1,17 @@
-"""Expert modules and their implementations, with one for small batches on CPU."""
+"""Expert modules, and the selection of their implementation in transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from bh_routing.errors import ModelError
+from bh_routing.kernels.experts import NAME, sparse_experts_forward
 from bh_routing.models.sites import RouterSite
 
 
@@ -69,44 +70,14 @@ def experts_by(model: Any, name: str, function: Callable[..., Any] | None = None
         model.set_experts_implementation(before)
 
 
-NAME: Final = "bh_cpu"
-MOST_SLOTS: Final = 64
-"""Above this, gathering a copy of the weights per slot costs more than a grouped product."""
+def use_sparse_experts(model: Any, experts: Iterable[Any]) -> None:
+    """Select our sparse experts for a model on a CPU if they are as fast as transformers' own.
 
-
-def cpu_experts_forward(
-    experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    """Mix the experts of each token, as the model's own loop does up to rounding.
-
-    Args:
-        experts: the model's experts module, whose parameters `gate_up_proj` (E, 2F, H) and
-            `down_proj` (E, H, F) hold all experts; other layouts are left to transformers.
-        hidden_states: (T, H).
-        top_k_index: int64, (T, K).
-        top_k_weights: (T, K); exactly 0 where a slot was dropped.
-    Returns:
-        (T, H), in the dtype of `hidden_states`.
+    They are for gated experts without bias, in the usual layout; other layouts weren't measured.
     """
-    if top_k_index.numel() > MOST_SLOTS or not _is_plain(experts):
-        mixed: Tensor = grouped_mm_experts_forward(
-            experts, hidden_states, top_k_index, top_k_weights
-        )
-        return mixed
-    token_S, slot_S = top_k_weights.nonzero(as_tuple=True)
-    expert_S = top_k_index[token_S, slot_S]
-    inputs_S1H = hidden_states[token_S].unsqueeze(1)
-    gate_up_SF = torch.bmm(
-        inputs_S1H, experts.gate_up_proj.index_select(0, expert_S).transpose(1, 2)
-    )
-    inner_S1F = experts._apply_gate(gate_up_SF)
-    down_SHF = experts.down_proj.index_select(0, expert_S)
-    outputs_SH = torch.bmm(inner_S1F, down_SHF.transpose(1, 2)).squeeze(1)
-    weighted_SH = outputs_SH * top_k_weights[token_S, slot_S].unsqueeze(-1)
-    mixed_TH = torch.zeros_like(hidden_states).index_add_(
-        0, token_S, weighted_SH.to(hidden_states.dtype)
-    )
-    return mixed_TH
+    if all(map(_is_plain, experts)):
+        ALL_EXPERTS_FUNCTIONS.register(NAME, sparse_experts_forward)
+        model.set_experts_implementation(NAME)
 
 
 def _is_plain(experts: Any) -> bool:
@@ -117,10 +88,3 @@ def _is_plain(experts: Any) -> bool:
         and not getattr(experts, "is_transposed", False)
         and not getattr(experts, "has_post_expert_norm", False)
     )
-
-
-def use_cpu_experts(model: Any, experts: Iterable[Any]) -> None:
-    """Select `cpu_experts_forward` for a model on a CPU if it supports all its experts' layouts."""
-    if all(_is_plain(module) for module in experts):
-        ALL_EXPERTS_FUNCTIONS.register(NAME, cpu_experts_forward)
-        model.set_experts_implementation(NAME)

@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from bh_routing.demo import demo_folder
 from bh_routing.errors import InputError, ModelError
-from bh_routing.models.experts import use_cpu_experts
+from bh_routing.models.experts import use_sparse_experts
 from bh_routing.models.families import family_of
 from bh_routing.models.routers import find_routers, widen_what_was_left, widening_of
 
@@ -104,7 +104,7 @@ def load_model(
     model.eval().requires_grad_(False)
     routers = find_routers(model)
     if target.type == "cpu":
-        use_cpu_experts(model, [site.experts for site in routers.sites])
+        use_sparse_experts(model, [site.experts for site in routers.sites])
     return LoadedModel(model, tokenizer)
 
 

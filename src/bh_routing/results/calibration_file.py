@@ -28,7 +28,7 @@ Definition = Literal["norm", "loss"]
 norm, was above the median over all layers' slots. loss: |dL/dw x w|, the first-order change of the
 text's loss if the slot is dropped, was above its median."""
 
-NEEDED: Final[Mapping[Definition, str]] = {"norm": "needed", "loss": "needed_by_loss"}
+NEEDED: Final[Mapping[str, str]] = {"norm": "needed", "loss": "needed_by_loss"}
 """Definition -> its name in a calibration."""
 STEPS: Final = "needed_steps"
 """Name in a calibration of the pairs of expert and decode step that mattered."""

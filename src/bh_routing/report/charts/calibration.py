@@ -38,11 +38,9 @@ PANELS_IN_HTML: Final = 4
 _NUM_BINS: Final = 40
 _NUM_P_BINS: Final = 20
 _NUM_QUANTILES: Final = 60
-_SLOTS: Final = ("needed", "needed_by_loss")
 Floats = NDArray[np.float64]
 
 _NORMAL: Final = "gaussian"
-_NEEDED: Final[Mapping[str, str]] = {str(definition): null for definition, null in NEEDED.items()}
 NORMAL_QUANTILES: Final = 20_000
 """Number of quantiles that represent N(0, 1), which has no table."""
 
@@ -125,7 +123,7 @@ def _of_slots(arrays: Mapping[str, Array]) -> dict[str, tuple[NullSample, ...]]:
             observed_M=all_M,
             p_M=upper_tail(-all_M, -needed_N[::-1]),  # here small scores are extreme
         )
-        found.setdefault(_NEEDED[words[1]], []).append(sample)
+        found.setdefault(NEEDED[words[1]], []).append(sample)
     return {null: tuple(panels) for null, panels in found.items()}
 
 
@@ -196,7 +194,7 @@ def _samples(path: str | Path) -> Mapping[str, Sequence[NullSample]]:
 
 def draw_null(null: str, panels: Sequence[NullSample]) -> Picture:
     """Draw one row of three plots per panel."""
-    is_slots = null in _SLOTS
+    is_slots = null in NEEDED.values()
     figure, grid = new_figure(
         0.9 + 1.5 * len(panels), width_inches=1.15 * WIDTH_INCHES, nrows=len(panels), ncols=3,
         squeeze=False, width_ratios=(1.5, 1, 1),
@@ -230,7 +228,7 @@ def finding(null: str, panels: Sequence[NullSample]) -> str:
     shares = sorted(panel.fraction_below_05 for panel in panels)
     low, high = percent(shares[0]), percent(shares[-1])
     span = low if low == high else f"{low.removesuffix(' %')} to {high}"
-    what = "slots" if null in _SLOTS else "scores"
+    what = "slots" if null in NEEDED.values() else "scores"
     return f"{null}: {span} of all {what} have p ≤ 0.05, 5 % if all came from the null"
 
 
