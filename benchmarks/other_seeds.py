@@ -38,7 +38,7 @@ from bh_routing.analysis.sweep import SweepTables, analyze_sweep
 from bh_routing.analysis.sweep_records import PointRow
 from bh_routing.demo import demo_folder
 from bh_routing.results.files import to_strict
-from tools.train_demo import END_OF_TEXT, encode
+from tools.demo_corpus import END_OF_TEXT, encode
 
 BUDGETS = (5.0, 4.0)
 RULES = (
@@ -88,7 +88,7 @@ def train_and_sweep(options: argparse.Namespace, seed: int) -> None:
         if seed == PACKAGED:
             model = demo_folder()
         else:
-            trainer = (sys.executable, "tools/train_demo.py", "--corpus", options.corpus)
+            trainer = (sys.executable, "-m", "tools.train_demo", "--corpus", options.corpus)
             places = ("--output", model, "--state", options.work / f"state-{seed}")
             clock = ("--total-seconds", str(options.seconds), "--seed", str(seed))
             subprocess.run([*trainer, *places, *clock], stdout=log, stderr=log, check=True)
@@ -127,8 +127,13 @@ def read_seed(path: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(path) as packed:
             packed.extractall(folder, filter="data")
-        tables = analyze_sweep(Path(folder))
-        training = json.loads((Path(folder) / "training.json").read_text("utf-8"))
+        return read_sweep(Path(folder))
+
+
+def read_sweep(folder: Path) -> dict[str, Any]:
+    """Analyse a sweep whose folder contains its model's training record."""
+    tables = analyze_sweep(folder)
+    training = json.loads((folder / "training.json").read_text("utf-8"))
     run = tables.sweep.run
     facts = ("tokens_seen", "corpus_tokens", "seconds", "heldout_nll", "device")
     return {
