@@ -27,59 +27,17 @@ from bh_routing.analysis.quality import analyze_quality
 from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.score import score
 from bh_routing.engine.texts import packaged_documents
-from bh_routing.errors import CalibrationError
+from bh_routing.experiments.evidence_parts import null_rules, split_by_reach, static_rules
 from bh_routing.experiments.quality_text import prepare_text
 from bh_routing.models.load import load_model
 from bh_routing.models.routers import describe_model
-from bh_routing.models.routing import bind_rule
 from bh_routing.nulls import NULLS
-from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.contributions import NEEDED
-from bh_routing.rules import BenjaminiHochberg, BenjaminiHochbergDrop, HigherCriticism, Rule, TopK
+from bh_routing.rules import Rule
 
-ALPHAS = (0.01, 0.05, 0.10)
-THRESHOLDS = (4.0, 2.0, 1.0)
 HERE = Path(__file__).parent
 METHOD = HERE.parent / "docs" / "method.md"
 BLOCK = re.compile(r"(<!-- null ablation: .*? -->\n).*(<!-- null ablation: end -->)", re.DOTALL)
-
-
-def rules_to_compare() -> dict[str, Rule]:
-    """Return the rules by their names in the table: label, a bar, and tuning parameter."""
-    rules: dict[str, Rule] = {}
-    for alpha in ALPHAS:
-        knob = f"α = {alpha:.2f}"
-        for null in NULLS:
-            rules[f"bh, {null} | {knob}"] = BenjaminiHochberg(alpha, null=null)
-        for procedure in ("by", "storey"):
-            rule = BenjaminiHochberg(alpha, procedure=procedure)
-            rules[f"{procedure}, background | {knob}"] = rule
-        for null in ("background", "permutation", "gaussian"):
-            rule = BenjaminiHochberg(alpha, null=null, on_empty="model_k")
-            rules[f"bh, {null}, on_empty=model_k | {knob}"] = rule
-        rules[f"bh_drop, needed | {knob}"] = BenjaminiHochbergDrop(alpha, statistic="contribution")
-        rules[f"bh_drop, needed, sensitivity | {knob}"] = BenjaminiHochbergDrop(
-            alpha, statistic="sensitivity"
-        )
-    for threshold in THRESHOLDS:
-        rules[f"higher_criticism, background | threshold = {threshold:g}"] = HigherCriticism(
-            threshold
-        )
-    return rules
-
-
-def split_by_reach(
-    model: Any, rules: dict[str, Rule], calibration: Calibration
-) -> tuple[dict[str, Rule], dict[str, str]]:
-    """Return the rules that the calibration supports, and the reasons for excluding the others."""
-    served, refused = {}, {}
-    for name, rule in rules.items():
-        try:
-            bind_rule(model, rule, calibration)
-            served[name] = rule
-        except CalibrationError as error:
-            refused[name] = str(error)
-    return served, refused
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -94,9 +52,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         nulls=[*(n for n, null in NULLS.items() if null.needs_table), *NEEDED.values()],
         max_tokens=options.fit_tokens,
     )
-    served, refused = split_by_reach(model, rules_to_compare(), calibration)
+    served, refused = split_by_reach(model, null_rules(), calibration)
     print(f"calibrated after {time.perf_counter() - start:.0f} s", flush=True)
-    top_k = {f"top_k | k = {k}": TopK(k) for k in range(1, calibration.model_top_k + 1)}
+    top_k = static_rules(calibration.model_top_k)
     text = prepare_text(
         tokenizer, facts, packaged_documents("evaluation"), max_tokens=options.tokens
     )

@@ -28,10 +28,10 @@ from torch import Tensor
 from bh_routing.engine.calibrate import calibrate, cut_windows, tokenize_distinct
 from bh_routing.engine.expert_scores import MEANINGS, best_experts, observe_experts
 from bh_routing.engine.observe import SlotObserver
-from bh_routing.engine.score import score
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.engine.windows import TokenizedDocument, spread_tokens, tokenize_documents
 from bh_routing.experiments.defaults import CALIBRATION_TOKENS
+from bh_routing.experiments.evidence_parts import score_with
 from bh_routing.experiments.identity import library_versions
 from bh_routing.experiments.search import KnobSearch
 from bh_routing.experiments.settings import Goal
@@ -40,15 +40,13 @@ from bh_routing.models.expert_axes import block_of, open_checkpoint
 from bh_routing.models.load import load_model
 from bh_routing.models.prune import write_pruned
 from bh_routing.models.routers import find_routers
-from bh_routing.nulls.calibration import Calibration
 from bh_routing.results.files import render_json, write_atomically
-from bh_routing.rules import ContributionThreshold, Rule
+from bh_routing.rules import ContributionThreshold
 from bh_routing.rules.fixed import TopK
 from bh_routing.stats.clustered import RatioEstimate, estimate_ratio
 from bh_routing.stats.paired import holm
 
 KEPT = (56, 48, 40, 32)
-WINDOW = 1024
 NORMALISED = "reap_normalised"
 """REAP with each token's weights divided by their sum, as in its repository."""
 RULED = ("original", "fisher_mass-56", "fisher_mass-48")
@@ -60,23 +58,6 @@ SCORES = (*MEANINGS, NORMALISED)
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "pruning.md"
 BLOCK = re.compile(r"(<!-- pruned: .*? -->\n).*(<!-- pruned: end -->)", re.DOTALL)
-
-
-def score_with(
-    model: Any,
-    tokenizer: Any,
-    text: Sequence[TokenizedDocument],
-    rule: Rule,
-    calibration: Calibration | None = None,
-) -> dict[str, Any]:
-    """Return the sum of the losses of each document's tokens by its key, and the mean experts."""
-    records = list(
-        score(model, tokenizer, text, {"": rule}, calibration, window=WINDOW, stride=WINDOW)
-    )
-    return {
-        "mean_experts": sum(r.experts_sum for r in records) / sum(r.units for r in records),
-        "nll": {record.document_key: record.nll_sum for record in records},
-    }
 
 
 def score_under_rules(name: str, text: Sequence[TokenizedDocument], *, ruled: bool) -> Any:

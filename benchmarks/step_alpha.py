@@ -29,11 +29,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.wrong_drops import DOMAINS, HERE, WINDOW
+from benchmarks.wrong_drops import DOMAINS, HERE
 from bh_routing.engine.observe import LayerSlots, SlotObserver, join_windows, summarize
 from bh_routing.engine.steps import NUM_STEPS, draw_steps, step_pairs, step_tables
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.engine.windows import TokenizedDocument, tokenize_documents
+from bh_routing.experiments.wrong_drops import WINDOW
 from bh_routing.models import find_routers, load_model
 from bh_routing.nulls.contributions import Contributions
 from bh_routing.nulls.reservoir import reservoir_capacity

@@ -28,11 +28,7 @@ from benchmarks.wrong_drops import (
     CALIBRATION_TOKENS,
     DOMAINS,
     HERE,
-    WINDOW,
-    Judged,
-    describe,
     footer,
-    judge,
     made,
     percent,
     publish,
@@ -45,6 +41,7 @@ from bh_routing.engine.windows import TokenizedDocument, tokenize_documents
 from bh_routing.experiments.search import KnobSearch
 from bh_routing.experiments.settings import Goal, Setting
 from bh_routing.experiments.variants import parse_variants
+from bh_routing.experiments.wrong_drops import WINDOW, Judged, describe, judge
 from bh_routing.models import load_model
 from bh_routing.models.load import DeviceName, LoadedModel
 from bh_routing.nulls import Calibration

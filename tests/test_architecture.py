@@ -249,6 +249,10 @@ FLAGS = {
         "model --device --dtype --no-fp16 --device-map --seed --output --keep --alpha --score "
         "--calibration-text --max-tokens --json"
     ),
+    "evidence": (
+        "model --device --dtype --no-fp16 --device-map --seed --output --parts --tokens "
+        "--calibration-tokens --jobs --estimate --json"
+    ),
     "lm-eval": (
         f"{CALIBRATED} {CHOSEN} --tasks --include-path --limit --num-fewshot --batch-size "
         "--chat-template --output --json"

@@ -16,7 +16,8 @@ import torch
 from benchmarks import other_seeds, transfer, wrong_drops
 from benchmarks.other_seeds import read_documents
 from benchmarks.transfer import static_at
-from benchmarks.wrong_drops import HERE, METHOD, Counts, count, share
+from benchmarks.wrong_drops import HERE, METHOD
+from bh_routing.experiments.wrong_drops import Counts, count, share
 from bh_routing.rules import BenjaminiHochberg, BenjaminiHochbergDrop, Rule
 
 KEEP_TK = torch.tensor([[1, 0, 0], [1, 1, 1], [1, 1, 0]], dtype=torch.bool)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.null_ablation import ALPHAS, BLOCK, HERE, METHOD, main, render, rules_to_compare
+from benchmarks.null_ablation import BLOCK, HERE, METHOD, main, render
+from bh_routing.experiments.evidence_parts import ALPHAS, null_rules
 from bh_routing.nulls import NULLS
 
 RESULTS = json.loads((HERE / "null_ablation.json").read_text(encoding="utf-8"))
@@ -23,7 +24,7 @@ def test_the_page_shows_the_measured_table(page: Path) -> None:
 
 def test_every_null_is_measured_at_every_alpha_or_refused() -> None:
     known = ROWS.keys() | RESULTS["refused"].keys()
-    assert set(rules_to_compare()) <= known
+    assert set(null_rules()) <= known
     assert all(f"bh, {null} | α = {alpha:.2f}" in known for null in NULLS for alpha in ALPHAS)
     assert all("out of the calibration's reach" in why for why in RESULTS["refused"].values())
 
@@ -49,4 +50,4 @@ def test_the_command_runs_on_a_little_text(tmp_path: Path) -> None:
     arguments = ["--tokens", "100", "--fit-tokens", "6000", "--device", "cpu"]
     assert main([*arguments, "--output", str(tmp_path / "small")]) == 0
     results = json.loads((tmp_path / "small.json").read_text(encoding="utf-8"))
-    assert set(rules_to_compare()) <= {r["name"] for r in results["rows"]} | set(results["refused"])
+    assert set(null_rules()) <= {r["name"] for r in results["rows"]} | set(results["refused"])

@@ -17,6 +17,7 @@ import typer
 import bh_routing
 from bh_routing.cli import commands
 from bh_routing.cli.console import EXIT_INTERRUPTED
+from bh_routing.cli.evidence import evidence
 from bh_routing.cli.options import Overrides, name_commands, spell_anew
 from bh_routing.cli.serve import serve
 from bh_routing.errors import BHRoutingError, ExperimentError, InputError
@@ -38,6 +39,7 @@ for _command in (
     commands.evaluate,
     commands.sweep,
     commands.prune,
+    evidence,
     commands.lm_eval,
     commands.report,
     commands.export,
