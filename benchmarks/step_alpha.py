@@ -155,7 +155,9 @@ def count(
     token_T, document_T = resample(slots, seed)
     token_SB = token_T[draw_steps(document_T, STEPS, size, seed=1_000 * size + seed)]
     token_SB = token_SB.to(model.device)
-    counts = {(scope, alpha): np.zeros(6) for scope in SCOPES for alpha in ALPHAS}
+    settings = [(scope, alpha) for scope in SCOPES for alpha in ALPHAS]
+    # On the device, without a sync.
+    counts = torch.zeros(len(settings), 6, dtype=torch.float64, device=model.device)
     for number, layer in enumerate(slots.layers):
         scale_E = contributions.scales["sensitivity"][number].to(model.device)
         pairs = step_pairs(layer, routers.model_top_k, scale_E, token_SB)
@@ -169,19 +171,21 @@ def count(
         best_SB = index_TK.gather(-1, best_T1).view(STEPS, size)
         is_best_SE = torch.zeros_like(mattered_SE).scatter(1, best_SB, torch.ones_like(best_SB) > 0)
         tokens_S = torch.full((STEPS,), size, device=model.device)
-        for setting, sums in counts.items():
+        for setting, sums in zip(settings, counts, strict=True):
             is_read_SE = reads[number][setting](experts, tokens_S) | is_best_SE
             dropped_SE = pairs.is_present_SE & ~is_read_SE
             wrong_S, dropped_S = (dropped_SE & mattered_SE).sum(-1), dropped_SE.sum(-1)
-            sums += [
-                int(wrong_S.sum()),
-                int(dropped_S.sum()),
-                int((pairs.is_present_SE & is_read_SE).sum()),
-                int((pairs.is_present_SE & mattered_SE).sum()),
-                int(pairs.is_present_SE.sum()),
-                float((wrong_S / dropped_S.clamp_min(1)).double().sum()),
-            ]
-    return counts
+            sums += torch.stack(
+                [
+                    wrong_S.sum().double(),
+                    dropped_S.sum().double(),
+                    (pairs.is_present_SE & is_read_SE).sum().double(),
+                    (pairs.is_present_SE & mattered_SE).sum().double(),
+                    pairs.is_present_SE.sum().double(),
+                    (wrong_S / dropped_S.clamp_min(1)).double().sum(),
+                ]
+            )
+    return dict(zip(settings, counts.cpu().numpy(), strict=True))
 
 
 def interval(values_R: np.ndarray[Any, Any]) -> list[float]:

@@ -67,6 +67,8 @@ def run_sweeps(options: argparse.Namespace) -> None:
 def run_all(options: argparse.Namespace) -> None:
     """Sweep several models, the largest batches first, each sweep in its own process."""
     start = time.perf_counter()
+    # Each process would use all cores.
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.jobs))}
 
     def work(task: tuple[int, str]) -> None:
         batch, named = task
@@ -77,7 +79,9 @@ def run_all(options: argparse.Namespace) -> None:
         command += ["--device", options.device, "--batches", str(batch), "--output", str(folder)]
         command += ["--tokens", str(options.tokens)] if options.tokens else []
         with (folder / f"batch-{batch}.log").open("w", encoding="utf-8") as log:
-            code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
+            code = subprocess.run(
+                command, stdout=log, stderr=log, check=False, env={**threads, **os.environ}
+            ).returncode
         print(f"{name}, B = {batch}: exit code {code}, {time.perf_counter() - start:.0f} s")
 
     tasks = [(batch, named) for batch in sorted(options.batches)[::-1] for named in options.models]

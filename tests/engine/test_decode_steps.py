@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,20 @@ import pytest
 import torch
 
 from bh_routing.engine.proposals import capture_proposals, mean_distinct_experts, median_ratios
-from bh_routing.engine.score import score
+from bh_routing.engine.score import STEP_LOGITS_BYTES, score
 from bh_routing.engine.windows import TokenizedDocument, cut_windows, plan_steps, prefix_token
 from bh_routing.errors import InputError
 from bh_routing.models import LoadedModel, find_routers, route
 from bh_routing.models.trace import DROPPED, count_distinct
 from bh_routing.results.records import QualityRecord
-from bh_routing.rules import ExpertBudget, FloorThreshold, OpportunisticActivation, TopK, TopP
+from bh_routing.rules import (
+    ExpertBudget,
+    FloorThreshold,
+    OpportunisticActivation,
+    Rule,
+    TopK,
+    TopP,
+)
 from bh_routing.rules.step import StepRule
 
 LENGTHS = (40, 9, 40, 23, 31, 40, 5)
@@ -141,6 +148,65 @@ def test_documents_of_another_draw_are_no_companions(
     pairs = [(r, both[name, f"{key}#1"]) for (name, key), r in once.items()]
     assert all(a.nll_sum == pytest.approx(b.nll_sum, rel=1e-4) for a, b in pairs)
     assert any(a.distinct_experts_sum != b.distinct_experts_sum for a, b in pairs)
+
+
+def count_passes(demo: LoadedModel, documents: list[TokenizedDocument], rules: Any) -> int:
+    calls: list[int] = []
+    router = find_routers(demo.model).sites[0].module
+    handle = router.register_forward_hook(lambda *_: calls.append(1))
+    list(score(*demo, documents, rules, window=16, stride=16, decode_batch=3))
+    handle.remove()
+    return len(calls)
+
+
+def test_a_window_under_a_rule_on_tokens_runs_in_one_draw_only(
+    demo: LoadedModel, documents: list[TokenizedDocument]
+) -> None:
+    both = [replace(d, key=f"{d.key}#{draw}", draw=draw) for draw in (0, 1) for d in documents]
+    on_tokens: dict[str, Rule] = {"own": TopK(8), "four": TopK(4), "top_p": TopP(0.5)}
+    on_steps: dict[str, Rule] = {"oea": OpportunisticActivation(3)}
+    windows = list(cut_windows(documents, 0, window=16, stride=16))
+    first, second = (
+        len(list(plan_steps(windows, [d.cluster for d in documents], 3, seed))) for seed in (0, 1)
+    )
+    assert count_passes(demo, both, on_tokens) == 3 * first
+    assert count_passes(demo, both, on_steps) == 2 * first + 2 * second
+    assert count_passes(demo, both, on_tokens | on_steps) == 4 * first + 2 * second
+
+
+def exact(record: QualityRecord) -> dict[str, Any]:
+    """Return what doesn't depend on rounding."""
+    fields = asdict(record).items()
+    return {name: value for name, value in fields if not isinstance(value, float)}
+
+
+@pytest.mark.parametrize("only", [None, {"1:0#1"}, {"0:0", "1:0#1"}])
+def test_a_draw_has_the_records_of_scoring_it_alone(
+    demo: LoadedModel, documents: list[TokenizedDocument], only: set[str] | None
+) -> None:
+    again = [replace(d, key=f"{d.key}#1", draw=1) for d in documents]
+    both = records_of(demo, [*documents, *again], 3, only=only)
+    alone = records_of(demo, again, 3, only=only)
+    for (name, key), record in alone.items():
+        assert both[name, key].nll_sum == pytest.approx(record.nll_sum, rel=1e-5)
+        assert exact(both[name, key]) == exact(record)
+
+
+def test_joined_batches_share_no_step(
+    demo: LoadedModel, documents: list[TokenizedDocument], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules: dict[str, Rule] = {"oea": OpportunisticActivation(2), "xshare": ExpertBudget(9)}
+    options: dict[str, Any] = {"window": 16, "stride": 16, "decode_batch": 3}
+    apart = list(score(*demo, documents, rules, **options))
+    monkeypatch.setitem(STEP_LOGITS_BYTES, "cpu", 2**30)
+    passes = count_passes(demo, documents, rules)
+    joined = {(r.config_name, r.document): r for r in score(*demo, documents, rules, **options)}
+    assert passes == 1 + len(rules)
+    for record in apart:
+        other = joined[record.config_name, record.document]
+        assert other.nll_sum == pytest.approx(record.nll_sum, rel=1e-5)
+        assert other.distinct_experts_sum == record.distinct_experts_sum
+        assert other.expert_load == record.expert_load
 
 
 def test_too_few_documents_are_named(demo: LoadedModel, documents: list[TokenizedDocument]) -> None:

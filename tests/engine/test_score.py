@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from bh_routing.engine.score import compare_predictions, predict, score
-from bh_routing.engine.tally import DocumentTally
+from bh_routing.engine.score import score
+from bh_routing.engine.tally import DocumentTally, compare_predictions, predict
 from bh_routing.engine.texts import Document
 from bh_routing.engine.windows import TokenizedDocument, prefix_token, tokenize_documents
 from bh_routing.models import LoadedModel, find_routers

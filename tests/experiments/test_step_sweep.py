@@ -113,6 +113,25 @@ def test_a_fraction_of_one_is_the_models_own_top_k(demo: LoadedModel) -> None:
     assert [s.unreachable for s in whole] == [None] * 2
 
 
+def test_budgets_that_one_whole_number_meets_are_measured_in_one_pass(demo: LoadedModel) -> None:
+    search = KnobSearch(*demo, packaged_documents("calibration"), None, 600, decode_batch=4)
+    (oea,) = parse_variants(["oea"])
+    budget = search.cost(OpportunisticActivation(4))
+    calls: list[int] = []
+    handle = (
+        find_routers(demo.model).sites[0].module.register_forward_hook(lambda *_: calls.append(1))
+    )
+    found, passes = [], []
+    for budgets in ([budget], [budget, budget + 0.001, budget - 0.001]):
+        calls.clear()
+        found = search.find([Goal(variant=oea, budget=b) for b in budgets])
+        passes.append(len(calls))
+    handle.remove()
+    assert passes[0] == passes[1]
+    assert [s.knob for s in found] == [4, 4, 4]
+    assert len({s.cost for s in found}) == 1
+
+
 @pytest.mark.parametrize(("most_slots", "refill"), [(64, 16), (12, 12), (8, 8)])
 def test_default_rules_are_refilled_as_far_as_the_router_can_propose(
     most_slots: int, refill: int, demo: LoadedModel

@@ -203,7 +203,7 @@ def test_masses_add_up_over_the_tokens_of_a_step_alone() -> None:
     scores_TK = torch.tensor([[3.0, 1.0], [4.0, 2.0], [9.0, 9.0], [5.0, 7.0]])
     index_TK = torch.tensor([[0, 1], [0, 2], [0, 1], [0, 2]])
     step_T1 = torch.tensor([[0], [0], [-1], [1]])
-    experts = step_experts(scores_TK, index_TK, step_T1, num_experts=4)
+    experts = step_experts(scores_TK, index_TK, step_T1, num_experts=4, num_steps=len(step_T1))
     assert experts.norms_SE[:2].tolist() == [[5.0, 1.0, 2.0, 0.0], [5.0, 0.0, 7.0, 0.0]]
     assert experts.is_present_SE[:2].sum(-1).tolist() == [3, 2]
     assert not experts.is_present_SE[2:].any()
@@ -214,7 +214,9 @@ def test_sums_do_not_depend_on_the_order_in_which_they_are_taken() -> None:
     index_TK = step_T1 = torch.zeros(7, 1, dtype=torch.int64)
     sums = {
         float(
-            step_experts(scores[list(order), None], index_TK, step_T1, num_experts=1).norms_SE[0, 0]
+            step_experts(
+                scores[list(order), None], index_TK, step_T1, num_experts=1, num_steps=1
+            ).norms_SE[0, 0]
         )
         for order in itertools.islice(itertools.permutations(range(7)), 0, 5_040, 50)
     }

@@ -131,7 +131,7 @@ def capture_proposals(
     recorder = bind_rule(model, _Recorder(seen, num_candidates, with_norms))
     with (
         evaluating(model),
-        install(model, recorder, emulates_steps=decode_batch is not None),
+        install(model, recorder, decode_batch=decode_batch),
     ):
         for batch in batches:
             inputs = [torch.tensor(w.ids[:-1]) for w in batch]

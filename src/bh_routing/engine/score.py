@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bh_routing.engine.tally import DocumentTally
+from bh_routing.engine.tally import (
+    DocumentTally,
+    Prediction,
+    TokenScores,
+    compare_predictions,
+    predict,
+)
 from bh_routing.engine.windows import (
     TokenizedDocument,
     Window,
@@ -20,8 +28,10 @@ from bh_routing.engine.windows import (
     prefix_token,
 )
 from bh_routing.errors import InputError
+from bh_routing.kernels.experts import NAME, sparse_experts_forward
 from bh_routing.kernels.router import fused_router
 from bh_routing.models.capture import evaluating, text_config
+from bh_routing.models.experts import experts_by
 from bh_routing.models.routers import find_routers
 from bh_routing.models.routing import BoundRule, bind_rule, install
 from bh_routing.models.trace import count_distinct
@@ -31,23 +41,15 @@ from bh_routing.rules.base import Rule
 from bh_routing.rules.fixed import TopK
 
 LOGITS_BYTES = 256 * 2**20
+STEP_LOGITS_BYTES = {"cpu": 0}
+"""Most logits of a forward pass that joins batches of emulated steps."""
+STEP_LOGITS_BYTES_ELSEWHERE = 2**30
 CHUNK_BYTES = {"cpu": 4 * 2**20}
 """A chunk's logits are read several times: on a CPU they should fit into the cache."""
 CHUNK_BYTES_ELSEWHERE = 256 * 2**20
 BATCH_TOKENS = 4096
 GROUP_TOKENS = 8192
 """Documents are scored, and their records yielded, in groups of about this many tokens."""
-
-
-class TokenScores(NamedTuple):
-    """Comparison of each scored token; float32 or bool, shape (T,)."""
-
-    nll_T: Tensor
-    top_k_nll_T: Tensor
-    kl_T: Tensor
-    """KL(top-k || rule) in nats; may be slightly negative due to rounding."""
-    same_top1_T: Tensor
-    delta_p_T: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +64,17 @@ class _Batch:
     targets_T: Tensor
     position_T: Tensor
     """Indices of the scored positions among all B * S."""
-    is_step: bool
-    """Whether position t of all windows is an emulated decode step."""
+    decode_batch: int | None
+    """Position t of each so many windows is an emulated decode step; None: no steps."""
 
 
-class _Forward(NamedTuple):
-    logits_PV: Tensor
-    """Of all positions, P = B * S, in the model's dtype."""
-    kept_index_TLK: Tensor
-    """Kept experts of scored positions, -1 where dropped; on the host."""
-    distinct_TL: Tensor | None
-    """Distinct experts of each scored position's emulated decode step; None without steps."""
+class _Outcome(NamedTuple):
+    """One window under a rule, on the host."""
+
+    scores: TokenScores
+    """Of its scored tokens."""
+    kept_index_SLK: Tensor
+    """Kept experts of all its tokens, -1 where dropped."""
 
 
 def score(
@@ -92,7 +94,8 @@ def score(
 
     With `decode_batch`, the tokens are scored in emulated decode steps: position t of as many
     windows of different documents is one step (`plan_steps`), still in one teacher-forced pass.
-    Windows that have ended leave the step. Documents of one draw share steps.
+    Windows that have ended leave the step. Documents of one draw share steps. A window under a rule
+    that doesn't depend on companions runs in one draw only.
 
     R rules cost at most R + 1 forward passes per batch: the baseline runs once, and a rule that is
     the model's own top-k costs none.
@@ -120,10 +123,13 @@ def score(
         check_decode_batch(documents, decode_batch)
     prefix = prefix_token(tokenizer)
     routers = find_routers(model)
-    own = bind_rule(model, TopK(k=routers.model_top_k), fuse=fused_router)
+    top_k = TopK(k=routers.model_top_k)
     bound = {
-        name: bind_rule(model, rule, calibration, fused_router) for name, rule in rules.items()
+        name: bind_rule(model, rule, calibration, fused_router)
+        for name, rule in {_OWN: top_k, **rules}.items()
     }
+    last = max((d.draw for d in documents), default=0)
+    memory: _Memory = {}
     for group in document_groups(documents, decode_batch):
         tallies = {
             name: [DocumentTally(len(routers.sites), routers.num_experts) for _ in group]
@@ -139,17 +145,16 @@ def score(
             batches = _batches(windows, model, batch_size)
         else:
             plan = plan_steps(windows, [d.cluster for d in group], decode_batch, seed=group[0].draw)
-            batches = (_collate(b, model.device, is_step=True) for b in plan)
+            batches = _step_batches(plan, model, decode_batch, window)
         for batch in batches:
             done = Counter(w.document for w in batch.windows if w.num_scored)
             if not done:
                 continue
-            baseline = _forward(model, own, batch)
-            top_k = _predictions(baseline.logits_PV, batch)
-            for name, rule in bound.items():
-                ruled = baseline if rule.rule == own.rule else _forward(model, rule, batch)
-                scores = _compare(top_k, ruled.logits_PV, batch)
-                _add(tallies[name], batch, scores, baseline, ruled)
+            outcomes = _score_batch(model, bound, batch, memory)
+            for name in rules:
+                _add(tallies[name], batch, outcomes[name], outcomes[_OWN], routers.num_experts)
+            if group[0].draw < last:
+                _remember(memory, outcomes, batch, bound)
             left -= done
             finished |= done.keys() - left.keys()
             if left and decode_batch is None:
@@ -160,6 +165,56 @@ def score(
             finished.clear()
 
 
+_OWN: Final = ""
+"""Name of the model's own top-k among the bound rules."""
+_Memory = dict[tuple[str, tuple[int, ...]], _Outcome]
+"""Rule's name and window's tokens -> outcome, for rules that don't depend on companions."""
+
+
+def _score_batch(
+    model: Any, bound: Mapping[str, BoundRule], batch: _Batch, memory: _Memory
+) -> dict[str, list[_Outcome]]:
+    """Return each rule's outcomes, in the order of the windows; remembered ones aren't run."""
+    outcomes = {name: _recall(memory, name, batch) for name in bound}
+    missing = [name for name, known in outcomes.items() if known is None]
+    if missing:
+        logits_PV, kept_TLK = _forward(model, bound[_OWN], batch)
+        top_k = _predictions(logits_PV, batch)
+        own = _split(batch, _compare(top_k, logits_PV, batch), kept_TLK)
+    for name in missing:
+        outcomes[name] = own
+        if bound[name].rule != bound[_OWN].rule:
+            logits_PV, kept_TLK = _forward(model, bound[name], batch)
+            outcomes[name] = _split(batch, _compare(top_k, logits_PV, batch), kept_TLK)
+    return {name: known for name, known in outcomes.items() if known is not None}
+
+
+def _recall(memory: _Memory, name: str, batch: _Batch) -> list[_Outcome] | None:
+    """Return the outcomes of all windows of a batch; None unless all are remembered."""
+    known = [memory.get((name, tuple(w.ids))) for w in batch.windows]
+    outcomes = [
+        outcome
+        for outcome, w in zip(known, batch.windows, strict=True)
+        if outcome is not None and w.num_scored in (0, len(outcome.scores.nll_T))
+    ]
+    return outcomes if len(outcomes) == len(known) else None
+
+
+def _remember(
+    memory: _Memory,
+    outcomes: Mapping[str, list[_Outcome]],
+    batch: _Batch,
+    bound: Mapping[str, BoundRule],
+) -> None:
+    for name, rule in bound.items():
+        if rule.rule.unit == "step":
+            continue
+        for window, outcome in zip(batch.windows, outcomes[name], strict=True):
+            key = name, tuple(window.ids)
+            if window.num_scored or key not in memory:
+                memory[key] = outcome
+
+
 def check_steps(rules: Iterable[Rule], decode_batch: int | None) -> None:
     """Raise InputError if a rule decides by decode step, and there are none."""
     by_step = [rule.method for rule in rules if rule.unit == "step"]
@@ -168,53 +223,6 @@ def check_steps(rules: Iterable[Rule], decode_batch: int | None) -> None:
             f"rule {by_step[0]!r} decides by decode step, which must not contain a text's own "
             "future tokens; score it in emulated decode steps, such as decode_batch=16"
         )
-
-
-class Prediction(NamedTuple):
-    """The baseline's prediction of T tokens, computed once and compared with every rule."""
-
-    log_probs_TV: Tensor
-    """Float32."""
-    probs_TV: Tensor
-    top1_T: Tensor
-    correct_T: Tensor
-    """Log-probability of the correct next token."""
-    targets_T: Tensor
-
-
-def predict(logits_TV: Tensor, targets_T: Tensor) -> Prediction:
-    """Return the prediction for logits of any float dtype."""
-    log_probs_TV = logits_TV.float().log_softmax(-1)
-    return Prediction(
-        log_probs_TV,
-        log_probs_TV.exp(),
-        logits_TV.argmax(-1),
-        log_probs_TV.gather(1, targets_T[:, None]).squeeze(1),
-        targets_T,
-    )
-
-
-def compare_predictions(top_k: Prediction, rule_logits_TV: Tensor) -> TokenScores:
-    """Compare two predictions of the same tokens over the full vocabulary, in float32.
-
-    Args:
-        top_k: prediction of the model's own top-k.
-        rule_logits_TV: logits under the rule, any float dtype, (T, V).
-    Returns:
-        Scores per token; comparing a prediction with itself gives a KL of exactly 0.
-    """
-    rule_TV = rule_logits_TV.float().log_softmax(-1)
-    correct_T = rule_TV.gather(1, top_k.targets_T[:, None]).squeeze(1)
-    # Differences first: separate sums would cancel to rounding noise. A token with probability 0
-    # adds nothing, even if both logits are -inf.
-    log_ratio_TV = (top_k.log_probs_TV - rule_TV).masked_fill_(top_k.probs_TV == 0, 0.0)
-    return TokenScores(
-        nll_T=-correct_T,
-        top_k_nll_T=-top_k.correct_T,
-        kl_T=torch.linalg.vecdot(top_k.probs_TV, log_ratio_TV),
-        same_top1_T=top_k.top1_T == rule_logits_TV.argmax(-1),
-        delta_p_T=correct_T.exp() - top_k.correct_T.exp(),
-    )
 
 
 def document_groups(
@@ -244,11 +252,23 @@ def _batches(windows: list[Window], model: Any, batch_size: int | None) -> Itera
     waiting = sorted(windows, key=lambda w: -len(w.ids))
     while waiting:
         size = batch_size or max(1, most // max(1, len(waiting[0].ids) - 1))
-        yield _collate(waiting[:size], model.device, is_step=False)
+        yield _collate(waiting[:size], model.device)
         waiting = waiting[size:]
 
 
-def _collate(windows: list[Window], device: torch.device, *, is_step: bool) -> _Batch:
+def _step_batches(
+    plan: Iterator[list[Window]], model: Any, decode_batch: int, window: int
+) -> Iterator[_Batch]:
+    """Join batches of emulated steps on a GPU, where launches limit small passes."""
+    most = STEP_LOGITS_BYTES.get(model.device.type, STEP_LOGITS_BYTES_ELSEWHERE)
+    batch_bytes = 4 * text_config(model).vocab_size * window * decode_batch
+    while several := list(islice(plan, max(1, most // batch_bytes))):
+        yield _collate([w for batch in several for w in batch], model.device, decode_batch)
+
+
+def _collate(
+    windows: list[Window], device: torch.device, decode_batch: int | None = None
+) -> _Batch:
     longest = max(len(w.ids) for w in windows) - 1
     ids_BS = torch.zeros(len(windows), longest, dtype=torch.long)
     mask_BS = torch.zeros_like(ids_BS)
@@ -266,24 +286,30 @@ def _collate(windows: list[Window], device: torch.device, *, is_step: bool) -> _
         scored_BS,
         torch.tensor(targets, device=device),
         scored_BS.flatten().nonzero().squeeze(1).to(device),
-        is_step,
+        decode_batch,
     )
 
 
 @torch.inference_mode()
-def _forward(model: Any, rule: BoundRule, batch: _Batch) -> _Forward:
-    with evaluating(model), install(model, rule, emulates_steps=batch.is_step) as trace:
+def _forward(model: Any, rule: BoundRule, batch: _Batch) -> tuple[Tensor, Tensor]:
+    """Return logits of all positions, (B * S, V), and kept experts of real tokens, on the host."""
+    with (
+        evaluating(model),
+        _fast_experts(model),
+        install(model, rule, decode_batch=batch.decode_batch) as trace,
+    ):
         output = model(
             input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False
         )
-    is_real_BS = batch.attention_mask_BS.bool().cpu()
-    is_scored_T = batch.scored_BS[is_real_BS]
-    kept_TLK, distinct_TL = trace.kept_index, None
-    if batch.is_step:
-        step_T = is_real_BS.nonzero()[:, 1]
-        distinct_TL = count_distinct(step_T, kept_TLK, rule.routers.num_experts)[step_T]
-        distinct_TL = distinct_TL[is_scored_T]
-    return _Forward(output.logits.flatten(0, 1), kept_TLK[is_scored_T], distinct_TL)
+    return output.logits.flatten(0, 1), trace.kept_index
+
+
+def _fast_experts(model: Any) -> AbstractContextManager[None]:
+    """Replace torch's grouped product of float32: on a GPU it runs, and awaits, each group."""
+    name = getattr(model.config, "_experts_implementation", None)
+    if model.device.type != "cuda" or model.dtype != torch.float32 or name != "grouped_mm":
+        return nullcontext()
+    return experts_by(model, NAME, sparse_experts_forward)
 
 
 def _chunks(logits_PV: Tensor, batch: _Batch) -> Iterator[Tensor]:
@@ -313,27 +339,49 @@ def _compare(top_k: list[Prediction], logits_PV: Tensor, batch: _Batch) -> Token
         compare_predictions(prediction, chunk)
         for prediction, chunk in zip(top_k, _chunks(logits_PV, batch), strict=True)
     ]
-    return TokenScores(*(torch.cat(column).cpu() for column in zip(*chunks, strict=True)))
+    columns = [torch.cat(column) for column in zip(*chunks, strict=True)]
+    # One copy, since each waits for the device.
+    nll_T, top_k_nll_T, kl_T, same_T, delta_p_T = torch.stack([c.float() for c in columns]).cpu()
+    return TokenScores(nll_T, top_k_nll_T, kl_T, same_T > 0, delta_p_T)
+
+
+def _split(batch: _Batch, scores: TokenScores, kept_TLK: Tensor) -> list[_Outcome]:
+    """Split scores of scored tokens, and kept experts of all tokens, by window."""
+    scored = [w.num_scored for w in batch.windows]
+    columns = zip(*(column.split(scored) for column in scores), strict=True)
+    kept = kept_TLK.split([len(w.ids) - 1 for w in batch.windows])
+    return [_Outcome(TokenScores(*own), k) for own, k in zip(columns, kept, strict=True)]
 
 
 def _add(
     tallies: list[DocumentTally],
     batch: _Batch,
-    scores: TokenScores,
-    baseline: _Forward,
-    ruled: _Forward,
+    outcomes: list[_Outcome],
+    baseline: list[_Outcome],
+    num_experts: int,
 ) -> None:
-    start = 0
-    for window in batch.windows:
-        count = window.num_scored
-        if not count:
-            continue
-        part = slice(start, start + count)
-        tallies[window.document].add(
-            *(column[part].numpy() for column in scores),
-            first_position=window.first_scored,
-            kept_index_TLK=ruled.kept_index_TLK[part],
-            top_k_index_TLK=baseline.kept_index_TLK[part],
-            distinct_TL=None if ruled.distinct_TL is None else ruled.distinct_TL[part],
+    distinct: Sequence[Tensor | None] = [None] * len(outcomes)
+    if batch.decode_batch is not None:
+        kept = [outcome.kept_index_SLK for outcome in outcomes]
+        longest = max(map(len, kept))
+        step_T = torch.cat(
+            [
+                torch.arange(len(kept_SLK)) + number // batch.decode_batch * longest
+                for number, kept_SLK in enumerate(kept)
+            ]
         )
-        start += count
+        distinct_TL = count_distinct(step_T, torch.cat(kept), num_experts)[step_T]
+        distinct = distinct_TL.split([len(kept_SLK) for kept_SLK in kept])
+    for window, outcome, own, distinct_SL in zip(
+        batch.windows, outcomes, baseline, distinct, strict=True
+    ):
+        if not window.num_scored:
+            continue
+        scored = slice(window.first_scored, None)
+        tallies[window.document].add(
+            *(column.numpy() for column in outcome.scores),
+            first_position=window.first_scored,
+            kept_index_TLK=outcome.kept_index_SLK[scored],
+            top_k_index_TLK=own.kept_index_SLK[scored],
+            distinct_TL=None if distinct_SL is None else distinct_SL[scored],
+        )

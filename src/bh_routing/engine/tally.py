@@ -1,23 +1,97 @@
-"""Sums over one document's scored tokens, which become its record."""
+"""Scores of tokens under a rule, and their sums over a document, which become its record.
+
+Axes: T tokens, V vocabulary, L layers, K candidate slots.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bh_routing.engine.windows import (
-    TokenizedDocument,
-)
+from bh_routing.engine.windows import TokenizedDocument
 from bh_routing.models.trace import DROPPED, count_experts
 from bh_routing.results.records import EARLY_POSITIONS, KL_BIN_EDGES, QualityRecord
 from bh_routing.rules.base import Rule
 from bh_routing.rules.catalog import rule_to_config
 
 Floats = NDArray[np.floating[Any]]
+
+
+class TokenScores(NamedTuple):
+    """Comparison of each scored token; float32 or bool, shape (T,)."""
+
+    nll_T: Tensor
+    top_k_nll_T: Tensor
+    kl_T: Tensor
+    """KL(top-k || rule) in nats; may be slightly negative due to rounding."""
+    same_top1_T: Tensor
+    delta_p_T: Tensor
+
+
+class Prediction(NamedTuple):
+    """The baseline's prediction of T tokens, computed once and compared with every rule."""
+
+    log_probs_TV: Tensor
+    """Float32."""
+    probs_TV: Tensor
+    is_zero_TV: Tensor | None
+    """Where the probability is 0; None if it is nowhere."""
+    top1_T: Tensor
+    correct_T: Tensor
+    """Log-probability of the correct next token."""
+    targets_T: Tensor
+
+
+def predict(logits_TV: Tensor, targets_T: Tensor) -> Prediction:
+    """Return the prediction for logits of any float dtype."""
+    log_probs_TV = logits_TV.float().log_softmax(-1)
+    probs_TV = log_probs_TV.exp()
+    is_zero_TV = probs_TV == 0
+    return Prediction(
+        log_probs_TV,
+        probs_TV,
+        is_zero_TV if bool(is_zero_TV.any()) else None,
+        _argmax(logits_TV),
+        log_probs_TV.gather(1, targets_T[:, None]).squeeze(1),
+        targets_T,
+    )
+
+
+def compare_predictions(top_k: Prediction, rule_logits_TV: Tensor) -> TokenScores:
+    """Compare two predictions of the same tokens over the full vocabulary, in float32.
+
+    Args:
+        top_k: prediction of the model's own top-k.
+        rule_logits_TV: logits under the rule, any float dtype, (T, V).
+    Returns:
+        Scores per token; comparing a prediction with itself gives a KL of exactly 0.
+    """
+    rule_TV = rule_logits_TV.float().log_softmax(-1)
+    correct_T = rule_TV.gather(1, top_k.targets_T[:, None]).squeeze(1)
+    # Differences first: separate sums would cancel to rounding noise.
+    log_ratio_TV = torch.sub(top_k.log_probs_TV, rule_TV, out=rule_TV)
+    if top_k.is_zero_TV is not None:
+        # A token with probability 0 adds nothing, even if both logits are -inf.
+        log_ratio_TV.masked_fill_(top_k.is_zero_TV, 0.0)
+    return TokenScores(
+        nll_T=-correct_T,
+        top_k_nll_T=-top_k.correct_T,
+        kl_T=torch.linalg.vecdot(top_k.probs_TV, log_ratio_TV),
+        same_top1_T=top_k.top1_T == _argmax(rule_logits_TV),
+        delta_p_T=correct_T.exp() - top_k.correct_T.exp(),
+    )
+
+
+def _argmax(logits_TV: Tensor) -> Tensor:
+    """Return the first of each row's largest logits."""
+    if logits_TV.device.type != "cpu":
+        return logits_TV.argmax(-1)
+    # Torch's is ten times slower on a CPU.
+    return torch.from_numpy(logits_TV.float().numpy().argmax(-1))
 
 
 class DocumentTally:

@@ -288,13 +288,16 @@ class KnobSearch:
     ) -> dict[str, Setting]:
         """Score the rules at these values, together with one pass of the model's own top-k."""
         rules = {name: self._at(goals[name].variant, value) for name, value in values.items()}
+        once: dict[Rule, str] = {}  # whole numbers meet several budgets
+        for name, rule in rules.items():
+            once.setdefault(rule, name)
         records: dict[str, list[QualityRecord]] = defaultdict(list)
         title = f"correction {corrections}" if corrections else "measure"
-        total = self.num_tokens * len(rules)
+        total = self.num_tokens * len(once)
         model, tokenizer, text = self._model, self._tokenizer, self.text
         records_of = partial(
             score,
-            *(model, tokenizer, text.documents, rules, self._calibration),
+            *(model, tokenizer, text.documents, {n: r for r, n in once.items()}, self._calibration),
             batch_size=text.batch_size,
             decode_batch=text.decode_batch,
         )
@@ -303,7 +306,9 @@ class KnobSearch:
                 records[record.config_name].append(record)
                 bar.update(record.tokens)
         return {
-            name: self._setting(goals[name], rules[name], value, records[name], corrections)
+            name: self._setting(
+                goals[name], rules[name], value, records[once[rules[name]]], corrections
+            )
             for name, value in values.items()
         }
 

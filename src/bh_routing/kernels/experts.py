@@ -91,6 +91,10 @@ Measured on two CPU cores with the demo model (64 experts, 128 x 64).
 """
 
 
+TOKENS_AT_A_TIME: Final = 2048
+"""On a CPU: the allocator maps larger results anew each time, which halved the speed."""
+
+
 def mix_torch(
     experts: ExpertWeights, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor
 ) -> Tensor:
@@ -104,6 +108,9 @@ def mix_torch(
     Returns:
         (T, H), in the dtype of `hidden_TH`.
     """
+    if len(hidden_TH) > TOKENS_AT_A_TIME and not hidden_TH.is_cuda:
+        split = [rows.split(TOKENS_AT_A_TIME) for rows in (hidden_TH, index_TK, weights_TK)]
+        return torch.cat([mix_torch(experts, *part) for part in zip(*split, strict=True)])
     kept_TK = (weights_TK != 0) & (index_TK < experts.up.shape[0])
     if len(hidden_TH) == 1:
         return mix_one(experts, hidden_TH, index_TK[kept_TK], weights_TK[kept_TK])
@@ -121,8 +128,11 @@ def mix_torch(
         outputs_SH = experts.normalize(outputs_SH)
     weighted_SH = outputs_SH * weights_TK[token_S, slot_S].unsqueeze(-1)
     # Scatter, then sum: on a GPU the order of `index_add_` isn't deterministic.
-    weighted_TKH = weighted_SH.new_zeros(*kept_TK.shape, weighted_SH.shape[1])
-    weighted_TKH[token_S, slot_S] = weighted_SH
+    # Kept slots to the left: a widened router proposes more than a token keeps.
+    place_S = (kept_TK.cumsum(-1) - 1)[token_S, slot_S]
+    most = int(place_S.max()) + 1 if place_S.numel() else 0
+    weighted_TKH = weighted_SH.new_zeros(len(hidden_TH), most, weighted_SH.shape[1])
+    weighted_TKH[token_S, place_S] = weighted_SH
     return weighted_TKH.sum(1).to(hidden_TH.dtype)
 
 

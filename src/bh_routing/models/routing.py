@@ -176,14 +176,14 @@ def _check_site(site: RouterSite, rule: Rule) -> None:
 
 @contextmanager
 def install(
-    model: nn.Module, bound: BoundRule, *, emulates_steps: bool = False
+    model: nn.Module, bound: BoundRule, *, decode_batch: int | None = None
 ) -> Iterator[ExpertTrace]:
     """Hook a bound rule into the model inside a `with` block, and yield a new trace.
 
     Args:
         model: the model that the rule is bound to.
         bound: the rule.
-        emulates_steps: in a call, position t of all sequences is decode step t. Only for batches of
+        decode_batch: in a call, position t of each so many sequences is a decode step. Only for
             independent sequences: a step must not contain a text's own future tokens.
     """
     routers = bound.routers
@@ -198,7 +198,7 @@ def install(
         undo.callback(torch.compiler.reset)
         rows = None
         if bound.rule.unit != "token":
-            rows = RowsOfCall(emulates_steps=emulates_steps, end_ids=end_ids(unwrapped(model)))
+            rows = RowsOfCall(decode_batch=decode_batch, end_ids=end_ids(unwrapped(model)))
         for remove in _watch_calls(text_stack_of(unwrapped(model), routers.sites), trace, rows):
             undo.callback(remove)
         parts = zip(routers.sites, bound.selectors, bound.deciders, strict=True)

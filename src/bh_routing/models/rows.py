@@ -20,14 +20,14 @@ class RowsOfCall:
     """Rows of the latest call of a model's layer stack.
 
     Args:
-        emulates_steps: number rows as emulated decode steps, for teacher-forced batches of
-            independent sequences.
+        decode_batch: sequences per emulated decode step, for teacher-forced batches of independent
+            sequences; None: steps are those of the call.
         end_ids: tokens that `generate` feeds to sequences that have ended; in a decode step these
             rows count as padding.
     """
 
-    def __init__(self, *, emulates_steps: bool = False, end_ids: Collection[int] = ()) -> None:
-        self._emulates_steps = emulates_steps
+    def __init__(self, *, decode_batch: int | None = None, end_ids: Collection[int] = ()) -> None:
+        self._decode_batch = decode_batch
         self._end_ids = end_ids
         self._rows: Rows | None = None
 
@@ -48,7 +48,9 @@ class RowsOfCall:
             # Packed sequences: positions restart, which transformers' own masks rely on too.
             is_start_BS[:, 1:] = places.diff(dim=-1) != 1
         rows = Rows.of_batch(is_real_BS, is_start_BS)
-        self._rows = rows.as_emulated_steps() if self._emulates_steps else rows
+        if self._decode_batch is not None:
+            rows = rows.as_emulated_steps(self._decode_batch, tokens.shape[1])
+        self._rows = rows
 
     def of(self, num_rows: int, device: torch.device) -> Rows:
         """Return the rows of the running call.

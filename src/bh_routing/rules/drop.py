@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Final, Literal, get_args
 
 import torch
@@ -43,7 +44,6 @@ from bh_routing.rules.step import (
     Between,
     StepExperts,
     StepRule,
-    count_tokens,
     reject_in_steps,
     step_selector,
 )
@@ -187,11 +187,12 @@ class BenjaminiHochbergDrop(StepRule, ContributionRule):
         """Return the largest score that scope "population" drops; -inf if nothing is rejected."""
         contributions = require_contributions(self.method, context)
         all_N = contributions.all_of(self.statistic).sorted_scores_N
-        return self._largest_rejected(all_N, contributions.needed(self.statistic, self.needed))
+        needed = contributions.needed(self.statistic, self.needed)
+        return self._largest_rejected(all_N, _tail_of_all(all_N, needed.sorted_scores_N))
 
-    def _largest_rejected(self, all_N: Tensor, needed: ReferenceTable) -> float:
+    def _largest_rejected(self, all_N: Tensor, p_N: Tensor) -> float:
         """Return the largest of ascending scores that BH over all of them rejects, or -inf."""
-        is_below_N = on_or_below_line(lower_tail(all_N, needed), self.alpha)
+        is_below_N = on_or_below_line(p_N, self.alpha)
         return float(all_N[is_below_N][-1]) if bool(is_below_N.any()) else _NOTHING
 
     def _bind_block(self, context: LayerContext) -> Selector:
@@ -212,13 +213,7 @@ class BenjaminiHochbergDrop(StepRule, ContributionRule):
 
     def _bind_step(self, context: LayerContext) -> Selector:
         scale_E = layer_scale(self.method, self.statistic, context)
-        reads = self.step_reads(context)
-        return step_selector(
-            context,
-            scale_E,
-            self.min_k,
-            lambda experts, step_T: reads(experts, count_tokens(step_T)),
-        )
+        return step_selector(context, scale_E, self.min_k, self.step_reads(context))
 
     def step_reads(self, context: LayerContext) -> Callable[[StepExperts, Tensor], Tensor]:
         """Return experts and tokens of each step -> whether it reads an expert, bool (S, E).
@@ -275,19 +270,24 @@ class BenjaminiHochbergDrop(StepRule, ContributionRule):
             CalibrationError: the context has no tables of steps.
         """
         contributions = require_contributions(self.method, context)
-        needed_BN = contributions.step_tables(NEEDED_STEPS)
         every_BN = contributions.step_tables(ALL_STEPS)
+        p_BN = _tail_of_all(every_BN, contributions.step_tables(NEEDED_STEPS))
         return Between.values(
             [self.cut_off(context)]
-            + [
-                self._largest_rejected(all_N, ReferenceTable(needed_N))
-                for all_N, needed_N in zip(every_BN, needed_BN, strict=True)
-            ]
+            + [self._largest_rejected(*pairs) for pairs in zip(every_BN, p_BN, strict=True)]
         )
 
 
 def lower_tail(scores: Tensor, needed: ReferenceTable) -> Tensor:
     """Return (1 + #{needed <= s}) / (N + 1) as float64, in the shape of `scores`."""
-    reference_N = needed.sorted_scores_N
-    not_above = torch.searchsorted(reference_N, scores.contiguous(), side="right")
-    return (1 + not_above).to(torch.float64) / (reference_N.numel() + 1)
+    return _tail(scores, needed.sorted_scores_N)
+
+
+def _tail(scores: Tensor, needed_N: Tensor) -> Tensor:
+    not_above = torch.searchsorted(needed_N, scores.contiguous(), side="right")
+    return (1 + not_above).to(torch.float64) / (needed_N.shape[-1] + 1)
+
+
+# A search tries many alphas on the same tables, in every layer.
+_tail_of_all = lru_cache(maxsize=8)(_tail)
+"""The p-values of a calibration's own scores, by the identity of both tensors."""

@@ -72,9 +72,11 @@ class Rows(NamedTuple):
         numbers_T = torch.arange(num_rows, device=device)
         return cls(numbers_T, torch.zeros_like(numbers_T), torch.zeros_like(numbers_T))
 
-    def as_emulated_steps(self) -> Rows:
-        """Return the rows with position t of all sequences as decode step t."""
-        return self._replace(step_T=torch.where(self.sequence_T >= 0, self.position_T, -1))
+    def as_emulated_steps(self, decode_batch: int, num_positions: int) -> Rows:
+        """Return the rows with position t of each `decode_batch` sequences as a decode step."""
+        first_T = self.sequence_T // decode_batch * num_positions
+        step_T = torch.where(self.sequence_T >= 0, first_T + self.position_T, -1)
+        return self._replace(step_T=step_T)
 
     def to(self, device: torch.device) -> Rows:
         """Return the rows with their tensors on `device`."""

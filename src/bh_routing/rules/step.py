@@ -7,8 +7,8 @@ anyway. In prefill, which has no decode steps, a token keeps all slots of its ow
 keeps its best slot and never votes. A token's result depends on the other tokens of its step, but
 not on their order.
 
-Axes: S steps, T tokens, E experts, K slots. As many steps as tokens are provided for: their number
-is on the device, and reading it would be a host sync.
+Axes: S steps, T tokens, E experts, K slots. On a GPU as many steps as tokens are provided for:
+reading their number would be a host sync.
 """
 
 from __future__ import annotations
@@ -34,11 +34,7 @@ from bh_routing.rules.base import (
     check_choice,
     check_count,
 )
-from bh_routing.rules.contribution import (
-    ContributionRule,
-    ContributionThreshold,
-    layer_scale,
-)
+from bh_routing.rules.contribution import ContributionRule, ContributionThreshold, layer_scale
 from bh_routing.rules.plan import Candidates, Plan, Selector, keep_best, rank_slots, slot_scores
 
 _UNITS: Final = 2.0**40
@@ -106,7 +102,7 @@ def step_experts(
     step_TK: Tensor,
     *,
     num_experts: int,
-    num_steps: int | None = None,
+    num_steps: int,
     exponent: float = 2.0,
 ) -> StepExperts:
     """Return the norm over a step's tokens of each expert's scores; no host sync.
@@ -119,10 +115,9 @@ def step_experts(
         index_TK: int64 expert of each slot.
         step_TK: int64 step of each slot, from 0 to num_steps - 1, or -1 for none; may be (T, 1).
         num_experts: E.
-        num_steps: S; None: the number of tokens.
+        num_steps: S.
         exponent: above 0; 2 for Fisher mass, 1 for a sum.
     """
-    num_steps = len(step_TK) if num_steps is None else num_steps
     size = (num_steps + 1) * num_experts  # the last row is for slots in no step
     row_TK = torch.where(step_TK < 0, num_steps, step_TK)
     pair_M = (row_TK * num_experts + index_TK).flatten()
@@ -173,7 +168,7 @@ def step_selector(
         context: the layer.
         scale_E: scale of each expert; a slot's score is its weight times the scale.
         min_k: own slots with the largest scores that a token always keeps.
-        reads: experts of each step, and step of each token -> bool (S, E).
+        reads: experts and tokens of each step -> whether it reads an expert, bool (S, E).
         exponent: that of `step_experts`.
     """
     model_top_k = context.model_top_k
@@ -183,13 +178,17 @@ def step_selector(
         scores_TK = slot_scores(candidates, scale_E).masked_fill(~is_own_TK, -1.0)
         assert candidates.rows is not None, "the unit isn't the token"
         step_T, is_prefill_T = candidates.rows.step_T, candidates.rows.sequence_T >= 0
+        num_steps = len(step_T)
+        if step_T.device.type == "cpu" and num_steps and not torch.compiler.is_compiling():
+            num_steps = int(step_T.max()) + 1
         # Slots beyond the token's own top-k are refilled, but don't vote.
         step_TK = torch.where(is_own_TK, step_T[:, None], -1)
         experts = step_experts(
-            scores_TK.clamp_min(0), index_TK, step_TK, num_experts=len(scale_E), exponent=exponent
-        )
+            scores_TK.clamp_min(0), index_TK, step_TK,
+            num_experts=len(scale_E), num_steps=num_steps, exponent=exponent,
+        )  # fmt: skip
         is_floor_TK = rank_slots(candidates, scores_TK) < min_k
-        is_read_SE = reads(experts, step_T) & experts.is_present_SE
+        is_read_SE = reads(experts, count_tokens(step_T, num_steps)) & experts.is_present_SE
         is_read_TK = read_slots(index_TK, step_T, is_read_SE, is_floor_TK)
         if index_TK.shape[-1] > model_top_k:
             is_best_TK = rank_slots(candidates, is_read_TK.float()) < model_top_k
@@ -200,9 +199,8 @@ def step_selector(
     return select
 
 
-def count_tokens(step_T: Tensor) -> Tensor:
+def count_tokens(step_T: Tensor, num_steps: int) -> Tensor:
     """Return the number of tokens in each step, int64 (S,)."""
-    num_steps = len(step_T)
     row_T = torch.where(step_T < 0, num_steps, step_T)
     counts = torch.zeros(num_steps + 1, dtype=torch.int64, device=step_T.device)
     return counts.scatter_add(0, row_T, torch.ones_like(row_T))[:num_steps]
