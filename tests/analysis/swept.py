@@ -120,5 +120,6 @@ def scored_text(
         cost_DC=np.array([experts[n] for n in losses], dtype=np.float64).T * tokens_D[:, None],
         tokens_D=tokens_D,
         clusters_D=clusters,
+        draws_D=np.zeros(len(tokens), dtype=np.int64),
         domains_D=np.array(["prose"] * len(tokens)),
     )

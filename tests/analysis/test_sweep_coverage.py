@@ -45,6 +45,7 @@ def draw(rng: np.random.Generator, *, tail: bool) -> ScoredText:
         cost_DC=np.stack(experts, axis=1) * tokens_D[:, None],
         tokens_D=tokens_D,
         clusters_D=np.array([f"{book}" for book in book_D]),
+        draws_D=np.zeros(len(book_D), dtype=np.int64),
         domains_D=np.array(["prose"] * len(book_D)),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -53,6 +54,33 @@ def test_a_small_table_comes_out_as_by_hand() -> None:
     expected = estimate_ratio(found.difference * weights + values * weights, weights, range(4))
     assert [found.low, found.high] == pytest.approx(np.ravel(expected.interval()).tolist())
     assert found.p == pytest.approx(expected.p_different()[0])
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.03])
+@pytest.mark.parametrize("documents", [4, 40])
+def test_the_variance_between_draws_of_companions_widens_the_interval(
+    documents: int, shift: float
+) -> None:
+    rng, number = np.random.default_rng(0), np.arange(2 * documents) % documents
+    loss = rng.uniform(0.1, 0.2, documents)[number]
+    loss[documents:] += shift
+    flat = np.ones(2 * documents)
+    losses = {"rule": loss, "four": 0.3 * flat, "five": 0.2 * flat, "six": 0.1 * flat}
+    experts = {"rule": 4.5 * flat, "four": 4 * flat, "five": 5 * flat, "six": 6 * flat}
+    text = scored_text(flat, losses, experts)  # type: ignore[arg-type]
+    text = replace(text, clusters_D=text.clusters_D[number])
+    plain = compared(text)
+    drawn = compared(replace(text, draws_D=np.arange(2 * documents) // documents))
+    weights, books = flat, [str(i) for i in number]
+    se, both = (
+        float(estimate_ratio(loss, weights, books, draws=draws, resamples=400).se_R[0])
+        for draws in (None, np.arange(2 * documents) // documents)
+    )
+    assert both == pytest.approx(math.hypot(se, shift / 2))
+    assert drawn.difference == plain.difference
+    widened = (drawn.high - drawn.low) / (plain.high - plain.low)
+    assert widened == pytest.approx(both / se)
+    assert (drawn.p > plain.p) or shift == 0 or documents == 40
 
 
 @pytest.mark.parametrize("name", ["_difference", "_fraction_saved"])

@@ -12,6 +12,7 @@ import pytest
 
 import bh_routing as bhr
 from bh_routing.analysis.quality import QualityOptions
+from bh_routing.analysis.sweep_records import read_sweep
 from bh_routing.engine.texts import Document, packaged_documents
 from bh_routing.engine.windows import TokenizedDocument, cut_pieces
 from bh_routing.errors import InputError
@@ -73,6 +74,12 @@ def test_rules_are_compared_with_each_reference_at_their_own_reads(folder: Path)
     assert set(compared["reference"]) == {"top_k", "oea", "expert_budget"}
     row = compared.query("config_name == 'top_p@0.7' and reference == 'top_k'").iloc[0]
     assert math.isfinite(row["difference"] + row["p_corrected"])
+
+
+def test_records_know_their_draw_of_companions(folder: Path) -> None:
+    draws = [record.draw for record in read_sweep(folder).records]
+    assert set(draws) == {0, 1}
+    assert draws.count(0) == draws.count(1)
 
 
 def test_the_report_states_the_batch(folder: Path) -> None:

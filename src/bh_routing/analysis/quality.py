@@ -329,10 +329,9 @@ def _estimate(
     weights_D: Sequence[float],
     options: QualityOptions,
 ) -> RatioEstimate:
-    clusters_D = [record.cluster for record in records]
-    return estimate_ratio(
-        values_DR, weights_D, clusters_D, resamples=options.resamples, seed=options.seed
-    )
+    clusters_D, draws_D = [r.cluster for r in records], [r.draw for r in records]
+    sampling = {"resamples": options.resamples, "seed": options.seed}
+    return estimate_ratio(values_DR, weights_D, clusters_D, draws=draws_D, **sampling)
 
 
 def _by_position(

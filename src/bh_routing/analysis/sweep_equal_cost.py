@@ -17,7 +17,8 @@ in 400 simulated sweeps per row, 42 books, 4 rules (test_sweep_coverage.py, mark
     normal            0.948          0.955
     exponential       0.926          0.908
 
-With a long tail of badly harmed books, the intervals are slightly too narrow.
+With a long tail of badly harmed books, the intervals are slightly too narrow. Draws of step
+companions add their variance, as in `stats.clustered`.
 
 Axes: D documents, G clusters, B resamples, K points of the curve, N tests, J ratios: losses of the
 rule and the curve's K points, then their means.
@@ -303,6 +304,9 @@ def _sample(
     everything_1G = np.ones((1, num_clusters))
     value_1, error_1 = _evaluate(function, sums, everything_1G)
     estimate, se = float(value_1[0]), float(error_1[0])
+    draws = sum_clusters(_columns(text, test), text.tokens_D, text.draws_D)
+    if len(draws.weights_G) > 1:
+        se = math.hypot(se, _evaluate(function, draws, np.ones((1, len(draws.weights_G))))[1][0])
     if num_clusters < BOOTSTRAP_CLUSTERS or not se > 0:
         return estimate, se if se > 0 else math.nan, None
     parts = []

@@ -123,6 +123,8 @@ class ScoredText:
     """Whether the tokens were scored in decode steps."""
     tokens_D: Floats
     clusters_D: NDArray[np.str_]
+    draws_D: NDArray[np.int64]
+    """Draw of step companions."""
     domains_D: NDArray[np.str_]
 
     def domain(self, name: str) -> ScoredText:
@@ -135,6 +137,7 @@ class ScoredText:
             has_steps=self.has_steps,
             tokens_D=self.tokens_D[here],
             clusters_D=self.clusters_D[here],
+            draws_D=self.draws_D[here],
             domains_D=self.domains_D[here],
         )
 
@@ -220,6 +223,7 @@ def align(records: Sequence[QualityRecord]) -> ScoredText:
         has_steps=has_steps,
         tokens_D=np.array([fullest[d].tokens for d in documents], dtype=np.float64),
         clusters_D=np.array([fullest[d].cluster for d in documents]),
+        draws_D=np.array([fullest[d].draw for d in documents]),
         domains_D=np.array([fullest[d].domain for d in documents]),
     )
 

@@ -189,7 +189,8 @@ class QualityRecord:
     document: str
     """For display only: unique among the documents that were scored together."""
     document_key: str
-    """Hash of the document's text and of the position at which the scored tokens start."""
+    """Hash of the document's text, place of the first scored token, and after "#" the draw
+    of step companions, if it isn't the first."""
     cluster: str
     """Documents of one cluster, such as chapters of one book, aren't independent draws."""
     domain: str
@@ -224,6 +225,11 @@ class QualityRecord:
     """[layer]: |kept and top-k's| / |kept or top-k's|, summed over scored tokens."""
     distinct_experts_sum: int | None = None
     """Distinct experts that the token's decode step kept, over units; None without steps."""
+
+    @property
+    def draw(self) -> int:
+        """Number of the draw of step companions, from 0."""
+        return int(self.document_key.partition("#")[2] or 0)
 
 
 TASK_OUTCOMES: Final = "lm_eval_outcomes.jsonl"

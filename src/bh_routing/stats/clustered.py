@@ -23,7 +23,7 @@ slightly too frequent.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -62,7 +62,7 @@ class RatioEstimate:
 
     estimate_R: Floats
     se_R: Floats
-    """Cluster-robust standard error; NaN below 2 clusters."""
+    """Cluster-robust standard error, with that of draws; NaN below 2 clusters."""
     num_documents: int
     num_clusters: int
     method: str
@@ -108,21 +108,29 @@ def estimate_ratio(
     weights: ArrayLike,
     clusters: ArrayLike,
     *,
+    draws: ArrayLike | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> RatioEstimate:
     """Estimate sum(values) / sum(weights) over documents, with clusters as independent units.
 
+    Documents that share decode steps depend on each other. If each was scored in several draws of
+    companions, the variance between draws is added to that over clusters, which contains a part of
+    it: the standard error is too large rather than too small.
+
     Args:
         values: sums over each document's tokens, shape (D,) or (D, R).
         weights: tokens of each document, shape (D,); documents of weight 0 are left out.
         clusters: the cluster of each document, shape (D,).
+        draws: the draw of step companions of each document, shape (D,); None: all the same.
         resamples: number of bootstrap resamples.
         seed: seed of the bootstrap.
     Returns:
         The estimate of every column, by the method that the number of clusters allows.
     Raises:
         InputError: the documents are inconsistent, or none has a positive weight.
+    Source: Cameron, Gelbach & Miller (2011), J. Bus. Econ. Stat. 29:238, for two-way clustering,
+        there less the variance that both ways share.
     Example:
         >>> e = estimate_ratio([3.0, 1.0, 2.0], [10, 10, 20], ["a", "b", "c"])
         >>> e.method, float(e.estimate_R[0])
@@ -132,10 +140,16 @@ def estimate_ratio(
     num_clusters = len(sums.weights_G)
     if num_clusters == 0:
         raise InputError("no document has a weight above 0: there is nothing to estimate")
+    se_R = cluster_standard_error(sums)
+    by_draw = sum_clusters(values, weights, clusters if draws is None else draws)
+    if draws is not None and len(by_draw.weights_G) > 1:
+        se_R = np.hypot(se_R, cluster_standard_error(by_draw))
     bootstrap, method, note = None, NO_METHOD, ""
     if num_clusters >= BOOTSTRAP_CLUSTERS:
         method = STUDENTIZED
-        bootstrap = cluster_bootstrap(values, weights, clusters, resamples=resamples, seed=seed)
+        bootstrap = replace(
+            cluster_bootstrap(values, weights, clusters, resamples=resamples, seed=seed), se_R=se_R
+        )
     elif num_clusters >= MIN_CLUSTERS:
         method = CLUSTER_T
         note = f"{num_clusters} clusters: cluster t, for a bootstrap needs {BOOTSTRAP_CLUSTERS}."
@@ -146,7 +160,7 @@ def estimate_ratio(
         )
     return RatioEstimate(
         estimate_R=sums.values_GR.sum(axis=0) / sums.weights_G.sum(),
-        se_R=cluster_standard_error(sums),
+        se_R=se_R,
         num_documents=int((np.asarray(weights) > 0).sum()),
         num_clusters=num_clusters,
         method=method,
