@@ -10,11 +10,11 @@ from tools.measure_house import House, measure
 
 HOUSE = measure()
 MOST = House(
-    lines=34_290,
+    lines=34_300,
     files=164,
     record_types=177,
     import_percent=8.15,
-    prose_words=50_820,
+    prose_words=50_840,
     what_per_thousand=0.5,
     beside_per_thousand=0.05,
     spec_modules=62,

@@ -21,8 +21,11 @@ from bh_routing.errors import InputError, ResultsError
 from bh_routing.experiments.evidence import EvidenceSpec, evidence
 from bh_routing.experiments.evidence_parts import KEPT_FRACTIONS
 from bh_routing.experiments.specs import make_spec
+from bh_routing.nulls.calibration import Calibration
 from bh_routing.report.evidence import conclude_evidence
+from bh_routing.results.records import CALIBRATION
 from tests.experiments.evidence_driver import run_part, run_slowly, run_uncalibrated
+from tests.families.checkpoints import save_tiny
 
 FEW = ["--device", "cpu", "--tokens", "200", "--calibration-tokens", "6000"]
 PARTS = ["equal_cost", "nulls", "wrong_drops", "pruning"]
@@ -193,6 +196,23 @@ def test_the_estimate_of_the_demo_is_of_the_order_of_the_times(demo: Path) -> No
     for part in ("calibration", "wrong_drops", "pruning"):
         seconds = json.loads((demo / part / "outcome.json").read_text())["seconds"]
         assert seconds / 30 < estimate["seconds"][part] < 30 * seconds
+
+
+@pytest.mark.parametrize(
+    ("family", "is_fitted"),
+    [("qwen3_moe", True), ("minimax_m2", False), ("deepseek_v3", False), ("gemma4", False)],
+)
+def test_a_null_that_a_family_does_not_support_is_left_out(
+    family: str, is_fitted: bool, tmp_path: Path
+) -> None:
+    model = str(save_tiny(family, tmp_path / family))
+    spec = spec_of(tmp_path, model=model, device="cpu", calibration_tokens=6_000)
+    (tmp_path / "calibration").mkdir()
+    run_real_part(spec, "calibration")
+    fitted = Calibration.load(tmp_path / "calibration" / CALIBRATION)
+    assert ("permutation" in fitted.tables) is is_fitted
+    assert "background" in fitted.tables
+    assert fitted.contributions is not None
 
 
 @pytest.mark.full

@@ -67,6 +67,8 @@ MOST_PAIRS: Final = 128 * 128 * 32
 """Experts squared times layers up to which the tables of per_expert take at most 2 GiB."""
 _DECISIONS: Final = 12
 """Forward passes that take as long as the decisions of all rules in the part wrong_drops."""
+_TRIED_TOKENS: Final = 256
+"""Tokens that show whether a null distribution can be fitted to a family's routers."""
 _PROBE_TOKENS: Final = {"cuda": 8_192, "cpu": 1_024}
 
 Analyze = Callable[[Sequence[QualityRecord]], dict[str, Any]]
@@ -117,20 +119,31 @@ def _calibrated(spec: EvidenceSpec, folder: Path) -> dict[str, Any]:
 
 
 def _calibrate(spec: EvidenceSpec, folder: Path) -> None:
-    """Fit all null distributions, per_expert only if its tables are small."""
+    """Fit all null distributions that the model supports, per_expert only with small tables."""
     loaded = load(spec)
     facts = loaded.facts
     nulls = {name for name, null in NULLS.items() if null.needs_table} | {*OF_SLOTS}
     if facts.num_experts**2 * facts.num_layers > MOST_PAIRS:
         nulls.discard("per_expert")
-    fitted = calibrate(
-        loaded.model,
-        loaded.tokenizer,
-        [document.text for document in packaged_documents("calibration")],
-        nulls=sorted(nulls),
-        max_tokens=spec.calibration_tokens,
-        seed=spec.seed,
-    )
+
+    def fit(names: set[str], max_tokens: int) -> Calibration:
+        texts = [document.text for document in packaged_documents("calibration")]
+        return calibrate(
+            loaded.model,
+            loaded.tokenizer,
+            texts,
+            nulls=sorted(names),
+            max_tokens=max_tokens,
+            seed=spec.seed,
+        )
+
+    for name in sorted(name for name, null in NULLS.items() if null.needs_gate):
+        try:
+            fit({name}, _TRIED_TOKENS)
+        except CalibrationError as error:
+            log.warning("left out: %s", error)
+            nulls.discard(name)
+    fitted = fit(nulls, spec.calibration_tokens)
     fitted.check_text()
     fitted.save(folder / CALIBRATION)
 
