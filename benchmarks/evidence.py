@@ -1,6 +1,6 @@
 """Publish evidence of several models, each made by `bh-routing evidence`, in docs/evidence.md.
 
-    python -m benchmarks.evidence packaged=FOLDER larger=FOLDER --loss-curve larger.png
+    python -m benchmarks.evidence packaged=FOLDER larger=FOLDER --training training.json
 
 Copies each folder's tables to `evidence_tables/NAME.json`, and renders those of all models next to
 each other between the markers of the page, and a sentence on them in README. FOLDER may be a folder
@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
 
 from bh_routing.analysis.evidence import read_evidence
 from bh_routing.report.evidence import POPULATION, STEPS, matches, render_evidence
@@ -78,6 +80,30 @@ def _saved(
     return percent(next(rows, None))
 
 
+def draw_loss_curve(training: Mapping[str, Any], path: Path) -> None:
+    """Draw the loss on training text, as a running mean, and on held-out text."""
+    rows = pd.DataFrame(training["curve"])
+    million = rows["tokens"] / 1e6
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    smooth = rows["train_nll"].rolling(max(1, len(rows) // 50), min_periods=1).mean()
+    axes.plot(million, smooth, color="#4477aa", label="training text, running mean")
+    if "heldout_nll" in rows:
+        heldout = rows["heldout_nll"].dropna()
+        axes.plot(
+            million[heldout.index], heldout, "o-", ms=3, color="#cc6633", label="held-out text"
+        )
+    lowest = min(smooth.min(), training["heldout_nll"])
+    axes.set(
+        xlabel="training tokens (millions)",
+        ylabel="negative log-likelihood (nats per token)",
+        ylim=(lowest - 0.1, smooth[million >= million.iloc[-1] / 20].max()),
+    )
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
 def _replace(page: Path, block: str) -> None:
     text = page.read_text(encoding="utf-8")
     page.write_text(BLOCK.sub(lambda found: found[1] + block + found[2], text), encoding="utf-8")
@@ -87,15 +113,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Store the evidence and write the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("models", nargs="+", metavar="NAME=FOLDER")
-    parser.add_argument("--loss-curve", type=Path, help="chart of the larger model's training")
+    parser.add_argument("--training", type=Path, help="training.json of the larger model")
     options = parser.parse_args(argv)
     for named in options.models:
         name, _, path = named.partition("=")
         content = render_json(read_evidence(Path(path)))
         STORED.mkdir(exist_ok=True)
         write_atomically(STORED / f"{name}.json", content)
-    if options.loss_curve is not None:
-        shutil.copyfile(options.loss_curve, CURVE)
+    if options.training is not None:
+        draw_loss_curve(read_json_object(options.training), CURVE)
     for page, block in ((PAGE, render(stored())), (README, summarize(stored()))):
         _replace(page, block)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bh_routing.analysis.evidence import collect_evidence
 from bh_routing.cli.evidence import run_part as run_real_part
@@ -21,11 +22,14 @@ from bh_routing.errors import InputError, ResultsError
 from bh_routing.experiments.evidence import EvidenceSpec, evidence
 from bh_routing.experiments.evidence_parts import KEPT_FRACTIONS
 from bh_routing.experiments.specs import make_spec
+from bh_routing.experiments.wrong_drops import reader
+from bh_routing.models import find_routers
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.report.evidence import conclude_evidence
 from bh_routing.results.records import CALIBRATION
 from tests.experiments.evidence_driver import run_part, run_slowly, run_uncalibrated
 from tests.families.checkpoints import save_tiny
+from tests.families.zoo import tiny_model
 
 FEW = ["--device", "cpu", "--tokens", "200", "--calibration-tokens", "6000"]
 PARTS = ["equal_cost", "nulls", "wrong_drops", "pruning"]
@@ -213,6 +217,21 @@ def test_a_null_that_a_family_does_not_support_is_left_out(
     assert ("permutation" in fitted.tables) is is_fitted
     assert "background" in fitted.tables
     assert fitted.contributions is not None
+
+
+def test_wrong_drops_are_judged_on_the_scores_that_a_family_ranks_by() -> None:
+    model = tiny_model("minimax_m2")  # by a sigmoid plus a bias
+    generator = torch.Generator().manual_seed(0)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator))
+    ids_1S = torch.randint(3, 60, (1, 50), generator=generator)
+    with reader(model) as read:
+        seen = read(ids_1S)
+    assert len(seen) == len(find_routers(model).sites)
+    for candidates, slots in seen:
+        best_TK = candidates.router_logits_TE.topk(slots.experts.shape[1]).indices
+        assert torch.equal(best_TK.sort().values, slots.experts.sort().values)
 
 
 @pytest.mark.full

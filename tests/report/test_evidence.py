@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,3 +136,10 @@ def test_the_published_page_shows_what_was_measured() -> None:
         assert len(published.BLOCK.findall(text)) == 1
         assert f"-->\n{block}<!-- evidence: end -->" in text
     assert CLAIMS[POPULATION_CLAIM](models["packaged"])
+
+
+def test_the_loss_curve_is_drawn_from_training_json(tmp_path: Path) -> None:
+    curve = [{"tokens": 1000 * step, "train_nll": 9.0 / step} for step in range(1, 60)]
+    curve[40]["heldout_nll"] = 0.5
+    published.draw_loss_curve({"curve": curve, "heldout_nll": 0.4}, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

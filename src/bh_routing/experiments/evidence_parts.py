@@ -67,8 +67,8 @@ MOST_PAIRS: Final = 128 * 128 * 32
 """Experts squared times layers up to which the tables of per_expert take at most 2 GiB."""
 _DECISIONS: Final = 12
 """Forward passes that take as long as the decisions of all rules in the part wrong_drops."""
-_TRIED_TOKENS: Final = 256
-"""Tokens that show whether a null distribution can be fitted to a family's routers."""
+_TRIAL_TOKENS: Final = 64
+"""Tokens on which a null distribution is tried out."""
 _PROBE_TOKENS: Final = {"cuda": 8_192, "cpu": 1_024}
 
 Analyze = Callable[[Sequence[QualityRecord]], dict[str, Any]]
@@ -119,31 +119,20 @@ def _calibrated(spec: EvidenceSpec, folder: Path) -> dict[str, Any]:
 
 
 def _calibrate(spec: EvidenceSpec, folder: Path) -> None:
-    """Fit all null distributions that the model supports, per_expert only with small tables."""
-    loaded = load(spec)
-    facts = loaded.facts
+    """Fit all null distributions that the model has, per_expert only if its tables are small."""
+    model, tokenizer, facts, *_ = load(spec)
     nulls = {name for name, null in NULLS.items() if null.needs_table} | {*OF_SLOTS}
     if facts.num_experts**2 * facts.num_layers > MOST_PAIRS:
         nulls.discard("per_expert")
-
-    def fit(names: set[str], max_tokens: int) -> Calibration:
-        texts = [document.text for document in packaged_documents("calibration")]
-        return calibrate(
-            loaded.model,
-            loaded.tokenizer,
-            texts,
-            nulls=sorted(names),
-            max_tokens=max_tokens,
-            seed=spec.seed,
-        )
-
-    for name in sorted(name for name, null in NULLS.items() if null.needs_gate):
+    texts = [document.text for document in packaged_documents("calibration")]
+    fit = partial(calibrate, model, tokenizer, texts, seed=spec.seed)
+    for null in sorted(nulls):
         try:
-            fit({name}, _TRIED_TOKENS)
+            fit(nulls=[null], max_tokens=_TRIAL_TOKENS)
         except CalibrationError as error:
-            log.warning("left out: %s", error)
-            nulls.discard(name)
-    fitted = fit(nulls, spec.calibration_tokens)
+            nulls.discard(null)
+            log.warning("%s is left out: %s", null, error)
+    fitted = fit(nulls=sorted(nulls), max_tokens=spec.calibration_tokens)
     fitted.check_text()
     fitted.save(folder / CALIBRATION)
 
@@ -359,6 +348,7 @@ def _seconds_per_gradient(loaded: Loaded) -> tuple[float, bool]:
     for by_loss in (True, False):
         observer = SlotObserver(model, find_routers(model), by_loss=by_loss)
         try:
+            observer.read(ids_1S)  # warm-up
             start = time.perf_counter()
             observer.read(ids_1S)
             return (time.perf_counter() - start) / ids_1S.shape[1], by_loss

@@ -26,6 +26,7 @@ from bh_routing.engine.windows import TokenizedDocument
 from bh_routing.errors import CalibrationError
 from bh_routing.models.routers import find_routers
 from bh_routing.models.routing import BoundRule, bind_rule
+from bh_routing.models.sites import Proposal
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules.base import Rule
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
@@ -101,22 +102,25 @@ def reader(model: Any) -> Iterator[Read]:
     """Yield a function from a window (1, S) to each layer's proposals and true slots."""
     routers = find_routers(model)
     device = model.device
-    logits: list[Tensor] = []
+    scores: list[Tensor] = []
+
+    def keep(proposal: Proposal) -> None:
+        scores.append(proposal.scores_TE.detach())
+
     with ExitStack() as undo:
         for site in routers.sites:
-            hook = site.module.register_forward_hook(lambda _, __, o: logits.append(o[0].detach()))
-            undo.callback(hook.remove)
+            undo.callback(site.watch(keep))
         observer = SlotObserver(model, routers, by_loss=True)
         undo.callback(observer.close)
 
         def read(ids_1S: Tensor) -> list[tuple[Candidates, LayerSlots]]:
-            logits.clear()
+            scores.clear()
             is_real_1S = torch.ones_like(ids_1S, dtype=torch.bool, device=device)
             rows = Rows.of_batch(is_real_1S, torch.zeros_like(is_real_1S))
             seen = []
-            for logits_TE, host in zip(logits, observer.read(ids_1S.to(device)), strict=False):
+            for scores_TE, host in zip(scores, observer.read(ids_1S.to(device)), strict=False):
                 slots = LayerSlots(*(column.to(device) for column in host))
-                proposed = Candidates(logits_TE.float(), slots.experts, slots.weights, rows=rows)
+                proposed = Candidates(scores_TE, slots.experts, slots.weights, rows=rows)
                 seen.append((proposed, slots))
             return seen
 
