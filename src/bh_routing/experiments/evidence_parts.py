@@ -6,6 +6,7 @@ Axes: L layers, E experts, K kept experts.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -65,8 +66,10 @@ KEPT_FRACTIONS: Final = (7 / 8, 3 / 4, 5 / 8, 1 / 2)
 """Fractions of the experts that pruned checkpoints keep."""
 MOST_PAIRS: Final = 128 * 128 * 32
 """Experts squared times layers up to which the tables of per_expert take at most 2 GiB."""
-_DECISIONS: Final = 12
-"""Forward passes that take as long as the decisions of all rules in the part wrong_drops."""
+_START_SEC: Final = 20.0
+"""Imports of a new process, and the conclusion of a part."""
+_DECISIONS_SEC: Final = 0.05
+"""Decisions of all rules in the part wrong_drops, per layer and window."""
 _TRIAL_TOKENS: Final = 64
 """Tokens on which a null distribution is tried out."""
 _PROBE_TOKENS: Final = {"cuda": 8_192, "cpu": 1_024}
@@ -281,7 +284,7 @@ def _score_pruned(
 
 
 def _estimate(spec: EvidenceSpec, folder: Path) -> None:
-    """Time the two kinds of passes on a little text, and multiply; about right to a factor of 2."""
+    """Time the two kinds of passes on a little text, and multiply."""
     loaded = load(spec)
     model, facts = loaded.model, loaded.facts
     known = find_json_object(folder / ESTIMATE_JSON) or {}
@@ -292,7 +295,8 @@ def _estimate(spec: EvidenceSpec, folder: Path) -> None:
         )
     per_token = _seconds_per_token(loaded)
     per_gradient, gives_gradients = _seconds_per_gradient(loaded)
-    num_tokens = sum(len(document.ids) for document in _text(spec, loaded.tokenizer))
+    lengths = [len(document.ids) for document in _text(spec, loaded.tokenizer)]
+    num_tokens, windows = sum(lengths), sum(math.ceil(length / WINDOW) for length in lengths)
     budgets, top_k = default_budgets(facts.model_top_k), facts.model_top_k
     num_rules = len(SweepSpec.model_fields["rules"].default)
     points = num_rules * len(budgets) + 6 + top_k
@@ -304,7 +308,7 @@ def _estimate(spec: EvidenceSpec, folder: Path) -> None:
         "equal_cost": per_token * points * (num_tokens + search),
         "decode_steps": per_token * step_points * (DRAWS * num_tokens + search),
         "nulls": per_token * (len(null_rules()) + top_k) * num_tokens,
-        "wrong_drops": (per_gradient + _DECISIONS * per_token) * num_tokens,
+        "wrong_drops": per_gradient * num_tokens + _DECISIONS_SEC * facts.num_layers * windows,
         "pruning": per_gradient * CALIBRATION_TOKENS + per_token * pruned * num_tokens,
     }
     content = {
@@ -316,7 +320,7 @@ def _estimate(spec: EvidenceSpec, folder: Path) -> None:
         "gives_gradients": gives_gradients,
         "scored_tokens": num_tokens,
         "memory_bytes": peak_memory_bytes(model.device),
-        "seconds": {part: value + loaded.seconds for part, value in seconds.items()},
+        "seconds": {part: value + loaded.seconds + _START_SEC for part, value in seconds.items()},
     }
     write_atomically(folder / ESTIMATE_JSON, render_json(content))
 
