@@ -187,3 +187,14 @@ def test_an_end_between_unknown_resamples_is_unknown() -> None:
     t_B = np.where(np.arange(1000) % 2 == 0, math.nan, 0.5)
     ends = sweep_equal_cost._intervals([(0.1, 0.2, t_B)], 40, 0.95, simultaneous=False)
     assert np.isnan(ends[0]).all() and np.isnan(ends[1]).all()
+
+
+def test_a_test_without_an_interval_of_its_own_leaves_the_others_theirs() -> None:
+    rng = np.random.default_rng(0)
+    ordinary = (0.1, 0.2, rng.standard_normal(1000))
+    without_spread = (0.1, 1e-12, np.where(np.arange(1000) % 2 == 0, np.inf, -np.inf))
+    alone = sweep_equal_cost._intervals([ordinary], 40, 0.95, simultaneous=True)
+    joint = sweep_equal_cost._intervals([ordinary, without_spread], 40, 0.95, simultaneous=True)
+    assert joint.low_R[0] == alone.low_R[0]
+    assert joint.high_R[0] == alone.high_R[0]
+    assert np.isnan([joint.low_R[1], joint.high_R[1]]).all()

@@ -344,14 +344,18 @@ def _intervals(
     if resampled:
         t_BN = np.stack(resampled, axis=1)
         # Resamples with an unknown value count against both ends.
-        least_BN, most_BN = np.nan_to_num(t_BN, nan=-np.inf), np.nan_to_num(t_BN, nan=np.inf)
-        if simultaneous:
-            least_BN = least_BN.min(axis=1, keepdims=True)
-            most_BN = most_BN.max(axis=1, keepdims=True)
+        least_BN = np.where(np.isnan(t_BN), -np.inf, t_BN)
+        most_BN = np.where(np.isnan(t_BN), np.inf, t_BN)
         # Between two unknown resamples the end is unknown too: infinity - infinity is NaN.
         with np.errstate(invalid="ignore"):
-            t_2N[0, known_N] = np.quantile(least_BN, tail, axis=0)
-            t_2N[1, known_N] = np.quantile(most_BN, 1 - tail, axis=0)
+            t_2K = _quantiles(least_BN, most_BN, tail)
+            # A test without an interval of its own would leave the others without one.
+            is_known_K = np.isfinite(t_2K).all(axis=0)
+            if simultaneous and is_known_K.any():
+                least_BN = least_BN[:, is_known_K].min(axis=1, keepdims=True)
+                most_BN = most_BN[:, is_known_K].max(axis=1, keepdims=True)
+                t_2K[:, is_known_K] = _quantiles(least_BN, most_BN, tail)
+        t_2N[:, known_N] = t_2K
     elif num_clusters >= MIN_CLUSTERS:
         shared = max(1, int(known_N.sum())) if simultaneous else 1
         t = float(stats.t.isf(tail / shared, num_clusters - 1))
@@ -359,6 +363,11 @@ def _intervals(
     high_N, low_N = estimate_N - t_2N * se_N
     is_known_N = np.isfinite(low_N + high_N)
     return Ends(np.where(is_known_N, low_N, math.nan), np.where(is_known_N, high_N, math.nan))
+
+
+def _quantiles(least_BN: Floats, most_BN: Floats, tail: float) -> Floats:
+    """Return both critical values of t, shape (2, N)."""
+    return np.stack([np.quantile(least_BN, tail, axis=0), np.quantile(most_BN, 1 - tail, axis=0)])
 
 
 def _p_different(sampled: Sampled, num_clusters: int) -> float:
@@ -376,7 +385,7 @@ def _why_no_interval(low: float, fraction_low: float, num_clusters: int) -> str:
     if math.isnan(low):
         if num_clusters < MIN_CLUSTERS:
             return f"{num_clusters} clusters: no interval and no test, they need {MIN_CLUSTERS}."
-        return "Every document shows the same difference: with no spread there is no test."
+        return "(Almost) every document shows the same difference: no spread, no interval."
     if math.isnan(fraction_low):
         return "The reference loses nothing, or almost nothing, here: no part of it can be saved."
     return ""
