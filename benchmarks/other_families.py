@@ -9,7 +9,8 @@
 training records and logs in OUT; the same command continues a training that the end of its call
 interrupted. `sweep` sweeps the rules on the small models, per token over the packaged evaluation
 text and in decode steps of 16 sequences, all concurrently. `collect` analyses both kinds of sweeps
-and writes `other_families.json`, which `render` turns into `other_families.md`.
+and writes `other_families.json`, which `render` turns into `other_families.md` and the tables of
+docs/evidence.md.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.other_seeds import KEPT, at_budgets, by_loss, read_sweep
-from benchmarks.wrong_drops import HERE
-from bh_routing.analysis.sweep import STEP_REFERENCES, analyze_sweep
+from benchmarks.other_seeds import BUDGETS, KEPT
+from benchmarks.wrong_drops import HERE, publish
+from bh_routing.analysis.quality_row import STATIC
+from bh_routing.analysis.sweep import SweepTables, analyze_sweep
+from bh_routing.report.text import as_float, loss_percent, number, percent
 from bh_routing.results.files import to_strict
 
 SECONDS = {"larger": 450.0, "renormalised": 150.0, "sigmoid": 150.0}
@@ -41,7 +44,7 @@ RULES = (
 )
 SWEEPS = {
     "tokens": [
-        *("--budget", "5", "--budget", "4"),
+        *(part for budget in BUDGETS for part in ("--budget", f"{budget:g}")),
         *(part for rule in RULES for part in ("--rule", rule)),
     ],
     "steps": [
@@ -49,11 +52,14 @@ SWEEPS = {
         *("--budget", "0.75", "--budget", "0.65"),
     ],
 }
-STEP_COLUMNS = (
-    *("rule", "variant", "budget", "mean_experts", "mean_distinct_experts"),
-    *("delta_nll", "delta_nll_low", "delta_nll_high", "perplexity_ratio", "tokens"),
+NAMES = {"top_k": "static top-k", "top_p": "top-p", "oea": "OEA"}
+REFERENCES = {"tokens": ("top_k", "top_p"), "steps": ("top_k", "oea")}
+FACTS = ("tokens_seen", "corpus_tokens", "seconds", "heldout_nll", "device")
+POINT = (
+    *("rule", "variant", "budget", "mean_experts", "delta_nll", "delta_nll_low"),
+    *("delta_nll_high", "perplexity_ratio", "tokens"),
 )
-STEP_RULES = ("bh_drop", "fisher_mass", "expert_budget")
+COMPARED = ("answer", "saved", "saved_low", "saved_high", "p_corrected")
 
 
 def train(options: argparse.Namespace) -> None:
@@ -110,66 +116,87 @@ def sweep(options: argparse.Namespace) -> None:
                         packed.add(path, f"{kind}/{name}")
 
 
-def read_steps(folder: Path) -> list[dict[str, Any]]:
-    """Analyse a sweep in decode steps: each point and the loss that it saves of each reference."""
-    tables = analyze_sweep(folder)
-    return [
-        {
-            **{name: getattr(row, name) for name in STEP_COLUMNS},
-            "saved": {name: tables.against(row, name).saved for name in STEP_REFERENCES},
-        }
-        for row in tables.points
-    ]
-
-
 def read_archive(path: Path) -> dict[str, Any]:
-    """Analyse one model's two sweeps."""
+    """Analyse one model's two sweeps: each point, and its comparison with each reference."""
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(path) as packed:
             packed.extractall(folder, filter="data")
-        return {
-            "preset": path.name.removesuffix(".tar.gz"),
-            "tokens": read_sweep(Path(folder) / "tokens"),
-            "steps": read_steps(Path(folder) / "steps"),
+        swept = {kind: analyze_sweep(Path(folder) / kind) for kind in SWEEPS}
+        training = json.loads((Path(folder) / "tokens" / "training.json").read_text("utf-8"))
+    run = swept["tokens"].sweep.run
+    return {
+        "preset": path.name.removesuffix(".tar.gz"),
+        "model": run["model"],
+        "provenance": run["provenance"],
+        "training": {name: training[name] for name in FACTS},
+        **{kind: rows_of(tables, REFERENCES[kind]) for kind, tables in swept.items()},
+    }
+
+
+def rows_of(tables: SweepTables, references: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the points of a sweep at its budgets with their comparisons."""
+    return [
+        {
+            **{name: getattr(row, name) for name in POINT},
+            "cost": row.cost,
+            "against": {
+                name: {column: getattr(found, column) for column in COMPARED}
+                for name in references
+                if (found := tables.against(row, name)).answer != "unknown"
+            },
         }
+        for row in tables.points
+        if not row.is_curve_only and (row.variant or row.cost in BUDGETS)
+    ]
 
 
 def render(models: Sequence[dict[str, Any]]) -> str:
     """Render both tables: rules per token, then rules on decode steps."""
-    names = [model["preset"] for model in models]
-    found = [at_budgets(model["tokens"]) for model in models]
-    lines = [f"| experts | rule | {' | '.join(names)} |", f"|--:|:--|{'--:|' * len(names)}"]
-    for at in by_loss(found[0]):
-        cells = [_loss(rows.get(at)) for rows in found]
-        lines.append(f"| {at[0]:g} | `{at[1]}` | {' | '.join(cells)} |")
-    steps = [{(r["budget"], r["variant"]): r for r in model["steps"]} for model in models]
-    lines += [
-        "",
-        f"| read | rule | {' | '.join(names)} |",
-        f"|--:|:--|{'--:|' * len(names)}",
+    tables = []
+    for kind, first in (("tokens", "experts"), ("steps", "reads")):
+        names = [f"{NAMES[name]}'s" for name in REFERENCES[kind]]
+        heads = [
+            f"{model['preset']}: {cell}"
+            for model in models
+            for cell in ("Δ perplexity", f"saved of {names[0]}", f"of {names[1]}")
+        ]
+        lines = [f"| {first} | rule | {' | '.join(heads)} |", f"|--:|:--|{'--:|' * len(heads)}"]
+        found = [{_key(kind, row): row for row in model[kind]} for model in models]
+        order = sorted(found[0], key=lambda at: (-at[0], as_float(found[0][at]["delta_nll"])))
+        for at in order:
+            budget = f"{at[0]:g}" if kind == "tokens" else percent(at[0])
+            cells = [cell for rows in found for cell in _cells(rows.get(at), REFERENCES[kind])]
+            lines.append(f"| {budget} | `{at[1]}` | {' | '.join(cells)} |")
+        tables.append("\n".join(lines) + "\n")
+    facts = [
+        f"{model['preset']}: {model['training']['tokens_seen'] / 1e6:,.0f} million tokens, "
+        f"{model['training']['heldout_nll']:.2f} nats per held-out token"
+        for model in models
     ]
-    for at, row in sorted(steps[0].items(), key=lambda item: (-item[0][0], item[1]["delta_nll"])):
-        if row["rule"] in STEP_RULES:
-            cells = [_step(rows.get(at)) for rows in steps]
-            lines.append(f"| {100 * at[0]:.0f} % | `{at[1]}` | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([f"Training: {'; '.join(facts)}.\n", *tables])
 
 
-def _loss(row: dict[str, Any] | None) -> str:
+def _key(kind: str, row: dict[str, Any]) -> tuple[float, str]:
+    """Return a row's budget and name; static top-k has a whole number of experts per token."""
+    if row["rule"] == STATIC:
+        return row["mean_experts"], STATIC
+    return row["budget"], row["variant"]
+
+
+def _cells(row: dict[str, Any] | None, references: Sequence[str]) -> list[str]:
     if row is None or row["delta_nll"] is None:
-        return "–"
-    saved = row["top_k_saved"]
-    share = "–" if saved is None else f"{100 * saved:.0f} %"
-    return f"{row['mean_experts']:.2f}; {100 * (row['perplexity_ratio'] - 1):+.1f} %; {share}"
+        return ["–"] * (1 + len(references))
+    saved = (_saved(row["against"].get(name)) for name in references)
+    return [loss_percent(row["perplexity_ratio"]), *saved]
 
 
-def _step(row: dict[str, Any] | None) -> str:
-    if row is None or row["delta_nll"] is None:
+def _saved(found: dict[str, Any] | None) -> str:
+    """Return the fraction of a reference's loss that is saved, with its joint interval."""
+    if found is None:
         return "–"
-    saved = [row["saved"][name] for name in STEP_REFERENCES]
-    shares = ", ".join("–" if s is None else f"{100 * s:.0f} %" for s in saved)
-    distinct = row["mean_distinct_experts"]
-    return f"{distinct:.1f}; {100 * (row['perplexity_ratio'] - 1):+.1f} %; {shares}"
+    ends = ", ".join(number(100 * found[name], 0) for name in ("saved_low", "saved_high"))
+    shown = f"{percent(found['saved'])} [{ends}]"
+    return shown if found["answer"] == "yes" else f"{shown} ({found['answer']})"
 
 
 def main() -> None:
@@ -199,7 +226,7 @@ def main() -> None:
         models = to_strict([read_archive(path) for path in options.archives])
         kept.write_text(json.dumps(models, indent=1) + "\n", encoding="utf-8")
     table = render(json.loads(kept.read_text(encoding="utf-8")))
-    kept.with_suffix(".md").write_text(table, encoding="utf-8")
+    publish(kept.stem, table, table, HERE.parent / "docs" / "evidence.md")
 
 
 if __name__ == "__main__":

@@ -109,12 +109,12 @@ def save(results: dict[str, Any], path: Path) -> None:
     path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
-def publish(name: str, table: str, excerpt: str) -> None:
-    """Write a table next to its JSON, and an excerpt between its markers in docs/method.md."""
+def publish(name: str, table: str, excerpt: str, page: Path = METHOD) -> None:
+    """Write a table next to its JSON, and an excerpt between its markers on a page of docs/."""
     (HERE / f"{name}.md").write_text(table, encoding="utf-8")
-    page = METHOD.read_text(encoding="utf-8")
     block = re.compile(rf"(<!-- {name}: .*? -->\n).*(<!-- {name}: end -->)", re.DOTALL)
-    METHOD.write_text(block.sub(lambda m: m[1] + excerpt + m[2], page), encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    page.write_text(block.sub(lambda m: m[1] + excerpt + m[2], text), encoding="utf-8")
 
 
 def measure(device: DeviceName, tokens: int | None) -> dict[str, Any]:
