@@ -262,7 +262,7 @@ FLAGS = {
     "doctor": "--output --statistics --tokens --json",
     "bench": "part --model --device --batches --tokens --rounds --compiled --json",
     "report": "folders --output --format --track",
-    "serve": "model --rule --calibration --prefill-rule --check",
+    "serve": "model --rule --config --configs --calibration --prefill-rule --check",
 }
 """In this table stands what scripts of users may contain: nothing may vanish from it silently."""
 

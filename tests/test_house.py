@@ -10,11 +10,11 @@ from tools.measure_house import House, measure
 
 HOUSE = measure()
 MOST = House(
-    lines=34_300,
+    lines=34_380,
     files=164,
     record_types=177,
     import_percent=8.12,
-    prose_words=50_860,
+    prose_words=50_930,
     what_per_thousand=0.5,
     beside_per_thousand=0.05,
     spec_modules=62,

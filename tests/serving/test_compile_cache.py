@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,23 +21,39 @@ CODE = """
 import json, sys
 from vllm import LLM, SamplingParams
 prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[2])]
-llm = LLM(sys.argv[1], dtype="float32", max_model_len=128, max_num_seqs=4)
+llm = LLM(
+    sys.argv[1], dtype="float32", max_model_len=128, max_num_seqs=4,
+    compilation_config={"backend": sys.argv[3]},
+)
 outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=16, ignore_eos=True))
 print("TOKENS", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
 """
 
 
-def test_a_second_start_with_another_rule_uses_the_cache_correctly(
-    demo: LoadedModel, prompts: list[list[int]], checkpoint: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("backend", "counts"),
+    [
+        ("eager", (3, None)),
+        # Minutes of C++ compilation.
+        pytest.param("inductor", (3, None, 5, 3), marks=pytest.mark.full),
+    ],
+)
+def test_a_start_after_a_change_of_rule_uses_the_cache_correctly(
+    backend: str,
+    counts: tuple[int | None, ...],
+    demo: LoadedModel,
+    prompts: list[list[int]],
+    checkpoint: str,
+    tmp_path: Path,
 ) -> None:
-    rules: list[dict[str, Any]] = [{"method": "top_k", "k": 3}, {"method": "top_k", "k": 5}]
-    for rule in (*rules, None, rules[0]):
+    for count in counts:
         variables = {"VLLM_CACHE_ROOT": str(tmp_path), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        if rule is not None:
-            config = write_yaml(tmp_path / f"{rule['k']}.yaml", {"rule": rule})
+        rule = {"method": "top_k", "k": count or 8}
+        if count is not None:
+            config = write_yaml(tmp_path / f"{count}.yaml", {"rule": rule})
             variables[VARIABLE] = str(config)
         done = subprocess.run(
-            [sys.executable, "-c", CODE, checkpoint, json.dumps(prompts[:2])],
+            [sys.executable, "-c", CODE, checkpoint, json.dumps(prompts[:2]), backend],
             env=environment(**variables),
             capture_output=True,
             text=True,
@@ -47,6 +62,6 @@ def test_a_second_start_with_another_rule_uses_the_cache_correctly(
         )
         assert done.returncode == 0, done.stderr[-4_000:]
         line = next(each for each in done.stdout.splitlines() if each.startswith("TOKENS"))
-        with route(demo.model, make_rule(rule or {"method": "top_k", "k": 8})):
+        with route(demo.model, make_rule(rule)):
             wanted = [continue_alone(demo.model, ids, 16) for ids in prompts[:2]]
         assert json.loads(line.removeprefix("TOKENS")) == wanted

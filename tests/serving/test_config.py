@@ -15,9 +15,10 @@ from bh_routing.models.load import LoadedModel, load_model, read_config
 from bh_routing.models.routers import find_routers
 from bh_routing.models.sites import fingerprint_routers
 from bh_routing.nulls.calibration import Calibration
+from bh_routing.rules import BenjaminiHochbergDrop, OpportunisticActivation, TopK
 from bh_routing.serving.config import VARIABLE, config_of
 from bh_routing.serving.config import read_config as read_serving
-from bh_routing.serving.launch import check_routers, servable_checkpoint
+from bh_routing.serving.launch import check_routers, choose_rule, servable_checkpoint
 
 
 def gates_of(model: Any) -> list[tuple[torch.Tensor, None]]:
@@ -135,6 +136,49 @@ def test_the_demo_is_served_from_an_untied_copy_with_the_same_routers(
         check_routers(Path(folder), "0" * 64)
 
 
+TWO_RULES = """
+configs:
+  bh_drop-block@5: {method: bh_drop, alpha: 0.31, description: bh_drop at 5 experts per token}
+  oea@0.65: {method: oea, k0: 4, refill: 16}
+"""
+
+
+def test_a_rule_that_a_sweep_found_is_served_by_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.json"
+    path.write_text(TWO_RULES)
+    assert choose_rule(None, path, "oea@0.65").rule == OpportunisticActivation(4, refill=16)
+    assert choose_rule(None, path, "bh_drop-block@5").rule == BenjaminiHochbergDrop(0.31)
+    path.write_text("configs:\n  only: {method: top_k, k: 3}")
+    assert choose_rule(None, path, None) == choose_rule(None, path, "only")
+    assert choose_rule("top_k:k=3", None, None).rule == TopK(3)
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "name", "sentence"),
+    [
+        (None, None, None, "a server runs one rule; give --rule"),
+        ("top_k:k=3", TWO_RULES, "oea@0.65", "a server runs one rule; give --rule"),
+        ("top_k:k=3", None, "oea@0.65", "a server runs one rule; give --rule"),
+        (None, TWO_RULES, None, "choose it by --configs: bh_drop-block@5, oea@0.65"),
+        (None, "configs: {}", None, "has 0 configurations, a server runs one"),
+        (None, TWO_RULES, "oea@0.56", "did you mean 'oea@0.65'?"),
+        (None, "configs:\n  a: {method: bh, alhpa: 1}", "a", "did you mean 'alpha'?"),
+        (None, "configs: [", "a", "isn't valid YAML"),
+    ],
+)
+def test_a_choice_of_no_rule_or_several_is_one_sentence(
+    text: str | None, content: str | None, name: str | None, sentence: str, tmp_path: Path
+) -> None:
+    path = None
+    if content is not None:
+        path = tmp_path / "sweep.json"
+        path.write_text(content)
+    with pytest.raises(InputError) as caught:
+        choose_rule(text, path, name)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 HAS_VLLM = find_spec("vllm") is not None
 
 
@@ -150,7 +194,9 @@ def test_check_prints_the_command_and_starts_nothing(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("VLLM_PLUGINS", "other")
-    own = ["serve", "demo", "--rule", "oea:k0=3", "--check"]
+    (tmp_path / "sweep.json").write_text(TWO_RULES)
+    chosen = ["--config", str(tmp_path / "sweep.json"), "--configs", "oea@0.65"]
+    own = ["serve", "demo", *chosen, "--check"]
     assert main([*own, "--port", "8123", "--served-model-name", "mine"]) == 0
     text = capsys.readouterr().out
     assert "olmoe, 64 experts, top 8" in text
@@ -166,7 +212,8 @@ def test_check_prints_the_command_and_starts_nothing(
     [
         ("top_k:k=65", "k must be at most the 64 experts of a layer, got 65"),
         ("oea:k0=9", "k0 must be at most 8"),
-        ("oea:k0=3,refill=12", "asks for 12 experts per token, a served router proposes 8"),
+        ("bh:alpha=0.1,max_k=12", "keeps up to 12 experts per token, a served layer has places"),
+        ("oea:k0=3,refill=7", "refill must be at least 8"),
         ("bh_drop:alpha=0.3", "'needed_by_loss', only of: background, pooled"),
     ],
 )

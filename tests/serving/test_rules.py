@@ -19,14 +19,20 @@ pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.timeout(1200)]
 RULES: list[dict[str, Any]] = [
     {"method": "top_k", "k": 4},
     {"method": "bh", "alpha": 0.05},
-    {"method": "bh", "alpha": 0.3, "temperature": 1.5, "weights": "renormalize"},
     {"method": "bh_drop", "alpha": 0.3},
+]
+MORE_RULES: list[dict[str, Any]] = [
+    {"method": "bh", "alpha": 0.3, "temperature": 1.5, "weights": "renormalize"},
     {"method": "bh_drop", "alpha": 0.3, "scope": "population", "statistic": "sensitivity"},
     {"method": "top_p", "p": 0.5, "weights": "preserve_mass"},
 ]
 
 
-@pytest.mark.parametrize("config", RULES, ids=lambda config: f"{config['method']}-{len(config)}")
+@pytest.mark.parametrize(
+    "config",
+    [*RULES, *(pytest.param(config, marks=pytest.mark.full) for config in MORE_RULES)],
+    ids=lambda config: f"{config['method']}-{len(config)}",
+)
 def test_served_tokens_are_those_of_route(
     config: dict[str, Any],
     demo: LoadedModel,
@@ -65,6 +71,7 @@ def test_without_a_configuration_the_model_is_untouched(
     assert not any("_compute_routing" in own for own in methods)
 
 
+@pytest.mark.full
 def test_the_configuration_may_stand_in_vllms_additional_config(
     demo: LoadedModel, prompts: list[list[int]], checkpoint: str
 ) -> None:

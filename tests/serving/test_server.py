@@ -7,19 +7,19 @@ import random
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from bh_routing.models.load import LoadedModel
 from bh_routing.models.routing import route
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules.catalog import make_rule
 from bh_routing.serving.config import VARIABLE
+from tests.serving.checkpoints import SENTENCES, Change, changed_checkpoint, damage, turn
 from tests.serving.conftest import (
     OPTIONS,
     Serve,
@@ -90,11 +90,6 @@ def bh_server(serve: Serve, calibration_file: Path) -> Server:
 
 
 @pytest.fixture(scope="module")
-def drop_server(serve: Serve, calibration_file: Path) -> Server:
-    return serve("demo", "--rule", "bh_drop:alpha=0.3", "--calibration", str(calibration_file))
-
-
-@pytest.fixture(scope="module")
 def step_server(serve: Serve, calibration_file: Path, recorder: Path) -> Server:
     rule = "bh_drop:alpha=0.3,scope=step_population"
     return serve(
@@ -112,15 +107,21 @@ def test_a_server_under_bh_answers_with_the_tokens_of_route(
         assert served == [continue_alone(demo.model, ids) for ids in prompts]
 
 
-def test_a_server_under_bh_drop_answers_with_the_tokens_of_route(
-    drop_server: Server,
+@pytest.mark.full
+def test_two_tensor_parallel_ranks_answer_with_the_tokens_of_route(
+    serve: Serve,
     demo: LoadedModel,
     prompts: list[list[int]],
     served_calibration: Calibration,
+    calibration_file: Path,
 ) -> None:
-    served = drop_server.complete_all(prompts)
+    own = ("--rule", "bh_drop:alpha=0.3", "--calibration", str(calibration_file))
+    server = serve("demo", *own, options=(*OPTIONS, "--tensor-parallel-size", "2"))
+    served = server.complete_all(prompts)
     with route(demo.model, make_rule({"method": "bh_drop", "alpha": 0.3}), served_calibration):
         assert served == [continue_alone(demo.model, ids) for ids in prompts]
+    assert server.log.read_text().count("is bound to 6 layers") == 2
+    assert server.metrics()["bh_routing_sampled_tokens_total"] > 0
 
 
 def test_the_steps_of_eight_concurrent_requests_are_decided_as_by_the_reference(
@@ -218,14 +219,19 @@ VLLM = "vllm.entrypoints.openai.api_server"
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ({"rule": {"method": "bh", "alhpa": 0.1}}, "did you mean 'alpha'?"),
         ({"rule": {"method": "bh"}}, "rule 'bh' needs a calibration with background"),
-        (
+        pytest.param(
+            {"rule": {"method": "bh", "alhpa": 0.1}},
+            "did you mean 'alpha'?",
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
             {"rule": {"method": "bh"}, "calibration": "nowhere.safetensors"},
             "does not exist or is no file",
+            marks=pytest.mark.full,
         ),
     ],
-    ids=["unknown key", "no calibration", "missing calibration"],
+    ids=["no calibration", "unknown key", "missing calibration"],
 )
 def test_a_wrong_configuration_ends_vllm_with_one_sentence(
     content: dict[str, Any], sentence: str, checkpoint: str, tmp_path: Path
@@ -238,38 +244,17 @@ def test_a_wrong_configuration_ends_vllm_with_one_sentence(
     assert "Traceback" not in done.stdout
 
 
-def other_routers(folder: Path, checkpoint: str, change: Callable[[dict[str, Any]], None]) -> str:
-    """Write a changed copy of the checkpoint."""
-    folder.mkdir()
-    for path in Path(checkpoint).iterdir():
-        if path.suffix != ".safetensors":
-            (folder / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(Path(checkpoint) / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return str(folder)
-
-
+@pytest.mark.full
+@pytest.mark.parametrize("change", [turn, damage])
 def test_another_models_calibration_and_nan_end_vllm_before_it_serves(
-    checkpoint: str, calibration_file: Path, tmp_path: Path
+    change: Change, checkpoint: str, calibration_file: Path, tmp_path: Path
 ) -> None:
-    def turn(tensors: dict[str, Any]) -> None:
-        tensors["model.layers.3.mlp.gate.weight"] *= 1.25
-
-    def damage(tensors: dict[str, Any]) -> None:
-        tensors["model.layers.2.mlp.experts.7.up_proj.weight"][3, 5] = float("nan")
-
     content = {"rule": {"method": "bh", "alpha": 0.05}, "calibration": str(calibration_file)}
     config = write_yaml(tmp_path / "config.yaml", content)
-    for name, change, sentence in (
-        ("turned", turn, "bh-routing: calibration was made for routers"),
-        ("damaged", damage, "has or gives NaN or infinite values; the checkpoint is damaged"),
-    ):
-        model = other_routers(tmp_path / name, checkpoint, change)
-        port = ("--port", str(free_port()))
-        done = failing_start(VLLM, "--model", model, *port, *OPTIONS, **{VARIABLE: str(config)})
-        assert done.returncode != 0
-        lines = [line for line in done.stdout.splitlines() if "bh-routing: " in line]
-        assert len(lines) == 1
-        assert sentence in lines[0]
-        assert "Application startup complete" not in done.stdout
+    model = changed_checkpoint(tmp_path / "model", checkpoint, change)
+    port = ("--port", str(free_port()))
+    done = failing_start(VLLM, "--model", model, *port, *OPTIONS, **{VARIABLE: str(config)})
+    assert done.returncode != 0
+    (line,) = [line for line in done.stdout.splitlines() if "bh-routing: " in line]
+    assert SENTENCES[change.__name__] in line
+    assert "Application startup complete" not in done.stdout

@@ -24,8 +24,12 @@ pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.timeout(1200)]
 
 RULES: list[dict[str, Any]] = [
     {"method": "bh_drop", "alpha": 0.3, "scope": "step_population"},
+    {"method": "bh_drop", "alpha": 0.4, "scope": "step_population", "refill": 16},
+]
+MORE_RULES: list[dict[str, Any]] = [
     {"method": "bh_drop", "alpha": 0.3, "scope": "step"},
     {"method": "oea", "k0": 3},
+    {"method": "oea", "k0": 2, "refill": 64},
 ]
 
 
@@ -47,7 +51,11 @@ def continue_together(
     return found
 
 
-@pytest.mark.parametrize("config", RULES, ids=lambda config: config.get("scope", config["method"]))
+@pytest.mark.parametrize(
+    "config",
+    [*RULES, *(pytest.param(config, marks=pytest.mark.full) for config in MORE_RULES)],
+    ids=lambda config: "-".join(map(str, config.values())),
+)
 def test_eight_requests_generate_the_tokens_of_a_batch_inside_route(
     config: dict[str, Any],
     demo: LoadedModel,

@@ -15,7 +15,16 @@ def serve(
     model: Annotated[
         str, typer.Argument(help="`demo`, a folder with a checkpoint, or a Hugging Face id.")
     ],
-    rule: Annotated[str, typer.Option(help="Rule in one word, such as bh:alpha=0.05.")],
+    rule: Annotated[
+        str | None, typer.Option(help="Rule in one word, such as bh:alpha=0.05.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of configurations, or the sweep.json of a sweep."),
+    ] = None,
+    configs: Annotated[
+        str | None, typer.Option(help="Name of one configuration in the file of --config.")
+    ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="File made by `bh-routing calibrate`, if the rule needs it.")
     ] = None,
@@ -32,9 +41,10 @@ def serve(
 ) -> int:
     """Start `vllm serve` under a rule; all other options are passed to vLLM."""
     with console_log():
-        from bh_routing.serving.launch import prepare, start
+        from bh_routing.serving.launch import choose_rule, prepare, start
 
-        launch = prepare(model, rule, calibration, prefill_rule, context.args)
+        chosen = choose_rule(rule, config, configs)
+        launch = prepare(model, chosen, calibration, prefill_rule, context.args)
     typer.echo(launch.describe(), err=not check)
     if not check:
         start(launch)

@@ -182,6 +182,19 @@ class SoftmaxFamily:
             logits_TE, index_TK, weights_TK.to(dtype), sorted_logits_TE=sorted_TE.detach().float()
         )
 
+    def as_compared(self, candidates: Candidates, model_top_k: int) -> Candidates:
+        """Return proposed candidates with the weights that a rule compares, as in calibration.
+
+        If the family normalises, those of the model's own top-k sum to 1.
+        """
+        if not self.normalises or candidates.top_k_index_TK.shape[-1] == model_top_k:
+            return candidates
+        weights_TK = candidates.top_k_weights_TK.float()
+        weights_TK = weights_TK / weights_TK[:, :model_top_k].sum(dim=-1, keepdim=True)
+        return candidates._replace(
+            top_k_weights_TK=weights_TK.to(candidates.top_k_weights_TK.dtype)
+        )
+
 
 def reference_router(rule: Rule, context: LayerContext, family: SoftmaxFamily) -> Router:
     """Bind a rule to a layer in torch, for any device.
@@ -198,14 +211,8 @@ def reference_router(rule: Rule, context: LayerContext, family: SoftmaxFamily) -
     weighing = Weighing.of(rule, normalises=family.normalises, model_top_k=model_top_k)
 
     def route(router_logits_TE: Tensor) -> RoutedSlots:
-        candidates = compared = family.propose(router_logits_TE, num_slots)
-        if family.normalises and num_slots > model_top_k:
-            # A rule compares weights with those of the model's own top-k in calibration.
-            weights_TK = candidates.top_k_weights_TK.float()
-            weights_TK = weights_TK / weights_TK[:, :model_top_k].sum(dim=-1, keepdim=True)
-            compared = candidates._replace(
-                top_k_weights_TK=weights_TK.to(candidates.top_k_weights_TK.dtype)
-            )
+        candidates = family.propose(router_logits_TE, num_slots)
+        compared = family.as_compared(candidates, model_top_k)
         if rule.unit != "token":
             rows = Rows.of_step(len(router_logits_TE), router_logits_TE.device)
             compared = compared._replace(rows=rows)

@@ -10,6 +10,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from torch import Tensor, nn
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
 from bh_routing.errors import InputError, ModelError
@@ -177,6 +178,12 @@ def check_finite(model: nn.Module, vllm_config: Any, layers: list[MoELayer]) -> 
         )
         for layer in layers
         if layer.gate is not None
+    ]
+    # Without requests, vLLM's CPU attention returns uninitialised memory; on CUDA it returns zeros.
+    handles += [
+        module.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
+        for module in model.modules()
+        if isinstance(module, AttentionLayerBase)
     ]
     device = next(model.parameters()).device
     vocabulary = vllm_config.model_config.get_vocab_size()

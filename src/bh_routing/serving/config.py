@@ -174,8 +174,8 @@ def check_fit(served: ServedRule, *, num_experts: int, model_top_k: int) -> None
         if rule is None:
             continue
         rule.check(num_experts=num_experts, model_top_k=model_top_k)
-        if (wanted := rule.num_candidates(model_top_k)) > model_top_k:
+        if (most := rule.most_kept(model_top_k)) > model_top_k:
             raise InputError(
-                f"rule {rule.method!r} asks for {wanted} experts per token, a served router "
-                f"proposes {model_top_k}; ask for no more than that"
+                f"rule {rule.method!r} keeps up to {most} experts per token, a served layer has "
+                f"places for {model_top_k}; ask for no more than that"
             )

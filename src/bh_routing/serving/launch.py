@@ -27,12 +27,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bh_routing.demo import demo_folder
-from bh_routing.errors import CalibrationError, InputError
-from bh_routing.experiments.configurations import parse_rule
+from bh_routing.errors import CalibrationError, InputError, unknown_name
+from bh_routing.experiments.configurations import (
+    NamedRule,
+    make_rules,
+    parse_rule,
+    read_config_file,
+)
 from bh_routing.models.load import DEMO, read_config
 from bh_routing.models.outlook import outlook_from_config
 from bh_routing.models.sites import fingerprint_routers
 from bh_routing.results.files import write_atomically
+from bh_routing.rules.catalog import make_rule, rule_to_config
 from bh_routing.serving.config import VARIABLE, check_fit
 from bh_routing.serving.config import read_config as read_serving
 
@@ -67,9 +73,36 @@ class Launch:
         return "\n".join([*facts, "", *variables, shlex.join(self.command)])
 
 
+def choose_rule(text: str | None, file: Path | None, name: str | None) -> NamedRule:
+    """Return a rule given in one word, or by its name in a file of configurations.
+
+    Raises:
+        InputError: both or neither is given, or the file has no such configuration.
+    """
+    if text is not None and file is None and name is None:
+        return NamedRule(text, "", make_rule(parse_rule(text)[1]))
+    if text is not None or file is None:
+        raise InputError(
+            "a server runs one rule; give --rule, such as bh:alpha=0.05, or --config FILE with "
+            "--configs NAME"
+        )
+    configs = read_config_file(file).configs
+    if name is None and len(configs) == 1:
+        (name,) = configs
+    if name is None:
+        raise InputError(
+            f"configuration file {file} has {len(configs)} configurations, a server runs one; "
+            f"choose it by --configs: {', '.join(configs) or 'none'}"
+        )
+    if name not in configs:
+        raise unknown_name("configuration", name, list(configs))
+    (chosen,) = make_rules({name: configs[name]})
+    return chosen
+
+
 def prepare(
     model: str,
-    rule: str,
+    rule: NamedRule,
     calibration: Path | None,
     prefill_rule: str | None,
     options: Sequence[str],
@@ -78,7 +111,7 @@ def prepare(
 
     Args:
         model: `demo`, a folder with a checkpoint, or a Hugging Face id.
-        rule: a rule in one word, such as bh:alpha=0.05.
+        rule: the rule, with its name.
         calibration: file made by `bh-routing calibrate`.
         prefill_rule: rule of prompts, for a rule that decides by decode step.
         options: vLLM's own options.
@@ -88,7 +121,7 @@ def prepare(
         ModelError: the model can't be found, or its family isn't supported.
     """
     vllm = _vllm_distribution()
-    content: dict[str, Any] = {"rule": parse_rule(rule)[1]}
+    content: dict[str, Any] = {"rule": rule_to_config(rule.rule)}
     if calibration is not None:
         content["calibration"] = str(calibration.absolute())
     if prefill_rule is not None:
@@ -111,9 +144,9 @@ def prepare(
     facts = {
         "model": f"{model} ({source})" if source != model else model,
         "family": f"{outlook.model_type}, {num_experts} experts, top {outlook.top_k}",
-        "rule": rule,
+        "rule": rule.name,
         "prefill": prefill_rule
-        or ("the model's own top k" if served.rule.unit == "step" else rule),
+        or ("the model's own top k" if served.rule.unit == "step" else rule.name),
         "calibration": "none" if served.calibration is None else str(calibration),
         "vLLM": f"{vllm} {version(vllm)}",
     }

@@ -1,7 +1,8 @@
 """A rule in one layer of a served model, applied to the routing that vLLM proposes.
 
-Axes: T rows of a forward pass, D decode rows, E experts, K slots. Shapes depend on T alone and
-nothing is read back to the host, so the operations can be compiled and captured in a CUDA graph.
+Axes: T rows of a forward pass, D decode rows, E experts, K slots, C candidates. Shapes depend on T
+alone and nothing is read back to the host, so the operations can be compiled and captured in a CUDA
+graph.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from bh_routing.kernels.router import fused_router
 from bh_routing.rules.base import LayerContext, Rule
-from bh_routing.rules.plan import Candidates, Rows, Selector
+from bh_routing.rules.plan import Candidates, Rows, Selector, keep_best
 from bh_routing.rules.router import SoftmaxFamily, Weighing
 
 Decided = tuple[Tensor, Tensor]
@@ -80,14 +81,15 @@ class ServedLayer:
         rows: StepRows,
         record_TK: Tensor,
     ) -> None:
-        self._rule = rule
+        self._by_step = rule.unit == "step"
+        self._num_candidates = rule.num_candidates(context.model_top_k)
         self._select = rule.bind(context)
         self._select_prefill = select_prefill
         self._weighing = Weighing.of(rule, normalises=normalises, model_top_k=context.model_top_k)
         self._rows = rows
         self._record_TK = record_TK
-        family = SoftmaxFamily(normalises=normalises, weights_dtype=torch.float32)
-        self._fused = fused_router(rule, context, family) if rule.unit == "token" else None
+        self._family = SoftmaxFamily(normalises=normalises, weights_dtype=torch.float32)
+        self._fused = None if self._by_step else fused_router(rule, context, self._family)
 
     @property
     def is_fused(self) -> bool:
@@ -103,35 +105,51 @@ class ServedLayer:
     def decide(self, router_logits_TE: Tensor, weights_TK: Tensor, index_TK: Tensor) -> Decided:
         """Apply the rule to the model's own routing; new tensors of the same dtypes."""
         candidates = Candidates(router_logits_TE.float(), index_TK.long(), weights_TK)
-        by_step = self._rule.unit == "step"
-        keep_TK = self._keep_by_step(candidates) if by_step else self._select(candidates)
-        alias_TK, kept_TK, _ = self._weighing.route(candidates, keep_TK)
-        if by_step:
-            # Padding takes an expert that is read anyway.
-            is_padding_T1 = self._rows.of(len(index_TK)).sequence_T[:, None] < 0
-            alias_TK = torch.where(is_padding_T1, alias_TK[:1, :1], alias_TK)
+        if not self._by_step:
+            alias_TK, kept_TK, _ = self._weighing.route(candidates, self._select(candidates))
+            return kept_TK, self._recorded(alias_TK).to(index_TK.dtype, copy=True)
+        num_slots = index_TK.shape[-1]
+        if self._num_candidates > num_slots:
+            candidates = self._family.propose(router_logits_TE, self._num_candidates)
+        keep_TC = self._keep_by_step(self._family.as_compared(candidates, num_slots), num_slots)
+        alias_TK, kept_TK, _ = self._weighing.route(candidates, keep_TC)
+        if self._num_candidates > num_slots:
+            # Refilled slots take the places of dropped ones: no token keeps more than its own k.
+            place_TK = (~keep_TC).byte().argsort(dim=-1, stable=True)[:, :num_slots]
+            alias_TK, kept_TK = alias_TK.gather(-1, place_TK), kept_TK.gather(-1, place_TK)
+        # Padding takes an expert that is read anyway.
+        is_padding_T1 = self._rows.of(len(index_TK)).sequence_T[:, None] < 0
+        alias_TK = torch.where(is_padding_T1, alias_TK[:1, :1], alias_TK)
         return kept_TK, self._recorded(alias_TK).to(index_TK.dtype, copy=True)
 
-    def _keep_by_step(self, candidates: Candidates) -> Tensor:
-        num_rows, most = len(candidates.top_k_index_TK), self._rows.max_decodes
+    def _keep_by_step(self, candidates: Candidates, model_top_k: int) -> Tensor:
+        index_TC = candidates.top_k_index_TK
+        num_rows, most = len(index_TC), self._rows.max_decodes
         rows = self._rows.of(num_rows)
         if num_rows <= most:
-            keep_TK = self._select(candidates._replace(rows=rows))
+            keep_TC = self._select(candidates._replace(rows=rows))
         else:
             # A rule provides for as many steps as rows: all but the decode rows are left out.
             first_D = rows.step_T.argsort(descending=True, stable=True)[:most]
+            sorted_TE = candidates.sorted_logits_TE
             part = Candidates(
                 candidates.router_logits_TE[first_D],
-                candidates.top_k_index_TK[first_D],
+                index_TC[first_D],
                 candidates.top_k_weights_TK[first_D],
                 rows=Rows(*(field_T[first_D] for field_T in rows)),
+                sorted_logits_TE=None if sorted_TE is None else sorted_TE[first_D],
             )
-            keep_TK = torch.ones_like(candidates.top_k_index_TK, dtype=torch.bool)
-            keep_TK = keep_TK.index_copy(0, first_D, self._select(part))
+            keep_TC = keep_best(candidates, model_top_k)
+            keep_TC = keep_TC.index_copy(0, first_D, self._select(part))
         if self._select_prefill is None:
-            return keep_TK
-        is_decode_T1 = (rows.step_T >= 0)[:, None]
-        return torch.where(is_decode_T1, keep_TK, self._select_prefill(candidates))
+            return keep_TC
+        own = candidates._replace(
+            top_k_index_TK=index_TC[:, :model_top_k],
+            top_k_weights_TK=candidates.top_k_weights_TK[:, :model_top_k],
+        )
+        keep_TK = self._select_prefill(own)
+        prefill_TC = torch.nn.functional.pad(keep_TK, (0, index_TC.shape[-1] - model_top_k))
+        return torch.where((rows.step_T >= 0)[:, None], keep_TC, prefill_TC)
 
     def _recorded(self, index_TK: Tensor) -> Tensor:
         """Return the ids as int32, in the record if it has room."""
