@@ -13,7 +13,7 @@ EXTRAS := dev
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 10
 
-.PHONY: setup demo test test-full families-versions check lint serving test-serving audit clean
+.PHONY: setup demo test test-full families-versions check lint serving test-serving test-serving-full audit clean
 
 setup: $(STAMP)
 
@@ -94,9 +94,14 @@ $(SERVING)/.installed: pyproject.toml constraints-serving.txt $(RUNTIME)
 	@touch $(SERVING)/.installed
 
 # Real servers, one after the other: no network, two cores, minutes.
+PYTEST_SERVING := $(TEST_ENV) OMP_WAIT_POLICY=passive $(SERVING_BIN)/python -m pytest tests/serving \
+	src/bh_routing/serving/telemetry.py --durations 10
+
 test-serving: serving
-	$(TEST_ENV) OMP_WAIT_POLICY=passive $(SERVING_BIN)/python -m pytest tests/serving \
-		src/bh_routing/serving/telemetry.py --durations 10
+	$(PYTEST_SERVING)
+
+test-serving-full: serving
+	$(PYTEST_SERVING) -m ''
 
 # Asks PyPI for known vulnerabilities of every pinned version; fails where it can't ask. In an
 # environment of its own, so that the auditor's dependencies aren't ours.
