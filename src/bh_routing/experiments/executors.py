@@ -130,7 +130,8 @@ class ScoreSettings(NamedTuple):
 class Executor(AbstractContextManager["Executor"]):
     """Runs experiments and scores text, without writing files.
 
-    Except for times, rows and records don't depend on the executor; their order may.
+    Except for times, rows and records don't depend on the executor; their order may, and
+    in emulated decode steps the rounding.
     """
 
     @abstractmethod
