@@ -19,7 +19,8 @@ import torch
 
 import bh_routing.kernels.decode_triton as few
 import bh_routing.kernels.experts_triton as experts
-from bh_routing.engine.decode import Session, bind_routers, decode_greedily, engine_of
+from bh_routing.engine.decode import bind_routers, decode_greedily, engine_of
+from bh_routing.engine.session import Session
 from bh_routing.experiments.bench import random_tokens, rule_at_mean
 from bh_routing.models.shapes import make_olmoe_shape
 from bh_routing.rules import Rule, TopK
@@ -67,15 +68,14 @@ def main() -> None:
     """Print one line per setting."""
     model, _ = make_olmoe_shape(torch.device("cuda"), torch.bfloat16)
     engine = engine_of(model)
-    prompt = random_tokens(model, 1, PROMPT_TOKENS, seed=1)
+    prompt = random_tokens(model, 1, PROMPT_TOKENS, seed=1).tolist()
 
     def mean_of(rule: Rule) -> float:
-        trace = decode_greedily(model, prompt, rule, max_new_tokens=STEPS).trace
+        (trace,) = decode_greedily(model, prompt, rule, max_new_tokens=STEPS).traces
         return float(trace.expert_counts[PROMPT_TOKENS:].float().mean())
 
     bh = rule_at_mean(mean_of, 4.0, 8)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {bh}: {mean_of(bh):.2f}")
-    output = model(input_ids=prompt, use_cache=True)
     rules: list[Rule] = [TopK(8), TopK(4), bh]
     sessions = {
         (name, number): session
@@ -86,8 +86,8 @@ def main() -> None:
     for round_ in range(ROUNDS + 1):
         for key in random.Random(round_).sample(list(sessions), len(sessions)):
             session = sessions[key]
-            position = session.start(output.past_key_values, output.logits[:, -1].argmax(-1))
-            seconds = session.run(position, STEPS, ()).seconds / STEPS
+            session.start(prompt)
+            seconds = session.run(STEPS).seconds / STEPS
             if round_:
                 times[key].append(1000 * seconds)
     for name in SETTINGS:

@@ -1,6 +1,6 @@
 """Time a layer's experts on a GPU: ours compared with transformers', at 8 and 4 kept experts.
 
-python benchmarks/experts_kernel.py [FILE.json]
+python benchmarks/experts_kernel.py [FILE.json [TOKENS ...]]
 
 The shape is OLMoE-1B-7B's, with random weights; each layer of a pass has its own weights, so that
 no layer finds them in the cache. A dropped slot has weight 0 and the index of the token's first
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import transformers
 import triton
+from torch.nn.functional import grouped_mm
 from transformers import OlmoeConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
@@ -45,6 +46,28 @@ def make_layers() -> list[Any]:
         for parameter in layer.parameters():
             parameter.normal_(std=0.02)
     return layers
+
+
+def torch_grouped(
+    experts: Any, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """Mix by torch's grouped product over kept slots, sorted by expert; no host sync."""
+    num_experts, num_slots = len(experts.down_proj), index_TK.shape[1]
+    expert_P = torch.where(weights_TK != 0, index_TK, num_experts).flatten()
+    sorted_P, order_P = expert_P.sort(stable=True)
+    every_E = torch.arange(num_experts, device=index_TK.device)
+    ends_E = torch.searchsorted(sorted_P, every_E, right=True).int()
+    up_PN = grouped_mm(
+        hidden_TH[order_P // num_slots], experts.gate_up_proj.transpose(1, 2), offs=ends_E
+    )
+    inner_PF = experts._apply_gate(up_PN)
+    down_PH = grouped_mm(inner_PF, experts.down_proj.transpose(1, 2), offs=ends_E)
+    outputs_PH = torch.empty_like(down_PH)
+    outputs_PH[order_P] = down_PH
+    weighted_TKH = outputs_PH.view(*index_TK.shape, -1) * weights_TK[..., None]
+    # Rows of dropped slots are uninitialised.
+    mixed_TH: torch.Tensor = weighted_TKH.where(weights_TK[..., None] != 0, 0.0).sum(1)
+    return mixed_TH
 
 
 def make_routing(tokens: int, mean_kept: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,6 +136,7 @@ def measure(layers: list[Any], tokens: int, mean_kept: int) -> Iterator[dict[str
     hidden = torch.randn(tokens, 2048, device="cuda", dtype=torch.bfloat16)
     routings = [make_routing(tokens, mean_kept, seed) for seed in range(len(layers))]
     names = ["eager", "grouped_mm", NAME] + (["batched_mm"] if tokens <= 16 else [])
+    names += ["torch_grouped"] if tokens > MOST_TOKENS_IN_A_GRAPH else []
     passes = {name: make_pass(name, layers, hidden, routings) for name in names}
     runs = {f"{name} plain": run for name, run in passes.items()}
     if tokens <= MOST_TOKENS_IN_A_GRAPH:
@@ -142,6 +166,7 @@ def measure(layers: list[Any], tokens: int, mean_kept: int) -> Iterator[dict[str
 @torch.inference_mode()
 def main() -> None:
     ALL_EXPERTS_FUNCTIONS.register(NAME, sparse_experts_forward)
+    ALL_EXPERTS_FUNCTIONS.register("torch_grouped", torch_grouped)
     copied = copied_bytes_per_second()
     layers = make_layers()
     result: dict[str, Any] = {
@@ -156,7 +181,7 @@ def main() -> None:
     }
     print(f"{result['gpu']}, {result['versions']}, copies {copied / 1e12:.2f} TB/s")
     print("tokens  kept  distinct  launch  experts     us a layer (range)   of copy   TFLOP/s")
-    for tokens in TOKENS:
+    for tokens in [int(size) for size in sys.argv[2:]] or TOKENS:
         for mean_kept in (8, 4):
             for row in measure(layers, tokens, mean_kept):
                 row["share_of_copy"] = row["bytes"] / (row["layer_us"] / 1e6) / copied

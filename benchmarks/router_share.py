@@ -13,11 +13,11 @@ import torch
 import transformers
 
 from bh_routing.engine.calibrate import calibrate
-from bh_routing.engine.decode import Session, bind_routers, engine_of
+from bh_routing.engine.decode import bind_routers, engine_of
+from bh_routing.engine.session import Session
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.experiments.bench import PROMPT_TOKENS, random_tokens
 from bh_routing.models.load import load_model
-from bh_routing.models.routing import install
 from bh_routing.rules import BenjaminiHochberg, Rule, TopK
 from bh_routing.rules.router import RoutedSlots, Router
 
@@ -35,9 +35,11 @@ class Timed:
     def __init__(self, router: Router) -> None:
         self.router, self.seconds = router, 0.0
 
-    def __call__(self, router_logits_TE: torch.Tensor) -> RoutedSlots:
+    def __call__(
+        self, router_logits_TE: torch.Tensor, is_real_BS: torch.Tensor | None = None, /
+    ) -> RoutedSlots:
         start = time.perf_counter()
-        slots = self.router(router_logits_TE)
+        slots = self.router(router_logits_TE, is_real_BS)
         self.seconds += time.perf_counter() - start
         return slots
 
@@ -47,18 +49,16 @@ def measure(model: Any, rule: Rule, calibration: Any) -> tuple[float, float, flo
     """Return milliseconds per step, the routers' fraction (medians) and the mean experts kept."""
     engine = engine_of(model)
     bound = engine.bind(model, rule, calibration)
-    prompt = random_tokens(model, 1, PROMPT_TOKENS)
-    with install(model, bound):
-        output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    prompt = random_tokens(model, 1, PROMPT_TOKENS).tolist()
     routers = [Timed(router) for router in bind_routers(bound)]
     session = Session(
         engine.decoder, routers, num_slots=8, batch=1, num_positions=PROMPT_TOKENS + STEPS
     )
     milliseconds, shares = [], []
     for round_ in range(ROUNDS + 1):
-        position = session.start(output.past_key_values, output.logits[:, -1].argmax(-1))
+        session.start(prompt)
         before = sum(router.seconds for router in routers)
-        steps = session.run(position, STEPS - 1, ())
+        steps = session.run(STEPS - 1)
         if round_:
             milliseconds.append(1000 * steps.seconds / (STEPS - 1))
             shares.append((sum(router.seconds for router in routers) - before) / steps.seconds)

@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 
-from bh_routing.engine.decode import Session, bind_routers, engine_of
+from bh_routing.engine.decode import bind_routers, engine_of
+from bh_routing.engine.session import Session
 from bh_routing.engine.timing import copied_bytes_per_second
-from bh_routing.experiments.bench import random_tokens, step_cost
+from bh_routing.experiments.bench import random_tokens
+from bh_routing.experiments.pass_cost import step_cost
 from bh_routing.kernels.router import step_plan_of
 from bh_routing.kernels.router_step_kernel import bind
 from bh_routing.models.shapes import make_olmoe_shape
@@ -36,9 +38,7 @@ class Bench:
 
     def __init__(self, model: Any, batch: int, copied: float) -> None:
         self.engine, self.batch, self.copied = engine_of(model), batch, copied
-        prompt = random_tokens(model, batch, PROMPT_TOKENS)
-        output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-        self.start = output.past_key_values, output.logits[:, -1].argmax(-1)
+        self.prompts = random_tokens(model, batch, PROMPT_TOKENS).tolist()
         self.first_ms = 0.0
 
     def session(self, routers: list[Any], num_slots: int = 8) -> Session:
@@ -53,7 +53,8 @@ class Bench:
 
     def run(self, session: Session) -> tuple[float, Any]:
         """Return ms per step, and the steps' cost."""
-        steps = session.run(session.start(*self.start), STEPS, ())
+        session.start(self.prompts)
+        steps = session.run(STEPS)
         context = PROMPT_TOKENS + STEPS / 2
         cost = step_cost(self.engine.decoder, steps.kept_SLBK, context)
         return 1000 * steps.seconds / STEPS, cost

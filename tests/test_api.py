@@ -166,6 +166,8 @@ def test_generate_writes_what_the_model_generates_under_route(
 ) -> None:
     prompts = ["The old man walked down to", "It was a dark"]
     results = bhr.generate(*demo, prompts, rule, demo_calibration, max_new_tokens=8)
+    together = bhr.generate(*demo, prompts, rule, demo_calibration, max_new_tokens=8, batch_size=2)
+    assert [result.text for result in together] == [result.text for result in results]
     for prompt, result in zip(prompts, results, strict=True):
         inputs = demo.tokenizer(prompt, return_tensors="pt")
         with bhr.route(demo.model, rule, demo_calibration) as trace:
@@ -221,6 +223,10 @@ api: Any = bhr  # what is called wrongly below mypy would find too
         (lambda m, t: api.generate(m, t, "one text", bhr.TopK(4)), r"write \[prompt\]"),
         (lambda m, t: api.generate(m, t, [""], bhr.TopK(4)), "prompt 1 .* gives no token"),
         (lambda m, t: api.generate(m, t, ["text"], "top_k"), "a rule must be an object"),
+        (
+            lambda m, t: api.generate(m, t, ["text"], bhr.TopK(4), batch_size=0),
+            "batch_size must be .* got 0",
+        ),
         (
             lambda m, t: api.generate(m, t, ["text"], bhr.TopK(4), max_new_tokens=0),
             "max_new_tokens must be a whole number of at least 1, got 0",

@@ -260,7 +260,7 @@ FLAGS = {
     "export": "folder --to --output",
     "models": "--check --device --no-fp16 --json",
     "doctor": "--output --statistics --tokens --json",
-    "bench": "part --model --device --batches --tokens --rounds --compiled --json",
+    "bench": "part --model --device --batches --lengths --tokens --rounds --compiled --json",
     "report": "folders --output --format --track",
     "serve": "model --rule --config --configs --calibration --prefill-rule --check",
 }

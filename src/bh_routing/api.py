@@ -14,7 +14,7 @@ from bh_routing.analysis.sweep import SweepTables, compare_points
 from bh_routing.analysis.sweep_records import SWEEP, make_sweep
 from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.expert_scores import Score
-from bh_routing.engine.generate import RoutedGeneration, generate_routed
+from bh_routing.engine.generate import RoutedGeneration, generate_batch
 from bh_routing.engine.score import check_steps
 from bh_routing.engine.texts import Document, as_documents, packaged_documents
 from bh_routing.errors import InputError
@@ -220,6 +220,7 @@ def generate(
     calibration: Calibration | None = None,
     *,
     max_new_tokens: int = defaults.MAX_TOKENS,
+    batch_size: int = 1,
 ) -> list[RoutedGeneration]:
     """Continue each prompt greedily under a rule, with the decode engine where it can run.
 
@@ -229,25 +230,31 @@ def generate(
     Args:
         model: a transformers model with `generate`, not inside `route`.
         tokenizer: its tokenizer; if it has a chat template, a prompt is a user's message in it.
-        prompts: texts to continue, one at a time.
+        prompts: texts to continue, of any lengths.
         rule: the rule.
         calibration: what `calibrate` returned; needed if the rule needs one.
         max_new_tokens: most tokens generated per prompt.
+        batch_size: prompts that are continued together; a rule on decode steps decides for all of
+            them that haven't ended.
     Returns:
-        One result per prompt, with `text` and `expert_counts`, and with times in `generation`.
+        One result per prompt, with `text` and `expert_counts`, and with its batch's times in
+        `generation`.
     Raises:
-        InputError: a prompt, the rule or max_new_tokens can't be used.
+        InputError: a prompt, the rule, max_new_tokens or batch_size can't be used.
         CalibrationError: the rule needs a calibration, or another one.
     """
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise InputError(f"prompts must be a list of strings, got {prompts!r}; write [prompt]")
     check_count("max_new_tokens", max_new_tokens)
+    check_count("batch_size", batch_size)
     (rule,) = name_rules([rule]).values()
     bind_rule(model, rule, calibration)
     check_prompts(prompts, max_new_tokens, tokenizer, describe_model(model))
+    batches = (prompts[at : at + batch_size] for at in range(0, len(prompts), batch_size))
     return [
-        generate_routed(model, tokenizer, prompt, max_new_tokens, rule, calibration)
-        for prompt in prompts
+        result
+        for batch in batches
+        for result in generate_batch(model, tokenizer, batch, max_new_tokens, rule, calibration)
     ]
 
 

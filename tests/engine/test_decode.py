@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from bh_routing.engine.decode import Engine, decode_greedily, engine_of
-from bh_routing.engine.generate import generate_greedy, generate_routed
+from bh_routing.engine.generate import generate_batch, generate_greedy, generate_routed
 from bh_routing.errors import CalibrationError
 from bh_routing.kernels.decode_layout import UndecodableError
 from bh_routing.models import LoadedModel, route
@@ -21,6 +21,7 @@ from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules.base import Rule
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 from bh_routing.rules.fixed import RandomK, TopK
+from bh_routing.rules.step import ExpertBudget, OpportunisticActivation
 
 PROMPT = "The old man walked down to the river and"
 BH = BenjaminiHochberg(alpha=0.5, min_k=2, max_k=10, null="gaussian")
@@ -46,21 +47,72 @@ def test_the_engine_wrote_it(demo: LoadedModel, caplog: pytest.LogCaptureFixture
 
 
 def test_an_end_of_text_ends_the_writing(demo: LoadedModel) -> None:
-    token_1P = demo.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-    free = decode_greedily(demo.model, token_1P, TopK(8), max_new_tokens=8)
-    fourth = int(free.token_SB[3, 0])
-    ended = decode_greedily(demo.model, token_1P, TopK(8), max_new_tokens=8, end_ids={fourth})
-    first = free.token_SB[:, 0].tolist().index(fourth)
-    assert ended.token_SB.tolist() == free.token_SB[: first + 1].tolist()
-    assert len(ended.trace.forward_tokens) == first + 1
+    prompts = [demo.tokenizer(PROMPT)["input_ids"]]
+    (free,) = decode_greedily(demo.model, prompts, TopK(8), max_new_tokens=8).token_ids
+    ended = decode_greedily(demo.model, prompts, TopK(8), max_new_tokens=8, end_ids={free[3]})
+    first = free.index(free[3])
+    assert ended.token_ids == [free[: first + 1]]
+    assert len(ended.traces[0].forward_tokens) == first + 1
 
 
-def test_texts_side_by_side_are_written_as_alone(demo: LoadedModel) -> None:
-    token_BP = torch.tensor([[5, 900, 77, 12], [3000, 41, 8, 600]])
-    together = decode_greedily(demo.model, token_BP, BH, max_new_tokens=6)
-    for column, token_P in enumerate(token_BP):
-        alone = decode_greedily(demo.model, token_P.unsqueeze(0), BH, max_new_tokens=6)
-        assert torch.equal(together.token_SB[:, column], alone.token_SB[:, 0])
+RAGGED = [[5, 900, 77, 12, 33], [3000], [41, 8, 600]]
+
+
+@pytest.mark.parametrize("rule", [TopK(8), BH], ids=str)
+def test_prompts_of_any_length_are_continued_as_alone(demo: LoadedModel, rule: Rule) -> None:
+    together = decode_greedily(demo.model, RAGGED, rule, max_new_tokens=6)
+    for row, prompt in enumerate(RAGGED):
+        alone = decode_greedily(demo.model, [prompt], rule, max_new_tokens=6)
+        assert together.token_ids[row] == alone.token_ids[0]
+        assert torch.equal(together.traces[row].kept_index, alone.traces[0].kept_index)
+
+
+def test_a_sequence_that_ends_leaves_the_others_as_they_were(demo: LoadedModel) -> None:
+    free = decode_greedily(demo.model, RAGGED, BH, max_new_tokens=8)
+    end = free.token_ids[0][2]
+    ended = decode_greedily(demo.model, RAGGED, BH, max_new_tokens=8, end_ids={end})
+    for tokens, expected, trace in zip(ended.token_ids, free.token_ids, ended.traces, strict=True):
+        count = expected.index(end) + 1 if end in expected else 8
+        assert tokens == expected[:count]
+        assert trace.forward_tokens[1:] == [1] * (count - 1)
+    assert len(ended.token_ids[0]) <= 3
+
+
+def test_a_trace_is_kept_while_the_session_goes_on(demo: LoadedModel) -> None:
+    first, *_ = decode_greedily(demo.model, RAGGED[:1], BH, max_new_tokens=3).traces
+    before = first.expert_counts
+    decode_greedily(demo.model, RAGGED[2:], BH, max_new_tokens=3)
+    assert torch.equal(first.expert_counts, before)
+    assert torch.equal((first.kept_index >= 0).sum(-1), before)
+
+
+TEXTS = ["The sea is", PROMPT, "Once"]
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["open", "ended"])
+@pytest.mark.parametrize(
+    "rule", [BH, OpportunisticActivation(3), ExpertBudget(12, refill=12)], ids=str
+)
+def test_a_batch_is_generated_as_plain_generate_does_under_route(
+    demo: LoadedModel, rule: Rule, ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = copy.deepcopy(demo.model)
+    model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=1)
+    if ends:
+        free = generate_batch(model, demo.tokenizer, TEXTS, 6, rule)
+        model.generation_config.eos_token_id = free[1].generation.token_ids[2]
+    ours = generate_batch(model, demo.tokenizer, TEXTS, 6, rule)
+    monkeypatch.setattr("bh_routing.engine.generate.decode_greedily", undecodable)
+    plain = generate_batch(model, demo.tokenizer, TEXTS, 6, rule)
+    for mine, other in zip(ours, plain, strict=True):
+        assert mine.generation.token_ids == other.generation.token_ids
+        assert torch.equal(mine.expert_counts, other.expert_counts)
+        assert mine.trace.forward_tokens == other.trace.forward_tokens
+    assert (len(ours[1].generation.token_ids) < 6) == ends
+
+
+def undecodable(*_: Any, **__: Any) -> None:
+    raise UndecodableError("of a test")
 
 
 def broken(demo: LoadedModel, change: str) -> Any:

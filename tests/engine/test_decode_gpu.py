@@ -45,6 +45,35 @@ def test_tokens_and_experts_are_those_of_generate_under_route(
     assert torch.equal(trace.expert_counts, expected.expert_counts)
 
 
+@pytest.mark.parametrize("length", [1, 12, 600])
+def test_a_prompt_keeps_the_experts_that_route_keeps(on_gpu: LoadedModel, length: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    token_1P = torch.randint(2, 8000, (1, length), generator=generator)
+    with torch.inference_mode(), route(on_gpu.model, BH) as expected:
+        logits = on_gpu.model(token_1P.cuda(), logits_to_keep=1).logits
+    decoded = decode_greedily(on_gpu.model, token_1P.tolist(), BH, max_new_tokens=1)
+    assert decoded.token_ids == [[int(logits.argmax())]]
+    same = decoded.traces[0].expert_counts == expected.expert_counts
+    assert same.float().mean() > 0.999  # sums in another order exchange nearly equal logits
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
+@pytest.mark.parametrize("length", [12, 600])
+def test_a_prefill_makes_no_host_sync(on_gpu: LoadedModel, length: int) -> None:
+    engine = engine_of(on_gpu.model)
+    session = engine.session(engine.bind(on_gpu.model, BH, None), 2, 700, length)
+    prompts = [[7] * length, [9, 8, 7]]
+    with torch.inference_mode():
+        session.start(prompts)
+        token_BP = session.state.token_B.new_zeros(2, length)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            session._read(token_BP, session._length_B)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_steps_make_no_host_sync(on_gpu: LoadedModel, batch: int) -> None:
@@ -60,39 +89,40 @@ def test_steps_make_no_host_sync(on_gpu: LoadedModel, batch: int) -> None:
 
 
 def test_texts_side_by_side_are_written_as_alone(on_gpu: LoadedModel) -> None:
-    token_BP = torch.tensor([[5, 900, 77, 12], [3000, 41, 8, 600]], device="cuda")
-    together = decode_greedily(on_gpu.model, token_BP, BH, max_new_tokens=12)
-    for column, token_P in enumerate(token_BP):
-        alone = decode_greedily(on_gpu.model, token_P.unsqueeze(0), BH, max_new_tokens=12)
-        assert torch.equal(together.token_SB[:, column], alone.token_SB[:, 0])
+    # Three prompts fill a graph for four.
+    prompts = [[5, 900, 77, 12], [3000], [41, 8, 600] * 7]
+    together = decode_greedily(on_gpu.model, prompts, BH, max_new_tokens=12)
+    for row, prompt in enumerate(prompts):
+        alone = decode_greedily(on_gpu.model, [prompt], BH, max_new_tokens=12)
+        assert together.token_ids[row] == alone.token_ids[0]
+        assert torch.equal(together.traces[row].expert_counts, alone.traces[0].expert_counts)
 
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_nan_in_one_step_is_noticed(on_gpu: LoadedModel, batch: int) -> None:
     model = copy.deepcopy(on_gpu.model)
-    token_BP, step, expert = passing_use(model, batch)
+    prompts, step, expert = passing_use(model, batch)
     model.model.layers[-1].mlp.experts.down_proj.data[expert] = torch.nan
-    assert decode_greedily(model, token_BP, TopK(8), max_new_tokens=24).has_nan
-    assert not decode_greedily(model, token_BP, TopK(8), max_new_tokens=step).has_nan
+    assert decode_greedily(model, prompts, TopK(8), max_new_tokens=24).has_nan
+    assert not decode_greedily(model, prompts, TopK(8), max_new_tokens=step).has_nan
 
 
-def passing_use(model: Any, batch: int) -> tuple[torch.Tensor, int, int]:
+def passing_use(model: Any, batch: int) -> tuple[list[list[int]], int, int]:
     """Find a prompt, a step and an expert of the last layer that is used there for the first time.
 
     Later steps don't see the last layer's output, and the last steps don't use the expert.
     """
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
-        token_BP = torch.randint(2, 8000, (1, 4), generator=generator).repeat(batch, 1).cuda()
-        clean = decode_greedily(model, token_BP, TopK(8), max_new_tokens=24)
+        prompts = torch.randint(2, 8000, (1, 4), generator=generator).tolist() * batch
+        clean = decode_greedily(model, prompts, TopK(8), max_new_tokens=24)
         assert not clean.has_nan
-        kept_TK = clean.trace.kept_index[:, -1]
-        # The prompt's positions come first, then one row per step and sequence.
-        used = [set(row) for row in kept_TK[4 * batch :: batch].tolist()]
+        kept_TK = clean.traces[0].kept_index[:, -1]
+        used = [set(row) for row in kept_TK[4:].tolist()]
         before: set[int] = set(kept_TK[:4].flatten().tolist())
         for step, experts in enumerate(used[:16], start=1):
             if passing := experts - before - set().union(*used[18:]):
-                return token_BP, step, min(passing)
+                return prompts, step, min(passing)
             before |= experts
     raise AssertionError("no expert is used in passing")
 
@@ -116,15 +146,12 @@ def test_a_second_text_is_written_as_if_it_were_the_first(on_gpu: LoadedModel) -
 
 def test_a_graph_goes_on_using_memory_that_stays_its_own(on_gpu: LoadedModel) -> None:
     engine = Engine(on_gpu.model)
-    token_BP = torch.tensor([[5, 900, 77, 12]], device="cuda")
     session = engine.session(engine.bind(on_gpu.model, BH, None), 1, 40)
-    with torch.inference_mode():
-        cache = on_gpu.model(token_BP, use_cache=True).past_key_values
 
     def write() -> torch.Tensor:
         with torch.inference_mode():
-            position = session.start(cache, token_BP[:, -1])
-            return session.run(position, 20, ()).kept_SLBK.clone()
+            session.start([[5, 900, 77, 12]])
+            return session.run(20).kept_SLBK.clone()
 
     expected = write()
     # What the session's making let go of is taken by others, and holds what they write.

@@ -91,9 +91,9 @@ def test_a_checkpoint_that_asks_for_a_dict_is_written_by_plain_generate_too(
 
 def lone_expert(demo: LoadedModel, step: int) -> Any:
     """An expert of the last layer that one step alone keeps; step 0 is the prompt's last token."""
-    token_1P = demo.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-    trace = decode_greedily(demo.model, token_1P, TopK(8), max_new_tokens=10).trace
-    kept_SK = trace.kept_index[token_1P.shape[1] - 1 :, -1]
+    prompt = demo.tokenizer(PROMPT)["input_ids"]
+    (trace,) = decode_greedily(demo.model, [prompt], TopK(8), max_new_tokens=10).traces
+    kept_SK = trace.kept_index[len(prompt) - 1 :, -1]
     uses = Counter(kept_SK.flatten().tolist())
     return next(expert for expert in kept_SK[step].tolist() if uses[expert] == 1)
 
@@ -119,12 +119,12 @@ def test_a_logit_that_overflows_is_noticed(demo: LoadedModel) -> None:
 
 
 def test_nan_after_the_end_of_the_text_does_not_count(demo: LoadedModel) -> None:
-    token_1P = demo.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-    clean = decode_greedily(demo.model, token_1P, TopK(8), max_new_tokens=8)
+    prompts = [demo.tokenizer(PROMPT)["input_ids"]]
+    (clean,) = decode_greedily(demo.model, prompts, TopK(8), max_new_tokens=8).token_ids
     model = copy.deepcopy(demo.model)
     model.model.layers[-1].mlp.experts.down_proj.data[lone_expert(demo, 6)] = torch.nan
-    third = int(clean.token_SB[2, 0])
-    assert third not in clean.token_SB[:2, 0].tolist()
-    ended = decode_greedily(model, token_1P, TopK(8), max_new_tokens=8, end_ids={third})
+    third = clean[2]
+    assert third not in clean[:2]
+    ended = decode_greedily(model, prompts, TopK(8), max_new_tokens=8, end_ids={third})
     assert not ended.has_nan
-    assert decode_greedily(model, token_1P, TopK(8), max_new_tokens=8).has_nan
+    assert decode_greedily(model, prompts, TopK(8), max_new_tokens=8).has_nan

@@ -8,7 +8,7 @@ import torch
 
 from bh_routing.engine.decode import engine_of
 from bh_routing.engine.timing import time_interleaved
-from bh_routing.experiments.bench import step_cost
+from bh_routing.experiments.pass_cost import prefill_cost, step_cost
 from bh_routing.models import LoadedModel
 
 
@@ -40,3 +40,16 @@ def test_a_step_reads_each_expert_once_and_multiplies_every_kept_one(demo: Loade
     cache = 2 * 10 * 2 * 128 * 6
     assert cost.bytes == 4 * (dense + 6 * 2 * expert + cache)
     assert cost.flops_per_token == 2 * (dense + 6 * 1.5 * expert) + 4 * 10 * 128 * 6
+
+
+def test_a_prefill_reads_each_expert_once_and_multiplies_every_kept_one(demo: LoadedModel) -> None:
+    decoder = engine_of(demo.model).decoder
+    # Two tokens, six layers, three slots; the tokens share expert 5, and keep 2 and 1.
+    kept = torch.tensor([[5, 7, -1], [5, -1, -1]], dtype=torch.int16)[:, None].expand(2, 6, 3)
+    cost = prefill_cost(decoder, kept)
+    assert (cost.mean_experts, cost.distinct_experts) == (1.5, 2.0)
+    layers, head = 6 * (4 * 128 * 128 + 64 * 128), 8192 * 128
+    expert = 3 * 128 * 64
+    assert cost.bytes == 4 * (layers + head + 6 * 2 * expert + 2 * 2 * 128 * 6)
+    attention = 4 * 1 * 128 * 6
+    assert cost.flops_per_token == 2 * (layers + head / 2 + 6 * 1.5 * expert) + attention

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
-from bh_routing.kernels.decode import DecodeState, bind_torch
+from bh_routing.kernels.decode import DecodeState, bind_prompts, bind_torch
 from bh_routing.kernels.decode_layout import Decoder, read_decoder
 from bh_routing.rules.base import LayerContext
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
@@ -177,3 +177,112 @@ def test_one_nan_among_the_logits_is_noted(bind: str) -> None:
     decoder = make_decoder("qwen3_moe")
     decoder.head_VH[31, 2] = torch.nan
     assert not (feed(bind, decoder, [7, 0])[:2] < torch.inf).any()
+
+
+PROMPTS = [[7, 44, 0, 13], [13], [], [2, 40]]
+
+
+def read_prompts(decoder: Decoder, prompts: list[list[int]]) -> tuple[DecodeState, Tensor]:
+    """Read prompts, padded, and take two steps; return the state and the logits after prefill."""
+    token_BP = torch.full((len(prompts), 4), 9, device=DEVICE)
+    length_B = torch.tensor([len(prompt) for prompt in prompts], device=DEVICE)
+    for row, prompt in enumerate(prompts):
+        token_BP[row, : len(prompt)] = torch.tensor(prompt)
+    with torch.inference_mode():
+        state = DecodeState.empty(decoder, batch=len(prompts), num_positions=8, num_slots=3)
+        state.is_end_V[PROMPTS[0][0]] = True
+        routers = make_routers(decoder)
+        bind_prompts(decoder, state, routers)(token_BP, length_B)
+        logits_BV, step = state.logits_BV.clone(), bind_torch(decoder, state, routers)
+        for _ in range(2):
+            step()
+    return state, logits_BV
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_kernels_of_a_prefill_write_what_torch_writes(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = make_decoder(family)
+    prompts = [*PROMPTS, [1, 2, 3, 4]]
+    found, logits_BV = read_prompts(decoder, prompts)
+    monkeypatch.setattr("bh_routing.kernels.decode._PREFILL", None)
+    expected, expected_logits_BV = read_prompts(decoder, prompts)
+    torch.testing.assert_close(logits_BV, expected_logits_BV, rtol=1e-4, atol=1e-5)
+    for name in ("keys", "values", "kept_PLBK", "token_PB", "top_PB", "position_B", "is_live_B"):
+        ours, theirs = getattr(found, name), getattr(expected, name)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_is_read_as_its_tokens_one_by_one(family: str) -> None:
+    decoder = make_decoder(family)
+    state, logits_BV = read_prompts(decoder, PROMPTS)
+    assert state.position_B.tolist() == [6, 3, 3, 4]
+    for row, prompt in enumerate(PROMPTS):
+        if not prompt:
+            assert (state.kept_PLBK[:4, :, row] == -1).all()
+            continue
+        alone = write(decoder, bind_torch, prompt)
+        torch.testing.assert_close(logits_BV[row], alone[0][-1, 0], rtol=1e-4, atol=1e-5)
+        end = len(prompt)
+        for ours, theirs in ((state.keys, alone[1]), (state.values, alone[2])):
+            read = ours[:, row, :, :end], theirs[:, 0, :, :end]
+            torch.testing.assert_close(*read, rtol=1e-4, atol=1e-5)
+        assert torch.equal(state.kept_PLBK[:end, :, row], alone[3][:end, :, 0])
+        assert state.token_PB[end - 1, row] == alone[4][end - 1, 0]
+
+
+def test_padding_never_reaches_the_cache() -> None:
+    decoder = make_decoder("qwen3_moe")
+    decoder.embedding_VH[9] = torch.nan  # the padding
+    state, logits_BV = read_prompts(decoder, PROMPTS)
+    assert logits_BV[[0, 1, 3]].isfinite().all()
+    assert state.keys.isfinite().all()
+
+
+@pytest.mark.parametrize("bind", ["bind_torch", "bind_batch"])
+def test_an_ended_sequence_keeps_nothing_and_changes_no_other(bind: str) -> None:
+    many = importlib.import_module("bh_routing.kernels.decode_batch_triton")
+    function = {"bind_torch": bind_torch, "bind_batch": many.bind_batch}[bind]
+    decoder = make_decoder("qwen3_moe")
+
+    def feed_batch(is_live: list[bool]) -> DecodeState:
+        with torch.inference_mode():
+            state = DecodeState.empty(decoder, batch=3, num_positions=8, num_slots=3)
+            step = function(decoder, state, make_routers(decoder))
+            state.is_live_B.copy_(torch.tensor(is_live))
+            for token_B in STEPS:
+                state.token_B.copy_(torch.tensor(token_B))
+                step()
+        return state
+
+    free, ended = feed_batch([True] * 3), feed_batch([True, False, True])
+    for name in ("kept_PLBK", "keys", "token_PB", "top_PB"):
+        axis = 2 if name == "kept_PLBK" else 1
+        rows = torch.tensor([0, 2], device=DEVICE)
+        ours, theirs = (getattr(state, name).index_select(axis, rows) for state in (ended, free))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert (ended.kept_PLBK[: len(STEPS), :, 1] == -1).all()
+    assert (free.kept_PLBK[: len(STEPS), :, 1] >= 0).any()
+
+
+@pytest.mark.parametrize("bind", BINDS)
+def test_an_end_token_ends_its_sequence(bind: str) -> None:
+    module = "decode_triton" if bind == "bind_few" else "decode_batch_triton"
+    kernels = importlib.import_module(f"bh_routing.kernels.{module}")
+    function = bind_torch if bind == "bind_torch" else getattr(kernels, bind)
+    batch = 1 if bind == "bind_few" else 2
+    decoder = make_decoder("mixtral")
+    with torch.inference_mode():
+        state = DecodeState.empty(decoder, batch=batch, num_positions=8, num_slots=3)
+        step = function(decoder, state, make_routers(decoder))
+        state.token_B.copy_(torch.tensor([7, 44][:batch]))
+        step()
+        first = state.token_B.tolist()
+        assert state.is_live_B.all()
+        state.is_end_V[first[0]] = True
+        state.token_B.copy_(torch.tensor([7, 44][:batch]))
+        state.position_B.zero_()
+        step()
+        assert state.is_live_B.tolist() == [token != first[0] for token in first]

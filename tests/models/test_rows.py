@@ -116,17 +116,12 @@ def test_scores_of_a_document_do_not_depend_on_the_batch(
 def test_the_engine_decodes_a_text_alike_alone_and_among_others(
     demo: LoadedModel, calibration: Calibration, sequences: list[Tensor]
 ) -> None:
-    length = min(LENGTHS)
-    prompts = torch.cat([ids_1S[:, :length] for ids_1S in sequences])
+    prompts = [ids_1S[0].tolist() for ids_1S in sequences]
     together = decode_greedily(demo.model, prompts, BLOCK, calibration, max_new_tokens=6)
-    for row in range(len(prompts)):
-        prompt = prompts[row : row + 1]
-        alone = decode_greedily(demo.model, prompt, BLOCK, calibration, max_new_tokens=6)
-        assert alone.token_SB[:, 0].tolist() == together.token_SB[:, row].tolist()
-        # The prompts row by row, then one token of each in every step.
-        own = [together.trace.expert_counts[row * length : (row + 1) * length]]
-        own.append(together.trace.expert_counts[len(prompts) * length + row :: len(prompts)])
-        assert torch.equal(torch.cat(own), alone.trace.expert_counts)
+    for row, prompt in enumerate(prompts):
+        alone = decode_greedily(demo.model, [prompt], BLOCK, calibration, max_new_tokens=6)
+        assert alone.token_ids[0] == together.token_ids[row]
+        assert torch.equal(alone.traces[0].kept_index, together.traces[row].kept_index)
 
 
 def test_proposals_of_several_windows_are_decided_window_by_window(

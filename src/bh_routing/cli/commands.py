@@ -348,6 +348,10 @@ def bench(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     batches: Annotated[str, typer.Option(help="decode: batch sizes.")] = "1",
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="prefill: prompt lengths. Default: 16,128,1024,4096; on a CPU to 512."),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="decode: tokens generated per sequence.")] = 200,
     rounds: Annotated[int, typer.Option(help="Timed rounds, after one warm-up round.")] = 5,
     compiled: Annotated[
@@ -361,15 +365,12 @@ def bench(
         from bh_routing.experiments.bench import BenchSpec
         from bh_routing.experiments.bench import bench as measure
 
-        try:
-            sizes = tuple(int(size) for size in batches.split(","))
-        except ValueError:
-            raise InputError(f"batches must be numbers like 1,4,16, got {batches!r}") from None
         spec = BenchSpec(
             part=part,  # type: ignore[arg-type]  # checked there
             model=model,
             device=device,
-            batches=sizes,
+            batches=_numbers("batches", batches),
+            lengths=_numbers("lengths", lengths) if lengths else (),
             tokens=tokens,
             rounds=rounds,
             is_compiled=compiled,
@@ -377,3 +378,10 @@ def bench(
         document = measure(spec)
     _print(document, as_json, tables.speeds)
     return 0
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise InputError(f"{name} must be numbers like 1,4,16, got {text!r}") from None

@@ -1,144 +1,31 @@
-"""The decode engine: greedy decoding in fixed memory, one CUDA graph per step on a GPU."""
+"""The decode engine: the sessions of one model, and greedy decoding with them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Sequence
 from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from bh_routing.engine.timing import captured
-from bh_routing.kernels.decode import DecodeState, bind_step
-from bh_routing.kernels.decode_layout import Decoder, UndecodableError, read_decoder
-from bh_routing.kernels.experts import NAME, sparse_experts_forward
+from bh_routing.engine.session import Session
+from bh_routing.kernels.decode_layout import UndecodableError, read_decoder
 from bh_routing.kernels.router import fused_router, fused_step_router
-from bh_routing.models.experts import experts_by
 from bh_routing.models.routers import find_routers
-from bh_routing.models.routing import BoundRule, bind_rule, check_calibration, install
-from bh_routing.models.trace import DROPPED, ExpertTrace
+from bh_routing.models.routing import BoundRule, bind_rule, check_calibration
+from bh_routing.models.trace import ExpertTrace
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules.base import Rule
 from bh_routing.rules.fixed import TopK
 from bh_routing.rules.router import Router, SoftmaxFamily, reference_router
 
-STEPS_IN_A_BURST: Final = 16
-"""Steps between host syncs: end-of-text tokens are detected only then, and later tokens are
-discarded."""
-
-
-class Steps(NamedTuple):
-    """Output of a session's decode steps."""
-
-    token_SB: Tensor
-    """int64, on the host."""
-    kept_SLBK: Tensor
-    """int16, on the session's device: kept expert of each slot, -1 where dropped."""
-    has_nan: bool
-    """Whether a token was chosen from logits that hold NaN or infinity."""
-    seconds: float
-
-
-class Session:
-    """Buffers and graph for one rule, batch size and maximum length, reused between runs.
-
-    Args:
-        decoder: the model's weights.
-        routers: the rule, bound to each layer.
-        num_slots: slots that each router proposes.
-        batch: batch size.
-        num_positions: maximum number of positions per sequence.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        routers: Sequence[Router],
-        *,
-        num_slots: int,
-        batch: int,
-        num_positions: int,
-    ) -> None:
-        self.state = DecodeState.empty(
-            decoder, batch=batch, num_positions=num_positions, num_slots=num_slots
-        )
-        step = bind_step(decoder, self.state, routers)
-        self.advance: Callable[[], None] = step
-        """Generate one token per sequence; on CUDA it launches without a host sync."""
-        if self.state.token_B.is_cuda:
-            with torch.inference_mode():
-                self.advance = captured(step)
-
-    def start(self, cache: Any, token_B: Tensor) -> int:
-        """Copy transformers' cache of a prompt and the first tokens; return their position."""
-        length = int(cache.layers[0].keys.shape[2])
-        for number, layer in enumerate(cache.layers):
-            self.state.keys[number, :, :, :length] = layer.keys
-            self.state.values[number, :, :, :length] = layer.values
-        self.state.token_B.copy_(token_B)
-        self.state.position_B.fill_(length)
-        self.state.logits_BV.zero_()
-        return length
-
-    def run(self, first: int, num_steps: int, end_ids: Collection[int]) -> Steps:
-        """Decode from position `first` until the latest tokens of all sequences are end tokens.
-
-        The host waits for the device only after each burst of steps.
-        """
-        clock = _Clock(self.state.token_B.device)
-        burst = STEPS_IN_A_BURST if self.state.token_B.is_cuda else 1
-        done = 0
-        while done < num_steps:
-            for _ in range(min(burst, num_steps - done)):
-                self.advance()
-                clock.tick()
-            done = min(done + burst, num_steps)
-            if end_ids and (ends := self._count_until_end(first, done, end_ids)) is not None:
-                done = ends
-                break
-        end = first + done
-        return Steps(
-            self.state.token_PB[first:end].cpu(),
-            self.state.kept_PLBK[first:end],
-            not bool((self.state.top_PB[first:end] < torch.inf).all()),
-            clock.seconds(done),
-        )
-
-    def _count_until_end(self, first: int, done: int, end_ids: Collection[int]) -> int | None:
-        rows = self.state.token_PB[first : first + done].tolist()
-        return next((n for n, row in enumerate(rows, 1) if all(t in end_ids for t in row)), None)
-
-
-class _Clock:
-    """Time until the end of each step, by CUDA events on a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._ticks: list[Any] = []
-        self._is_cuda = device.type == "cuda"
-        self.tick()
-
-    def tick(self) -> None:
-        if self._is_cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._ticks.append(event)
-        else:
-            self._ticks.append(time.perf_counter())
-
-    def seconds(self, ticks: int) -> float:
-        first, last = self._ticks[0], self._ticks[ticks]
-        if not self._is_cuda:
-            return float(last - first)
-        last.synchronize()
-        return float(first.elapsed_time(last)) / 1000
-
-
 FEWEST_POSITIONS: Final = 256
 MOST_POSITIONS: Final = 32_768
 PROBED_TOKENS: Final = 8
+MOST_BUCKETED: Final = 64
+"""Sequences up to which a batch on a GPU is filled up to a power of two."""
 LARGEST_ERROR: Final = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 """Tolerance: RMS difference of logits, relative to the RMS of the model's own. Rounding is below,
 even where it exchanges two nearly equal experts; a different layout is far above."""
@@ -147,11 +34,12 @@ even where it exchanges two nearly equal experts; a different layout is far abov
 class Decoded(NamedTuple):
     """Generated continuations of a batch."""
 
-    token_SB: Tensor
-    """int64, on the host; the first row comes from the prefill."""
-    trace: ExpertTrace
+    token_ids: list[list[int]]
+    """Of each sequence, including an end-of-text token."""
+    traces: list[ExpertTrace]
+    """Of each sequence."""
     prefill_sec: float
-    """Until the first token is on the host."""
+    """Until the first tokens are on the host."""
     decode_sec: float
     has_nan: bool
     """Whether a token was chosen from logits that hold NaN or infinity."""
@@ -188,8 +76,10 @@ class Engine:
             check_calibration(model, self._bound[key].routers, rule, calibration)
         return self._bound[key]
 
-    def session(self, bound: BoundRule, batch: int, length: int) -> Session:
-        """Return a session for `batch` sequences of up to `length` positions.
+    def session(
+        self, bound: BoundRule, batch: int, length: int, longest_prompt: int = PROBED_TOKENS
+    ) -> Session:
+        """Return a session for at least `batch` sequences of up to `length` positions.
 
         Raises:
             UndecodableError: the rule or the length isn't supported.
@@ -198,11 +88,14 @@ class Engine:
         if length > most:
             raise UndecodableError(f"a text of {length} positions is longer than its {most}")
         num_positions = min(most, max(FEWEST_POSITIONS, 1 << (length - 1).bit_length()))
+        if self.decoder.embedding_VH.is_cuda and batch <= MOST_BUCKETED:
+            batch = 1 << (batch - 1).bit_length()
         key = (bound, batch, num_positions)
+        start = time.perf_counter()
         if key not in self._sessions:
-            start = time.perf_counter()
             self._sessions[key] = self._make_session(bound, batch, num_positions)
-            self.startup_sec += time.perf_counter() - start
+        self._sessions[key].prepare(longest_prompt)
+        self.startup_sec += time.perf_counter() - start
         return self._sessions[key]
 
     def _make_session(self, bound: BoundRule, batch: int, num_positions: int) -> Session:
@@ -217,16 +110,16 @@ class Engine:
 
     @torch.inference_mode()
     def _compare_logits(self, model: Any, rule: Rule) -> None:
-        """Compare the logits of one decode step with the model's: equal names don't suffice."""
+        """Compare the logits after prefill and a step with the model's: names don't suffice."""
         bound = self.bind(model, rule, None)
         vocabulary = self.decoder.head_VH.shape[0]
-        token_1P = torch.arange(1, PROBED_TOKENS + 1, device=model.device).unsqueeze(0)
-        token_1P = token_1P * 7919 % vocabulary
+        tokens = [7919 * number % vocabulary for number in range(1, PROBED_TOKENS + 1)]
+        token_1P = torch.tensor([tokens], device=model.device)
         expected_V = model(input_ids=token_1P).logits[0, -1].float()
         session = self.session(bound, 1, PROBED_TOKENS)
-        cache = model(input_ids=token_1P[:, :-1], use_cache=True).past_key_values
-        session.start(cache, token_1P[:, -1])
-        session.run(PROBED_TOKENS - 1, 1, ())
+        session.start([tokens[:-1]])
+        session.state.token_B.fill_(tokens[-1])
+        session.advance()
         difference_V = session.state.logits_BV[0].float() - expected_V
         error = float(difference_V.norm() / expected_V.norm())
         if not error <= LARGEST_ERROR.get(session.state.logits_BV.dtype, 0.0):
@@ -333,32 +226,25 @@ def bind_routers(bound: BoundRule) -> list[Router]:
     return routers
 
 
-def _fused_experts(model: Any) -> AbstractContextManager[None]:
-    # On a CPU, `load_model` has already set the implementation.
-    if model.device.type != "cuda":
-        return nullcontext()
-    return experts_by(model, NAME, sparse_experts_forward)
-
-
 @torch.inference_mode()
 def decode_greedily(
     model: Any,
-    token_BP: Tensor,
+    prompts: Sequence[Sequence[int]],
     rule: Rule,
     calibration: Calibration | None = None,
     *,
     max_new_tokens: int,
     end_ids: Collection[int] = (),
 ) -> Decoded:
-    """Continue a batch of prompts of equal length under a rule.
+    """Continue a batch of prompts, of any lengths, under a rule.
 
     Args:
         model: a transformers model, not inside `route`.
-        token_BP: prompts, int64, (B, P), on the model's device.
+        prompts: token ids, at least one per prompt.
         rule: decides which slots stay.
         calibration: reference distributions, if the rule's null needs a table.
         max_new_tokens: tokens to generate per sequence, at least 1.
-        end_ids: generation ends once the latest tokens of all sequences are among these.
+        end_ids: tokens that end a sequence, which from then on neither votes nor counts.
     Returns:
         Tokens, kept experts (of the fed-back tokens too, as in `generate`), and times.
     Raises:
@@ -368,21 +254,18 @@ def decode_greedily(
     """
     engine = engine_of(model)
     bound = engine.bind(model, rule, calibration)
-    batch, length = token_BP.shape
-    session = engine.session(bound, batch, length + max_new_tokens)
+    longest = max(map(len, prompts))
+    session = engine.session(bound, len(prompts), longest + max_new_tokens, longest)
     start = time.perf_counter()
-    with _fused_experts(model), install(model, bound) as trace:
-        output = model(input_ids=token_BP, use_cache=True, logits_to_keep=1)
-    top_B, first_B = output.logits[:, -1].max(-1)
-    first = first_B.tolist()
+    session.start(prompts, end_ids)
+    session.state.token_B.tolist()
     prefill_sec = time.perf_counter() - start
-    position = session.start(output.past_key_values, first_B)
-    has_ended = all(token in end_ids for token in first)
-    steps = session.run(position, 0 if has_ended else max_new_tokens - 1, end_ids)
-    for kept_LBK in steps.kept_SLBK:
-        trace.begin(None, is_step=True)
-        for layer, kept_BK in enumerate(kept_LBK):
-            trace._record(layer, kept_BK, kept_BK != DROPPED)
-    token_SB = torch.cat([first_B.cpu().unsqueeze(0), steps.token_SB])
-    has_nan = steps.has_nan or not bool((top_B < torch.inf).all())
-    return Decoded(token_SB, trace, prefill_sec, steps.seconds, has_nan)
+    steps = session.run(max_new_tokens - 1)
+    ids = zip(steps.token_SB.T.tolist(), steps.num_tokens_B, strict=True)
+    return Decoded(
+        [tokens[:count] for tokens, count in ids],
+        session.traces(steps, bound.routers.num_experts),
+        prefill_sec,
+        steps.seconds,
+        steps.has_nan,
+    )

@@ -1,4 +1,4 @@
-"""Timed generation of one sequence, by the decode engine or by transformers' `generate`."""
+"""Timed generation, by the decode engine or by transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ _told: Final[WeakKeyDictionary[Any, set[str]]] = WeakKeyDictionary()
 
 
 class Generation(NamedTuple):
-    """One greedy continuation and its times."""
+    """One greedy continuation, and the times of its batch."""
 
     text: str
     token_ids: list[int]
@@ -127,27 +127,39 @@ def generate_routed(
     rule: Rule,
     calibration: Calibration | None = None,
 ) -> RoutedGeneration:
-    """Continue `prompt` greedily under a rule, by the decode engine if it supports the model.
+    """Continue one prompt as `generate_batch` does."""
+    return generate_batch(model, tokenizer, [prompt], max_new_tokens, rule, calibration)[0]
+
+
+def generate_batch(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    rule: Rule,
+    calibration: Calibration | None = None,
+) -> list[RoutedGeneration]:
+    """Continue prompts together, greedily, under a rule, by the decode engine if it supports it.
 
     Otherwise `generate` runs under `route`, and the reason is logged once.
 
     Args:
         model: a transformers model with `generate`, not inside `route`.
-        tokenizer: its tokenizer; with a chat template, the prompt becomes a user message.
-        prompt: text, at least one token.
+        tokenizer: its tokenizer; with a chat template, a prompt becomes a user message.
+        prompts: texts of at least one token.
         max_new_tokens: maximum number of generated tokens; an end-of-text token ends earlier.
         rule: decides which slots stay.
         calibration: reference distributions, if the rule's null needs a table.
     Raises:
         CalibrationError, ModelError, InputError: as in `route`.
     """
-    token_1P = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
+    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     try:
-        end_ids = _end_ids(model, token_1P, max_new_tokens)
+        end_ids = _end_ids(model, prompt_ids, max_new_tokens)
         with evaluating(model):
             decoded = decode_greedily(
                 model,
-                token_1P,
+                prompt_ids,
                 rule,
                 calibration,
                 max_new_tokens=max_new_tokens,
@@ -158,19 +170,40 @@ def generate_routed(
             log.warning("texts are written by plain generate: %s", reason)
             told.add(reason)
         with route(model, rule, calibration) as trace:
-            plain = generate_greedy(model, tokenizer, prompt, max_new_tokens)
-        return RoutedGeneration(plain, trace)
-    token_ids = decoded.token_SB[:, 0].tolist()
-    generation = Generation(
-        text=tokenizer.decode(token_ids, skip_special_tokens=True),
-        token_ids=token_ids,
-        num_input_tokens=token_1P.shape[1],
-        inference_time_sec=decoded.prefill_sec + decoded.decode_sec,
-        prefill_time_sec=decoded.prefill_sec,
-        decode_time_sec=decoded.decode_sec,
-        has_nan=decoded.has_nan,
-    )
-    return RoutedGeneration(generation, decoded.trace)
+            plain = _generate_plain(model, tokenizer, prompt_ids, max_new_tokens)
+        return list(map(RoutedGeneration, plain, _traces_of(trace, plain)))
+    generations = [
+        Generation(
+            text=tokenizer.decode(token_ids, skip_special_tokens=True),
+            token_ids=token_ids,
+            num_input_tokens=len(prompt),
+            inference_time_sec=decoded.prefill_sec + decoded.decode_sec,
+            prefill_time_sec=decoded.prefill_sec,
+            decode_time_sec=decoded.decode_sec,
+            has_nan=decoded.has_nan,
+        )
+        for prompt, token_ids in zip(prompt_ids, decoded.token_ids, strict=True)
+    ]
+    return list(map(RoutedGeneration, generations, decoded.traces))
+
+
+def _traces_of(trace: ExpertTrace, generations: Sequence[Generation]) -> list[ExpertTrace]:
+    """Split the trace of a batch's prefill and decode steps into one for each sequence."""
+    if len(generations) == 1:
+        return [trace]
+    lengths = [generation.num_input_tokens for generation in generations]
+    prompts, steps_TLK = trace.kept_index.tensor_split([sum(lengths)])
+    steps_SBLK = steps_TLK.unflatten(0, (-1, len(lengths)))
+    return [
+        ExpertTrace.of_sequence(
+            torch.cat([prompt_TLK, steps_SBLK[: len(generation.token_ids) - 1, row]]),
+            len(prompt_TLK),
+            trace.num_experts,
+        )
+        for row, (prompt_TLK, generation) in enumerate(
+            zip(prompts.split(lengths), generations, strict=True)
+        )
+    ]
 
 
 class TokenClock:
@@ -199,33 +232,57 @@ def generate_greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int
         The continuation and its times in seconds. The clock is read when `generate` streams a
         token, after copying it to the host, so device work is included.
     """
-    token_1P = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
-    num_input_tokens = token_1P.shape[1]
-    pad = tokenizer.pad_token_id
+    prompt_ids = [encode_prompt(tokenizer, prompt)]
+    return _generate_plain(model, tokenizer, prompt_ids, max_new_tokens)[0]
+
+
+def _generate_plain(
+    model: Any, tokenizer: Any, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[Generation]:
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    longest = max(map(len, prompt_ids))
+    # Padding comes first, so that all sequences continue at the same position.
+    padded = [[pad if pad is not None else 0] * (longest - len(ids)) + [*ids] for ids in prompt_ids]
+    lengths_B = torch.tensor([len(ids) for ids in prompt_ids])
+    is_real_BP = torch.arange(longest) >= longest - lengths_B[:, None]
     clock = TokenClock()
     start = time.perf_counter()
     with torch.inference_mode(), evaluating(model), _watch_logits(model) as tops:
         output = model.generate(
-            input_ids=token_1P,
-            attention_mask=torch.ones_like(token_1P),
+            input_ids=torch.tensor(padded, device=model.device),
+            attention_mask=is_real_BP.long().to(model.device),
             max_new_tokens=max_new_tokens,
             **GREEDY,
             tokenizer=tokenizer,
-            pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+            pad_token_id=pad,
             streamer=clock,
         )
-    token_ids = output[0, num_input_tokens:].tolist()
+    rows = output[:, longest:].tolist()
     end = time.perf_counter()
-    first_token = clock.ticks[1]
-    return Generation(
-        text=tokenizer.decode(token_ids, skip_special_tokens=True),
-        token_ids=token_ids,
-        num_input_tokens=num_input_tokens,
-        inference_time_sec=end - start,
-        prefill_time_sec=first_token - start,
-        decode_time_sec=end - first_token,
-        has_nan=not all(bool(top < torch.inf) for top in tops),
-    )
+    first_token, has_nan = clock.ticks[1], not all(bool(top < torch.inf) for top in tops)
+    token_ids = rows if len(rows) == 1 else [_until_end(model, row, pad) for row in rows]
+    return [
+        Generation(
+            text=tokenizer.decode(ids, skip_special_tokens=True),
+            token_ids=ids,
+            num_input_tokens=len(prompt),
+            inference_time_sec=end - start,
+            prefill_time_sec=first_token - start,
+            decode_time_sec=end - first_token,
+            has_nan=has_nan,
+        )
+        for prompt, ids in zip(prompt_ids, token_ids, strict=True)
+    ]
+
+
+def _until_end(model: Any, token_ids: list[int], pad: int) -> list[int]:
+    """Remove the padding that follows a sequence which ended before others of its batch."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    count = next((n for n, token in enumerate(token_ids, 1) if token in ends), len(token_ids))
+    while count > 1 and token_ids[count - 1] == pad and pad not in ends:
+        count -= 1
+    return token_ids[:count]
 
 
 @contextmanager
@@ -243,8 +300,8 @@ def _watch_logits(model: Any) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def _end_ids(model: Any, token_1P: Tensor, max_new_tokens: int) -> set[int]:
-    """Return the end-of-text tokens of `generate`, from a dry run of its preparation.
+def _end_ids(model: Any, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int) -> set[int]:
+    """Return the end-of-text tokens of `generate`, from a dry run of its preparation per prompt.
 
     Raises:
         UndecodableError: its settings ask for more than greedy search.
@@ -269,7 +326,7 @@ def _end_ids(model: Any, token_1P: Tensor, max_new_tokens: int) -> set[int]:
             {type(past_key_values).__name__} - KNOWN_CACHES,
             {str(generation_config.get_generation_mode().value)} - {"greedy_search"},
         )
-        if not torch.equal(input_ids, token_1P):
+        if input_ids.tolist() not in [[ids] for ids in prompt_ids]:
             unknown.add("token_healing")
         for criterion in stopping_criteria:
             if (ends := getattr(criterion, "eos_token_id", None)) is not None:
@@ -277,13 +334,15 @@ def _end_ids(model: Any, token_1P: Tensor, max_new_tokens: int) -> set[int]:
         return input_ids
 
     try:
-        model.generate(
-            token_1P,
-            attention_mask=torch.ones_like(token_1P),
-            max_new_tokens=max_new_tokens,
-            custom_generate=inspect,
-            **GREEDY | {"stop_strings": None},
-        )
+        for ids in prompt_ids:
+            token_1P = torch.tensor([ids], device=model.device)
+            model.generate(
+                token_1P,
+                attention_mask=torch.ones_like(token_1P),
+                max_new_tokens=max_new_tokens,
+                custom_generate=inspect,
+                **GREEDY | {"stop_strings": None},
+            )
     except (ValueError, ImportError) as error:
         raise UndecodableError(f"generate rejects its generation settings ({error})") from error
     if unknown:

@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 import torch
 
 FILLER_VALUES: Final = 2**28
+MULTIPLIED_SIZE: Final = {"cuda": 8_192, "cpu": 1_024}
 COPIED_BYTES: Final = {"cuda": 2**31, "cpu": 2**27}
 
 
@@ -112,3 +113,11 @@ def copied_bytes_per_second(device: torch.device) -> float:
     target = torch.empty_like(source)
     copy = stopwatch(lambda: target.copy_(source), device)
     return 2 * source.numel() / time_interleaved({"copy": copy}, rounds=7)["copy"].median_sec
+
+
+def multiplied_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure a large matrix product in operations per second: the arithmetic-bound roof."""
+    size = MULTIPLIED_SIZE[device.type]
+    left, right = torch.randn(2, size, size, device=device, dtype=dtype)
+    multiply = stopwatch(lambda: left @ right, device)
+    return 2 * size**3 / time_interleaved({"multiply": multiply}, rounds=7)["multiply"].median_sec

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Final, Literal, NamedTuple, get_args
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,17 +17,23 @@ from torch import Tensor
 from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.decode import decode_greedily, engine_of, startup_seconds
 from bh_routing.engine.generate import TokenClock
+from bh_routing.engine.session import Session
 from bh_routing.engine.texts import packaged_documents
-from bh_routing.engine.timing import Timing, copied_bytes_per_second, stopwatch, time_interleaved
+from bh_routing.engine.timing import (
+    Timing,
+    copied_bytes_per_second,
+    multiplied_per_second,
+    stopwatch,
+    time_interleaved,
+)
 from bh_routing.errors import InputError
 from bh_routing.experiments.configurations import make_rules
 from bh_routing.experiments.executors import choose_threads, torch_threads
 from bh_routing.experiments.experiment import Subject, run_experiment, warm_up
 from bh_routing.experiments.identity import device_name
+from bh_routing.experiments.pass_cost import prefill_cost, step_cost
 from bh_routing.experiments.preparation import Fitted, fit_to_loaded
 from bh_routing.experiments.specs import RunSpec, make_spec
-from bh_routing.kernels.decode_layout import Decoder
-from bh_routing.kernels.experts import NAME, sparse_experts_forward
 from bh_routing.kernels.router import fused_router
 from bh_routing.models.experts import experts_by
 from bh_routing.models.load import LoadedModel, load_model, resolve_device, resolve_dtype
@@ -40,58 +45,12 @@ from bh_routing.rules.base import Rule
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 from bh_routing.rules.fixed import TopK
 
-
-class StepCost(NamedTuple):
-    """Cost of one decode step of B sequences."""
-
-    mean_experts: float
-    """Experts per token and layer."""
-    distinct_experts: float
-    """Experts read per step and layer: one that several sequences keep is read once."""
-    bytes: float
-    """Weights read, each once, and the keys and values of the cache."""
-    flops_per_token: float
-
-
-def step_cost(decoder: Decoder, kept_SLBK: Tensor, context: float) -> StepCost:
-    """Count the mean cost of decode steps from the experts that they kept.
-
-    Args:
-        decoder: the model.
-        kept_SLBK: kept expert of each slot, -1 where dropped.
-        context: mean number of positions attended to.
-    """
-    layer = decoder.layers[0]
-    is_kept = kept_SLBK != DROPPED
-    mean_experts = float(is_kept.sum(-1).float().mean())
-    num_layers, batch = kept_SLBK.shape[1:3]
-    num_experts = layer.gate_EH.shape[0]
-    # Dropped slots mark an extra column, which isn't counted.
-    marked_SLX = torch.where(is_kept, kept_SLBK, num_experts).flatten(2).long()
-    is_read_SLE = marked_SLX.new_zeros(*marked_SLX.shape[:2], num_experts + 1, dtype=torch.bool)
-    is_read_SLE = is_read_SLE.scatter(-1, marked_SLX, value=True)[..., :num_experts]
-    distinct = float(is_read_SLE.sum(-1).float().mean())
-    expert = sum(p[0].numel() for p in layer.experts.parameters())
-    dense = num_layers * (sum(w.numel() for w in layer.attention[:4]) + layer.gate_EH.numel())
-    dense += decoder.head_VH.numel()
-    width = decoder.head_dim * num_layers
-    cached = context * 2 * decoder.num_key_heads * width
-    size = decoder.head_VH.element_size()
-    return StepCost(
-        mean_experts=mean_experts,
-        distinct_experts=distinct,
-        bytes=size * (dense + num_layers * distinct * expert + batch * cached),
-        flops_per_token=2 * (dense + num_layers * mean_experts * expert)
-        + 4 * context * decoder.num_heads * width,
-    )
-
-
 PROMPT_TOKENS: Final = 128
 MEAN_TOLERANCE: Final = 0.05
 MOST_TRIALS: Final = 12
 TRANSFORMERS_DEFAULT: Final = "grouped_mm"
 OLMOE_SHAPE: Final = "olmoe-shape"
-PREFILL_TOKENS: Final = {"cuda": 4_096, "cpu": 512}
+PREFILL_TOKENS: Final = {"cuda": (16, 128, 1_024, 4_096), "cpu": (16, 128, 512)}
 Row = dict[str, Any]
 Part = Literal["decode", "prefill", "suite"]
 
@@ -187,26 +146,25 @@ def bench_decode(
 
 
 def _kept(model: Any, rule: Rule, prompt: Tensor, tokens: int) -> Tensor:
-    trace = decode_greedily(model, prompt, rule, max_new_tokens=tokens).trace
-    steps_TLK: Tensor = trace.kept_index[prompt.numel() :]
-    kept_SLBK: Tensor = steps_TLK.unflatten(0, (-1, len(prompt))).transpose(1, 2)
-    return kept_SLBK
+    traces = decode_greedily(model, prompt.tolist(), rule, max_new_tokens=tokens).traces
+    return torch.stack([trace.kept_index[prompt.shape[1] :] for trace in traces], dim=2)
 
 
 def _engine_run(model: Any, prompt: Tensor, rule: Rule, tokens: int) -> Callable[[], float]:
-    """Prefill once: installing a rule discards transformers' compiled code."""
-    engine = engine_of(model)
-    bound = engine.bind(model, rule, None)
-    session = engine.session(bound, len(prompt), prompt.shape[1] + tokens)
-    with torch.inference_mode(), install(model, bound):
-        output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    session = _session(model, rule, prompt, tokens)
+    prompts = prompt.tolist()
 
     @torch.inference_mode()
     def run() -> float:
-        position = session.start(output.past_key_values, output.logits[:, -1].argmax(-1))
-        return session.run(position, tokens - 1, ()).seconds / (tokens - 1)
+        session.start(prompts)
+        return session.run(tokens - 1).seconds / (tokens - 1)
 
     return run
+
+
+def _session(model: Any, rule: Rule, prompt: Tensor, tokens: int) -> Session:
+    engine, longest = engine_of(model), prompt.shape[1]
+    return engine.session(engine.bind(model, rule, None), len(prompt), longest + tokens, longest)
 
 
 def _generate_run(model: Any, prompt: Tensor, tokens: int, **options: Any) -> Callable[[], float]:
@@ -229,54 +187,75 @@ def _generate_run(model: Any, prompt: Tensor, tokens: int, **options: Any) -> Ca
 
 
 @torch.inference_mode()
-def bench_prefill(model: Any, *, tokens: int, rounds: int) -> list[Row]:
-    """Time one forward pass over random tokens."""
+def bench_prefill(
+    model: Any, *, lengths: Sequence[int], rounds: int, copied: float, multiplied: float
+) -> list[Row]:
+    """Time the forward pass over a prompt of random tokens, up to its first generated token.
+
+    Args:
+        model: not inside `route`.
+        lengths: numbers of tokens.
+        rounds: timed rounds.
+        copied: memory bandwidth of a copy, in bytes per second.
+        multiplied: operations per second of a matrix product.
+    """
     top_k = find_routers(model).model_top_k
-    token_1P = random_tokens(model, 1, tokens)
-
-    def forward() -> None:
-        model(input_ids=token_1P, use_cache=True, logits_to_keep=1)
-
-    def mean_of(rule: Rule) -> float:
-        with install(model, bind_rule(model, rule, fuse=fused_router)) as trace:
-            forward()
-        return float(trace.expert_counts.float().mean())
-
-    bh = rule_at_mean(mean_of, top_k / 2, top_k)
-    bh_mean = mean_of(bh)
-
-    def passes(implementation: str, rule: Rule | None = None) -> Callable[[], float]:
-        bound = bind_rule(model, rule, fuse=fused_router) if rule else None
-        watch = stopwatch(forward, model.device)
-        function = sparse_experts_forward if implementation == NAME else None
-
-        def run() -> float:
-            with (
-                experts_by(model, implementation, function),
-                install(model, bound) if bound else nullcontext(),
-            ):
-                return watch()
-
-        return run
-
-    runs = {
-        f"transformers, {TRANSFORMERS_DEFAULT}": passes(TRANSFORMERS_DEFAULT),
-        "top-k, bh_sparse": passes(NAME, TopK(top_k)),
-        "bh, bh_sparse": passes(NAME, bh),
-        f"bh, {TRANSFORMERS_DEFAULT}": passes(TRANSFORMERS_DEFAULT, bh),
-    }
     rows = []
-    for name, timing in time_interleaved(runs, rounds).items():
-        rows.append(
-            {
-                "tokens": tokens,
-                "contender": name,
-                "mean_experts": bh_mean if name.startswith("bh") else float(top_k),
-                "pass_ms": _milliseconds(timing),
-                "tokens_per_second": tokens / timing.median_sec,
-            }
-        )
+    for tokens in lengths:
+        prompt = random_tokens(model, 1, tokens)
+        mask = torch.ones_like(prompt)
+
+        def plain(prompt: Tensor = prompt, mask: Tensor = mask) -> None:
+            model(input_ids=prompt, attention_mask=mask, use_cache=True, logits_to_keep=1)
+
+        def mean_of(rule: Rule, plain: Callable[[], None] = plain) -> float:
+            with install(model, bind_rule(model, rule, fuse=fused_router)) as trace:
+                plain()
+            return float(trace.expert_counts.float().mean())
+
+        rules = {
+            f"engine, top-k {top_k}": TopK(top_k),
+            f"engine, bh {top_k // 2}": rule_at_mean(mean_of, top_k / 2, top_k),
+        }
+        sessions = {name: _session(model, rule, prompt, 1) for name, rule in rules.items()}
+        kept = {name: _prompt_kept(session, prompt) for name, session in sessions.items()}
+        runs = {name: _prefill_run(session, prompt) for name, session in sessions.items()}
+        runs["transformers"] = _transformers_run(model, plain)
+        for name, timing in time_interleaved(runs, rounds).items():
+            own = kept.get(name, kept[f"engine, top-k {top_k}"])
+            cost = prefill_cost(engine_of(model).decoder, own)
+            roof = max(cost.bytes / copied, tokens * cost.flops_per_token / multiplied)
+            rows.append(
+                {
+                    "tokens": tokens,
+                    "contender": name,
+                    "pass_ms": _milliseconds(timing),
+                    "roof_ms": 1000 * roof,
+                    **cost._asdict(),
+                    "share_of_roof": roof / timing.median_sec,
+                }
+            )
     return rows
+
+
+def _prompt_kept(session: Session, prompt: Tensor) -> Tensor:
+    session.start(prompt.tolist())
+    return session.state.kept_PLBK[: prompt.shape[1], :, 0]
+
+
+def _prefill_run(session: Session, prompt: Tensor) -> Callable[[], float]:
+    prompts = prompt.tolist()
+    return stopwatch(lambda: session.start(prompts), prompt.device)
+
+
+def _transformers_run(model: Any, forward: Callable[[], None]) -> Callable[[], float]:
+    watch = stopwatch(forward, model.device)
+
+    def run() -> float:
+        with experts_by(model, TRANSFORMERS_DEFAULT):
+            return watch()
+
+    return run
 
 
 def _milliseconds(timing: Timing) -> dict[str, float]:
@@ -293,6 +272,8 @@ class BenchSpec:
     """None: the shape of OLMoE-1B-7B with random weights on CUDA, the demo model on a CPU."""
     device: str = "auto"
     batches: tuple[int, ...] = (1,)
+    lengths: tuple[int, ...] = ()
+    """Prompt lengths of part prefill; empty: PREFILL_TOKENS."""
     tokens: int = 200
     rounds: int = 5
     is_compiled: bool = False
@@ -302,8 +283,9 @@ class BenchSpec:
         """Reject values out of range."""
         if self.part not in get_args(Part):
             raise InputError(f"part must be one of {', '.join(get_args(Part))}; got {self.part!r}")
-        if not self.batches or min(self.batches) < 1:
-            raise InputError(f"batches must be numbers of at least 1, got {self.batches}")
+        for name, sizes in (("batches", self.batches), ("lengths", self.lengths or (1,))):
+            if not sizes or min(sizes) < 1:
+                raise InputError(f"{name} must be numbers of at least 1, got {sizes}")
         if self.tokens < 2 or self.rounds < 1:
             raise InputError(
                 f"tokens must be at least 2 and rounds at least 1, got {self.tokens} and "
@@ -362,7 +344,13 @@ def _measure(spec: BenchSpec, model: Any, tokenizer: Any, copied: float) -> list
                 is_compiled=spec.is_compiled and device == "cuda",
             )
         case "prefill":
-            return bench_prefill(model, tokens=PREFILL_TOKENS[device], rounds=spec.rounds)
+            return bench_prefill(
+                model,
+                lengths=spec.lengths or PREFILL_TOKENS[device],
+                rounds=spec.rounds,
+                copied=copied,
+                multiplied=multiplied_per_second(model.device, model.dtype),
+            )
         case "suite":
             return _bench_suite(model, tokenizer)
 

@@ -303,7 +303,7 @@ class _BatchStep:
             self._multiply("attention", self._normed, layer.attention[:3], self._row)
             self._attend(number)
             self._multiply("output", self._heads, [layer.attention.output], self._stream)
-            slots.append(route(self._gate(layer)))
+            slots.append(route(self._gate(layer), state.live_rows()))
             if layer is decoder.layers[-1]:
                 self._recorder.start(slots)
             outputs, weights_TK = self._mix(self._experts[number], slots[-1])
@@ -313,8 +313,8 @@ class _BatchStep:
         num_best = self._best.shape[1]
         pick[(self._batch,)](
             self._best, self._best_row, state.token_B, state.token_PB, state.top_PB,
-            state.position_B, BATCH=self._batch, PROGRAMS=num_best,
-            P=triton.next_power_of_2(num_best), num_warps=8,
+            state.position_B, state.is_live_B, state.is_end_V, BATCH=self._batch,
+            PROGRAMS=num_best, P=triton.next_power_of_2(num_best), num_warps=8,
         )  # fmt: skip
 
     def _multiply(self, use: str, inputs: Tensor, matrices: Sequence[Tensor], out: Tensor) -> None:

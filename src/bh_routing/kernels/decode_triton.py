@@ -112,8 +112,8 @@ def _output(
 
 @triton.jit
 def pick(
-    best, best_row, token, written, top, position, BATCH: tl.constexpr, PROGRAMS: tl.constexpr,
-    P: tl.constexpr,
+    best, best_row, token, written, top, position, is_live, is_end, BATCH: tl.constexpr,
+    PROGRAMS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Select a sequence's token with the largest logit (ties: smallest id), increment position."""
     b = tl.program_id(0)
@@ -126,6 +126,8 @@ def pick(
     tl.store(top + at * BATCH + b, largest)
     tl.store(token + b, picked.to(tl.int64))
     tl.store(written + at * BATCH + b, picked.to(tl.int64))
+    goes_on = (tl.load(is_live + b) != 0) & (tl.load(is_end + picked) == 0)
+    tl.store(is_live + b, goes_on)
     tl.debug_barrier()
     tl.store(position + b, at + 1)
 
@@ -187,8 +189,8 @@ class _FewStep:
         num_best = len(self._best)
         pick[(1,)](
             self._best, self._best_row, state.token_B, state.token_PB, state.top_PB,
-            state.position_B, BATCH=1, PROGRAMS=num_best, P=triton.next_power_of_2(num_best),
-            num_warps=8,
+            state.position_B, state.is_live_B, state.is_end_V, BATCH=1, PROGRAMS=num_best,
+            P=triton.next_power_of_2(num_best), num_warps=8,
         )  # fmt: skip
 
     def _project(

@@ -19,7 +19,7 @@ from bh_routing.rules.base import LayerContext, Rule
 from bh_routing.rules.contribution import layer_scale, require_contributions
 from bh_routing.rules.drop import BenjaminiHochbergDrop
 from bh_routing.rules.router import Router, SoftmaxFamily
-from bh_routing.rules.step import Between, FisherMass, OpportunisticActivation
+from bh_routing.rules.step import ExpertBudget, FisherMass, OpportunisticActivation
 
 MAX_EXPERTS: Final = 512
 MAX_SLOTS: Final = 32
@@ -60,18 +60,25 @@ def fused_router(rule: Rule, context: LayerContext, family: SoftmaxFamily) -> Ro
 
 
 class StepPlan(NamedTuple):
-    """One layer's decision by Fisher mass as parameters of kernels, on the layer's device."""
+    """One layer's decision on a step as parameters of kernels, on the layer's device.
+
+    Read are experts above a cut-off, those within a budget, or those that BH doesn't drop.
+    """
 
     scale_E: Tensor
     """float32: a slot's score is its weight times the expert's scale."""
     min_k: int
     """Slots with the largest scores whose experts are read in any case."""
-    cut_off_B: Tensor | None
-    """float64, by number of tokens: experts with a larger root of the mass are read. None: BH."""
-    alpha: float
+    cut_off_B: Tensor | None = None
+    """float64, by number of tokens: experts with a larger norm of the scores are read."""
+    budget: int | None = None
+    """Number of experts with the largest norm that are read."""
+    alpha: float = 0.0
     """Level of BH over the experts of a step."""
-    tables: tuple[Tensor, ...]
+    tables: tuple[Tensor, ...] = ()
     """Ascending float32 scores of needed experts (N,), for 1 token and for each of STEP_SIZES."""
+    is_squared: bool = True
+    """Whether the norm is the root of summed squares, or a sum."""
 
 
 @singledispatch
@@ -100,57 +107,55 @@ def _benjamini_hochberg_drop(rule: BenjaminiHochbergDrop, context: LayerContext)
         return _cut_off_plan(rule, context, rule.step_cut_offs(context))
     contributions = require_contributions(rule.method, context)
     one = contributions.needed(rule.statistic, rule.needed).sorted_scores_N
+    scale_E = layer_scale(rule.method, rule.statistic, context)
     tables = (one, *contributions.step_tables(NEEDED_STEPS))
-    return StepPlan(
-        layer_scale(rule.method, rule.statistic, context),
-        rule.min_k,
-        None,
-        rule.alpha,
-        tuple(table.to(context.device) for table in tables),
-    )
+    return StepPlan(scale_E, rule.min_k, alpha=rule.alpha, tables=tables)
 
 
 def _cut_off_plan(
     rule: FisherMass | BenjaminiHochbergDrop, context: LayerContext, cut_off_B: Tensor
 ) -> StepPlan:
     scale_E = layer_scale(rule.method, rule.statistic, context)
-    return StepPlan(scale_E, rule.min_k, cut_off_B.to(context.device), 0.0, ())
+    return StepPlan(scale_E, rule.min_k, cut_off_B.to(context.device))
 
 
 @step_plan_of.register
 def _opportunistic(rule: OpportunisticActivation, context: LayerContext) -> StepPlan | None:
-    never_B = torch.full((STEP_SIZES[-1] + 1,), torch.inf, dtype=torch.float64)
-    scale_E = torch.ones(context.num_experts, device=context.device)
-    return StepPlan(scale_E, rule.k0, never_B.to(context.device), 0.0, ())
+    return StepPlan(torch.ones(context.num_experts, device=context.device), rule.k0, budget=0)
 
 
-def p_value_tables(plan: StepPlan, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the tables of the next smaller and larger size; alpha and both weights, float64."""
-    lower_B, weight_B = Between.on(torch.device("cpu"))
-    size = min(num_tokens, STEP_SIZES[-1])
-    lower, weight = int(lower_B[size]), float(weight_B[size])
-    numbers_3 = torch.tensor([plan.alpha, 1 - weight, weight], dtype=torch.float64)
-    return plan.tables[lower], plan.tables[lower + 1], numbers_3.to(plan.scale_E.device)
+@step_plan_of.register
+def _expert_budget(rule: ExpertBudget, context: LayerContext) -> StepPlan | None:
+    if rule.by == "gate_mass":
+        scale_E = torch.ones(context.num_experts, device=context.device)
+        return StepPlan(scale_E, rule.min_k, budget=rule.budget, is_squared=False)
+    scale_E = layer_scale(rule.method, rule.statistic, context)
+    return StepPlan(scale_E, rule.min_k, budget=rule.budget)
 
 
 def fused_step_router(rule: Any, context: LayerContext, family: SoftmaxFamily) -> Router | None:
     """Bind a rule on decode steps to a layer as three kernels; None if it isn't supported.
 
-    All rows of logits are one step. Kept slots, experts and counts equal those of
-    `reference_router` bit for bit. Not supported are other devices than CUDA, machines without
-    Triton, more than 64 tokens, refilled slots, another temperature, and rules without a plan.
+    In a step, kept slots, experts and counts equal those of `reference_router` bit for bit. Not
+    supported are other devices than CUDA, machines without Triton, rules without a plan, refilled
+    slots in a family that normalises, and temperature weights "raw" in one that doesn't.
 
     Raises:
         CalibrationError: the context lacks a reference that the rule needs.
     """
-    num_slots = context.model_top_k
+    num_slots = rule.num_candidates(context.model_top_k)
     if find_spec("triton") is None or context.num_experts > MAX_EXPERTS or num_slots > MAX_SLOTS:
         return None
     kernel = import_module("bh_routing.kernels.router_step_kernel")
     if context.device.type != ("cpu" if kernel.IS_INTERPRETED else "cuda"):
         return None
+    is_raw = rule.temperature != 1.0 and rule.temperature_weights == "raw"
+    if (family.normalises and num_slots > context.model_top_k) or (
+        is_raw and not family.normalises
+    ):
+        return None
     plan = step_plan_of(rule, context)
-    if plan is None or rule.temperature != 1 or rule.num_candidates(num_slots) != num_slots:
+    if plan is None:
         return None
     bound: Router = kernel.bind(plan, rule, context, family)
     return bound

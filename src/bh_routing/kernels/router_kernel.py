@@ -253,14 +253,14 @@ def _slot_weights(
 
 @triton.jit(do_not_specialize=["num_tokens", "min_k", "max_k", "empty_k", "model_k"])
 def _route(
-    logits_ptr, index_ptr, weights_ptr, keep_ptr, lines_ptr, scale_ptr,
+    logits_ptr, is_real_ptr, index_ptr, weights_ptr, keep_ptr, lines_ptr, scale_ptr,
     num_tokens, min_k, max_k, empty_k, model_k, temperature,
     E: tl.constexpr, K: tl.constexpr, C: tl.constexpr, LOG_P: tl.constexpr, LOG_B: tl.constexpr,
     DECISION: tl.constexpr, STUDENTIZED: tl.constexpr, NORMALISES: tl.constexpr,
     CONVENTION: tl.constexpr, TEMPERED: tl.constexpr, LIBDEVICE: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    HAS_PADS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Route a block of tokens.
+    """Route a block of tokens; those that aren't real keep nothing.
 
     By hand, 4 experts, 2 slots: logits (0, 3, 1, -1) have the median 0.5 and the sorted scores 2.5,
     0.5, -0.5, -1.5. Of the critical values (2, 1, 0, -1) only rank 1's is reached: expert 1 stays,
@@ -304,13 +304,15 @@ def _route(
     else:
         keep_BC = _keep_by_mass(weights_BC, slot_C, lines_ptr, min_k, DECISION)
     keep_BC &= slot_C < K
-
     mixed_BC = _mix(
         weights_BC, keep_BC, top_logits_BC, slot_C, model_k, temperature,
         NORMALISES, CONVENTION, TEMPERED, LIBDEVICE,
     )  # fmt: skip
     first_B1 = tl.min(tl.where(keep_BC, slot_C, C), axis=1, keep_dims=True)
     best_B1 = tl.sum(tl.where(slot_C == first_B1, expert_BC, 0), axis=1, keep_dims=True)
+    if HAS_PADS:
+        keep_BC &= tl.load(is_real_ptr + tl.minimum(token_B1, num_tokens - 1)) != 0
+        mixed_BC = tl.where(keep_BC, mixed_BC, 0.0)
     at_BC = token_B1.to(tl.int64) * K + slot_C
     is_there_BC = (token_B1 < num_tokens) & (slot_C < K)
     tl.store(index_ptr + at_BC, tl.where(keep_BC, expert_BC, best_B1).to(tl.int64), is_there_BC)
@@ -323,7 +325,7 @@ DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def bind(plan: Plan, rule: Rule, context: LayerContext, family: SoftmaxFamily) -> Router:
-    """Return a layer's router: contiguous logits on the layer's device -> slots."""
+    """Return a layer's router; logits and mask are contiguous, on the layer's device."""
     num_experts, num_slots = context.num_experts, rule.num_candidates(context.model_top_k)
     log_experts = (num_experts - 1).bit_length()
     numbers = (plan.min_k, plan.max_k, plan.empty_k, context.model_top_k, rule.temperature)
@@ -345,7 +347,7 @@ def bind(plan: Plan, rule: Rule, context: LayerContext, family: SoftmaxFamily) -
     if constants["OVERLAPS"]:
         constants["launch_pdl"] = True
 
-    def route(router_logits_TE: Tensor) -> RoutedSlots:
+    def route(router_logits_TE: Tensor, is_real_BS: Tensor | None = None) -> RoutedSlots:
         if router_logits_TE.dtype not in DTYPES:
             raise InputError(
                 f"router logits must be one of {DTYPES}, got {router_logits_TE.dtype}; load the "
@@ -364,8 +366,9 @@ def bind(plan: Plan, rule: Rule, context: LayerContext, family: SoftmaxFamily) -
             # Triton launches on the current device, which may differ from the layer's.
             with torch.cuda.device_of(router_logits_TE):
                 _route[(-(-num_tokens >> log_tokens),)](
-                    router_logits_TE.contiguous(), *slots, plan.lines, plan.scale_E, num_tokens,
-                    *numbers, LOG_B=log_tokens, num_warps=num_warps, **constants,
+                    router_logits_TE.contiguous(), is_real_BS, *slots, plan.lines, plan.scale_E,
+                    num_tokens, *numbers, LOG_B=log_tokens, HAS_PADS=is_real_BS is not None,
+                    num_warps=num_warps, **constants,
                 )  # fmt: skip
         return slots
 

@@ -8,6 +8,8 @@ Axes: T tokens, C slots and P experts, all padded to powers of two; E experts, K
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,13 +19,15 @@ from torch import Tensor
 
 from bh_routing.kernels.attention_triton import let_next_start, wait_for_previous
 from bh_routing.kernels.experts import runs_on_hopper
-from bh_routing.kernels.router import StepPlan, p_value_tables
+from bh_routing.kernels.router import StepPlan
 from bh_routing.kernels.router_kernel import IS_INTERPRETED, _mix
 from bh_routing.kernels.router_kernel import bind as bind_token_router
+from bh_routing.nulls.contributions import STEP_SIZES
 from bh_routing.rules.base import LayerContext
 from bh_routing.rules.fixed import TopK
 from bh_routing.rules.plan import Plan
 from bh_routing.rules.router import RoutedSlots, Router, SoftmaxFamily
+from bh_routing.rules.step import Between
 
 FINE = tl.constexpr(128)
 
@@ -41,12 +45,23 @@ def _lower_tail(table, norm, N, COARSE: tl.constexpr):
 
 
 @triton.jit
+def _count_real(is_real, num_tokens, T: tl.constexpr, HAS_PADS: tl.constexpr):
+    if HAS_PADS:
+        t_T = tl.arange(0, T)
+        return tl.sum((tl.load(is_real + t_T, t_T < num_tokens, 0) != 0).to(tl.int32), 0)
+    else:
+        return num_tokens
+
+
+@triton.jit
 def _weigh_expert(
-    index, weights, scale, norms, p_values, is_present, is_floor, low, high, numbers,
-    num_tokens, num_low, num_high, min_k, K: tl.constexpr, C: tl.constexpr, T: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, HAS_P: tl.constexpr, OVERLAPS: tl.constexpr,
+    index, weights, is_real, scale, norms, p_values, is_present, is_floor,
+    tables, starts, lower, low_weight, high_weight, num_tokens, min_k,
+    OWN: tl.constexpr, K: tl.constexpr, C: tl.constexpr, T: tl.constexpr, MOST: tl.constexpr,
+    COARSE: tl.constexpr, HAS_P: tl.constexpr, IS_SQUARED: tl.constexpr, HAS_PADS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the root of one expert's mass in the step, and its p-value if HAS_P.
+    """Compute the norm of one expert's scores in the step, and its p-value if HAS_P.
 
     By hand: two tokens have the expert with scores 3 and 4, so the mass is 25 and its root 5. Of a
     table (1, 2, 6) two are at most 5: the p-value is 3 / 4.
@@ -55,7 +70,10 @@ def _weigh_expert(
     wait_for_previous(OVERLAPS)
     expert = tl.program_id(0)
     t_T1, c_1C = tl.arange(0, T)[:, None], tl.arange(0, C)[None, :]
-    is_slot_TC = (t_T1 < num_tokens) & (c_1C < K)
+    is_row_T1 = t_T1 < num_tokens
+    if HAS_PADS:
+        is_row_T1 &= tl.load(is_real + t_T1, is_row_T1, 0) != 0
+    is_slot_TC = is_row_T1 & (c_1C < OWN)
     at_TC = t_T1 * K + c_1C
     expert_TC = tl.load(index + at_TC, is_slot_TC, 0)
     weight_TC = tl.load(weights + at_TC, is_slot_TC, 0.0).to(tl.float32)
@@ -68,29 +86,36 @@ def _weigh_expert(
     mine_TC = tl.where(is_mine_TC, score_TC, 0.0).to(tl.float64)
     largest = tl.max(tl.max(mine_TC, 1), 0)
     ratio_TC = mine_TC / tl.where(largest > 0, largest, 1.0)
+    if IS_SQUARED:
+        ratio_TC *= ratio_TC
     # Adding 2 ** 52 rounds to whole numbers, halves to even.
-    units_TC = (ratio_TC * ratio_TC * 1099511627776.0 + 4503599627370496.0) - 4503599627370496.0
-    sum_ = tl.sum(tl.sum(units_TC.to(tl.int64), 1), 0)
-    norm = (largest * tl.sqrt(sum_.to(tl.float64) / 1099511627776.0)).to(tl.float32)
+    units_TC = (ratio_TC * 1099511627776.0 + 4503599627370496.0) - 4503599627370496.0
+    total = tl.sum(tl.sum(units_TC.to(tl.int64), 1), 0).to(tl.float64) / 1099511627776.0
+    norm = (largest * (tl.sqrt(total) if IS_SQUARED else total)).to(tl.float32)
     tl.store(norms + expert, norm)
     tl.store(is_present + expert, tl.max(tl.max(is_mine_TC.to(tl.int32), 1), 0))
     is_floor_TC = is_mine_TC & (rank_TC < min_k)
     tl.store(is_floor + expert, tl.max(tl.max(is_floor_TC.to(tl.int32), 1), 0))
     if HAS_P:
-        low_weight, high_weight = tl.load(numbers + 1), tl.load(numbers + 2)
-        p_value = _lower_tail(low, norm, num_low, LOW) * low_weight
-        p_value += _lower_tail(high, norm, num_high, HIGH) * high_weight
-        tl.store(p_values + expert, p_value)
+        count = tl.minimum(_count_real(is_real, num_tokens, T, HAS_PADS), MOST)
+        at = starts + tl.load(lower + count)
+        first, second, end = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+        p_value = _lower_tail(tables + first, norm, second - first, COARSE)
+        p_value *= tl.load(low_weight + count)
+        other = _lower_tail(tables + second, norm, end - second, COARSE)
+        tl.store(p_values + expert, p_value + other * tl.load(high_weight + count))
 
 
 @triton.jit
 def _keep_read(
-    index, weights, norms, p_values, is_present, is_floor, cut_off, numbers,
-    new_index, new_weights, keep,
-    E: tl.constexpr, P: tl.constexpr, K: tl.constexpr, C: tl.constexpr, HAS_P: tl.constexpr,
-    NORMALISES: tl.constexpr, CONVENTION: tl.constexpr, OVERLAPS: tl.constexpr,
+    logits, index, weights, is_real, norms, p_values, is_present, is_floor, cut_off, alpha,
+    new_index, new_weights, keep, num_tokens, budget, temperature,
+    E: tl.constexpr, P: tl.constexpr, OWN: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    T: tl.constexpr, MOST: tl.constexpr, READS: tl.constexpr, NORMALISES: tl.constexpr,
+    CONVENTION: tl.constexpr, TEMPERED: tl.constexpr, LIBDEVICE: tl.constexpr,
+    HAS_PADS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Keep one token's slots whose expert the step reads.
+    """Keep one token's slots whose expert the step reads, at most OWN.
 
     By hand, BH at level 0.5 over p-values (0.1, 0.4, 0.9): 0.4 * 3 / 2 is too large, 0.1 * 3 isn't,
     so the first expert isn't read, and the other two are.
@@ -101,83 +126,118 @@ def _keep_read(
     e_P, c_1C = tl.arange(0, P), tl.arange(0, C)[None, :]
     is_present_P = tl.load(is_present + e_P, e_P < E, 0) != 0
     is_read_P = tl.load(is_floor + e_P, e_P < E, 0) != 0
-    if HAS_P:
+    if READS == "bh":
         p_P = tl.load(p_values + e_P, e_P < E, 0.0)
         p_P = tl.where(is_present_P, p_P, float("inf"))
         # The last rank of equal p-values, whose critical value is the largest.
         rank_P = tl.sum((p_P[None, :] <= p_P[:, None]).to(tl.int32), 1)
         size = tl.sum(is_present_P.to(tl.int32), 0)
-        is_below_P = p_P * (size.to(tl.float64) / rank_P.to(tl.float64)) <= tl.load(numbers)
+        is_below_P = p_P * (size.to(tl.float64) / rank_P.to(tl.float64)) <= tl.load(alpha)
         last = tl.max(tl.where(is_below_P, p_P, -1.0), 0)
         is_read_P |= is_present_P & (p_P > last)
     else:
-        norm_P = tl.load(norms + e_P, e_P < E, 0.0).to(tl.float64)
-        is_read_P |= is_present_P & (norm_P > tl.load(cut_off))
+        norm_P = tl.load(norms + e_P, e_P < E, -1.0)
+        if READS == "budget":
+            is_before_PP = e_P[None, :] < e_P[:, None]
+            is_before_PP = (norm_P[None, :] == norm_P[:, None]) & is_before_PP
+            is_before_PP |= norm_P[None, :] > norm_P[:, None]
+            is_read_P |= is_present_P & (tl.sum(is_before_PP.to(tl.int32), 1) < budget)
+        else:
+            count = tl.minimum(_count_real(is_real, num_tokens, T, HAS_PADS), MOST)
+            is_read_P |= is_present_P & (norm_P.to(tl.float64) > tl.load(cut_off + count))
     is_slot_1C = c_1C < K
     expert_1C = tl.load(index + token * K + c_1C, is_slot_1C, 0)
     is_it_1CP = tl.expand_dims(expert_1C, 2) == e_P[None, None, :]
     is_kept_1CP = is_it_1CP & is_read_P[None, None, :]
     keep_1C = (tl.max(is_kept_1CP.to(tl.int32), 2) != 0) & is_slot_1C
+    if K > OWN:
+        keep_1C &= tl.cumsum(keep_1C.to(tl.int32), 1) <= OWN
+    if HAS_PADS:
+        is_pad = tl.load(is_real + token) == 0
+        keep_1C |= is_pad & is_slot_1C  # weights of no slots would be NaN
     weight_1C = tl.load(weights + token * K + c_1C, is_slot_1C, 0.0).to(tl.float32)
+    logit_1C = weight_1C
+    if TEMPERED:
+        logit_1C = tl.load(logits + token * E + expert_1C).to(tl.float32)
     mixed_1C = _mix(
-        weight_1C, keep_1C, weight_1C, c_1C, K, 1.0, NORMALISES, CONVENTION, False, False
-    )
+        weight_1C, keep_1C, logit_1C, c_1C, OWN, temperature, NORMALISES, CONVENTION, TEMPERED,
+        LIBDEVICE,
+    )  # fmt: skip
     first_11 = tl.min(tl.where(keep_1C, c_1C, C), axis=1, keep_dims=True)
     best_11 = tl.sum(tl.where(c_1C == first_11, expert_1C, 0), axis=1, keep_dims=True)
     place_1C = token * K + c_1C
     tl.store(new_index + place_1C, tl.where(keep_1C, expert_1C, best_11), is_slot_1C)
+    if HAS_PADS:
+        keep_1C &= is_pad == 0
+        mixed_1C = tl.where(is_pad, 0.0, mixed_1C)
     tl.store(new_weights + place_1C, mixed_1C.to(new_weights.dtype.element_ty), is_slot_1C)
     tl.store(keep + place_1C, keep_1C, is_slot_1C)
 
 
+def _p_value_tables(plan: StepPlan) -> tuple[Tensor | None, Sequence[Tensor | None], int]:
+    """Return alpha, the arguments of `_weigh_expert` that give p-values, and a table's blocks.
+
+    These are all tables in a row, their starts, and by number of tokens the table of the next
+    smaller size, its weight and that of the next larger one.
+    """
+    if not plan.tables:
+        return None, [None] * 5, 1
+    device, lengths = plan.scale_E.device, [len(table) for table in plan.tables]
+    starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    lower_B, weight_B = Between.on(torch.device("cpu"))
+    arguments = (torch.cat(plan.tables), starts, lower_B.int(), 1 - weight_B, weight_B)
+    alpha = torch.tensor([plan.alpha], dtype=torch.float64, device=device)
+    num_blocks = int(triton.next_power_of_2(triton.cdiv(max(lengths), FINE.value)))
+    return alpha, [argument.to(device) for argument in arguments], num_blocks
+
+
 def bind(plan: StepPlan, rule: Any, context: LayerContext, family: SoftmaxFamily) -> Router:
-    """Return a layer's router: contiguous logits of one step on the layer's device -> slots."""
-    num_experts, num_slots, device = context.num_experts, context.model_top_k, context.device
-    own = Plan(decision="count", max_k=num_slots)
-    propose = bind_token_router(own, TopK(num_slots), context, family)
-    overlaps = not IS_INTERPRETED and runs_on_hopper()
-    # A fused multiply-add rounds once, the reference implementation twice.
-    options: dict[str, Any] = {"enable_fp_fusion": False, "OVERLAPS": overlaps}
-    if overlaps:
-        options["launch_pdl"] = True
-    has_p = plan.cut_off_B is None
-    padded_slots = triton.next_power_of_2(num_slots)
-    tables: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    """Return a layer's router; logits and mask are contiguous, on the layer's device."""
+    num_experts, own, device = context.num_experts, context.model_top_k, context.device
+    num_slots = rule.num_candidates(own)
+    propose = bind_token_router(
+        Plan(decision="count", max_k=num_slots), TopK(num_slots), context, family
+    )
+    # In prefill, which has no decode steps, a token keeps its own top-k.
+    in_prefill = TopK(num_slots, weights=rule.weights, temperature=rule.temperature)
+    route_prompt = bind_token_router(Plan(decision="count", max_k=own), in_prefill, context, family)
+    alpha, tables, num_blocks = _p_value_tables(plan)
+    numbers: dict[str, Any] = {
+        "OWN": own,
+        "K": num_slots,
+        "C": triton.next_power_of_2(num_slots),
+        "MOST": STEP_SIZES[-1],
+        "OVERLAPS": not IS_INTERPRETED and runs_on_hopper(),
+        # A fused multiply-add rounds once, the reference implementation twice.
+        "enable_fp_fusion": False,
+        "num_warps": 4,
+    }
+    if numbers["OVERLAPS"]:
+        numbers["launch_pdl"] = True
+    reads = "bh" if plan.tables else "cut_off" if plan.budget is None else "budget"
 
-    def parameters(num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        # Kept: a captured graph reads them.
-        if num_tokens not in tables:
-            tables[num_tokens] = p_value_tables(plan, num_tokens)
-        return tables[num_tokens]
-
-    def route(router_logits_TE: Tensor) -> RoutedSlots:
+    def route(router_logits_TE: Tensor, is_real_BS: Tensor | None = None) -> RoutedSlots:
+        if is_real_BS is not None and is_real_BS.shape[1] > 1:
+            return route_prompt(router_logits_TE, is_real_BS)
         slots, num_tokens = propose(router_logits_TE), len(router_logits_TE)
         index, weights = slots[:2]
-        low = high = numbers = cut_off = plan.scale_E
-        if plan.cut_off_B is None:
-            low, high, numbers = parameters(num_tokens)
-        else:
-            cut_off = plan.cut_off_B[min(num_tokens, len(plan.cut_off_B) - 1)]
         norms = torch.empty(num_experts, dtype=torch.float32, device=device)
         p_values = torch.empty(num_experts, dtype=torch.float64, device=device)
         flags = torch.empty(2, num_experts, dtype=torch.int32, device=device)
+        rows = {"T": triton.next_power_of_2(num_tokens), "HAS_PADS": is_real_BS is not None}
         _weigh_expert[(num_experts,)](
-            index, weights, plan.scale_E, norms, p_values, *flags, low, high, numbers,
-            num_tokens, len(low), len(high), plan.min_k, K=num_slots, C=padded_slots,
-            T=triton.next_power_of_2(num_tokens), LOW=_blocks(low), HIGH=_blocks(high),
-            HAS_P=has_p, num_warps=4, **options,
+            index, weights, is_real_BS, plan.scale_E, norms, p_values, *flags, *tables,
+            num_tokens, plan.min_k, COARSE=num_blocks, HAS_P=reads == "bh",
+            IS_SQUARED=plan.is_squared, **rows, **numbers,
         )  # fmt: skip
         routed = RoutedSlots(*(torch.empty_like(tensor) for tensor in slots))
         _keep_read[(num_tokens,)](
-            index, weights, norms, p_values, *flags, cut_off, numbers, *routed,
-            E=num_experts, P=triton.next_power_of_2(num_experts), K=num_slots, C=padded_slots,
-            HAS_P=has_p, NORMALISES=family.normalises, CONVENTION=rule.weights, num_warps=4,
-            **options,
+            router_logits_TE, index, weights, is_real_BS, norms, p_values, *flags,
+            plan.cut_off_B, alpha, *routed, num_tokens, plan.budget, rule.temperature,
+            E=num_experts, P=triton.next_power_of_2(num_experts), READS=reads,
+            NORMALISES=family.normalises, CONVENTION=rule.weights,
+            TEMPERED=rule.temperature != 1, LIBDEVICE=not IS_INTERPRETED, **rows, **numbers,
         )  # fmt: skip
         return routed
 
     return route
-
-
-def _blocks(table: Tensor) -> int:
-    return int(triton.next_power_of_2(triton.cdiv(len(table), FINE.value)))

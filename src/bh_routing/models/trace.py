@@ -40,6 +40,25 @@ class ExpertTrace:
         self._real_BS: Tensor | None = None
         self._read: tuple[int, Tensor] | None = None
 
+    @classmethod
+    def of_sequence(cls, kept_TLK: Tensor, num_prompt_tokens: int, num_experts: int) -> ExpertTrace:
+        """Return the trace of a prompt in one forward call, and of decode steps of one token each.
+
+        Args:
+            kept_TLK: kept expert of each slot, -1 where dropped: int16, on the host.
+            num_prompt_tokens: tokens of the prompt, at least 1.
+            num_experts: experts per layer.
+        """
+        trace = cls(kept_TLK.shape[1], num_experts)
+        steps = [1] * (len(kept_TLK) - num_prompt_tokens)
+        calls = kept_TLK.split([num_prompt_tokens, *steps])
+        trace._calls = [
+            [call_TLK[:, layer] for call_TLK in calls] for layer in range(kept_TLK.shape[1])
+        ]
+        trace._steps = [num_prompt_tokens == 1, *(True for _ in steps)]
+        trace._read = len(calls), kept_TLK
+        return trace
+
     def begin(self, real_BS: Tensor | None, *, is_step: bool = False) -> None:
         """Begin a forward call.
 

@@ -1,13 +1,12 @@
 """A layer's router under a rule: the family's proposal, the decision, and the kept slots' weights.
 
-Axes: T tokens, E experts, K slots.
+Axes: B sequences, S positions, T = B * S tokens, E experts, K slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +32,12 @@ class RoutedSlots(NamedTuple):
     def expert_counts_T(self) -> Tensor:
         """Number of kept slots, int32."""
         return self.keep_TK.sum(-1, dtype=torch.int32)
+
+    def of_real(self, is_real_BS: Tensor) -> RoutedSlots:
+        """Drop all slots of tokens that aren't real; no host sync."""
+        is_real_T1 = is_real_BS.reshape(-1, 1)
+        weights_TK = self.top_k_weights_TK.masked_fill(~is_real_T1, 0.0)
+        return RoutedSlots(self.top_k_index_TK, weights_TK, self.keep_TK & is_real_T1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,9 +156,19 @@ def _softmax_ratio(candidates: Candidates, temperature: float) -> Tensor:
     return ratio_TE.gather(-1, candidates.top_k_index_TK).exp()
 
 
-Router = Callable[[Tensor], RoutedSlots]
-"""Router logits (T, E), as returned by the family's linear layer -> slots in descending order of
-logit; no host sync."""
+class Router(Protocol):
+    """A layer's router under a rule."""
+
+    def __call__(
+        self, router_logits_TE: Tensor, is_real_BS: Tensor | None = None, /
+    ) -> RoutedSlots:
+        """Return slots in descending order of logit; no host sync.
+
+        Args:
+            router_logits_TE: as returned by the family's linear layer.
+            is_real_BS: False for padding and for sequences that have ended, which keep nothing and
+                don't vote. S is 1 in a decode step. None: a step without any.
+        """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,8 +214,7 @@ class SoftmaxFamily:
 def reference_router(rule: Rule, context: LayerContext, family: SoftmaxFamily) -> Router:
     """Bind a rule to a layer in torch, for any device.
 
-    It supports all rules that don't need expert outputs. Each row of logits is a separate sequence,
-    as in a decode step.
+    It supports all rules that don't need expert outputs.
 
     Raises:
         InputError: the rule doesn't fit the layer, or lacks a calibration.
@@ -210,12 +224,16 @@ def reference_router(rule: Rule, context: LayerContext, family: SoftmaxFamily) -
     num_slots = rule.num_candidates(model_top_k)
     weighing = Weighing.of(rule, normalises=family.normalises, model_top_k=model_top_k)
 
-    def route(router_logits_TE: Tensor) -> RoutedSlots:
+    def route(router_logits_TE: Tensor, is_real_BS: Tensor | None = None) -> RoutedSlots:
         candidates = family.propose(router_logits_TE, num_slots)
         compared = family.as_compared(candidates, model_top_k)
         if rule.unit != "token":
-            rows = Rows.of_step(len(router_logits_TE), router_logits_TE.device)
+            if is_real_BS is None:
+                rows = Rows.of_step(len(router_logits_TE), router_logits_TE.device)
+            else:
+                rows = Rows.of_batch(is_real_BS, torch.zeros_like(is_real_BS))
             compared = compared._replace(rows=rows)
-        return weighing.route(candidates, select(compared))
+        slots = weighing.route(candidates, select(compared))
+        return slots if is_real_BS is None else slots.of_real(is_real_BS)
 
     return route
