@@ -176,8 +176,8 @@ def yaml_target(folder: Path, demo: LoadedModel) -> Target:
 
     def check(content: bytes) -> None:
         path.write_bytes(content)
-        chosen = add_config_file(path, {}, [])
-        make_rules(make_spec(RunSpec, configs=chosen.configs, prompts=chosen.prompts).configs)
+        configs, prompts = add_config_file(path, {}, [])
+        make_rules(make_spec(RunSpec, configs=configs, prompts=prompts).configs)
 
     soup = st.lists(YAML_WORDS, max_size=25).map("".join)
     texts = st.one_of(soup, JSON.map(yaml.safe_dump), st.text(max_size=60))

@@ -132,9 +132,9 @@ def test_a_file_adds_to_the_defaults(tmp_path: Path) -> None:
         "configs:\n  mine: {method: bh, alpha: 0.03, max_k: 10, description: 'a: b'}\n"
         "prompts:\n  - {text: 'Hello, you', category: mine}\n",
     )
-    chosen = add_config_file(path, ROUTING_CONFIGS, TEST_PROMPTS)
-    assert list(chosen.configs) == [*ROUTING_CONFIGS, "mine"]
-    assert chosen.prompts[12] == {"text": "Hello, you", "category": "mine", "description": ""}
+    configs, prompts = add_config_file(path, ROUTING_CONFIGS, TEST_PROMPTS)
+    assert list(configs) == [*ROUTING_CONFIGS, "mine"]
+    assert prompts[12] == {"text": "Hello, you", "category": "mine", "description": ""}
     assert "mine" not in ROUTING_CONFIGS and len(TEST_PROMPTS) == 12
 
 

@@ -135,22 +135,17 @@ def _ratio(baseline_R: pd.Series, own_R: pd.Series) -> Ratio:
 class TextAgreement:
     """Agreement of one configuration's greedy sequences with the baseline's, over prompts."""
 
-    config_name: str
     prompts: int
     """Prompts for which both generated tokens."""
     left_out: int
     """The baseline's other prompts."""
     identical: int
     """Prompts whose sequences agree in every token."""
-    prefix_share: float
-    """Length of the longest common prefix, as a fraction of the longer sequence."""
-    prefix_share_low: float
-    prefix_share_high: float
-    """Ends of the 95 % t interval over prompts, clipped to [0, 1]."""
-    agreement_share: float
-    """Positions with the same token, as a fraction of the longer sequence."""
-    agreement_share_low: float
-    agreement_share_high: float
+    prefix_share: MeanInterval
+    """Length of the longest common prefix, as a fraction of the longer sequence; the ends of the
+    interval are clipped to [0, 1]."""
+    agreement_share: MeanInterval
+    """Positions with the same token, likewise."""
     prefix_tokens_median: float
     """Median over prompts of the longest common prefix, in tokens."""
 
@@ -195,21 +190,12 @@ def _agreement(
         prefix_shares.append(prefix / longer)
         agreement_shares.append(sum(same) / longer)
         identical += prefix == longer
-    prefix_mean, agreement_mean = (
-        _fraction_interval(prefix_shares),
-        _fraction_interval(agreement_shares),
-    )
     return TextAgreement(
-        config_name=name,
         prompts=len(prefixes),
         left_out=len(reference) - len(prefixes),
         identical=identical,
-        prefix_share=prefix_mean.mean,
-        prefix_share_low=prefix_mean.low,
-        prefix_share_high=prefix_mean.high,
-        agreement_share=agreement_mean.mean,
-        agreement_share_low=agreement_mean.low,
-        agreement_share_high=agreement_mean.high,
+        prefix_share=_fraction_interval(prefix_shares),
+        agreement_share=_fraction_interval(agreement_shares),
         prefix_tokens_median=float(median(prefixes)) if prefixes else float("nan"),
     )
 

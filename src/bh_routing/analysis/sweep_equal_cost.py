@@ -29,13 +29,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 from scipy import stats
 
 from bh_routing.analysis.sweep_records import ScoredText, align
-from bh_routing.results.records import QualityRecord, column
+from bh_routing.results.records import QualityRecord, column, measured
 from bh_routing.stats.bootstrap import (
     SPREAD_FLOOR,
     ClusterSums,
@@ -71,25 +71,21 @@ class EqualCost:
     all tests of the table, those of one domain for the row alone.
     """
 
-    at_mean: float = column(
+    at_mean: float = measured(
         "Loss of the reference at the rule's own mean, on the line between its neighbouring "
-        "points, in nats per token.",
-        default=math.nan,
+        "points, in nats per token."
     )
-    geometric: float = column(
-        "The same on the line of log losses: lower, so a harder bar, where the curve is convex.",
-        default=math.nan,
+    geometric: float = measured(
+        "The same on the line of log losses: lower, so a harder bar, where the curve is convex."
     )
-    difference: float = column("The rule's loss minus at_mean.", default=math.nan)
-    low: float = column("Lower end of its 95 % interval.", default=math.nan)
-    high: float = column("Upper end of that interval.", default=math.nan)
-    p: float = column("Two-sided p of no difference, uncorrected.", default=math.nan)
-    p_corrected: float = column("p after Holm's correction over all tests.", default=math.nan)
-    saved: float = column(
-        "1 - the rule's increase in perplexity divided by the reference's.", default=math.nan
-    )
-    saved_low: float = column("Lower end of its 95 % interval.", default=math.nan)
-    saved_high: float = column("Upper end of that interval.", default=math.nan)
+    difference: float = measured("The rule's loss minus at_mean.")
+    low: float = measured("Lower end of its 95 % interval.")
+    high: float = measured("Upper end of that interval.")
+    p: float = measured("Two-sided p of no difference, uncorrected.")
+    p_corrected: float = measured("p after Holm's correction over all tests.")
+    saved: float = measured("1 - the rule's increase in perplexity divided by the reference's.")
+    saved_low: float = measured("Lower end of its 95 % interval.")
+    saved_high: float = measured("Upper end of that interval.")
     note: str = column("The missing values and the reason.", default="")
 
     @property
@@ -120,13 +116,6 @@ Value = tuple[Floats, Floats]
 """Value of a function of ratios, (B,), and its derivatives, (B, J)."""
 
 
-class _Test(NamedTuple):
-    config_name: str
-    curve: Curve
-    knots: tuple[str, ...]
-    note: str
-
-
 def compare_at_equal_cost(
     text: ScoredText,
     config_names: Sequence[str],
@@ -150,26 +139,26 @@ def compare_at_equal_cost(
     Returns:
         (configuration, curve's name) -> comparison.
     """
-    tests = [
-        _plan(text, name, curve)
+    tests = {
+        (name, curve.name): _find_knots(text, name, curve)
         for curve in curves
         for name in config_names
         if name not in curve.config_names
-    ]
-    asked = [test for test in tests if test.knots]
+    }
+    asked = {key: (key[0], *knots) for key, (knots, _) in tests.items() if knots}
     num_clusters = len(np.unique(text.clusters_D))
     draws = max(resamples, 100 * len(asked)), seed
-    differences = [_sample(text, test, _difference, *draws) for test in asked]
-    shares = [_sample(text, test, _fraction_saved, *draws) for test in asked]
+    differences = [_sample(text, names, _difference, *draws) for names in asked.values()]
+    shares = [_sample(text, names, _fraction_saved, *draws) for names in asked.values()]
     ends = _intervals(differences, num_clusters, confidence, simultaneous)
     fraction_ends = _intervals(shares, num_clusters, confidence, simultaneous)
     p_N = np.array([_p_different(sampled, num_clusters) for sampled in differences])
     corrected_N = holm(p_N)
-    found = {(test.config_name, test.curve.name): EqualCost(note=test.note) for test in tests}
-    for i, test in enumerate(asked):
+    found = {key: EqualCost(note=note) for key, (_, note) in tests.items()}
+    for i, (key, names) in enumerate(asked.items()):
         own = differences[i][0]
-        ratios_1J = _ratios(text, test)
-        found[test.config_name, test.curve.name] = EqualCost(
+        ratios_1J = _ratios(text, names)
+        found[key] = EqualCost(
             at_mean=float(ratios_1J[0, 0]) - own,
             geometric=_geometric(ratios_1J),
             difference=own,
@@ -209,10 +198,10 @@ def compare_with_static(
     return {other: found[other, name] for other in others}
 
 
-def _plan(text: ScoredText, config_name: str, curve: Curve) -> _Test:
-    """Choose the part of the curve around the rule's mean, or give the reason for none."""
+def _find_knots(text: ScoredText, config_name: str, curve: Curve) -> tuple[tuple[str, ...], str]:
+    """Return the part of the curve around the rule's mean, or the reason for none."""
     if config_name not in text.names:
-        return _Test(config_name, curve, (), "It wasn't scored on all documents: not compared.")
+        return (), "It wasn't scored on all documents: not compared."
     mean = _mean_cost(text, config_name)
     scored = [name for name in curve.config_names if name in text.names]
     knots = sorted((_mean_cost(text, name), name) for name in scored)
@@ -225,26 +214,25 @@ def _plan(text: ScoredText, config_name: str, curve: Curve) -> _Test:
     for stretch in stretches:
         inside = stretch[0][0] - _ROUNDING <= mean <= stretch[-1][0] + _ROUNDING
         if inside and len(stretch) > 1:
-            return _Test(config_name, curve, tuple(name for _, name in stretch), "")
+            return tuple(name for _, name in stretch), ""
     where = ", ".join(f"{knot:.2f}" for knot, _ in knots) or "nowhere"
-    return _Test(
-        config_name, curve, (),
+    return (), (
         f"{mean:.2f} experts don't lie between two points of {curve.name} at most "
-        f"{curve.widest:g} apart (they are at {where}), and nothing is extrapolated.",
-    )  # fmt: skip
+        f"{curve.widest:g} apart (they are at {where}), and nothing is extrapolated."
+    )
 
 
 def _mean_cost(text: ScoredText, name: str) -> float:
     return float(text.cost_DC[:, text.names.index(name)].sum() / text.tokens_D.sum())
 
 
-def _columns(text: ScoredText, test: _Test) -> Floats:
-    at = [text.names.index(name) for name in (test.config_name, *test.knots)]
+def _columns(text: ScoredText, names: Sequence[str]) -> Floats:
+    at = [text.names.index(name) for name in names]
     return np.hstack([text.losses_DC[:, at], text.cost_DC[:, at]])
 
 
-def _ratios(text: ScoredText, test: _Test) -> Floats:
-    return np.asarray(_columns(text, test).sum(axis=0, keepdims=True) / text.tokens_D.sum())
+def _ratios(text: ScoredText, names: Sequence[str]) -> Floats:
+    return np.asarray(_columns(text, names).sum(axis=0, keepdims=True) / text.tokens_D.sum())
 
 
 def _line(ratios_BJ: Floats) -> Value:
@@ -297,9 +285,13 @@ def _geometric(ratios_1J: Floats) -> float:
 
 
 def _sample(
-    text: ScoredText, test: _Test, function: Callable[[Floats], Value], resamples: int, seed: int
+    text: ScoredText,
+    names: Sequence[str],
+    function: Callable[[Floats], Value],
+    resamples: int,
+    seed: int,
 ) -> Sampled:
-    sums = sum_clusters(_columns(text, test), text.tokens_D, text.clusters_D)
+    sums = sum_clusters(_columns(text, names), text.tokens_D, text.clusters_D)
     num_clusters = len(sums.weights_G)
     everything_1G = np.ones((1, num_clusters))
     value_1, error_1 = _evaluate(function, sums, everything_1G)

@@ -23,6 +23,7 @@ from bh_routing.results.records import (
     SCHEMA_VERSION,
     QualityRecord,
     column,
+    measured,
 )
 from bh_routing.stats.bootstrap import Floats
 
@@ -47,27 +48,16 @@ class PointRow:
         "fraction of the distinct experts that the model's own top-k reads."
     )
     domain: str = column("Domain of the text, or all.", default=ALL_DOMAINS)
-    mean_experts: float = column(
-        "Mean experts kept per token on the evaluation text.", default=math.nan
-    )
-    delta_nll: float = column("Loss: NLL minus that of the model's own top-k.", default=math.nan)
-    delta_nll_low: float = column(
-        "Lower end of its 95 % interval, for this row alone.", default=math.nan
-    )
-    delta_nll_high: float = column("Upper end of that interval.", default=math.nan)
-    perplexity_ratio: float = column(
-        "exp(delta_nll): 1.01 is one per cent more perplexity.", default=math.nan
-    )
-    kl_mean: float = column(
-        "KL(top-k || rule) over the full vocabulary, nats per token.", default=math.nan
-    )
-    same_top1_share: float = column(
-        "Fraction of tokens where both rank the same token first.", default=math.nan
-    )
-    mean_distinct_experts: float = column(
+    mean_experts: float = measured("Mean experts kept per token on the evaluation text.")
+    delta_nll: float = measured("Loss: NLL minus that of the model's own top-k.")
+    delta_nll_low: float = measured("Lower end of its 95 % interval, for this row alone.")
+    delta_nll_high: float = measured("Upper end of that interval.")
+    perplexity_ratio: float = measured("exp(delta_nll): 1.01 is one per cent more perplexity.")
+    kl_mean: float = measured("KL(top-k || rule) over the full vocabulary, nats per token.")
+    same_top1_share: float = measured("Fraction of tokens where both rank the same token first.")
+    mean_distinct_experts: float = measured(
         "Mean distinct experts per decode step and layer, over its tokens; NaN without decode "
-        "steps. With them it is the cost that is equal.",
-        default=math.nan,
+        "steps. With them it is the cost that is equal."
     )
     rank: int | None = column(
         "Rank in its budget by the fraction of static top-k's increase in perplexity that it saves "

@@ -12,12 +12,12 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from bh_routing.errors import InputError
 from bh_routing.results.records import TaskOutcome
+from bh_routing.stats.bootstrap import Floats
 from bh_routing.stats.clustered import RatioEstimate, estimate_ratio
 from bh_routing.stats.paired import compare_accuracies, holm
 
@@ -55,16 +55,6 @@ class TaskComparison:
     note: str
 
 
-class _Pairs(NamedTuple):
-    """Items of one metric common to both configurations, in the same order. Axis: N items."""
-
-    values_N: np.ndarray[tuple[int], np.dtype[np.float64]]
-    reference_N: np.ndarray[tuple[int], np.dtype[np.float64]]
-    weights_N: np.ndarray[tuple[int], np.dtype[np.float64]]
-    clusters_N: list[str]
-    is_weighted: bool
-
-
 _Key = tuple[str, str, str]
 """Task, filter, metric."""
 
@@ -93,7 +83,7 @@ def compare_tasks(outcomes: Iterable[TaskOutcome], reference: str) -> list[TaskC
     comparisons = []
     for key, reference_items in by_config[reference].items():
         family = [
-            _compare(name, reference, key, _pair(key, items[key], reference_items))
+            _compare(name, reference, key, items[key], reference_items)
             for name, items in by_config.items()
             if name != reference and key in items
         ]
@@ -101,50 +91,41 @@ def compare_tasks(outcomes: Iterable[TaskOutcome], reference: str) -> list[TaskC
     return comparisons
 
 
-def _pair(
-    key: _Key, items: Mapping[int, TaskOutcome], reference_items: Mapping[int, TaskOutcome]
-) -> _Pairs:
-    hashes = {number: outcome.item_hash for number, outcome in items.items()}
-    if hashes != {number: outcome.item_hash for number, outcome in reference_items.items()}:
+def _compare(
+    name: str,
+    reference: str,
+    key: _Key,
+    own: Mapping[int, TaskOutcome],
+    theirs: Mapping[int, TaskOutcome],
+) -> TaskComparison:
+    task, _, metric = key
+    if {i: o.item_hash for i, o in own.items()} != {i: o.item_hash for i, o in theirs.items()}:
         raise InputError(
-            f"task {key[0]!r} was answered on different items; run all configurations anew, on "
+            f"task {task!r} was answered on different items; run all configurations anew, on "
             "the same items"
         )
-    order = sorted(items)
-    found = [_sum_and_weight(items[i].metrics[key[2]]) for i in order]
-    compared = [_sum_and_weight(reference_items[i].metrics[key[2]]) for i in order]
-    return _Pairs(
-        np.array([value for value, _ in found]),
-        np.array([value for value, _ in compared]),
-        np.array([weight for _, weight in compared]),
-        [reference_items[i].cluster for i in order],
-        any(isinstance(items[i].metrics[key[2]], list) for i in order),
-    )
-
-
-def _sum_and_weight(value: float | list[float]) -> tuple[float, float]:
-    return (value[0], value[1]) if isinstance(value, list) else (value, 1.0)
-
-
-def _compare(name: str, reference: str, key: _Key, pairs: _Pairs) -> TaskComparison:
-    every = np.concatenate([pairs.values_N, pairs.reference_N])
-    is_right_or_wrong = not pairs.is_weighted and bool(np.isin(every, (0.0, 1.0)).all())
+    order = sorted(own)
+    is_weighted = any(isinstance(own[i].metrics[metric], list) for i in order)
+    values_N, _ = np.array([_sum_and_weight(own[i].metrics[metric]) for i in order]).T
+    reference_N, weights_N = np.array([_sum_and_weight(theirs[i].metrics[metric]) for i in order]).T
+    is_binary = bool(np.isin([values_N, reference_N], (0.0, 1.0)).all())
+    is_right_or_wrong = is_binary and not is_weighted
     difference = estimate_ratio(
-        pairs.values_N - pairs.reference_N, pairs.weights_N, pairs.clusters_N
+        values_N - reference_N, weights_N, [theirs[i].cluster for i in order]
     )
     ends = difference.interval()
-    total = float(pairs.weights_N.sum())
+    total = float(weights_N.sum())
     comparison = TaskComparison(
         config_name=name,
         reference=reference,
-        task=key[0],
+        task=task,
         filter=key[1],
-        metric=key[2],
+        metric=metric,
         kind="right_or_wrong" if is_right_or_wrong else "mean",
-        num_items=len(pairs.values_N),
+        num_items=len(values_N),
         num_clusters=difference.num_clusters,
-        value=float(pairs.values_N.sum()) / total,
-        reference_value=float(pairs.reference_N.sum()) / total,
+        value=float(values_N.sum()) / total,
+        reference_value=float(reference_N.sum()) / total,
         difference=float(difference.estimate_R[0]),
         low=float(ends.low_R[0]),
         high=float(ends.high_R[0]),
@@ -156,14 +137,16 @@ def _compare(name: str, reference: str, key: _Key, pairs: _Pairs) -> TaskCompari
         method=difference.method,
         note=difference.note,
     )
-    return _with_flips(comparison, pairs, difference) if is_right_or_wrong else comparison
+    if not is_right_or_wrong:
+        return comparison
+    return _with_flips(comparison, values_N, reference_N, difference)
 
 
 def _with_flips(
-    comparison: TaskComparison, pairs: _Pairs, difference: RatioEstimate
+    comparison: TaskComparison, values_N: Floats, reference_N: Floats, difference: RatioEstimate
 ) -> TaskComparison:
-    flips = compare_accuracies(pairs.values_N, pairs.reference_N)
-    are_independent = difference.num_clusters == len(pairs.values_N)
+    flips = compare_accuracies(values_N, reference_N)
+    are_independent = difference.num_clusters == len(values_N)
     notes = [flips.note]
     if not are_independent:
         notes += [
@@ -182,6 +165,10 @@ def _with_flips(
         method="Bonett-Price" if are_independent else comparison.method,
         note=" ".join(note for note in notes if note),
     )
+
+
+def _sum_and_weight(value: float | list[float]) -> tuple[float, float]:
+    return (value[0], value[1]) if isinstance(value, list) else (value, 1.0)
 
 
 def _corrected(family: Sequence[TaskComparison]) -> list[TaskComparison]:

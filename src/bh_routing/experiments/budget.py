@@ -7,7 +7,7 @@ import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 
@@ -45,14 +45,6 @@ _CARRIED: Final = (
 log = logging.getLogger(__name__)
 
 
-class Budgeted(NamedTuple):
-    """Rules at a budget, and the search that led there."""
-
-    rules: list[NamedRule]
-    settings: list[dict[str, Any]]
-    """For run.json, from which a resumed run reads them."""
-
-
 def bring_to_budget(
     spec: RunSpec | EvaluateSpec | LmEvalSpec,
     rules: Sequence[NamedRule],
@@ -60,7 +52,7 @@ def bring_to_budget(
     tokenizer: Any,
     calibration: Calibration | None,
     known: Sequence[Mapping[str, Any]] = (),
-) -> Budgeted:
+) -> tuple[list[NamedRule], list[dict[str, Any]]]:
     """Replace each rule by its variant that uses `spec.budget` experts, named `NAME@BUDGET`.
 
     Static top-k, the reference of comparisons, is left unchanged, and so is a rule without a tuning
@@ -72,13 +64,15 @@ def bring_to_budget(
         rules: the requested rules.
         model, tokenizer, calibration: as for `KnobSearch`.
         known: settings of an earlier run of the same folder; matching ones aren't searched again.
+    Returns:
+        The rules, and the settings that were found, for run.json.
     Raises:
         InputError: no rule can meet the budget.
     """
     if spec.budget is None:
-        return Budgeted(list(rules), [])
+        return list(rules), []
     goals = _goals(rules, spec.budget)
-    documents = calibration_documents(spec).documents
+    documents = calibration_documents(spec.calibration_texts)
     search = KnobSearch(model, tokenizer, documents, calibration, batch_size=spec.batch_size)
     settings = search.find(list(goals.values()), known)
     by_name = {s.goal.variant.name: s for s in settings}
@@ -97,7 +91,7 @@ def bring_to_budget(
         raise InputError(f"two configurations are called {twice!r} at this budget; rename one")
     if settings and all(setting.unreachable for setting in settings):
         raise InputError(f"no rule can meet the budget: {settings[0].unreachable}")
-    return Budgeted(kept, search.to_documents(settings))
+    return kept, search.to_documents(settings)
 
 
 def _stays(named: NamedRule) -> bool:
@@ -180,7 +174,7 @@ def find_alternatives(
         InputError: the scored text shares a passage with the calibration text.
         CalibrationError: the calibration has no tables for `bh_drop`, or the model no gradients.
     """
-    documents = calibration_documents(spec).documents
+    documents = calibration_documents(spec.calibration_texts)
     check_overlap(scored_documents(spec), documents)
     named = NamedRule(_DROP.name, "", _DROP.anywhere())
     model, tokenizer, _ = subject

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from bh_routing.engine.calibrate import calibrate
 from bh_routing.engine.texts import (
@@ -28,7 +28,6 @@ from bh_routing.experiments.specs import (
     CalibratedSpec,
     CalibrateSpec,
     ConfiguredSpec,
-    PruneSpec,
 )
 from bh_routing.models.load import load_model
 from bh_routing.models.routers import model_fingerprint
@@ -49,30 +48,18 @@ QUOTED_WORDS: Final = 10
 log = logging.getLogger(__name__)
 
 
-class CalibrationOutcome(NamedTuple):
-    """A calibration and its entry in run.json; both None if no rule needs one."""
-
-    calibration: Calibration | None
-    document: dict[str, Any] | None
-
-
-class CalibrationText(NamedTuple):
-    """The calibration documents of a run and the name of their source."""
-
-    documents: list[Document]
-    source: str
-
-
-def calibration_documents(spec: CalibratedSpec | CalibrateSpec | PruneSpec) -> CalibrationText:
-    """Read the calibration text of a run.
+def calibration_documents(sources: Sequence[str]) -> list[Document]:
+    """Read the calibration text of a run; without sources, the packaged text.
 
     Raises:
         InputError: the text can't be read.
     """
-    if not spec.calibration_texts:
-        return CalibrationText(packaged_documents("calibration"), "packaged text")
-    documents = read_documents(spec.calibration_texts)
-    return CalibrationText(documents, f"text {', '.join(spec.calibration_texts)}")
+    return read_documents(sources) if sources else packaged_documents("calibration")
+
+
+def name_text(sources: Sequence[str]) -> str:
+    """Name the calibration text of a run for its documents."""
+    return f"text {', '.join(sources)}" if sources else "packaged text"
 
 
 def check_held_out(
@@ -93,7 +80,7 @@ def check_held_out(
         calibration = Calibration.load(spec.calibration)
         check_calibration_overlap(documents, calibration, f"calibration {spec.calibration}")
     if spec.budget is not None or (is_calibrated and spec.calibration is None):
-        check_overlap(documents, calibration_documents(spec).documents)
+        check_overlap(documents, calibration_documents(spec.calibration_texts))
 
 
 def check_overlap(documents: Sequence[Document], calibration: Sequence[Document]) -> None:
@@ -142,7 +129,7 @@ def obtain_calibration(
     folder: Path | None = None,
     stored: Mapping[str, Any] = MappingProxyType({}),
     usual_nulls: Sequence[str] = USUAL_NULLS,
-) -> CalibrationOutcome:
+) -> tuple[Calibration | None, dict[str, Any] | None]:
     """Load or make the calibration of a run.
 
     A resumed run reuses its folder's calibration if that was made from the same text, so that its
@@ -155,24 +142,26 @@ def obtain_calibration(
         folder: the folder of the results; None: nothing is reused.
         stored: run.json of an earlier run or sweep of the folder; empty if there is none.
         usual_nulls: fitted in addition to those that the rules need, if they need any.
+    Returns:
+        The calibration and its entry in run.json; both None if no rule needs one.
     Raises:
         CalibrationError: a file can't be read, or isn't a calibration.
         InputError: the text can't be read.
     """
     needed = sorted({n for rule in rules if (n := rule.rule.required_null) is not None})
     if not needed:
-        return CalibrationOutcome(None, None)
+        return None, None
     if spec.calibration is not None:
         start = time.perf_counter()
         loaded = Calibration.load(spec.calibration)
-        return _outcome(loaded, f"file {spec.calibration}", time.perf_counter() - start)
-    documents, source = calibration_documents(spec)
-    texts = [document.text for document in documents]
+        return loaded, _document(loaded, f"file {spec.calibration}", time.perf_counter() - start)
+    texts = [document.text for document in calibration_documents(spec.calibration_texts)]
+    source = name_text(spec.calibration_texts)
     kept = None
     if folder is not None:
         kept = _reuse(folder, stored, text_sha256(texts), model_fingerprint(model), spec.seed)
     if kept is not None and set(needed) <= set(kept.nulls):
-        return CalibrationOutcome(kept, stored["calibration"])
+        return kept, stored["calibration"]
     nulls = {*usual_nulls, *needed} if kept is None else {*needed} - {*kept.nulls}
     start = time.perf_counter()
     fresh = calibrate(
@@ -192,7 +181,8 @@ def obtain_calibration(
         fresh.num_documents,
         seconds,
     )
-    return _outcome(fresh if kept is None else kept.extended_by(fresh), source, seconds)
+    whole = fresh if kept is None else kept.extended_by(fresh)
+    return whole, _document(whole, source, seconds)
 
 
 def _reuse(
@@ -221,8 +211,8 @@ def _reuse(
     return found
 
 
-def _outcome(calibration: Calibration, source: str, seconds: float) -> CalibrationOutcome:
-    document = {
+def _document(calibration: Calibration, source: str, seconds: float) -> dict[str, Any]:
+    return {
         "source": source,
         "seconds": seconds,
         "num_tokens": calibration.num_tokens,
@@ -233,7 +223,6 @@ def _outcome(calibration: Calibration, source: str, seconds: float) -> Calibrati
         "text_sha256": calibration.text_sha256,
         "seed": calibration.seed,
     }
-    return CalibrationOutcome(calibration, document)
 
 
 def calibrate_to_file(spec: CalibrateSpec) -> Calibration:
@@ -248,7 +237,7 @@ def calibrate_to_file(spec: CalibrateSpec) -> Calibration:
             "calibration from fewer"
         )
     names = [name for name in spec.nulls if is_calibrated(name)]
-    documents = calibration_documents(spec).documents
+    documents = calibration_documents(spec.calibration_texts)
     model, tokenizer = load_model(
         spec.model, device=spec.device, dtype=spec.dtype, device_map=spec.device_map
     )

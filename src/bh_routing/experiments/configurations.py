@@ -169,13 +169,6 @@ class ConfigFile(BaseModel):
     """Prompts, as in `TEST_PROMPTS`."""
 
 
-class Selection(NamedTuple):
-    """Configurations and prompts, as the user's unchecked plain data."""
-
-    configs: dict[str, dict[str, Any]]
-    prompts: list[dict[str, Any]]
-
-
 _TYPES: Final = (
     ("null", re.compile(r"(?:~|null|Null|NULL|)$"), ("~", "n", "N", "")),
     ("bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), tuple("tTfF")),
@@ -297,7 +290,7 @@ def add_config_file(
     path: Path,
     configs: Mapping[str, dict[str, Any]],
     prompts: Sequence[Mapping[str, Any]],
-) -> Selection:
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """Append a file's configurations and prompts to given ones.
 
     Raises:
@@ -311,9 +304,7 @@ def add_config_file(
                 "another name"
             )
     added = [prompt.model_dump() for prompt in content.prompts]
-    return Selection(
-        {**configs, **content.configs}, [*(dict(prompt) for prompt in prompts), *added]
-    )
+    return {**configs, **content.configs}, [*map(dict, prompts), *added]
 
 
 def choose(
@@ -331,20 +322,18 @@ def choose(
     Raises:
         InputError: the file, a rule or a prompt's number or category is invalid.
     """
-    chosen = Selection(
-        dict(defaults.ROUTING_CONFIGS if configs is None else configs),
-        [dict(prompt) for prompt in (defaults.TEST_PROMPTS if prompts is None else prompts)],
-    )
+    configs = defaults.ROUTING_CONFIGS if configs is None else configs
+    prompts = defaults.TEST_PROMPTS if prompts is None else prompts
     if choice.config is not None:
-        chosen = add_config_file(choice.config, chosen.configs, chosen.prompts)
+        configs, prompts = add_config_file(choice.config, configs, prompts)
     written = dict(parse_rule(text) for text in choice.rules)
     if written and choice.config is None and choice.configs is None:
         fields: dict[str, Any] = {"configs": written}
     else:
         only = None if choice.configs is None else [*choice.configs, *written]
-        fields = {"configs": chosen.configs | written, "only": only}
+        fields = {"configs": {**configs, **written}, "only": only}
     if isinstance(choice, PromptChoice):
-        fields["prompts"] = select_prompts(chosen.prompts, choice.prompts)
+        fields["prompts"] = select_prompts(prompts, choice.prompts)
     return fields
 
 

@@ -65,8 +65,8 @@ def evaluate(
     check_steps((named.rule for named in rules), spec.decode_batch)
     with ExitStack() as stack:
         stack.enter_context(torch_threads(choose_threads(model).batch))
-        calibration = obtain_calibration(spec, rules, model, tokenizer).calibration
-        rules = bring_to_budget(spec, rules, model, tokenizer, calibration).rules
+        calibration, _ = obtain_calibration(spec, rules, model, tokenizer)
+        rules, _ = bring_to_budget(spec, rules, model, tokenizer, calibration)
         for named in rules:
             bind_rule(model, named.rule, calibration)
         identity = identify(spec.model, model, tokenizer)

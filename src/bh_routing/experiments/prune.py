@@ -17,7 +17,7 @@ from bh_routing.engine.expert_scores import (
 )
 from bh_routing.engine.texts import Document, text_sha256
 from bh_routing.errors import InputError
-from bh_routing.experiments.calibrating import CalibrationText, calibration_documents
+from bh_routing.experiments.calibrating import calibration_documents, name_text
 from bh_routing.experiments.experiment import release_memory
 from bh_routing.experiments.identity import collect_provenance
 from bh_routing.experiments.specs import PruneSpec
@@ -53,11 +53,11 @@ def prune(spec: PruneSpec, documents: Sequence[Document] | None = None) -> dict[
             f"keep: must be from 2 to {checkpoint.num_experts - 1}, one less than the experts of "
             f"{spec.model}, got {spec.keep}; set a smaller number"
         )
+    source = "texts given from Python"
     if documents is None:
-        text = calibration_documents(spec)
-    else:
-        text = CalibrationText([*documents], "texts given from Python")
-    made = _choose(spec, checkpoint, text)
+        documents = calibration_documents(spec.calibration_texts)
+        source = name_text(spec.calibration_texts)
+    made = _choose(spec, checkpoint, documents, source)
     release_memory()
     kept = {block_of(router): experts for router, experts in made["kept"].items()}
     if checkpoint.not_loaded:
@@ -72,7 +72,9 @@ def prune(spec: PruneSpec, documents: Sequence[Document] | None = None) -> dict[
     return made
 
 
-def _choose(spec: PruneSpec, checkpoint: Checkpoint, text: CalibrationText) -> dict[str, Any]:
+def _choose(
+    spec: PruneSpec, checkpoint: Checkpoint, documents: Sequence[Document], source: str
+) -> dict[str, Any]:
     """Score the experts with the loaded model, and return the content of pruning.json."""
     model, tokenizer = load_model(
         spec.model, device=spec.device, dtype=spec.dtype, device_map=spec.device_map
@@ -90,7 +92,7 @@ def _choose(spec: PruneSpec, checkpoint: Checkpoint, text: CalibrationText) -> d
     use = observe_experts(
         model,
         tokenizer,
-        text.documents,
+        documents,
         by_loss=spec.score == "fisher_mass" or spec.alpha is not None,
         max_tokens=spec.max_tokens,
     )
@@ -113,10 +115,10 @@ def _choose(spec: PruneSpec, checkpoint: Checkpoint, text: CalibrationText) -> d
         "score": spec.score,
         "score_is": MEANINGS[spec.score],
         "text": {
-            "source": text.source,
+            "source": source,
             "num_tokens": int(use.tokens_D.sum()),
             "num_documents": len(use.tokens_D),
-            "sha256": text_sha256([document.text for document in text.documents]),
+            "sha256": text_sha256([document.text for document in documents]),
         },
         "provenance": collect_provenance(spec.seed),
         "kept": {

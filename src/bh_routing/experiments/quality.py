@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final
 
 import numpy as np
@@ -105,12 +104,7 @@ class QualityLedger:
         self.begin()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._journal.close()
 
     def _remember(self, key: str, record: QualityRecord) -> None:

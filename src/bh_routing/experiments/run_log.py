@@ -9,7 +9,6 @@ import logging
 import os
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final
 
 from bh_routing.results.files import unwritable
@@ -40,12 +39,7 @@ class RunLog:
         logging.captureWarnings(True)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         logging.captureWarnings(False)
         for name in SOURCES:
             logging.getLogger(name).removeHandler(self._handler)

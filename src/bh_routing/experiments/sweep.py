@@ -75,7 +75,7 @@ def sweep(spec: SweepSpec) -> dict[str, Any]:
     takes_defaults = by_step and spec.rules == SweepSpec.model_fields["rules"].default
     variants = [] if takes_defaults else parse_variants(spec.rules)
     documents = scored_documents(spec)
-    check_overlap(documents, calibration_documents(spec).documents)
+    check_overlap(documents, calibration_documents(spec.calibration_texts))
     if spec.calibration is not None:
         kept = Calibration.load(spec.calibration)
         check_calibration_overlap(documents, kept, f"calibration {spec.calibration}")
@@ -121,7 +121,7 @@ def _sweep_begun(
     search = KnobSearch(
         loaded.model,
         loaded.tokenizer,
-        calibration_documents(spec).documents,
+        calibration_documents(spec.calibration_texts),
         calibration,
         batch_size=spec.batch_size,
         decode_batch=spec.decode_batch,

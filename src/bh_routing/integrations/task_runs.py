@@ -111,7 +111,7 @@ def evaluate_tasks(
     _say_what_steps_cannot_show(rules)
     reference = _reference(rules, facts.model_top_k)
     calibration, about = obtain_calibration(spec, rules, loaded.model, loaded.tokenizer)
-    rules = bring_to_budget(spec, rules, loaded.model, loaded.tokenizer, calibration).rules
+    rules, _ = bring_to_budget(spec, rules, loaded.model, loaded.tokenizer, calibration)
     if spec.output is not None:
         spec.output.mkdir(parents=True, exist_ok=True)
     runs = []

@@ -150,16 +150,10 @@ def source_of(name: str) -> tuple[str, dict[str, Any]]:
     return source, options
 
 
-class _Read(NamedTuple):
-    tokenizer: PreTrainedTokenizerBase
-    model: Any
-    report: Mapping[str, Any]
-    """Missing and mismatched weights, as reported by transformers."""
-
-
 def _read(
     source: str, dtype: torch.dtype, device_map: str | None, options: Mapping[str, Any]
-) -> _Read:
+) -> tuple[PreTrainedTokenizerBase, Any, Mapping[str, Any]]:
+    """Return tokenizer, model, and transformers' report of missing and mismatched weights."""
     transformers_logging.disable_progress_bar()
     verbosity = transformers_logging.get_verbosity()
     # Replaces transformers' tables of mismatched weights: we report them in one sentence.
@@ -185,7 +179,7 @@ def _read(
         )
         if widening:
             widen_what_was_left(model, dtype)
-        return _Read(tokenizer, model, report)
+        return tokenizer, model, report
     finally:
         transformers_logging.set_verbosity(verbosity)
 

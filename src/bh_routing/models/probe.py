@@ -119,8 +119,9 @@ def _establish_at(bench: _Bench, family: Family, widener: Attribute | None) -> R
     routed = bench.call()
     num_experts, top_k = routed.logits_TE.shape[1], routed.index_TK.shape[1]
     roles = _roles(bench, num_experts)
-    law = _law(bench, family, widener, roles.gain)
-    by_token = _is_by_token(bench, roles.bias)
+    bias, gain = roles.get("bias"), roles.get("gain")
+    law = _law(bench, family, widener, gain)
+    by_token = _is_by_token(bench, bias)
     facts = RouterFacts(
         num_experts=num_experts,
         top_k=top_k,
@@ -128,8 +129,8 @@ def _establish_at(bench: _Bench, family: Family, widener: Attribute | None) -> R
         normalises=law.normalises,
         scale=law.scale,
         ranks_by="logits",
-        bias=roles.bias,
-        has_gains=roles.gain is not None,
+        bias=bias,
+        has_gains=gain is not None,
         shares_with=law.shares_with,
         by_token=by_token,
         skips=family.skips,
@@ -162,13 +163,8 @@ def _find_widener(bench: _Bench, top_k: int, num_experts: int) -> Attribute | No
     return None
 
 
-class _Roles(NamedTuple):
-    bias: Attribute | None
-    gain: Attribute | None
-
-
-def _roles(bench: _Bench, num_experts: int) -> _Roles:
-    """Change each tensor with one number per expert to establish its role."""
+def _roles(bench: _Bench, num_experts: int) -> dict[str, Attribute]:
+    """Change each tensor with one number per expert to establish its role: bias or gain."""
     place = bench.place
     owners: list[nn.Module] = [*place.module.modules(), place.block]
     base = bench.call()
@@ -192,7 +188,7 @@ def _roles(bench: _Bench, num_experts: int) -> _Roles:
             if role in found:
                 raise ModelError(f"{place.name} has two tensors that act as a {role} of experts")
             found[role] = attribute
-    return _Roles(found.get("bias"), found.get("gain"))
+    return found
 
 
 class _Law(NamedTuple):

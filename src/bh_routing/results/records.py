@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
@@ -83,6 +84,11 @@ def column(text: str, **kwargs: Any) -> Any:
     return field(metadata={"definition": text}, **kwargs)
 
 
+def measured(text: str) -> Any:
+    """Declare a number that is NaN until it is measured, with its definition."""
+    return column(text, default=math.nan)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExperimentRecord:
     """One row of `bh_routing_results.csv`: one configuration on one prompt.
@@ -98,39 +104,31 @@ class ExperimentRecord:
     generated_text: str = column("Greedy continuation, special tokens removed.", default="")
     num_input_tokens: int = column("Tokens of the prompt.", default=0)
     num_output_tokens: int = column("Tokens generated, an end-of-text token included.", default=0)
-    avg_experts_per_token: float = column("Mean experts kept, over units.", default=float("nan"))
-    std_experts_per_token: float = column(
-        "Standard deviation of experts kept, over units (denominator n).", default=float("nan")
+    avg_experts_per_token: float = measured("Mean experts kept, over units.")
+    std_experts_per_token: float = measured(
+        "Standard deviation of experts kept, over units (denominator n)."
     )
-    min_experts: float = column("Fewest experts kept in a unit.", default=float("nan"))
-    max_experts: float = column("Most experts kept in a unit.", default=float("nan"))
-    avg_experts_prefill: float = column(
-        "Mean experts kept, over units of prompt tokens.", default=float("nan")
+    min_experts: float = measured("Fewest experts kept in a unit.")
+    max_experts: float = measured("Most experts kept in a unit.")
+    avg_experts_prefill: float = measured("Mean experts kept, over units of prompt tokens.")
+    avg_experts_decode: float = measured(
+        "Mean experts kept, over units of fed-back tokens; NaN if there were none."
     )
-    avg_experts_decode: float = column(
-        "Mean experts kept, over units of fed-back tokens; NaN if there were none.",
-        default=float("nan"),
-    )
-    inference_time_sec: float = column(
-        "Wall time of generation, prefill and decode, in seconds.", default=float("nan")
-    )
-    prefill_time_sec: float = column("Seconds until the first token.", default=float("nan"))
-    decode_time_sec: float = column("Seconds from the first token on.", default=float("nan"))
-    tokens_per_sec: float = column("num_output_tokens / inference_time_sec.", default=float("nan"))
-    expert_utilization_cv: float = column(
+    inference_time_sec: float = measured("Wall time of generation, prefill and decode, in seconds.")
+    prefill_time_sec: float = measured("Seconds until the first token.")
+    decode_time_sec: float = measured("Seconds from the first token on.")
+    tokens_per_sec: float = measured("num_output_tokens / inference_time_sec.")
+    expert_utilization_cv: float = measured(
         "Coefficient of variation (std / mean, denominator n) of assignments over the experts "
-        "of a layer, averaged over layers.",
-        default=float("nan"),
+        "of a layer, averaged over layers."
     )
-    expert_utilization_cv_noise: float = column(
+    expert_utilization_cv_noise: float = measured(
         "The value of expert_utilization_cv that a perfectly uniform router is expected to show "
-        "at this number of assignments: sampling noise alone.",
-        default=float("nan"),
+        "at this number of assignments: sampling noise alone."
     )
-    expert_utilization_max_min_ratio: float = column(
+    expert_utilization_max_min_ratio: float = measured(
         "Assignments of a layer's most used expert over those of its least used one, averaged "
-        "over layers; NaN where a layer has an unused expert.",
-        default=float("nan"),
+        "over layers; NaN where a layer has an unused expert."
     )
     expert_utilization_note: str = column("Why the ratio is NaN, if it is.", default="")
     status: str = column("ok or failed.", default=STATUS_OK)
