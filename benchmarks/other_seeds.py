@@ -33,8 +33,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.wrong_drops import HERE, publish
+from bh_routing.analysis import sweep_records
 from bh_routing.analysis.quality_row import STATIC
-from bh_routing.analysis.sweep import SweepTables, analyze_sweep
+from bh_routing.analysis.sweep import SweepTables, compare_points
 from bh_routing.analysis.sweep_records import PointRow
 from bh_routing.demo import demo_folder
 from bh_routing.results.files import to_strict
@@ -132,7 +133,7 @@ def read_seed(path: Path) -> dict[str, Any]:
 
 def read_sweep(folder: Path) -> dict[str, Any]:
     """Analyse a sweep whose folder contains its model's training record."""
-    tables = analyze_sweep(folder)
+    tables = compare_points(sweep_records.read_sweep(folder))
     training = json.loads((folder / "training.json").read_text("utf-8"))
     run = tables.sweep.run
     facts = ("tokens_seen", "corpus_tokens", "seconds", "heldout_nll", "device")

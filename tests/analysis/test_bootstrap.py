@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Literal
 
 import numpy as np
 import pytest
 import statsmodels.api as sm
-from scipy import stats
 
 from bh_routing.errors import InputError
 from bh_routing.stats import bootstrap
@@ -35,28 +33,6 @@ def test_the_standard_error_equals_statsmodels_clustered_weighted_regression() -
     assert ours[0] == pytest.approx(fit.bse[0], rel=1e-10)
 
 
-@pytest.mark.parametrize(("ours", "scipys"), [("percentile", "percentile"), ("bca", "BCa")])
-def test_intervals_equal_scipys_bootstrap_within_the_noise_of_resampling(
-    ours: bootstrap.Method, scipys: Literal["percentile", "BCa"]
-) -> None:
-    rng = np.random.default_rng(5)
-    weights = rng.integers(100, 600, 42).astype(float)
-    values = weights * rng.exponential(0.04, 42)
-
-    def ratio(y: np.ndarray, w: np.ndarray, axis: int = -1) -> np.ndarray:
-        return np.asarray(y.sum(axis=axis) / w.sum(axis=axis))
-
-    expected = stats.bootstrap(
-        (values, weights), ratio, paired=True, vectorized=True, method=scipys,
-        n_resamples=40_000, rng=np.random.default_rng(1),
-    ).confidence_interval  # fmt: skip
-    got = cluster_bootstrap(values, weights, np.arange(42), resamples=40_000).interval(0.95, ours)
-    width = expected.high - expected.low
-    # Both ends of 40,000 resamples wander by about 1 % of the width; the methods differ by 5 %.
-    assert got.low_R[0] == pytest.approx(expected.low, abs=0.025 * width)
-    assert got.high_R[0] == pytest.approx(expected.high, abs=0.025 * width)
-
-
 def test_t_of_a_resample_is_that_of_its_documents_written_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -74,7 +50,6 @@ def test_t_of_a_resample_is_that_of_its_documents_written_out(
         again = np.concatenate([np.full(len(part), i) for i, part in enumerate(copies)])
         error = cluster_standard_error(sum_clusters(values[rows], weights[rows], again))[0]
         ratio = values[rows].sum() / weights[rows].sum()
-        assert ours.ratios_BR[b, 0] == pytest.approx(ratio, rel=1e-12)
         assert ours.t_BR[b, 0] == pytest.approx((ratio - estimate) / error, rel=1e-9)
 
 
@@ -109,7 +84,7 @@ def test_the_unit_of_tokens_does_not_matter() -> None:
 def test_columns_share_their_draws() -> None:
     values, weights, clusters = _documents()
     two = cluster_bootstrap(np.stack([values, 2 * values], axis=1), weights, clusters)
-    np.testing.assert_allclose(two.ratios_BR[:, 1], 2 * two.ratios_BR[:, 0], rtol=1e-9)
+    np.testing.assert_allclose(two.t_BR[:, 1], two.t_BR[:, 0], rtol=1e-9)
 
 
 def test_p_is_at_most_five_per_cent_exactly_where_the_ninety_per_cent_interval_ends_below() -> None:
@@ -127,11 +102,10 @@ def test_the_two_sided_p_meets_the_interval() -> None:
     assert drawn.p_different(low - step)[0] < 0.05 < drawn.p_different(low + step)[0]
 
 
-@pytest.mark.parametrize("method", ["studentized", "bca", "percentile"])
-def test_no_spread_gives_nan_and_never_a_point_interval(method: bootstrap.Method) -> None:
+def test_no_spread_gives_nan_and_never_a_point_interval() -> None:
     weights = np.arange(1.0, 31.0)
     drawn = cluster_bootstrap(0.25 * weights, weights, np.arange(30))
-    assert math.isnan(drawn.interval(0.95, method).low_R[0])
+    assert math.isnan(drawn.interval().low_R[0])
     assert math.isnan(drawn.p_different()[0])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -13,8 +12,6 @@ from bh_routing.errors import InputError
 from bh_routing.stats import load_balance
 from bh_routing.stats.load_balance import (
     MEASURES,
-    jaccard,
-    mean_distinct_experts,
     measure_load,
     measures_of,
     simulate_uniform_router,
@@ -125,28 +122,6 @@ def test_closed_forms_equal_a_long_simulation_with_few_tokens() -> None:
     )
     dead = uniform_dead_fraction(histogram_of(kept_T), EXPERTS)[0]
     assert dead == pytest.approx((counts_SE == 0).mean(), rel=0.01)
-
-
-def test_mean_distinct_experts_is_the_average_over_every_batch() -> None:
-    sets = [{0, 1}, {1, 2}, {1, 3}, {0}, {4, 1}, {2}]
-    counts = [[sum(e in s for s in sets) for e in range(6)]]
-    for batch in (1, 2, 3, 6):
-        batches = list(itertools.combinations(sets, batch))
-        by_hand = sum(len(set().union(*b)) for b in batches) / len(batches)
-        ours = mean_distinct_experts(counts, num_tokens=6, batch=batch)
-        assert ours[0] == pytest.approx(by_hand, rel=1e-12)
-
-
-@pytest.mark.parametrize("batch", [0, 9])
-def test_a_batch_that_the_tokens_cannot_fill_is_refused(batch: int) -> None:
-    with pytest.raises(InputError, match="1 to 8"):
-        mean_distinct_experts([[4, 4]], num_tokens=8, batch=batch)
-
-
-def test_jaccard_equals_that_of_the_sets() -> None:
-    one, other = {1, 2, 3, 4}, {3, 4, 9}
-    assert jaccard(2, 4, 3) == len(one & other) / len(one | other)
-    assert jaccard([0, 0], [0, 2], [0, 2]).tolist() == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(

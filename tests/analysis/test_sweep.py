@@ -15,7 +15,7 @@ from bh_routing.analysis.sweep import (
     ALL_RULES,
     REFERENCES,
     SweepTables,
-    analyze_sweep,
+    compare_points,
     comparison_definitions,
 )
 from bh_routing.analysis.sweep_equal_cost import EqualCost
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tables(folder: Path) -> SweepTables:
-    return analyze_sweep(folder, FEW)
+    return compare_points(read_sweep(folder), FEW)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,9 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> SweepTables:
         point("min_p", 6, unreachable="min_p keeps 4.1 at most.", knob=None),
         point("entropy", 4),
     ]
-    return analyze_sweep(write_sweep(tmp_path_factory.mktemp("odd"), points, records), FEW)
+    return compare_points(
+        read_sweep(write_sweep(tmp_path_factory.mktemp("odd"), points, records)), FEW
+    )
 
 
 def row(tables: SweepTables, name: str) -> PointRow:
@@ -144,7 +146,9 @@ def layered(tmp_path_factory: pytest.TempPathFactory) -> SweepTables:
     points = [p for p in usual_points() if p["budget"] == 5] + [point("per_layer_top_k", 5)]
     beyond = [*(point("per_layer_top_k", k) for k in (6, 4)), point("top_p", 6)]
     folder = tmp_path_factory.mktemp("layered")
-    return analyze_sweep(write_sweep(folder, points, records, curve_points=beyond), FEW)
+    return compare_points(
+        read_sweep(write_sweep(folder, points, records, curve_points=beyond)), FEW
+    )
 
 
 def test_a_rule_can_beat_static_top_k_and_lose_to_shares_of_layers(layered: SweepTables) -> None:
@@ -226,15 +230,15 @@ def test_points_of_an_earlier_sweep_are_left_out(tmp_path: Path) -> None:
 
 def test_few_books_use_students_t_and_none_of_it_needs_a_bootstrap(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path, usual_points(), usual_records(documents=8))
-    few = analyze_sweep(folder, FEW)
+    few = compare_points(read_sweep(folder), FEW)
     assert against(few, "bh_drop-block@5").high < 0
     assert "cluster t" in row(few, "bh_drop-block@5").note
 
 
 def test_only_the_seed_moves_intervals(tables: SweepTables, folder: Path) -> None:
-    again = analyze_sweep(folder, FEW)
+    again = compare_points(read_sweep(folder), FEW)
     assert repr((again.points, again.found)) == repr((tables.points, tables.found))
-    other = against(analyze_sweep(folder, FEW._replace(seed=1)), "bh@5")
+    other = against(compare_points(read_sweep(folder), FEW._replace(seed=1)), "bh@5")
     own = against(tables, "bh@5")
     assert other.difference == own.difference
     assert other.low != own.low

@@ -185,7 +185,7 @@ def test_two_clusters_give_an_estimate_alone() -> None:
 
 def test_an_end_between_unknown_resamples_is_unknown() -> None:
     t_B = np.where(np.arange(1000) % 2 == 0, math.nan, 0.5)
-    ends = sweep_equal_cost._intervals([(0.1, 0.2, t_B)], 40, 0.95, simultaneous=False)
+    ends = sweep_equal_cost._intervals([(0.1, 0.2, t_B)], 40, simultaneous=False)
     assert np.isnan(ends[0]).all() and np.isnan(ends[1]).all()
 
 

@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bh_routing.analysis.quality import QualityOptions
-from bh_routing.analysis.sweep import SweepTables, analyze_sweep
+from bh_routing.analysis.sweep import SweepTables, compare_points
+from bh_routing.analysis.sweep_records import read_sweep
 from bh_routing.cli.main import main
 from bh_routing.report.charts.marks import percent_change
 from bh_routing.report.charts.style import rendered
@@ -47,7 +48,7 @@ def written(folder: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def tables(folder: Path) -> SweepTables:
-    return analyze_sweep(folder, FEW)
+    return compare_points(read_sweep(folder), FEW)
 
 
 def verdict(tables: SweepTables) -> list[str]:
@@ -170,7 +171,7 @@ def test_the_verdict_is_three_sentences_that_follow_the_statistics(tables: Sweep
 def test_a_rule_that_wins_nowhere_is_not_praised(tmp_path: Path) -> None:
     records = [r for r in usual_records(24) if not r.config_name.startswith(("bh_drop", "top_p"))]
     points = [p for p in usual_points() if p["rule"] == "bh"]
-    found = analyze_sweep(write_sweep(tmp_path, points, records), FEW)
+    found = compare_points(read_sweep(write_sweep(tmp_path, points, records)), FEW)
     assert pareto_title(found) == (
         "No rule clearly loses less than static top-k with as many experts"
     )
@@ -186,7 +187,7 @@ def test_a_bh_rule_that_loses_clearly_is_said_to(tmp_path: Path) -> None:
     for budget in (5, 4):
         own = scored_documents(f"bh_drop-block@{budget}", delta=0.9, documents=24)
         records += with_experts(own, budget)
-    found = analyze_sweep(write_sweep(tmp_path, usual_points(), records), FEW)
+    found = compare_points(read_sweep(write_sweep(tmp_path, usual_points(), records)), FEW)
     sentence = verdict(found)[-1]
     assert "clearly loses more than static top-k at 5 and 4 experts" in sentence
     assert "less than static top-k: 0 of 2 at 5 and 0 of 2 at 4" in sentence
@@ -227,7 +228,7 @@ def test_the_report_asks_every_rule_whether_it_beats_each_reference(tmp_path: Pa
     beyond = [point("per_layer_top_k", 6)]
     typed = {"command": "bh-routing sweep --budget 6 --output 'a b'"}
     folder = write_sweep(tmp_path, points, records, curve_points=beyond, provenance=typed)
-    text = render_sweep(analyze_sweep(folder, FEW))
+    text = render_sweep(compare_points(read_sweep(folder), FEW))
     assert (
         "| budget | rule | experts | ΔPPL | beats static top-k | beats top-p | beats per-" in text
     )

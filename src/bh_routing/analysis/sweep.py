@@ -1,9 +1,9 @@
 """Find the rule with the lowest loss at equal cost: points, domains and winners of a sweep.
 
-`analyze_sweep` turns the folder of a `bh-routing sweep` into tidy tables: one row per point, and
-one per comparison of a point with a reference, such as static top-k, at the point's own measured
-cost: mean experts per token or, of records in decode steps, mean distinct experts per step.
-sweep_equal_cost.py describes the method.
+`compare_points` turns a sweep into tidy tables: one row per point, and one per comparison of a
+point with a reference, such as static top-k, at the point's own measured cost: mean experts per
+token or, of records in decode steps, mean distinct experts per step. sweep_equal_cost.py describes
+the method.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Final, NamedTuple
 
 import pandas as pd
@@ -25,7 +24,6 @@ from bh_routing.analysis.sweep_records import (
     ScoredText,
     Sweep,
     align,
-    read_sweep,
 )
 
 TOP_P: Final = "top_p"
@@ -163,22 +161,17 @@ def _is_tested(row: PointRow) -> bool:
     return not (row.rule in (STATIC, *CONTROLS) or row.is_curve_only)
 
 
-def analyze_sweep(folder: Path, options: QualityOptions = DEFAULT_OPTIONS) -> SweepTables:
-    """Compare the points of a sweep at equal mean experts.
+def compare_points(sweep: Sweep, options: QualityOptions = DEFAULT_OPTIONS) -> SweepTables:
+    """Compare the points of a sweep that was read or has just been made, at equal cost.
 
     Args:
-        folder: contains run.json and quality.jsonl.
+        sweep: points and scored documents.
         options: resamples and seed; the margin is ignored.
     Returns:
         The tables, which are deterministic.
     Raises:
-        ResultsError: the folder isn't that of a sweep, or one of its files is damaged.
+        ResultsError: no token was scored.
     """
-    return compare_points(read_sweep(folder), options)
-
-
-def compare_points(sweep: Sweep, options: QualityOptions = DEFAULT_OPTIONS) -> SweepTables:
-    """Compare the points of a sweep that was read or has just been made."""
     text = align(sweep.records)
     parts = {name: text.domain(name) for name in sorted(set(text.domains_D.tolist()))}
     quality = {row.config_name: row for row in quality_table(sweep.records, options)}

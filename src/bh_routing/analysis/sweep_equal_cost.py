@@ -51,6 +51,7 @@ _CLOSEST: Final = 0.25
 """The later of two points of a curve closer than this is dropped: their slope would be noise."""
 _ROUNDING: Final = 1e-9
 SIGNIFICANCE_LEVEL: Final = 0.05
+CONFIDENCE: Final = 0.95
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +124,6 @@ def compare_at_equal_cost(
     *,
     resamples: int,
     seed: int,
-    confidence: float = 0.95,
     simultaneous: bool = True,
 ) -> dict[tuple[str, str], EqualCost]:
     """Compare configurations with curves at equal mean experts, as one family of tests.
@@ -134,8 +134,7 @@ def compare_at_equal_cost(
         curves: the references.
         resamples: bootstrap resamples, at least 100 per test, so that Holm's p can be small.
         seed: seed of the bootstrap.
-        confidence: joint level of the family's intervals.
-        simultaneous: False gives each interval this level individually.
+        simultaneous: the intervals hold jointly; False: each for itself.
     Returns:
         (configuration, curve's name) -> comparison.
     """
@@ -150,8 +149,8 @@ def compare_at_equal_cost(
     draws = max(resamples, 100 * len(asked)), seed
     differences = [_sample(text, names, _difference, *draws) for names in asked.values()]
     shares = [_sample(text, names, _fraction_saved, *draws) for names in asked.values()]
-    ends = _intervals(differences, num_clusters, confidence, simultaneous)
-    fraction_ends = _intervals(shares, num_clusters, confidence, simultaneous)
+    ends = _intervals(differences, num_clusters, simultaneous)
+    fraction_ends = _intervals(shares, num_clusters, simultaneous)
     p_N = np.array([_p_different(sampled, num_clusters) for sampled in differences])
     corrected_N = holm(p_N)
     found = {key: EqualCost(note=note) for key, (_, note) in tests.items()}
@@ -325,13 +324,11 @@ def _evaluate(
     return value_B, np.where(error_B <= SPREAD_FLOOR * size_B, 0.0, error_B)
 
 
-def _intervals(
-    sampled: Sequence[Sampled], num_clusters: int, confidence: float, simultaneous: bool
-) -> Ends:
+def _intervals(sampled: Sequence[Sampled], num_clusters: int, simultaneous: bool) -> Ends:
     estimate_N, se_N = (np.array([one[field] for one in sampled]) for field in (0, 1))
     known_N = np.isfinite(se_N)
     t_2N = np.full((2, len(sampled)), math.nan)
-    tail = (1 - confidence) / 2
+    tail = (1 - CONFIDENCE) / 2
     resampled = [t_B for *_, t_B in sampled if t_B is not None]
     if resampled:
         t_BN = np.stack(resampled, axis=1)

@@ -181,20 +181,14 @@ _IDENTITY: Final = TypeAdapter(RunIdentity)
 
 
 def identify(
-    name: str,
-    model: Any,
-    tokenizer: Any,
-    *,
-    max_tokens: int | None = None,
-    calibration: Calibration | None = None,
+    name: str, model: Any, tokenizer: Any, *, max_tokens: int | None = None
 ) -> RunIdentity:
-    """Return the identity of results made with this model on this machine.
+    """Return the identity of results made with this model on this machine, without a calibration.
 
     Args:
         name: the model's name, for messages.
         model, tokenizer: the loaded model.
         max_tokens: maximum number of tokens per experiment; None without generation.
-        calibration: None if no rule has needed one so far.
     """
     facts, template = describe_model(model), getattr(tokenizer, "chat_template", None)
     return RunIdentity(
@@ -208,7 +202,6 @@ def identify(
         versions=library_versions(),
         max_tokens=max_tokens,
         chat_template=digest(template) if template else None,
-        tables={} if calibration is None else calibration.table_fingerprints,
     )
 
 

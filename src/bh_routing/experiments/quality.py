@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping
@@ -26,8 +25,6 @@ from bh_routing.results.journal import Journal, as_object, digest, parse_quality
 from bh_routing.results.records import QUALITY_JOURNAL, QualityRecord
 from bh_routing.rules.base import Rule
 from bh_routing.rules.fixed import TopK
-
-log = logging.getLogger(__name__)
 
 _REMEDY: Final = (
     f"choose another --output, or move {QUALITY_JOURNAL} away to have everything scored anew"

@@ -221,13 +221,12 @@ def render_csv_row(values: Iterable[Any]) -> str:
     return buffer.getvalue().removesuffix("\r\n") + "\n"
 
 
-def read_csv(path: Path, columns: Sequence[str], remedy: str = RESTORE) -> list[dict[str, str]]:
+def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """Read every row as column -> text.
 
     Args:
         path: a UTF-8 file written by `render_csv`.
         columns: names that the header must have.
-        remedy: advice at the end of an error message.
     Raises:
         ResultsError: the file can't be read, lacks a column, or has an incomplete row.
     """
@@ -236,18 +235,18 @@ def read_csv(path: Path, columns: Sequence[str], remedy: str = RESTORE) -> list[
         # strict: an open quote at the end of the file means truncation, not the end of a text.
         header, *rows = list(csv.reader(io.StringIO(content, newline=""), strict=True)) or [[]]
     except OSError as error:
-        raise half_read(path, error.strerror or str(error), remedy) from error
+        raise half_read(path, error.strerror or str(error)) from error
     except (csv.Error, UnicodeDecodeError) as error:
-        raise half_read(path, str(error), remedy) from error
+        raise half_read(path, str(error)) from error
     if not content:
-        raise half_read(path, "it is empty", remedy)
+        raise half_read(path, "it is empty")
     if not content.endswith("\n"):
-        raise half_read(path, "its last row has no line end", remedy)
+        raise half_read(path, "its last row has no line end")
     if missing := [name for name in columns if name not in header]:
-        raise half_read(path, f"it lacks the columns {', '.join(missing)}", remedy)
+        raise half_read(path, f"it lacks the columns {', '.join(missing)}")
     for number, row in enumerate(rows, start=1):
         if len(row) != len(header):
-            raise half_read(path, f"row {number} has {len(row)} of {len(header)} cells", remedy)
+            raise half_read(path, f"row {number} has {len(row)} of {len(header)} cells")
     return [dict(zip(header, map(_read, row), strict=True)) for row in rows]
 
 

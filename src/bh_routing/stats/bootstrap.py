@@ -9,16 +9,14 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, Literal, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from bh_routing.errors import InputError
 from bh_routing.stats.paired import check_confidence
 
-Method = Literal["studentized", "bca", "percentile"]
 Floats = NDArray[np.float64]
 
 RESAMPLES: Final = 10_000
@@ -89,52 +87,26 @@ def cluster_standard_error(sums: ClusterSums) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class ClusterBootstrap:
-    """Resampled ratios of every column; all columns share the resamples, so they are paired."""
+    """Resampled t of every column; all columns share the resamples, so they are paired."""
 
     estimate_R: Floats
     se_R: Floats
     """Cluster-robust standard error of the estimate."""
-    ratios_BR: Floats
     t_BR: Floats
     """(resampled ratio - estimate) / its own cluster-robust standard error."""
-    jackknife_GR: Floats
-    """The ratio with each cluster left out in turn."""
 
-    def interval(self, confidence: float = 0.95, method: Method = "studentized") -> Ends:
-        """Return a two-sided interval of the ratio for each column; NaN without spread."""
+    def interval(self, confidence: float = 0.95) -> Ends:
+        """Return a two-sided studentised interval of the ratio per column; NaN without spread."""
         check_confidence(confidence)
-        tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
-        if method == "studentized":
-            with np.errstate(invalid="ignore"):  # between two infinite t; set to NaN below
-                t_2R = np.quantile(self.t_BR, tails, axis=0)
-                high_R, low_R = self.estimate_R - t_2R * self.se_R
-        elif method == "percentile":
-            low_R, high_R = np.quantile(self.ratios_BR, tails, axis=0)
-        else:
-            low_R, high_R = self._bca(tails)
+        with np.errstate(invalid="ignore"):  # between two infinite t; set to NaN below
+            t_2R = np.quantile(self.t_BR, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+            high_R, low_R = self.estimate_R - t_2R * self.se_R
         known_R = self._is_known_R()
         return Ends(np.where(known_R, low_R, np.nan), np.where(known_R, high_R, np.nan))
 
     def _is_known_R(self) -> NDArray[np.bool_]:
         undefined_R = (~np.isfinite(self.t_BR)).mean(axis=0)
         return np.asarray((self.se_R > 0) & (undefined_R <= _UNDEFINED_SHARE))
-
-    def _bca(self, tails: Floats) -> Floats:
-        # Ties count half, as in scipy: a resample may equal the sample itself.
-        below_R = (self.ratios_BR < self.estimate_R).mean(axis=0)
-        equal_R = (self.ratios_BR == self.estimate_R).mean(axis=0)
-        bias_R = stats.norm.ppf(below_R + equal_R / 2)
-        away_GR = self.jackknife_GR.mean(axis=0) - self.jackknife_GR
-        with np.errstate(invalid="ignore", divide="ignore"):
-            skew_R = (away_GR**3).sum(axis=0) / (6 * (away_GR**2).sum(axis=0) ** 1.5)
-        ends = np.full((2, len(self.estimate_R)), np.nan)
-        for end, tail in enumerate(tails):
-            z_R = bias_R + stats.norm.ppf(tail)
-            level_R = stats.norm.cdf(bias_R + z_R / (1 - skew_R * z_R))
-            for column, level in enumerate(level_R):
-                if np.isfinite(level):
-                    ends[end, column] = np.quantile(self.ratios_BR[:, column], level)
-        return ends
 
     def p_below(self, bound: float) -> Floats:
         """Return the one-sided p of "the ratio is `bound` or more", by studentised resamples.
@@ -180,7 +152,7 @@ def cluster_bootstrap(
         The distribution, for intervals and p-values of any level.
     Raises:
         InputError: fewer than 2 clusters, or inconsistent documents.
-    Source: Efron & Tibshirani (1993), chapters 12 (studentised) and 14 (BCa).
+    Source: Efron & Tibshirani (1993), chapter 12.
     """
     sums = sum_clusters(values, weights, clusters)
     num_clusters = len(sums.weights_G)
@@ -191,20 +163,12 @@ def cluster_bootstrap(
     # Centred: squares don't cancel when the spread is small relative to the ratio.
     y_GR = y_GR - estimate_R * w_G[:, None]
     draws = draw_clusters(num_clusters, resamples, seed)
-    parts = [_resample(y_GR, w_G, drawn_BG) for drawn_BG in draws]
-    shift_BR, t_BR = (np.concatenate(column) for column in zip(*parts, strict=True))
-    others_GR = y_GR.sum(axis=0) - y_GR
-    return ClusterBootstrap(
-        estimate_R=estimate_R,
-        se_R=cluster_standard_error(sums),
-        ratios_BR=estimate_R + shift_BR,
-        t_BR=t_BR,
-        jackknife_GR=estimate_R + others_GR / (w_G.sum() - w_G)[:, None],
-    )
+    t_BR = np.concatenate([_resample(y_GR, w_G, drawn_BG) for drawn_BG in draws])
+    return ClusterBootstrap(estimate_R, cluster_standard_error(sums), t_BR)
 
 
-def _resample(y_GR: Floats, w_G: Floats, drawn_BG: Floats) -> tuple[Floats, Floats]:
-    """Return each resample's shift of the ratio and its t, from centred values."""
+def _resample(y_GR: Floats, w_G: Floats, drawn_BG: Floats) -> Floats:
+    """Return the t of each resample's shift of the ratio, from centred values."""
     num_clusters = len(w_G)
     total_B1 = (drawn_BG @ w_G)[:, None]
     shift_BR = (drawn_BG @ y_GR) / total_B1
@@ -216,8 +180,7 @@ def _resample(y_GR: Floats, w_G: Floats, drawn_BG: Floats) -> tuple[Floats, Floa
     scale = num_clusters / (num_clusters - 1)
     error_BR = np.sqrt(scale * np.maximum(squares_BR, 0.0)) / total_B1
     with np.errstate(invalid="ignore", divide="ignore"):
-        t_BR = np.where(shift_BR == 0, 0.0, shift_BR / error_BR)
-    return shift_BR, t_BR
+        return np.where(shift_BR == 0, 0.0, shift_BR / error_BR)
 
 
 def draw_clusters(num_clusters: int, resamples: int, seed: int) -> Iterable[Floats]:

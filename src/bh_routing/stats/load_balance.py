@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import gammaln
 
 from bh_routing.errors import InputError
 
@@ -158,49 +157,6 @@ def measures_of(loads: Floats, mean_experts: Floats | float) -> dict[str, Floats
             - (num_experts + 1) / num_experts,
             "dead_share": (load == 0).mean(axis=-1),
         }
-
-
-def mean_distinct_experts(expert_load: ArrayLike, num_tokens: int, batch: int) -> Floats:
-    """Return the mean number of distinct experts in a step of `batch` random tokens, per layer.
-
-    Exact over all sets of `batch` of these tokens. Neighbouring tokens of one text are more alike
-    than random tokens, so a batch from one text uses fewer distinct experts.
-
-    Args:
-        expert_load: [layer][expert], tokens that kept this expert.
-        num_tokens: number of counted tokens.
-        batch: tokens per step, 1 to num_tokens.
-    Returns:
-        float64, shape (L,).
-    Raises:
-        InputError: batch is out of range.
-    Example:
-        >>> mean_distinct_experts([[4, 4, 0, 0]], num_tokens=8, batch=8).tolist()
-        [2.0]
-    """
-    if not 1 <= batch <= num_tokens:
-        raise InputError(f"batch must be in 1 to {num_tokens}, the tokens at hand, got {batch}")
-    without_LE = num_tokens - np.asarray(expert_load, dtype=np.float64)
-    enough = without_LE >= batch
-    others_LE = np.where(enough, without_LE, batch)
-    log_missed_LE = _log_binomial(others_LE, batch) - _log_binomial(float(num_tokens), batch)
-    return np.asarray((1 - np.where(enough, np.exp(log_missed_LE), 0.0)).sum(axis=1))
-
-
-def jaccard(intersection: ArrayLike, size: ArrayLike, other_size: ArrayLike) -> Floats:
-    """Return the Jaccard index of two sets, |A and B| / |A or B|; two empty sets give 1.
-
-    Example:
-        >>> float(jaccard(3, 4, 8).round(4))
-        0.3333
-    """
-    shared = np.asarray(intersection, dtype=np.float64)
-    union = np.asarray(size) + np.asarray(other_size) - shared
-    return np.asarray(np.where(union > 0, shared / np.where(union > 0, union, 1), 1.0))
-
-
-def _log_binomial(n: Floats | float, k: int) -> Floats:
-    return np.asarray(gammaln(np.asarray(n) + 1) - gammaln(k + 1) - gammaln(np.asarray(n) - k + 1))
 
 
 def _pool(loads: Floats, kept_L: Floats) -> tuple[Floats, float]:
