@@ -22,20 +22,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from scipy.optimize import brentq
 
-from benchmarks.drop_variants import (
-    BUDGETS,
-    WINDOW,
-    describe,
-    measure_all,
-    split,
-)
+from benchmarks.drop_variants import BUDGETS, WINDOW, describe, measure_all, split
 from bh_routing.engine.calibrate import calibrate
-from bh_routing.engine.observe import (
-    LayerSlots,
-    SlotObserver,
-    join_windows,
-    summarize,
-)
+from bh_routing.engine.observe import LayerSlots, SlotObserver, join_windows, summarize
 from bh_routing.engine.proposals import capture_proposals, mean_experts
 from bh_routing.engine.texts import packaged_documents
 from bh_routing.engine.windows import TokenizedDocument, tokenize_documents

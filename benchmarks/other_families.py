@@ -31,7 +31,8 @@ from typing import Any
 from benchmarks.other_seeds import BUDGETS, KEPT
 from benchmarks.wrong_drops import HERE, publish
 from bh_routing.analysis.quality_row import STATIC
-from bh_routing.analysis.sweep import SweepTables, analyze_sweep
+from bh_routing.analysis.sweep import SweepTables, compare_points
+from bh_routing.analysis.sweep_records import read_sweep
 from bh_routing.report.text import as_float, loss_percent, number, percent
 from bh_routing.results.files import to_strict
 
@@ -121,7 +122,7 @@ def read_archive(path: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(path) as packed:
             packed.extractall(folder, filter="data")
-        swept = {kind: analyze_sweep(Path(folder) / kind) for kind in SWEEPS}
+        swept = {kind: compare_points(read_sweep(Path(folder) / kind)) for kind in SWEEPS}
         training = json.loads((Path(folder) / "tokens" / "training.json").read_text("utf-8"))
     run = swept["tokens"].sweep.run
     return {

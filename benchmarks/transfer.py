@@ -47,11 +47,7 @@ from bh_routing.models.load import DeviceName, LoadedModel
 from bh_routing.nulls import Calibration
 from bh_routing.nulls.cut_offs import MIN_DOCUMENTS
 from bh_routing.results.records import QualityRecord
-from bh_routing.rules import (
-    BenjaminiHochbergDrop,
-    Rule,
-    TopK,
-)
+from bh_routing.rules import BenjaminiHochbergDrop, Rule, TopK
 from bh_routing.stats.clustered import estimate_ratio
 
 BUDGET = 5.0

@@ -17,14 +17,7 @@ from bh_routing.errors import InputError
 from bh_routing.models import LoadedModel, find_routers, route
 from bh_routing.models.trace import DROPPED, count_distinct
 from bh_routing.results.records import QualityRecord
-from bh_routing.rules import (
-    ExpertBudget,
-    FloorThreshold,
-    OpportunisticActivation,
-    Rule,
-    TopK,
-    TopP,
-)
+from bh_routing.rules import ExpertBudget, FloorThreshold, OpportunisticActivation, Rule, TopK, TopP
 from bh_routing.rules.step import StepRule
 
 LENGTHS = (40, 9, 40, 23, 31, 40, 5)

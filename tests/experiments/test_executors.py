@@ -17,12 +17,7 @@ from bh_routing.errors import InputError
 from bh_routing.experiments.configurations import make_rules
 from bh_routing.experiments.executors import SerialExecutor, make_grid
 from bh_routing.experiments.experiment import Subject
-from bh_routing.experiments.ray_executor import (
-    MOST_PER_GPU,
-    RayExecutor,
-    count_room,
-    gpu_fraction,
-)
+from bh_routing.experiments.ray_executor import MOST_PER_GPU, RayExecutor, count_room, gpu_fraction
 from bh_routing.experiments.specs import RunSpec, make_spec
 from bh_routing.models import LoadedModel, load_model, route
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg

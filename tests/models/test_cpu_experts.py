@@ -8,12 +8,7 @@ import pytest
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from bh_routing.kernels.experts import (
-    MOST_GATHERED,
-    NAME,
-    TOKENS_AT_A_TIME,
-    sparse_experts_forward,
-)
+from bh_routing.kernels.experts import MOST_GATHERED, NAME, TOKENS_AT_A_TIME, sparse_experts_forward
 from bh_routing.models import LoadedModel
 
 

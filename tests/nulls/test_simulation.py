@@ -8,15 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.simulation import (
-    ALPHAS,
-    BLOCK,
-    HERE,
-    METHOD,
-    TRUE_NULL,
-    render,
-    run_simulation,
-)
+from benchmarks.simulation import ALPHAS, BLOCK, HERE, METHOD, TRUE_NULL, render, run_simulation
 from bh_routing.nulls import NULLS
 
 RESULTS = json.loads((HERE / "simulation.json").read_text(encoding="utf-8"))

@@ -10,11 +10,7 @@ import numpy as np
 import pytest
 
 from bh_routing.errors import ResultsError
-from bh_routing.results.files import (
-    read_json_object,
-    render_json,
-    render_json_lines,
-)
+from bh_routing.results.files import read_json_object, render_json, render_json_lines
 from bh_routing.results.journal import Journal, as_object
 
 

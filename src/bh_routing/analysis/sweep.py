@@ -18,13 +18,7 @@ import pandas as pd
 from bh_routing.analysis.quality import DEFAULT_OPTIONS, QualityOptions, quality_table
 from bh_routing.analysis.quality_row import STATIC, QualityRow
 from bh_routing.analysis.sweep_equal_cost import Curve, EqualCost, compare_at_equal_cost
-from bh_routing.analysis.sweep_records import (
-    ALL_DOMAINS,
-    PointRow,
-    ScoredText,
-    Sweep,
-    align,
-)
+from bh_routing.analysis.sweep_records import ALL_DOMAINS, PointRow, ScoredText, Sweep, align
 
 TOP_P: Final = "top_p"
 PER_LAYER: Final = "per_layer_top_k"

@@ -295,7 +295,7 @@ def _sample(
     everything_1G = np.ones((1, num_clusters))
     value_1, error_1 = _evaluate(function, sums, everything_1G)
     estimate, se = float(value_1[0]), float(error_1[0])
-    draws = sum_clusters(_columns(text, test), text.tokens_D, text.draws_D)
+    draws = sum_clusters(_columns(text, names), text.tokens_D, text.draws_D)
     if len(draws.weights_G) > 1:
         se = math.hypot(se, _evaluate(function, draws, np.ones((1, len(draws.weights_G))))[1][0])
     if num_clusters < BOOTSTRAP_CLUSTERS or not se > 0:

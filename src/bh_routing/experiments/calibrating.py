@@ -24,11 +24,7 @@ from bh_routing.engine.texts import (
 from bh_routing.errors import CalibrationError, InputError
 from bh_routing.experiments.configurations import NamedRule
 from bh_routing.experiments.defaults import CALIBRATION_TOKENS
-from bh_routing.experiments.specs import (
-    CalibratedSpec,
-    CalibrateSpec,
-    ConfiguredSpec,
-)
+from bh_routing.experiments.specs import CalibratedSpec, CalibrateSpec, ConfiguredSpec
 from bh_routing.models.load import load_model
 from bh_routing.models.routers import model_fingerprint
 from bh_routing.nulls.calibration import Calibration

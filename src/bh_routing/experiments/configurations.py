@@ -15,12 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from bh_routing.errors import InputError, unknown_name
 from bh_routing.experiments import defaults
 from bh_routing.experiments.spec_errors import describe_error, shorten
-from bh_routing.experiments.specs import (
-    Choice,
-    ModelSpec,
-    Prompt,
-    PromptChoice,
-)
+from bh_routing.experiments.specs import Choice, ModelSpec, Prompt, PromptChoice
 from bh_routing.rules.base import Rule
 from bh_routing.rules.catalog import get_rule, make_rule, name_of_text, rule_to_config
 from bh_routing.rules.fixed import TopK

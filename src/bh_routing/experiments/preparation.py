@@ -17,13 +17,7 @@ from bh_routing.experiments.budget import bring_to_budget
 from bh_routing.experiments.calibrating import obtain_calibration
 from bh_routing.experiments.configurations import NamedRule, make_rules
 from bh_routing.experiments.defaults import STANDARD_TOP_K, standard_configs
-from bh_routing.experiments.executors import (
-    Cell,
-    Threads,
-    choose_threads,
-    make_grid,
-    torch_threads,
-)
+from bh_routing.experiments.executors import Cell, Threads, choose_threads, make_grid, torch_threads
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.identity import RunIdentity, identify
 from bh_routing.experiments.quality import QualityLedger, scored_documents

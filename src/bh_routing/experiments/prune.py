@@ -9,12 +9,7 @@ from typing import Any, Final
 
 from huggingface_hub import ModelCardData
 
-from bh_routing.engine.expert_scores import (
-    MEANINGS,
-    best_experts,
-    find_unneeded,
-    observe_experts,
-)
+from bh_routing.engine.expert_scores import MEANINGS, best_experts, find_unneeded, observe_experts
 from bh_routing.engine.texts import Document, text_sha256
 from bh_routing.errors import InputError
 from bh_routing.experiments.calibrating import calibration_documents, name_text

@@ -13,11 +13,7 @@ from bh_routing.engine.decode import startup_seconds
 from bh_routing.engine.score import check_steps
 from bh_routing.errors import BHRoutingError
 from bh_routing.experiments.budget import command_of, find_alternatives, losing_budgets
-from bh_routing.experiments.calibrating import (
-    check_held_out,
-    describe_nulls,
-    save_calibration,
-)
+from bh_routing.experiments.calibrating import check_held_out, describe_nulls, save_calibration
 from bh_routing.experiments.configurations import find_baseline, make_rules, resolved
 from bh_routing.experiments.executors import Executor, run_grid, torch_threads
 from bh_routing.experiments.experiment import Attempts, Subject

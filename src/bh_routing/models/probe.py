@@ -22,14 +22,7 @@ from torch import Tensor, nn
 from bh_routing.errors import ModelError
 from bh_routing.models.capture import CapturedCall
 from bh_routing.models.families import Family
-from bh_routing.models.sites import (
-    TRANSFORMS,
-    Attribute,
-    Groups,
-    Routed,
-    RouterFacts,
-    Scoring,
-)
+from bh_routing.models.sites import TRANSFORMS, Attribute, Groups, Routed, RouterFacts, Scoring
 
 _SPREAD: Final = 2.0
 """Standard deviation of the probe's logits: distinct, but not saturated."""

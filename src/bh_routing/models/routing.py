@@ -24,14 +24,7 @@ from bh_routing.models.routers import (
     unwrapped,
 )
 from bh_routing.models.rows import RowsOfCall, end_ids
-from bh_routing.models.sites import (
-    Decision,
-    Proposal,
-    RouterFacts,
-    RouterSite,
-    RoutingHook,
-    Undo,
-)
+from bh_routing.models.sites import Decision, Proposal, RouterFacts, RouterSite, RoutingHook, Undo
 from bh_routing.models.trace import ExpertTrace
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules.base import LayerContext, Rule

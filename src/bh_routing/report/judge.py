@@ -16,15 +16,7 @@ import yaml
 
 from bh_routing.report import findings
 from bh_routing.report.facts import BALANCE, EXPERTS, Facts, child
-from bh_routing.report.text import (
-    MISSING,
-    as_float,
-    code,
-    markdown,
-    number,
-    p_value,
-    signed,
-)
+from bh_routing.report.text import MISSING, as_float, code, markdown, number, p_value, signed
 from bh_routing.stats.paired import signed_rank_floor
 
 Verdict = Literal["met", "not met", "not comparable"]

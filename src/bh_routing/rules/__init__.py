@@ -1,12 +1,6 @@
 """Rules: selection among the slots that a router proposes, and weights of the kept slots."""
 
-from bh_routing.rules.base import (
-    LayerContext,
-    Rule,
-    TemperatureWeights,
-    Unit,
-    WeightConvention,
-)
+from bh_routing.rules.base import LayerContext, Rule, TemperatureWeights, Unit, WeightConvention
 from bh_routing.rules.benjamini_hochberg import BenjaminiHochberg
 from bh_routing.rules.catalog import RULES, make_rule, rule_to_config
 from bh_routing.rules.contribution import ContributionThreshold, OracleContribution

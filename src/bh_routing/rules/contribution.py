@@ -10,12 +10,7 @@ import torch
 from torch import Tensor
 
 from bh_routing.errors import CalibrationError, InputError
-from bh_routing.nulls.contributions import (
-    Contributions,
-    Statistic,
-    needed_null,
-    remedy,
-)
+from bh_routing.nulls.contributions import Contributions, Statistic, needed_null, remedy
 from bh_routing.rules.base import (
     LOG,
     Knob,

@@ -17,22 +17,9 @@ from bh_routing.errors import InputError
 from bh_routing.multitest import check_alpha, on_or_below_line
 from bh_routing.multitest.step_up import number_blocks, reject_in_blocks
 from bh_routing.nulls.base import ReferenceTable
-from bh_routing.nulls.contributions import (
-    ALL_STEPS,
-    NEEDED_STEPS,
-    STEPS,
-    Definition,
-    needed_null,
-)
+from bh_routing.nulls.contributions import ALL_STEPS, NEEDED_STEPS, STEPS, Definition, needed_null
 from bh_routing.nulls.cut_offs import smallest_scores
-from bh_routing.rules.base import (
-    LOG_ODDS,
-    Knob,
-    LayerContext,
-    Unit,
-    check_choice,
-    check_count,
-)
+from bh_routing.rules.base import LOG_ODDS, Knob, LayerContext, Unit, check_choice, check_count
 from bh_routing.rules.contribution import (
     ContributionRule,
     layer_scale,
@@ -40,13 +27,7 @@ from bh_routing.rules.contribution import (
     threshold_plan,
 )
 from bh_routing.rules.plan import Candidates, Plan, Selector, rank_slots, slot_scores
-from bh_routing.rules.step import (
-    Between,
-    StepExperts,
-    StepRule,
-    reject_in_steps,
-    step_selector,
-)
+from bh_routing.rules.step import Between, StepExperts, StepRule, reject_in_steps, step_selector
 
 Scope = Literal["token", "block", "population", "step", "step_population"]
 _STEP_SCOPES: Final = ("step", "step_population")

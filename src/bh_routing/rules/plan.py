@@ -21,11 +21,7 @@ from torch import Tensor
 from bh_routing.multitest.step_up import last_true_rank, ranks
 from bh_routing.nulls.base import Null
 from bh_routing.nulls.centred import MAD_TO_SIGMA, CentredNull
-from bh_routing.nulls.cut_offs import (
-    StoreyCutOffs,
-    count_at_cut_offs,
-    count_at_storey_cut_offs,
-)
+from bh_routing.nulls.cut_offs import StoreyCutOffs, count_at_cut_offs, count_at_storey_cut_offs
 
 
 class Rows(NamedTuple):

@@ -15,13 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from bh_routing.errors import InputError
-from bh_routing.report.charts.marks import (
-    Floats,
-    add_legend,
-    draw_heat_map,
-    from_zero,
-    spread,
-)
+from bh_routing.report.charts.marks import Floats, add_legend, draw_heat_map, from_zero, spread
 from bh_routing.report.charts.style import (
     BASELINE,
     BLUE,
