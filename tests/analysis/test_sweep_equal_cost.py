@@ -193,8 +193,8 @@ def test_a_test_without_an_interval_of_its_own_leaves_the_others_theirs() -> Non
     rng = np.random.default_rng(0)
     ordinary = (0.1, 0.2, rng.standard_normal(1000))
     without_spread = (0.1, 1e-12, np.where(np.arange(1000) % 2 == 0, np.inf, -np.inf))
-    alone = sweep_equal_cost._intervals([ordinary], 40, 0.95, simultaneous=True)
-    joint = sweep_equal_cost._intervals([ordinary, without_spread], 40, 0.95, simultaneous=True)
+    alone = sweep_equal_cost._intervals([ordinary], 40, simultaneous=True)
+    joint = sweep_equal_cost._intervals([ordinary, without_spread], 40, simultaneous=True)
     assert joint.low_R[0] == alone.low_R[0]
     assert joint.high_R[0] == alone.high_R[0]
     assert np.isnan([joint.low_R[1], joint.high_R[1]]).all()

@@ -8,14 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.serving.checkpoints import (
-    SENTENCES,
-    Change,
-    blow_up,
-    changed_checkpoint,
-    damage,
-    turn,
-)
+from tests.serving.checkpoints import SENTENCES, Change, blow_up, changed_checkpoint, damage, turn
 from tests.serving.conftest import write_yaml
 from tests.serving.offline import complete, engine
 
