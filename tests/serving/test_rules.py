@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from bh_routing.models.load import LoadedModel
+from bh_routing.experiments.prune import prune
+from bh_routing.experiments.specs import PruneSpec, make_spec
+from bh_routing.models.load import LoadedModel, load_model
 from bh_routing.models.routing import route
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules.catalog import make_rule
@@ -69,6 +71,18 @@ def test_without_a_configuration_the_model_is_untouched(
     assert served == [continue_alone(demo.model, ids) for ids in prompts[:4]]
     assert methods
     assert not any("_compute_routing" in own for own in methods)
+
+
+def test_a_pruned_checkpoint_is_served_like_any_other(
+    prompts: list[list[int]], checkpoint: str, tmp_path: Path
+) -> None:
+    pruned = tmp_path / "pruned"
+    prune(make_spec(PruneSpec, model=checkpoint, keep=48, score="random", output=pruned))
+    with engine(None, str(pruned)) as llm:
+        served = complete(llm, prompts[:4])
+    model = load_model(str(pruned), device="cpu", dtype="float32").model
+    assert model.config.num_experts == 48
+    assert served == [continue_alone(model, ids) for ids in prompts[:4]]
 
 
 @pytest.mark.full
