@@ -273,3 +273,12 @@ def test_a_text_longer_than_the_context_is_refused(demo: LoadedModel) -> None:
     bound = engine.bind(demo.model, TopK(8), None)
     with pytest.raises(UndecodableError, match="1025 positions is longer than its 1024"):
         engine.session(bound, 1, 1025)
+
+
+def test_a_text_may_fill_the_context(demo: LoadedModel) -> None:
+    prompt = [number % 8000 + 2 for number in range(1023)]
+    decoded = decode_greedily(demo.model, [prompt], TopK(1), max_new_tokens=2)
+    assert len(decoded.token_ids[0]) == 2
+    assert decoded.traces[0].forward_tokens == [1023, 1]
+    with pytest.raises(UndecodableError):
+        decode_greedily(demo.model, [prompt], TopK(1), max_new_tokens=3)

@@ -255,7 +255,8 @@ def decode_greedily(
     engine = engine_of(model)
     bound = engine.bind(model, rule, calibration)
     longest = max(map(len, prompts))
-    session = engine.session(bound, len(prompts), longest + max_new_tokens, longest)
+    # The last token isn't fed back.
+    session = engine.session(bound, len(prompts), longest + max_new_tokens - 1, longest)
     start = time.perf_counter()
     session.start(prompts, end_ids)
     session.state.token_B.tolist()

@@ -164,7 +164,9 @@ def _engine_run(model: Any, prompt: Tensor, rule: Rule, tokens: int) -> Callable
 
 def _session(model: Any, rule: Rule, prompt: Tensor, tokens: int) -> Session:
     engine, longest = engine_of(model), prompt.shape[1]
-    return engine.session(engine.bind(model, rule, None), len(prompt), longest + tokens, longest)
+    # The last token isn't fed back.
+    length = longest + tokens - 1
+    return engine.session(engine.bind(model, rule, None), len(prompt), length, longest)
 
 
 def _generate_run(model: Any, prompt: Tensor, tokens: int, **options: Any) -> Callable[[], float]:
