@@ -204,6 +204,12 @@ def test_check_prints_the_command_and_starts_nothing(
     assert "VLLM_PLUGINS=other,bh_routing" in text
     assert text.rstrip().endswith("--port 8123 --served-model-name mine")
     assert text.count("--served-model-name") == 1
+    assert "--kv-cache-memory-bytes" in text
+    assert main([*own, "--gpu-memory-utilization=0.5"]) == 0
+    assert "--kv-cache-memory-bytes" not in capsys.readouterr().out
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    assert main(own) == 0
+    assert "--kv-cache-memory-bytes" not in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not HAS_VLLM, reason="needs an environment with vLLM")

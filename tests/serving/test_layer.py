@@ -1,4 +1,7 @@
-"""A served layer decides the decode rows of a pass as the reference implementation decides them."""
+"""A served layer decides the decode rows of a pass as the reference implementation decides them.
+
+By torch operations, and with TRITON_INTERPRET=1 by kernels.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,9 @@ def test_decode_rows_are_decided_as_a_step_of_their_own(
     slots = reference_router(rule, context_for(rule), family)(logits_TE[is_decode_T])
     wanted_TE = by_expert(slots.top_k_weights_TK, slots.top_k_index_TK)
     found_TE = by_expert(weights_TK, index_TK)
-    assert torch.equal(found_TE[is_decode_T], wanted_TE)
+    assert torch.equal(found_TE[is_decode_T] > 0, wanted_TE > 0)
+    # A kernel rounds otherwise.
+    torch.testing.assert_close(found_TE[is_decode_T], wanted_TE, rtol=1e-5, atol=0)
     assert set(index_TK[is_decode_T].flatten().tolist()) == set(
         slots.top_k_index_TK.flatten().tolist()
     )

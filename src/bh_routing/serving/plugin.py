@@ -146,8 +146,7 @@ def bind(model: nn.Module, vllm_config: Any, served: ServedRule) -> None:
         Telemetry(record_LTK, text) if is_first else None,
     )
     _watch_steps(vllm_config.use_v2_model_runner)
-    how = "the fused kernel" if bound.is_fused else "torch"
-    log.info("rule %s is bound to %d layers, by %s", text, len(layers), how)
+    log.info("rule %s is bound to %d layers, by %s", text, len(layers), bound.implementation)
 
 
 def _calibrated(context: LayerContext, rule: Rule, calibration: Calibration | None) -> LayerContext:
