@@ -60,7 +60,7 @@ def prepare(folder: Path, model_name: str | None) -> dict[str, str]:
     }
     texts = packaged_documents("calibration")
     needs = [rules["fisher_mass"]]
-    calibration = calibrate(model, tokenizer, texts, rules=needs, max_tokens=2_048)
+    calibration = calibrate(model, tokenizer, texts, rules=needs, max_tokens=8_192)
     saved = calibration.save(folder / "calibration.safetensors")
     for name, rule in rules.items():
         batch = 16 if rule.unit == "step" else None
