@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -101,10 +102,12 @@ def work(checkpoint: str, batches: list[int], tokens: int) -> None:
         **settings,
     )  # fmt: skip
 
+    vocabulary = llm.llm_engine.model_config.get_vocab_size()
+    draw = random.Random(0)
+    drawn = [[draw.randrange(2, vocabulary) for _ in range(32)] for _ in range(max(batches))]
+
     def seconds(batch: int, length: int) -> float:
-        prompts: Any = [
-            {"prompt_token_ids": [100 + 7 * i + j for j in range(32)]} for i in range(batch)
-        ]
+        prompts: Any = [{"prompt_token_ids": ids} for ids in drawn[:batch]]
         greedy = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
         start = time.perf_counter()
         llm.generate(prompts, greedy, use_tqdm=False)
