@@ -211,11 +211,11 @@ def _row(name: str, records: Sequence[QualityRecord], options: QualityOptions) -
         top_k_nll=top_k_nll,
         perplexity=_exp(nll),
         kl_mean=kl,
-        kl_mean_low=_within(low[1], 0.0, math.inf),
+        kl_mean_low=_within(low[1], math.inf),
         kl_mean_high=high[1],
         same_top1_share=same,
-        same_top1_share_low=_within(low[2], 0.0, 1.0),
-        same_top1_share_high=_within(high[2], 0.0, 1.0),
+        same_top1_share_low=_within(low[2], 1.0),
+        same_top1_share_high=_within(high[2], 1.0),
         mean_delta_p=delta_p,
         rms_delta_p=math.sqrt(delta_p_square),
         by_position=_by_position(records, options),
@@ -388,9 +388,9 @@ def _total(records: Sequence[QualityRecord], name: str) -> np.ndarray[Any, np.dt
     return total
 
 
-def _within(end: float, least: float, most: float) -> float:
-    # An interval can exceed the possible range; NaN stays NaN.
-    return end if math.isnan(end) else min(max(end, least), most)
+def _within(end: float, most: float) -> float:
+    # An interval can exceed the possible range, 0 to `most`; NaN stays NaN.
+    return end if math.isnan(end) else min(max(end, 0.0), most)
 
 
 def _exp(value: float) -> float:

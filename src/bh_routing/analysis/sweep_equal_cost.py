@@ -156,7 +156,7 @@ def compare_at_equal_cost(
     found = {key: EqualCost(note=note) for key, (_, note) in tests.items()}
     for i, (key, names) in enumerate(asked.items()):
         own = differences[i][0]
-        ratios_1J = _ratios(text, names)
+        ratios_1J = _columns(text, names).sum(axis=0, keepdims=True) / text.tokens_D.sum()
         found[key] = EqualCost(
             at_mean=float(ratios_1J[0, 0]) - own,
             geometric=_geometric(ratios_1J),
@@ -228,10 +228,6 @@ def _mean_cost(text: ScoredText, name: str) -> float:
 def _columns(text: ScoredText, names: Sequence[str]) -> Floats:
     at = [text.names.index(name) for name in names]
     return np.hstack([text.losses_DC[:, at], text.cost_DC[:, at]])
-
-
-def _ratios(text: ScoredText, names: Sequence[str]) -> Floats:
-    return np.asarray(_columns(text, names).sum(axis=0, keepdims=True) / text.tokens_D.sum())
 
 
 def _line(ratios_BJ: Floats) -> Value:

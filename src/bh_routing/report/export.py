@@ -150,9 +150,9 @@ def _latex(results: Results, facts: Facts) -> bytes:
     for name in facts.names:
         row = {
             "Configuration": rf"\texttt{{{latex(name, 60)}}}",
-            "Experts": _pm(facts, name, EXPERTS, 2),
+            "Experts": _pm(facts, name, EXPERTS),
             r"Saved (\%)": _tex(number(100 * facts.compared(name, EXPERTS, "reduction"), 1)),
-            "Time (s)": _pm(facts, name, SECONDS, 2),
+            "Time (s)": _pm(facts, name, SECONDS),
             "Tokens/s": _tex(number(facts.mean_of(name, SPEED), 1)),
             "CV": _tex(number(facts.mean_of(name, BALANCE), 2)),
         }
@@ -170,9 +170,9 @@ def _latex(results: Results, facts: Facts) -> bytes:
     return f"% needs \\usepackage{{booktabs}}\n{table}".encode()
 
 
-def _pm(facts: Facts, name: str, metric: str, digits: int) -> str:
-    spread = number(facts.describe(name, metric).get("sd"), digits)
-    mean = _tex(number(facts.mean_of(name, metric), digits))
+def _pm(facts: Facts, name: str, metric: str) -> str:
+    spread = number(facts.describe(name, metric).get("sd"))
+    mean = _tex(number(facts.mean_of(name, metric)))
     return mean if mean == "--" else f"{mean} $\\pm$ {_tex(spread)}"
 
 

@@ -106,11 +106,8 @@ def experts(facts: Facts) -> str:
         kept = f"{kept} ({show(low)})"
     if facts.baseline not in means:
         return f"Experts kept per token: {kept}"
-    return f"Experts kept per token: {kept}; {show(facts.baseline)} keeps {_baseline(facts)}"
-
-
-def _baseline(facts: Facts) -> str:
-    return number(facts.mean_of(facts.baseline or "", "avg_experts_per_token"))
+    baseline = f"{show(facts.baseline)} keeps {number(means[facts.baseline])}"
+    return f"Experts kept per token: {kept}; {baseline}"
 
 
 def time(facts: Facts) -> str:

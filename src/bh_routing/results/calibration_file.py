@@ -116,10 +116,12 @@ def read_calibration(path: Path) -> CalibrationArrays:
         raise CalibrationError(
             f"{path} is no calibration or is damaged ({error}); {REMEDY}"
         ) from error
-    layers = range(facts.num_layers)
+    layers, rows = range(facts.num_layers), (facts.num_experts,)
     tables = {
         null: tuple(
-            _take_table(path, arrays, f"{null}.{layer}", _rows_of(null, facts)) for layer in layers
+            # The axes before that of the scores.
+            _take_table(path, arrays, f"{null}.{layer}", rows if null in BY_EXPERT else ())
+            for layer in layers
         )
         for null in facts.nulls
     }
@@ -229,11 +231,6 @@ def _take(path: Path, arrays: dict[str, Array], name: str) -> Array:
     if name not in arrays:
         raise CalibrationError(f"calibration {path} lacks the table {name!r}; {REMEDY}")
     return arrays.pop(name)
-
-
-def _rows_of(null: str, facts: CalibrationFacts) -> tuple[int, ...]:
-    """Return the leading axes of a null's table, before the axis of scores."""
-    return (facts.num_experts,) if null in BY_EXPERT else ()
 
 
 def _invalid(path: Path, name: str, wanted: str) -> CalibrationError:

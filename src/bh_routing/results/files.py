@@ -215,7 +215,7 @@ def render_csv_row(values: Iterable[Any]) -> str:
         '0.5,,\\'=1+1,red\\\\x1b[31m,"a, b"\\n'
     """
     buffer = io.StringIO()
-    cells = [_written(value) if isinstance(value, str) else _known(value) for value in values]
+    cells = map(_written, values)
     # The writer quotes only the line endings it is given: pass both, then end the line with one.
     csv.writer(buffer, lineterminator="\r\n").writerow(cells)
     return buffer.getvalue().removesuffix("\r\n") + "\n"
@@ -250,11 +250,10 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     return [dict(zip(header, map(_read, row), strict=True)) for row in rows]
 
 
-def _known(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _written(text: str) -> str:
+def _written(value: Any) -> Any:
+    if not isinstance(value, str):
+        return None if isinstance(value, float) and math.isnan(value) else value
+    text = value
     if _CONTROL.search(text) or _WRITTEN_CONTROL.search(text):
         doubled = text.replace("\\", "\\\\")
         text = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", doubled)

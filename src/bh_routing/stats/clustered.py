@@ -75,7 +75,8 @@ class RatioEstimate:
         check_confidence(confidence)
         if self.bootstrap is not None:
             return self.bootstrap.interval(confidence)
-        half_R = self._t_quantile((1 + confidence) / 2) * self._spread_R()
+        t = float(stats.t.ppf((1 + confidence) / 2, max(1, self.num_clusters - 1)))
+        half_R = t * self._spread_R()
         return Ends(self.estimate_R - half_R, self.estimate_R + half_R)
 
     def p_different(self, value: float = 0.0) -> Floats:
@@ -98,9 +99,6 @@ class RatioEstimate:
         """Return the standard error where tests may use it, else NaN."""
         usable_R = (self.se_R > 0) & (self.num_clusters >= MIN_CLUSTERS)
         return np.where(usable_R, self.se_R, np.nan)
-
-    def _t_quantile(self, level: float) -> float:
-        return float(stats.t.ppf(level, max(1, self.num_clusters - 1)))
 
 
 def estimate_ratio(
