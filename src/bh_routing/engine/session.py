@@ -81,6 +81,8 @@ class Session:
         if self._is_captured(padded) and padded not in self._captured:
             token_BP = self.state.token_B.new_zeros(len(self._length_B), padded)
             with torch.inference_mode():
+                # An earlier prompt may be longer than this graph's positions.
+                self._length_B.zero_()
                 graph = captured(lambda: self._read(token_BP, self._length_B))
             self._captured[padded] = token_BP, graph
 
