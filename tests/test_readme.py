@@ -32,7 +32,7 @@ OTHERS_FLAGS = {
     *("--head", "--address", "--block", "--port", "--overlap"),  # ray and srun
     *("--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"),  # sbatch
     *("--model_args", "--include_path"),  # lm-eval
-    *("--moe-backend", "--additional-config"),  # vLLM
+    *("--moe-backend", "--additional-config", "--kv-cache-memory-bytes"),  # vLLM
     "--no-deps",  # pip
     "--min-words",  # what docs/adding-an-option.md adds
 }

@@ -18,6 +18,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "bh_routing"
 OTHERS_FLAGS = {
     *("--help", "--version", "--head", "--always", "--dirty", "--abbrev", "--exclude", "--no-deps"),
     *("--moe-backend", "--enable-expert-parallel", "--additional-config", "--served-model-name"),
+    *("--kv-cache-memory-bytes", "--gpu-memory-utilization"),
 }
 """Of every command, of `ray start`, git and pip, and of `vllm serve`."""
 COMMANDS: dict[str, Any] = getattr(typer.main.get_command(app), "commands")  # noqa: B009

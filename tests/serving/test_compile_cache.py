@@ -21,25 +21,16 @@ CODE = """
 import json, sys
 from vllm import LLM, SamplingParams
 prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[2])]
-llm = LLM(
-    sys.argv[1], dtype="float32", max_model_len=128, max_num_seqs=4,
-    compilation_config={"backend": sys.argv[3]},
-)
+llm = LLM(sys.argv[1], dtype="float32", max_model_len=128, max_num_seqs=4)
 outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=16, ignore_eos=True))
 print("TOKENS", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
 """
 
 
 @pytest.mark.parametrize(
-    ("backend", "counts"),
-    [
-        ("eager", (3, None)),
-        # Minutes of C++ compilation.
-        pytest.param("inductor", (3, None, 5, 3), marks=pytest.mark.full),
-    ],
+    "counts", [(3, None), pytest.param((3, 5, None, 3), marks=pytest.mark.full)], ids=str
 )
 def test_a_start_after_a_change_of_rule_uses_the_cache_correctly(
-    backend: str,
     counts: tuple[int | None, ...],
     demo: LoadedModel,
     prompts: list[list[int]],
@@ -53,7 +44,7 @@ def test_a_start_after_a_change_of_rule_uses_the_cache_correctly(
             config = write_yaml(tmp_path / f"{count}.yaml", {"rule": rule})
             variables[VARIABLE] = str(config)
         done = subprocess.run(
-            [sys.executable, "-c", CODE, checkpoint, json.dumps(prompts[:2]), backend],
+            [sys.executable, "-c", CODE, checkpoint, json.dumps(prompts[:2])],
             env=environment(**variables),
             capture_output=True,
             text=True,
