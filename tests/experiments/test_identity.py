@@ -89,6 +89,11 @@ def test_tables_of_further_nulls_may_come_later_but_never_others_of_the_same(
         store.begin(replace(IDENTITY, tables={"needed": "c" * 64}), {}, PLAN)
 
 
+@pytest.mark.parametrize("stored", [None, 3, "versions", ["versions"], {"versions": None}])
+def test_an_identity_that_is_none_differs(stored: object) -> None:
+    assert len(IDENTITY.differences(stored)) == 1
+
+
 def test_a_folder_of_an_older_version_is_read_but_not_gone_on_with(tmp_path: Path) -> None:
     fill(tmp_path, range(2))
     document = json.loads((tmp_path / RUN_JSON).read_text())

@@ -139,9 +139,9 @@ class RunIdentity:
         """Return the fields on which scores of text depend; tables are part of each score's key."""
         return asdict(replace(self, max_tokens=None, chat_template=None, tables={}))
 
-    def differences(self, stored: Mapping[str, Any]) -> list[str]:
+    def differences(self, stored: object) -> list[str]:
         """Return the differences from the identity stored in a folder, value by value."""
-        if "versions" not in stored:
+        if not isinstance(stored, Mapping) or "versions" not in stored:
             return ["an older version of bh-routing noted there less of what results depend on"]
         try:
             other = _IDENTITY.validate_python(stored)

@@ -229,7 +229,7 @@ def read_stored_sweep(folder: Path) -> dict[str, Any]:
 
 
 def _check_identity(folder: Path, stored: Mapping[str, Any], identity: RunIdentity) -> None:
-    different = identity.differences(stored["identity"]) if stored else []
+    different = identity.differences(stored.get("identity")) if stored else []
     if different:
         raise ResultsError(
             f"{folder} holds a sweep of something else ({'; '.join(different)}); choose another "
