@@ -51,10 +51,26 @@ def test_a_prompt_keeps_the_experts_that_route_keeps(on_gpu: LoadedModel, length
     token_1P = torch.randint(2, 8000, (1, length), generator=generator)
     with torch.inference_mode(), route(on_gpu.model, BH) as expected:
         logits = on_gpu.model(token_1P.cuda(), logits_to_keep=1).logits
-    decoded = decode_greedily(on_gpu.model, token_1P.tolist(), BH, max_new_tokens=1)
-    assert decoded.token_ids == [[int(logits.argmax())]]
-    same = decoded.traces[0].expert_counts == expected.expert_counts
-    assert same.float().mean() > 0.999  # sums in another order exchange nearly equal logits
+    # A long prompt is read kernel by kernel first, and by a graph when its length returns.
+    for _ in range(3):
+        decoded = decode_greedily(on_gpu.model, token_1P.tolist(), BH, max_new_tokens=1)
+        assert decoded.token_ids == [[int(logits.argmax())]]
+        same = decoded.traces[0].expert_counts == expected.expert_counts
+        assert same.float().mean() > 0.999  # sums in another order exchange nearly equal logits
+
+
+def test_long_prompts_of_similar_lengths_share_a_graph(on_gpu: LoadedModel) -> None:
+    prompts = [[token % 8000 for token in range(2, 2 + length)] for length in (601, 640, 610)]
+    firsts = []
+    for shares in (True, False):
+        engine = Engine(on_gpu.model)
+        for prompt in prompts:
+            engine = engine if shares else Engine(on_gpu.model)
+            session = engine.session(engine.bind(on_gpu.model, BH, None), 1, 700, len(prompt))
+            session.start([prompt])
+            firsts.append(int(session.state.token_B))
+        assert list(session._captured) == ([640] if shares else [])
+    assert firsts[:3] == firsts[3:]
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")

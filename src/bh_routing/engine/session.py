@@ -18,9 +18,12 @@ from bh_routing.rules.router import Router
 STEPS_IN_A_BURST: Final = 16
 """Steps between host syncs: end-of-text tokens are detected only then, and later tokens are
 discarded."""
-MOST_CAPTURED_TOKENS: Final = 512
+MOST_CAPTURED_TOKENS: Final = 4096
 """Tokens of prompts, with padding, up to which the prefill is one graph; above, the device takes
 longer than the host's launches."""
+MOST_CHEAP_TOKENS: Final = 512
+"""Tokens up to which padding to a power of two costs next to nothing; above, there are 16 lengths
+per power of two, and a graph is captured when its length returns."""
 FEWEST_CAPTURED_POSITIONS: Final = 16
 
 
@@ -63,6 +66,8 @@ class Session:
             decoder, batch=batch, num_positions=num_positions, num_slots=num_slots
         )
         self._is_cuda = self.state.token_B.is_cuda
+        # Graphs of one session run one after the other, so they share their memory.
+        self._pool = torch.cuda.graph_pool_handle() if self._is_cuda else None
         step = bind_step(decoder, self.state, routers)
         self.advance: Callable[[], None] = step
         """Generate one token per sequence; on CUDA it launches without a host sync."""
@@ -72,30 +77,36 @@ class Session:
         self._read = bind_prompts(decoder, self.state, routers)
         self._length_B = torch.zeros_like(self.state.position_B)
         self._captured: dict[int, tuple[Tensor, Callable[[], None]]] = {}
+        self._read_before: set[int] = set()
         self._lengths: list[int] = []
         self._end_ids: Collection[int] = ()
 
     def prepare(self, longest: int) -> None:
-        """Capture the prefill of prompts up to this length, unless it is too long for a graph."""
+        """Capture the prefill of prompts up to this length, if a graph pays."""
         padded = self._padded(longest)
-        if self._is_captured(padded) and padded not in self._captured:
+        num_tokens = len(self._length_B) * padded
+        is_worthwhile = num_tokens <= MOST_CHEAP_TOKENS or padded in self._read_before
+        if (
+            self._is_cuda
+            and is_worthwhile
+            and num_tokens <= MOST_CAPTURED_TOKENS
+            and padded not in self._captured
+        ):
             token_BP = self.state.token_B.new_zeros(len(self._length_B), padded)
             with torch.inference_mode():
                 # An earlier prompt may be longer than this graph's positions.
                 self._length_B.zero_()
-                graph = captured(lambda: self._read(token_BP, self._length_B))
+                graph = captured(lambda: self._read(token_BP, self._length_B), self._pool)
             self._captured[padded] = token_BP, graph
-
-    def _is_captured(self, padded: int) -> bool:
-        return self._is_cuda and len(self._length_B) * padded <= MOST_CAPTURED_TOKENS
 
     def _padded(self, longest: int) -> int:
         # A single position is a decode step, which rules on steps decide as one.
-        if not self._is_cuda or longest == 1:
+        if longest == 1:
             return longest
-        padded = max(FEWEST_CAPTURED_POSITIONS, 1 << (longest - 1).bit_length())
-        padded = min(padded, self.state.keys.shape[3])
-        return padded if self._is_captured(padded) else longest
+        power = 1 << (longest - 1).bit_length()
+        is_cheap = len(self._length_B) * power <= MOST_CHEAP_TOKENS
+        unit = max(FEWEST_CAPTURED_POSITIONS, power if is_cheap else power // 16)
+        return min(-(-longest // unit) * unit, self.state.keys.shape[3])
 
     def start(self, prompts: Sequence[Sequence[int]], end_ids: Collection[int] = ()) -> None:
         """Read prompts, and generate each one's first token.
@@ -109,18 +120,21 @@ class Session:
         longest = max(self._lengths)
         self.prepare(longest)
         padded = self._padded(longest)
-        token_BP = torch.zeros(len(self._length_B), padded, dtype=torch.int64)
+        is_captured = padded in self._captured
+        width = padded if is_captured else longest
+        token_BP = torch.zeros(len(self._length_B), width, dtype=torch.int64)
         length_B = torch.zeros(len(self._length_B), dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             token_BP[row, : len(prompt)] = torch.as_tensor(prompt)
             length_B[row] = len(prompt)
         self._length_B.copy_(length_B)
-        if padded in self._captured:
+        if is_captured:
             buffer_BP, graph = self._captured[padded]
             buffer_BP.copy_(token_BP)
             graph()
         else:
             self._read(token_BP.to(self._length_B.device), self._length_B)
+            self._read_before.add(padded)
 
     def _mark_ends(self, end_ids: Collection[int]) -> None:
         if set(end_ids) != set(self._end_ids):

@@ -94,15 +94,20 @@ class _Replay:
         self.graph.replay()
 
 
-def captured(call: Callable[[], Any]) -> Callable[[], None]:
-    """Capture a call in a CUDA graph and return its replay."""
+def captured(call: Callable[[], Any], pool: Any = None) -> Callable[[], None]:
+    """Capture a call in a CUDA graph and return its replay.
+
+    Args:
+        call: launches kernels; no results may be read that it allocates.
+        pool: handle of the memory pool of graphs that run one after the other; None: its own.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call()  # kernels are compiled before the capture
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         call()
     return _Replay(call, graph)
 
