@@ -33,6 +33,7 @@ OTHERS_FLAGS = {
     *("--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"),  # sbatch
     *("--model_args", "--include_path"),  # lm-eval
     *("--moe-backend", "--additional-config", "--kv-cache-memory-bytes"),  # vLLM
+    "--no-enable-prefix-caching",
     "--no-deps",  # pip
     "--min-words",  # what docs/adding-an-option.md adds
 }

@@ -11,8 +11,8 @@ import pytest
 
 from bh_routing.analysis.results import load_results
 from bh_routing.analysis.trackers import find_tracker, track_run
-from bh_routing.cli.options import name_commands
 from bh_routing.errors import InputError
+from bh_routing.experiments.spec_errors import name_commands
 from bh_routing.report import create_visualizations
 from bh_routing.results.records import RUN_JSON
 from tests.report.conftest import FillFolder, MakeResults, fill_folder, make_results

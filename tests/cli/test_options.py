@@ -11,9 +11,10 @@ import typer
 from pydantic import BaseModel
 
 from bh_routing.cli.main import app, main
-from bh_routing.cli.options import OLD_SPELLINGS, SHORTHANDS, name_commands, spell_anew
+from bh_routing.cli.options import OLD_SPELLINGS, SHORTHANDS, spell_anew
 from bh_routing.errors import CalibrationError
 from bh_routing.experiments import specs
+from bh_routing.experiments.spec_errors import name_commands
 from bh_routing.nulls import get_null
 from tests.nulls.test_calibration import check, make
 from tests.nulls.test_per_expert import by_expert_calibration
@@ -126,7 +127,8 @@ def test_float32_has_two_spellings(command: str, monkeypatch: pytest.MonkeyPatch
     [
         (lambda: get_null("background").require_table(None), "--nulls background"),
         (lambda: check(make(), null="needed_by_loss"), "--nulls background,needed_by_loss"),
-        (lambda: check(make(), num_layers=16), ""),
+        (lambda: check(make(), num_layers=16), "--nulls background,pooled"),
+        (lambda: check(make(), router_fingerprint="0" * 64), "--nulls background,pooled"),
         (lambda: check(by_expert_calibration(14_000, 64, num_tokens=16_384), null="per_expert",
                        alpha=0.05, num_experts=64),
          "--nulls per_expert --max-tokens 31458"),

@@ -18,9 +18,10 @@ SOURCE = Path(__file__).parents[2] / "src" / "bh_routing"
 OTHERS_FLAGS = {
     *("--help", "--version", "--head", "--always", "--dirty", "--abbrev", "--exclude", "--no-deps"),
     *("--moe-backend", "--enable-expert-parallel", "--additional-config", "--served-model-name"),
-    *("--kv-cache-memory-bytes", "--gpu-memory-utilization"),
+    *("--kv-cache-memory-bytes", "--gpu-memory-utilization", "--no-enable-prefix-caching"),
+    "--local-dir",
 }
-"""Of every command, of `ray start`, git and pip, and of `vllm serve`."""
+"""Of every command, of `ray start`, git, pip and hf, and of `vllm serve`."""
 COMMANDS: dict[str, Any] = getattr(typer.main.get_command(app), "commands")  # noqa: B009
 ADVICE = re.compile(r"bh-routing ([a-z][a-z-]*)((?: (?:--[a-z0-9-]+|[^ ;`]+))*)")
 

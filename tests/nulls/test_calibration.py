@@ -264,8 +264,8 @@ def test_a_fitting_model_and_alpha_pass() -> None:
     ("changes", "message"),
     [
         ({"num_layers": 16}, "covers 2 layers, the model has 16; run: bh_routing.calibrate"),
-        ({"num_experts": 64}, "covers 8 experts a layer, the model has 64"),
-        ({"model_top_k": 8}, "covers 2 experts a token, the model has 8"),
+        ({"num_experts": 64}, "covers 8 experts per layer, the model has 64"),
+        ({"model_top_k": 8}, "covers 2 experts per token, the model has 8"),
         ({"model_fingerprint": "d" * 64}, "same shape, but other weights or settings"),
         ({"router_fingerprint": "d" * 64}, "made for routers unknown to an older version, this"),
         ({"null": "needed"}, "no table of null 'needed', only of: background, pooled"),

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,9 +22,9 @@ from bh_routing.models.routers import find_routers
 from bh_routing.models.sites import fingerprint_routers
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules import BenjaminiHochbergDrop, OpportunisticActivation, TopK
-from bh_routing.serving.config import VARIABLE, config_of
+from bh_routing.serving.config import VARIABLE, check_fit, check_version, config_of
 from bh_routing.serving.config import read_config as read_serving
-from bh_routing.serving.launch import check_routers, choose_rule, servable_checkpoint
+from bh_routing.serving.launch import choose_rule, read_gates, servable_checkpoint
 
 
 def gates_of(model: Any) -> list[tuple[torch.Tensor, None]]:
@@ -51,6 +57,8 @@ def test_one_changed_router_changes_the_fingerprint(layer: int, demo: LoadedMode
     ("content", "sentence"),
     [
         ("- 1", "must be a mapping with rule: and calibration:, got list"),
+        ("", "got nothing; for example rule: {method: top_k, k: 4}"),
+        ("# a comment", "got nothing; for example"),
         ("rule: {method: bh, alhpa: 0.1}", "unknown key of method 'bh' 'alhpa'"),
         ("rule: {method: top_k, k: 4}\nrules: 1", "it has an unknown key 'rules'"),
         ("calibration: x", "it has no 'rule'"),
@@ -131,9 +139,51 @@ def test_the_demo_is_served_from_an_untied_copy_with_the_same_routers(
     ids = torch.tensor([[5, 6, 7]])
     assert copy.config.tie_word_embeddings is False
     assert torch.equal(copy(ids).logits, demo.model(ids).logits)
-    check_routers(Path(folder), demo_calibration.router_fingerprint)
-    with pytest.raises(CalibrationError, match="another checkpoint; run: bh-routing calibrate"):
-        check_routers(Path(folder), "0" * 64)
+    assert fingerprint_routers(read_gates(Path(folder))) == demo_calibration.router_fingerprint
+
+
+def test_a_copy_that_cannot_be_written_names_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").touch()  # root may write into any folder
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(InputError, match=r"Not a directory.*; set XDG_CACHE_HOME to a folder"):
+        servable_checkpoint("demo", read_config("demo"))
+
+
+def test_an_unreadable_configuration_names_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"Is a directory.*; set BH_ROUTING_CONFIG to a YAML file"):
+        read_serving(tmp_path)
+    with pytest.raises(InputError, match=r"No such file.*or unset it to serve without a rule"):
+        read_serving(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda gates: [(weight * 1.25, None) for weight, _ in gates], "another checkpoint of the"),
+        (lambda gates: gates[::-1], "another checkpoint of the same shape"),
+        (lambda gates: gates[:5], "calibration covers 6 layers, the model has 5"),
+    ],
+    ids=["other weights", "other order", "fewer layers"],
+)
+def test_another_models_calibration_does_not_fit(
+    change: Any, sentence: str, demo: LoadedModel, demo_calibration: Calibration, tmp_path: Path
+) -> None:
+    file = demo_calibration.save(tmp_path / "demo.safetensors")
+    served = read_serving({"rule": {"method": "bh"}, "calibration": str(file)})
+    gates = gates_of(demo.model)
+    check_fit(served, gates, num_experts=64, model_top_k=8)
+    with pytest.raises(CalibrationError, match=sentence):
+        check_fit(served, change(gates), num_experts=64, model_top_k=8)
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.33.0", "1.0"])
+def test_an_untested_version_of_vllm_is_rejected(version: str) -> None:
+    check_version("0.26.0")
+    check_version("0.32.1+cpu")
+    with pytest.raises(InputError, match=rf"vLLM {version} is outside .* run: pip install 'vllm"):
+        check_version(version)
 
 
 TWO_RULES = """
@@ -179,6 +229,59 @@ def test_a_choice_of_no_rule_or_several_is_one_sentence(
     assert "\n" not in str(caught.value)
 
 
+STARTED = """
+import sys
+from bh_routing.serving.launch import Launch, start
+
+start(Launch(command=sys.argv[1:], environment={}, configuration="rule: x", facts={}))
+"""
+SERVER = """
+import os, time
+
+print(open(os.environ["BH_ROUTING_CONFIG"]).read().strip())
+print(os.environ["PROMETHEUS_MULTIPROC_DIR"], flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_server_leaves_no_folder_however_it_ends(number: signal.Signals, tmp_path: Path) -> None:
+    folder = tmp_path / "a path with spaces"
+    folder.mkdir()
+    server = subprocess.Popen(
+        [sys.executable, "-c", STARTED, sys.executable, "-c", SERVER],
+        env={**os.environ, "TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert server.stdout is not None
+    assert server.stdout.readline() == b"rule: x\n"
+    assert Path(server.stdout.readline().decode().strip()).is_dir()
+    # As Ctrl-C in a terminal: all processes of the group.
+    os.killpg(server.pid, number)
+    server.communicate(timeout=60)
+    deadline = time.monotonic() + 60
+    while list(folder.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_server_that_does_not_start_leaves_no_folder(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STARTED, "/nowhere/vllm"],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr.endswith("No such file or directory\n")
+    deadline = time.monotonic() + 60
+    while list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert list(tmp_path.iterdir()) == []
+
+
 HAS_VLLM = find_spec("vllm") is not None
 
 
@@ -194,6 +297,8 @@ def test_check_prints_the_command_and_starts_nothing(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("VLLM_PLUGINS", "other")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "sweep.json").write_text(TWO_RULES)
     chosen = ["--config", str(tmp_path / "sweep.json"), "--configs", "oea@0.65"]
     own = ["serve", "demo", *chosen, "--check"]
@@ -202,6 +307,8 @@ def test_check_prints_the_command_and_starts_nothing(
     assert "olmoe, 64 experts, top 8" in text
     assert "the model's own top k" in text
     assert "VLLM_PLUGINS=other,bh_routing" in text
+    assert "# BH_ROUTING_CONFIG names a file with\nrule:\n  method: oea" in text
+    assert list((tmp_path / "temporary").iterdir()) == []
     assert text.rstrip().endswith("--port 8123 --served-model-name mine")
     assert text.count("--served-model-name") == 1
     assert "--kv-cache-memory-bytes" in text

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bh_routing.rules import (
+    BenjaminiHochberg,
     BenjaminiHochbergDrop,
     ExpertBudget,
     FisherMass,
@@ -51,6 +52,37 @@ def served(rule: Any, prefill_rule: Any, normalises: bool, most: int) -> tuple[T
     weights_TK, index_TK = layer.decide(logits_TE, own.top_k_weights_TK, own.top_k_index_TK)
     assert torch.equal(record_TK[:NUM_ROWS].long(), index_TK)
     return logits_TE, own.top_k_weights_TK, own.top_k_index_TK, weights_TK, index_TK
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [TopK(3), BenjaminiHochberg(0.3), BenjaminiHochbergDrop(0.3), *RULES],
+    ids=str,
+)
+def test_one_rows_nan_changes_no_other_rows_decision(
+    rule: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bh_routing.serving.layer.MOST_FUSED_ROWS", 0)
+    family = SoftmaxFamily(normalises=False, weights_dtype=torch.float32)
+    logits_TE = random_logits(NUM_ROWS, seed=5)
+    decisions = []
+    # Without NaN, the row is a prompt's.
+    for is_nan in (False, True):
+        rows = StepRows(64, 64, torch.device("cpu"))
+        rows.set(IS_DECODE & ((np.arange(20) != 4) | is_nan))
+        layer = ServedLayer(
+            rule, context_for(rule), None, normalises=False, rows=rows,
+            record_TK=torch.zeros(64, MODEL_TOP_K, dtype=torch.int32),
+        )  # fmt: skip
+        logits_TE[4] = float("nan") if is_nan else 0.0
+        own = family.propose(logits_TE, MODEL_TOP_K)
+        decisions.append(layer.decide(logits_TE, own.top_k_weights_TK, own.top_k_index_TK))
+    (weights_TK, index_TK), (nan_weights_TK, nan_index_TK) = decisions
+    is_other_T = torch.arange(NUM_ROWS) != 4
+    is_other_T[20:] = False
+    assert torch.equal(nan_weights_TK[is_other_T], weights_TK[is_other_T])
+    assert torch.equal(nan_index_TK[is_other_T], index_TK[is_other_T])
+    assert 0 <= int(nan_index_TK.min()) <= int(nan_index_TK.max()) < NUM_EXPERTS
 
 
 def by_expert(weights_TK: Tensor, index_TK: Tensor) -> Tensor:

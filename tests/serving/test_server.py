@@ -141,6 +141,24 @@ def test_the_steps_of_eight_concurrent_requests_are_decided_as_by_the_reference(
     assert dropped > 0.1 * 8 * decode
 
 
+def test_cancelled_requests_leave_the_decisions_of_a_step_right(
+    step_server: Server, prompts: list[list[int]], served_calibration: Calibration, recorder: Path
+) -> None:
+    for path in recorder.glob("*.safetensors"):
+        path.unlink()
+    with ThreadPoolExecutor(12) as threads:
+        asked = [threads.submit(step_server.complete, ids, 60) for ids in prompts[:4]]
+        gone = [threads.submit(cancel, step_server, ids) for ids in prompts]
+        answers = [future.result() for future in asked]
+        for future in gone:
+            future.result()
+    assert [len(answer) for answer in answers] == [60] * 4
+    calls = read_calls(recorder)
+    _, decode = check_calls(calls, make_rule(STEP_RULE), served_calibration)
+    assert 6 * 4 * 59 < decode < 6 * (4 * 59 + 8 * 199)
+    assert max(int((call.step_T >= 0).sum()) for call in calls) > 4
+
+
 def test_two_hundred_requests_with_cancelled_ones_leave_the_server_whole(
     bh_server: Server, demo: LoadedModel, prompts: list[list[int]], served_calibration: Calibration
 ) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from bh_routing.models.routing import route
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.rules.catalog import make_rule
 from bh_routing.serving.layer import ServedLayer
+from bh_routing.serving.telemetry import log
 from tests.serving.conftest import write_yaml
 from tests.serving.offline import complete, engine
 from tests.serving.steps import Call, check_calls
@@ -74,6 +75,17 @@ def test_eight_requests_generate_the_tokens_of_a_batch_inside_route(
     assert float(trace.distinct_experts.float().mean()) < 35
 
 
+@pytest.fixture
+def served_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What the plugin logs: vLLM's loggers don't propagate."""
+    log.addHandler(caplog.handler)
+    yield caplog
+    log.removeHandler(caplog.handler)
+
+
+CACHE_SENTENCE = "--no-enable-prefix-caching turns it off"
+
+
 def test_staggered_requests_are_decided_by_the_steps_that_they_share(
     prompts: list[list[int]],
     served_calibration: Calibration,
@@ -81,6 +93,7 @@ def test_staggered_requests_are_decided_by_the_steps_that_they_share(
     checkpoint: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    served_log: pytest.LogCaptureFixture,
 ) -> None:
     from vllm import SamplingParams
 
@@ -102,8 +115,12 @@ def test_staggered_requests_are_decided_by_the_steps_that_they_share(
     # A prompt is cut into chunks of at most 16 tokens, which share steps with decode tokens; a last
     # chunk of one token looks like one.
     long = [prompts[0] * 5, [*prompts[1] * 2, 5]]
-    arrivals = {0: prompts[0], 2: prompts[1], 3: long[0], 6: long[1][:17], 7: prompts[2][:1]}
-    lengths = {0: 12, 2: 6, 3: 8, 6: 5, 7: 3}
+    arrivals = {0: prompts[0], 1: prompts[3], 2: prompts[1], 3: long[0], 4: long[0][::-1]}
+    arrivals |= {6: long[1][:17], 7: prompts[2][:1]}
+    lengths = {0: 12, 1: 40, 2: 6, 3: 8, 4: 40, 6: 5, 7: 3}
+    # One is cancelled while it decodes, one while its prompt is read.
+    cancelled = {5: "4", 8: "1"}
+    produced: dict[str, int] = {}
     with engine(config, checkpoint, max_num_batched_tokens=32, enable_prefix_caching=False) as llm:
         steps = 0
         llm_engine = llm.llm_engine
@@ -112,37 +129,56 @@ def test_staggered_requests_are_decided_by_the_steps_that_they_share(
             if steps in arrivals:
                 greedy = SamplingParams(temperature=0, max_tokens=lengths[steps], ignore_eos=True)
                 llm_engine.add_request(str(steps), {"prompt_token_ids": arrivals[steps]}, greedy)
-            llm_engine.step()
+            if steps in cancelled:
+                llm_engine.abort_request([cancelled[steps]])
+            for output in llm_engine.step():
+                produced[output.request_id] = len(output.outputs[0].token_ids)
             steps += 1
     prefill, decode = check_calls(calls, make_rule(rule), served_calibration)
-    assert decode == 6 * sum(length - 1 for length in lengths.values())
-    assert prefill == 6 * sum(map(len, arrivals.values()))
+    assert 1 < produced["1"] < lengths[1]
+    assert "4" not in produced
+    whole = {str(number): length for number, length in lengths.items() if number not in (1, 4)}
+    assert whole.items() <= produced.items()
+    assert decode == 6 * sum(length - 1 for length in produced.values())
+    first_chunks = sum(len(ids) for number, ids in arrivals.items() if number != 4)
+    assert 6 * first_chunks < prefill < 6 * sum(map(len, arrivals.values()))
+    assert CACHE_SENTENCE not in served_log.text
     sizes = {int((call.step_T >= 0).sum()) for call in calls}
     assert len(sizes) > 3
 
 
-def test_prompts_follow_the_prefill_rule(
+def test_chunks_of_prompts_follow_the_prefill_rule(
     prompts: list[list[int]],
     calibration_file: Path,
     checkpoint: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    served_log: pytest.LogCaptureFixture,
 ) -> None:
-    counts: list[np.ndarray[Any, Any]] = []
+    passes: list[tuple[list[int], list[int]]] = []
     decide = ServedLayer.decide
 
     def record(layer: Any, logits_TE: Tensor, weights_TK: Tensor, index_TK: Tensor) -> Any:
         decided = decide(layer, logits_TE, weights_TK, index_TK)
-        counts.append((decided[0] > 0).sum(-1).numpy())
+        is_decode_T = layer._rows.of(len(index_TK)).step_T >= 0
+        counts_T = (decided[0] > 0).sum(-1)
+        passes.append((counts_T[~is_decode_T].tolist(), counts_T[is_decode_T].tolist()))
         return decided
 
     monkeypatch.setattr(ServedLayer, "decide", record)
     content = {
         "rule": {"method": "oea", "k0": 2}, "prefill_rule": {"method": "top_k", "k": 5},
     }  # fmt: skip
-    with engine(write_yaml(tmp_path / "config.yaml", content), checkpoint) as llm:
-        counts.clear()
-        complete(llm, prompts[:1], max_tokens=3)
-    rows = [len(prompts[0]), 1, 1]
-    wanted = [[5] * rows[0], [2], [2]]
-    assert [part.tolist() for part in counts] == [part for part in wanted for _ in range(6)]
+    batch = [prompts[0], prompts[1] * 6, prompts[2] * 5]
+    config = write_yaml(tmp_path / "config.yaml", content)
+    with engine(config, checkpoint, max_num_batched_tokens=16, max_num_seqs=4) as llm:
+        passes.clear()
+        answers = complete(llm, batch, max_tokens=12)
+    assert [len(answer) for answer in answers] == [12] * 3
+    assert sum(len(prefill) for prefill, _ in passes) == 6 * sum(map(len, batch))
+    assert {count for prefill, _ in passes for count in prefill} == {5}
+    # A chunk of a prompt shares forward passes with tokens that decode alone, and with two of them.
+    assert {len(decode) for prefill, decode in passes if prefill} >= {0, 1, 2}
+    assert {tuple(decode) for _, decode in passes if len(decode) == 1} == {(2,)}
+    assert {count for _, decode in passes for count in decode} > {2}
+    assert CACHE_SENTENCE in served_log.text

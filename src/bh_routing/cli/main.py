@@ -18,9 +18,10 @@ import bh_routing
 from bh_routing.cli import commands
 from bh_routing.cli.console import EXIT_INTERRUPTED
 from bh_routing.cli.evidence import evidence
-from bh_routing.cli.options import Overrides, name_commands, spell_anew
+from bh_routing.cli.options import Overrides, spell_anew
 from bh_routing.cli.serve import serve
 from bh_routing.errors import BHRoutingError, ExperimentError, InputError
+from bh_routing.experiments.spec_errors import name_commands
 
 EXIT_DONE: Final = 0
 EXIT_FAILED: Final = 1

@@ -132,37 +132,6 @@ def name_options(text: str, flags: Mapping[str, str]) -> str:
     return re.sub(r'\b(\w+)="([^"]+)"', spell, re.sub(r"^(\w+(?: \d+)?): ()", spell, text))
 
 
-def name_commands(text: str) -> str:
-    """Replace the calls of Python that a message of the library advises by commands.
-
-    Example:
-        >>> name_commands("run: bh_routing.calibrate(model, tokenizer, texts, nulls=['iid'])")
-        'run: bh-routing calibrate --nulls iid --model NAME --output FILE'
-        >>> name_commands("see: bh_routing.models.families.family_rows()")
-        'see: bh-routing models'
-    """
-    for call, command in _COMMANDS.items():
-        text = re.sub(call, command, text)
-    return text
-
-
-def _calibrate_command(call: re.Match[str]) -> str:
-    nulls = f" --nulls {call[1].replace(', ', ',').replace(chr(39), '')}" if call[1] else ""
-    tokens = f" --max-tokens {call[2]}" if call[2] else ""
-    return f"bh-routing calibrate{nulls}{tokens} --model NAME --output FILE"
-
-
-_CALIBRATE: Final = (
-    r"bh_routing\.calibrate\(model, tokenizer, texts(?:, nulls=\[(.*?)\])?(?:, max_tokens=(\d+))?\)"
-)
-_COMMANDS: Final[Mapping[str, str | Callable[[re.Match[str]], str]]] = {
-    _CALIBRATE: _calibrate_command,
-    r"bh_routing\.models\.families\.family_rows\(\)": "bh-routing models",
-    r"track_run\(load_results\('(.*)'\), '(\w+)'\)": r"bh-routing report \1 --track \2",
-}
-"""Pattern of a call -> command."""
-
-
 def _parameter(name: str, kind: Any, option: Any, default: Any) -> inspect.Parameter:
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, keyword, annotation=Annotated[kind, option], default=default)

@@ -192,26 +192,27 @@ class Calibration:
             CalibrationError: either fails; the message gives value, requirement and remedy.
         """
         self.table_size(null)
+        again = f"run: bh_routing.calibrate(model, tokenizer, texts, nulls={list(self.nulls)})"
         for what, ours, theirs in (
             ("layers", self.num_layers, num_layers),
-            ("experts a layer", self.num_experts, num_experts),
-            ("experts a token", self.model_top_k, model_top_k),
+            ("experts per layer", self.num_experts, num_experts),
+            ("experts per token", self.model_top_k, model_top_k),
         ):
             if ours != theirs:
                 raise CalibrationError(
-                    f"calibration covers {ours} {what}, the model has {theirs}; {REMEDY}"
+                    f"calibration covers {ours} {what}, the model has {theirs}; {again}"
                 )
         if model_fingerprint is not None and model_fingerprint != self.model_fingerprint:
             raise CalibrationError(
                 f"calibration was made for model {self.model_fingerprint[:12]}, this one is "
                 f"{model_fingerprint[:12]}: same shape, but other weights or settings, or a "
-                f"calibration of an older version; {REMEDY}"
+                f"calibration of an older version; {again}"
             )
         if router_fingerprint is not None and router_fingerprint != self.router_fingerprint:
             made_for = self.router_fingerprint[:12] or "unknown to an older version"
             raise CalibrationError(
                 f"calibration was made for routers {made_for}, this model's are "
-                f"{router_fingerprint[:12]}: another checkpoint of the same shape; {REMEDY}"
+                f"{router_fingerprint[:12]}: another checkpoint of the same shape; {again}"
             )
         self._check_reach(null, alpha)
 

@@ -6,26 +6,20 @@ from typing import Any, Final, NamedTuple
 
 import torch
 import vllm
-from packaging.specifiers import SpecifierSet
-from packaging.version import Version
 from torch import Tensor, nn
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
 from bh_routing.errors import InputError, ModelError
-from bh_routing.models.sites import fingerprint_routers
-from bh_routing.serving.config import ServedRule, check_fit
+from bh_routing.serving.config import VARIABLE, ServedRule, check_fit, check_version
 
-TESTED: Final = SpecifierSet(">=0.26,<0.33")
-"""Versions of vLLM whose router interface this plugin was written for."""
 _UNTRIED: Final = (
-    ("data_parallel_size", "data parallelism"),
-    ("pipeline_parallel_size", "pipeline parallelism"),
-    ("decode_context_parallel_size", "context parallelism"),
-    ("prefill_context_parallel_size", "context parallelism"),
-    ("ubatch_size", "microbatches"),
+    *("data_parallel_size", "pipeline_parallel_size", "ubatch_size"),
+    *("decode_context_parallel_size", "prefill_context_parallel_size"),
 )
+"""Sizes that must be 1."""
+_NO_RULE: Final = f"serve the model without a rule: unset {VARIABLE}"
 _TRIAL_TOKENS: Final = 32
 
 
@@ -41,22 +35,20 @@ class MoELayer(NamedTuple):
 
 def check_engine(vllm_config: Any) -> None:
     """Raise InputError if a setting of the server can't be combined with a rule."""
-    if Version(vllm.__version__) not in TESTED:
-        raise InputError(
-            f"vLLM {vllm.__version__} is outside the tested range {TESTED}; install a version in it"
-        )
+    check_version(vllm.__version__)
     parallel = vllm_config.parallel_config
     if parallel.enable_expert_parallel:
         raise InputError(
             "expert parallelism marks experts of other ranks by the id -1, which wasn't tried with "
             "a rule; leave out --enable-expert-parallel"
         )
-    untried = [text for name, text in _UNTRIED if (getattr(parallel, name, None) or 1) > 1]
-    untried += ["dual batch overlap"] * bool(getattr(parallel, "enable_dbo", False))
-    untried += ["speculative decoding"] * (vllm_config.speculative_config is not None)
-    untried += ["LoRA adapters"] * (vllm_config.lora_config is not None)
+    untried = [name for name in _UNTRIED if (getattr(parallel, name, None) or 1) > 1]
+    untried += ["enable_dbo"] * bool(getattr(parallel, "enable_dbo", False))
+    untried += ["speculative_config"] * (vllm_config.speculative_config is not None)
+    untried += ["enable_lora"] * (vllm_config.lora_config is not None)
     if untried:
-        raise InputError(f"{untried[0]} was not tried with a rule; leave it out")
+        flag = f"--{untried[0].replace('_', '-')}"
+        raise InputError(f"{flag} was not tried with a rule; leave it out")
 
 
 def find_layers(model: nn.Module) -> list[MoELayer]:
@@ -79,8 +71,7 @@ def find_layers(model: nn.Module) -> list[MoELayer]:
         found.append(MoELayer(name, module, router, gates[0] if gates else None))
     if not found:
         raise ModelError(
-            f"{type(model).__name__} has no mixture-of-experts layer with a router; serve it "
-            "without a rule"
+            f"{type(model).__name__} has no mixture-of-experts layer with a router; {_NO_RULE}"
         )
     return found
 
@@ -90,8 +81,8 @@ def check_model(model: nn.Module, vllm_config: Any, layers: list[MoELayer]) -> N
     config = vllm_config.model_config.hf_text_config
     if config.model_type == "olmoe" and getattr(config, "tie_word_embeddings", False):
         raise ModelError(
-            "vLLM ignores tie_word_embeddings of OLMoE and would generate noise; serve an untied "
-            "copy, which bh-routing serve writes"
+            "vLLM ignores tie_word_embeddings of OLMoE and would generate noise; start it by "
+            "bh-routing serve, which serves an untied copy"
         )
     for layer in layers:
         experts = getattr(layer.module, "routed_experts", layer.module)
@@ -102,8 +93,7 @@ def check_model(model: nn.Module, vllm_config: Any, layers: list[MoELayer]) -> N
             )
         if reason := _why_not_plain(layer, config):
             raise ModelError(
-                f"{layer.name}: {reason}; only routers that take the k largest of a softmax are "
-                "served"
+                f"{layer.name}: {reason}, and rules apply to the k largest of a softmax; {_NO_RULE}"
             )
 
 
@@ -129,23 +119,10 @@ def check_rules(served: ServedRule, layers: list[MoELayer]) -> None:
     """Raise InputError or CalibrationError if a rule or the calibration doesn't fit the layers."""
     sizes = {(layer.router.global_num_experts, layer.router.top_k) for layer in layers}
     if len(sizes) > 1:
-        raise ModelError(f"layers differ in experts and top k: {sorted(sizes)}; serve no rule")
+        raise ModelError(f"layers differ in experts and top k: {sorted(sizes)}; {_NO_RULE}")
     ((num_experts, top_k),) = sizes
-    check_fit(served, num_experts=num_experts, model_top_k=top_k)
-    fingerprint = None
-    for rule in (served.rule, served.prefill_rule):
-        if rule is None or rule.required_null is None:
-            continue
-        assert served.calibration is not None, "read_config"
-        fingerprint = fingerprint or fingerprint_routers(map(_gate_of, layers))
-        served.calibration.check(
-            null=rule.required_null,
-            alpha=rule.smallest_alpha(num_experts),
-            num_layers=len(layers),
-            num_experts=num_experts,
-            model_top_k=top_k,
-            router_fingerprint=fingerprint,
-        )
+    gates = [] if served.calibration is None else [_gate_of(layer) for layer in layers]
+    check_fit(served, gates, num_experts=num_experts, model_top_k=top_k)
 
 
 def _gate_of(layer: MoELayer) -> tuple[Tensor, Tensor | None]:

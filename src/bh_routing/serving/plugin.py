@@ -23,6 +23,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from bh_routing.errors import BHRoutingError
 from bh_routing.experiments.configurations import rule_text
+from bh_routing.experiments.spec_errors import name_commands
 from bh_routing.nulls.calibration import Calibration
 from bh_routing.nulls.contributions import OF_SLOTS
 from bh_routing.rules.base import LayerContext, Rule
@@ -77,7 +78,7 @@ def _or_exit(work: Callable[[], Any]) -> Any:
     try:
         return work()
     except BHRoutingError as error:
-        raise SystemExit(f"bh-routing: {error}") from None
+        raise SystemExit(f"bh-routing: {name_commands(str(error))}") from None
 
 
 def _hash_with_rule(own: Callable[..., str], config: Any, *args: Any, **kwargs: Any) -> str:
@@ -147,6 +148,11 @@ def bind(model: nn.Module, vllm_config: Any, served: ServedRule) -> None:
     )
     _watch_steps(vllm_config.use_v2_model_runner)
     log.info("rule %s is bound to %d layers, by %s", text, len(layers), bound.implementation)
+    if served.rule.unit == "step" and vllm_config.cache_config.enable_prefix_caching:
+        log.warning(
+            "the prefix cache keeps results that depended on the other requests of a decode step, "
+            "and later requests read them; --no-enable-prefix-caching turns it off"
+        )
 
 
 def _calibrated(context: LayerContext, rule: Rule, calibration: Calibration | None) -> LayerContext:
