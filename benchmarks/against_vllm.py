@@ -81,17 +81,21 @@ def our_side(checkpoint: str, tokens: int, device: str) -> Measure:
     return measure
 
 
-def vllm_side(checkpoint: str, tokens: int, name: str, most: int) -> Measure:
+def vllm_side(checkpoint: str, tokens: int, name: str, batches: list[int]) -> Measure:
     """Load the model into vLLM, with `name`'s experts per token."""
     from vllm import LLM, SamplingParams
 
+    most = max(batches)
     llm = LLM(
         model=checkpoint,
         max_model_len=PROMPT_TOKENS + tokens,
         max_num_seqs=most,
         max_num_batched_tokens=most * (PROMPT_TOKENS + tokens),
         enable_prefix_caching=False,
-        gpu_memory_utilization=0.3,
+        # Others use the GPU as well, so its free memory says nothing.
+        gpu_memory_utilization=0.2,
+        kv_cache_memory_bytes=4 << 30,
+        compilation_config={"cudagraph_capture_sizes": batches},
         hf_overrides={"num_experts_per_tok": VLLM_TOP_K[name]},
     )
     vocabulary = llm.get_tokenizer().vocab_size
@@ -209,8 +213,8 @@ def main() -> None:
     if given.side == OURS:
         serve(our_side(checkpoint, given.tokens, given.device), out)
     else:
-        most = max(int(batch) for batch in given.batches.split(","))
-        serve(vllm_side(checkpoint, given.tokens, given.side, most), out)
+        batches = [int(batch) for batch in given.batches.split(",")]
+        serve(vllm_side(checkpoint, given.tokens, given.side, batches), out)
 
 
 if __name__ == "__main__":

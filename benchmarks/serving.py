@@ -118,10 +118,10 @@ def work(checkpoint: str, batches: list[int], tokens: int) -> None:
     print(MARK + "ready", flush=True)
     for line in sys.stdin:
         batch, before = int(line), llm.collective_rpc(counts)[0]
-        longer, shorter = seconds(batch, tokens), seconds(batch, tokens // 2)
+        longer, shorter = seconds(batch, tokens), seconds(batch, tokens // 4)
         now = llm.collective_rpc(counts)[0]
         grown = {name: now[name] - before[name] for name in now}
-        ms = 1e3 * (longer - shorter) / (tokens - tokens // 2)
+        ms = 1e3 * (longer - shorter) / (tokens - tokens // 4)
         print(MARK + json.dumps({"ms": ms, **grown}), flush=True)
 
 
@@ -178,8 +178,8 @@ def main() -> None:
     parser.add_argument("--folder", help="where the checkpoint of 14 GB is written for the run")
     parser.add_argument("--model", help="time this model instead, on a CPU")
     parser.add_argument("--batches", default="1,4,16,64")
-    parser.add_argument("--tokens", type=int, default=192)
-    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
     given = parser.parse_args()
     batches = [int(size) for size in given.batches.split(",")]
@@ -197,8 +197,12 @@ def main() -> None:
         for worker in workers.values():
             read(worker)
         print(f"ready after {time.perf_counter() - start:.0f} s", flush=True)
+        shuffled = random.Random(0)
         for batch in batches:
-            turns = [{n: ask(w, batch) for n, w in workers.items()} for _ in range(given.turns)]
+            turns = [
+                {name: ask(workers[name], batch) for name in shuffled.sample(VARIANTS, 4)}
+                for _ in range(given.turns)
+            ]
             inert = statistics.median(turn["inert"]["ms"] for turn in turns)
             for name in VARIANTS:
                 rows.append(row_of(batch, name, [turn[name] for turn in turns], inert))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bh_routing.kernels.router import fused_step_router
+from bh_routing.kernels.router import fused_step_router, served_step_router
 from bh_routing.rules import (
     BenjaminiHochbergDrop,
     ExpertBudget,
@@ -93,6 +93,41 @@ def test_in_prefill_a_token_keeps_its_own_top_k(rule: Rule, device: str) -> None
     fused, reference = route_both(rule, 8, device, is_real_BS=is_real_BS)
     assert_same(fused, reference)
     assert reference.expert_counts_T.tolist() == [8, 8, 8, 0, 8, 0, 0, 0]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_served_pass_decides_its_decode_rows_as_a_step(rule: Rule, device: str) -> None:
+    context = context_for(rule, device=device)
+    served = served_step_router(rule, context, FINE)
+    assert served is not None
+    kind_T = torch.tensor([2, 1, 1, 0, 1, 2, 1, 1, 0, 1, 1], device=device)
+    logits_TE = random_logits(len(kind_T)).bfloat16().to(device)
+    logits_TE[4] = float("nan")
+    index_TK = torch.full((len(kind_T), 8), -1, dtype=torch.int32, device=device)
+    weights_TK = served(logits_TE, kind_T, index_TK)
+    assert int(index_TK.min()) >= 0
+    assert int(index_TK.max()) < 64
+    finite_T = ~logits_TE[:, 0].isnan()
+
+    def by_expert(weights_TK: Tensor, index_TK: Tensor) -> Tensor:
+        zeros_TE = weights_TK.new_zeros(len(weights_TK), 64)
+        return zeros_TE.scatter_add(-1, index_TK.long(), weights_TK)
+
+    is_voter_T = (kind_T == 1) & finite_T
+    slots = reference_router(rule, context, FINE)(logits_TE[is_voter_T])
+    wanted_TE = by_expert(slots.top_k_weights_TK, slots.top_k_index_TK)
+    found_TE = by_expert(weights_TK[is_voter_T], index_TK[is_voter_T])
+    assert torch.equal(found_TE > 0, wanted_TE > 0)
+    # The interpreter's exponential rounds otherwise.
+    torch.testing.assert_close(found_TE, wanted_TE, rtol=1e-6, atol=0)
+    read = set(slots.top_k_index_TK.flatten().tolist())
+    assert set(index_TK[is_voter_T].flatten().tolist()) == read
+    own = FINE.propose(logits_TE[kind_T == 2], 8)
+    assert torch.equal(index_TK[kind_T == 2].long(), own.top_k_index_TK)
+    torch.testing.assert_close(weights_TK[kind_T == 2], own.top_k_weights_TK, rtol=1e-6, atol=0)
+    assert set(index_TK[kind_T == 0].flatten().tolist()) <= read
+    assert not weights_TK[kind_T == 0].any()
 
 
 @pytest.mark.parametrize("weights", ["model", "renormalize", "preserve_mass"])

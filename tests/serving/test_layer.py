@@ -22,7 +22,7 @@ from bh_routing.rules import (
     TopK,
 )
 from bh_routing.rules.router import SoftmaxFamily, reference_router
-from bh_routing.serving.layer import ServedLayer, StepRows
+from bh_routing.serving.layer import MOST_FUSED_ROWS, ServedLayer, StepRows
 from tests.rules.proposals import MODEL_TOP_K, NUM_EXPERTS, context_for, random_logits
 
 RULES: list[Any] = [
@@ -49,8 +49,14 @@ def served(rule: Any, prefill_rule: Any, normalises: bool, most: int) -> tuple[T
         rule, context_for(rule), prefill, normalises=normalises, rows=rows, record_TK=record_TK
     )
     own = family.propose(logits_TE, MODEL_TOP_K)
-    weights_TK, index_TK = layer.decide(logits_TE, own.top_k_weights_TK, own.top_k_index_TK)
-    assert torch.equal(record_TK[:NUM_ROWS].long(), index_TK)
+    routed = layer.route(logits_TE)
+    assert (routed is not None) == (
+        layer.implementation == "fused kernels" and NUM_ROWS <= MOST_FUSED_ROWS
+    )
+    own_TK = own.top_k_weights_TK, own.top_k_index_TK
+    weights_TK, index_TK = routed or layer.decide(logits_TE, *own_TK)
+    assert torch.equal(record_TK[:NUM_ROWS], index_TK.int())
+    index_TK = index_TK.long()
     return logits_TE, own.top_k_weights_TK, own.top_k_index_TK, weights_TK, index_TK
 
 
@@ -59,10 +65,8 @@ def served(rule: Any, prefill_rule: Any, normalises: bool, most: int) -> tuple[T
     [TopK(3), BenjaminiHochberg(0.3), BenjaminiHochbergDrop(0.3), *RULES],
     ids=str,
 )
-def test_one_rows_nan_changes_no_other_rows_decision(
-    rule: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("bh_routing.serving.layer.MOST_FUSED_ROWS", 0)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN
+def test_one_rows_nan_changes_no_other_rows_decision(rule: Any) -> None:
     family = SoftmaxFamily(normalises=False, weights_dtype=torch.float32)
     logits_TE = random_logits(NUM_ROWS, seed=5)
     decisions = []
@@ -76,7 +80,8 @@ def test_one_rows_nan_changes_no_other_rows_decision(
         )  # fmt: skip
         logits_TE[4] = float("nan") if is_nan else 0.0
         own = family.propose(logits_TE, MODEL_TOP_K)
-        decisions.append(layer.decide(logits_TE, own.top_k_weights_TK, own.top_k_index_TK))
+        own_TK = own.top_k_weights_TK, own.top_k_index_TK
+        decisions.append(layer.route(logits_TE) or layer.decide(logits_TE, *own_TK))
     (weights_TK, index_TK), (nan_weights_TK, nan_index_TK) = decisions
     is_other_T = torch.arange(NUM_ROWS) != 4
     is_other_T[20:] = False

@@ -5,6 +5,7 @@ Axes: B tokens of a step, E experts, N reference scores.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import singledispatch
 from importlib import import_module
 from importlib.util import find_spec
@@ -133,6 +134,14 @@ def _expert_budget(rule: ExpertBudget, context: LayerContext) -> StepPlan | None
     return StepPlan(scale_E, rule.min_k, budget=rule.budget)
 
 
+ServedStep = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(router logits (T, E), kinds (T,), expert ids (T, K) to fill) -> weights (T, K).
+
+Kinds are int64: 1 for a token that decodes in the step, 2 for a prompt's token, which keeps the
+model's own slots, 0 for padding, which takes an expert that is read anyway. Dropped slots have
+weight 0. A token whose logits are NaN doesn't vote. There are up to 64 tokens."""
+
+
 def fused_step_router(rule: Any, context: LayerContext, family: SoftmaxFamily) -> Router | None:
     """Bind a rule on decode steps to a layer as three kernels; None if it isn't supported.
 
@@ -143,19 +152,30 @@ def fused_step_router(rule: Any, context: LayerContext, family: SoftmaxFamily) -
     Raises:
         CalibrationError: the context lacks a reference that the rule needs.
     """
+    kernel, plan = _step_kernel_of(rule, context, family)
+    return None if plan is None else kernel.bind(plan, rule, context, family)
+
+
+def served_step_router(
+    rule: Any, context: LayerContext, family: SoftmaxFamily
+) -> ServedStep | None:
+    """Bind as `fused_step_router` does, for steps that share a forward pass with prompts."""
+    kernel, plan = _step_kernel_of(rule, context, family)
+    return None if plan is None else kernel.bind_served(plan, rule, context, family)
+
+
+def _step_kernel_of(
+    rule: Any, context: LayerContext, family: SoftmaxFamily
+) -> tuple[Any, StepPlan | None]:
     num_slots = rule.num_candidates(context.model_top_k)
     if find_spec("triton") is None or context.num_experts > MAX_EXPERTS or num_slots > MAX_SLOTS:
-        return None
+        return None, None
     kernel = import_module("bh_routing.kernels.router_step_kernel")
     if context.device.type != ("cpu" if kernel.IS_INTERPRETED else "cuda"):
-        return None
+        return None, None
     is_raw = rule.temperature != 1.0 and rule.temperature_weights == "raw"
     if (family.normalises and num_slots > context.model_top_k) or (
         is_raw and not family.normalises
     ):
-        return None
-    plan = step_plan_of(rule, context)
-    if plan is None:
-        return None
-    bound: Router = kernel.bind(plan, rule, context, family)
-    return bound
+        return None, None
+    return kernel, step_plan_of(rule, context)

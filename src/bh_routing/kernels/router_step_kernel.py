@@ -9,7 +9,7 @@ Axes: T tokens, C slots and P experts, all padded to powers of two; E experts, K
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bh_routing.kernels.attention_triton import let_next_start, wait_for_previous
 from bh_routing.kernels.experts import runs_on_hopper
-from bh_routing.kernels.router import StepPlan
+from bh_routing.kernels.router import ServedStep, StepPlan
 from bh_routing.kernels.router_kernel import IS_INTERPRETED, _mix
 from bh_routing.kernels.router_kernel import bind as bind_token_router
 from bh_routing.nulls.contributions import STEP_SIZES
@@ -45,20 +45,34 @@ def _lower_tail(table, norm, N, COARSE: tl.constexpr):
 
 
 @triton.jit
-def _count_real(is_real, num_tokens, T: tl.constexpr, HAS_PADS: tl.constexpr):
-    if HAS_PADS:
-        t_T = tl.arange(0, T)
-        return tl.sum((tl.load(is_real + t_T, t_T < num_tokens, 0) != 0).to(tl.int32), 0)
-    else:
+def _is_voter(kinds, weights, t_X, num_tokens, K: tl.constexpr, ROWS: tl.constexpr):
+    """Return which tokens decode in the step; in a server, NaN of one request doesn't vote."""
+    is_voter_X = t_X < num_tokens
+    if ROWS == "real":
+        is_voter_X &= tl.load(kinds + t_X, is_voter_X, 0) != 0
+    elif ROWS == "served":
+        weight_X = tl.load(weights + t_X * K, is_voter_X, 0.0)
+        is_voter_X &= (tl.load(kinds + t_X, is_voter_X, 0) == 1) & (weight_X == weight_X)
+    return is_voter_X
+
+
+@triton.jit
+def _count_voters(
+    kinds, weights, num_tokens, K: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    if ROWS == "all":
         return num_tokens
+    else:
+        is_voter_T = _is_voter(kinds, weights, tl.arange(0, T), num_tokens, K, ROWS)
+        return tl.sum(is_voter_T.to(tl.int32), 0)
 
 
 @triton.jit
 def _weigh_expert(
-    index, weights, is_real, scale, norms, p_values, is_present, is_floor,
+    index, weights, kinds, scale, norms, p_values, is_present, is_floor,
     tables, starts, lower, low_weight, high_weight, num_tokens, min_k,
     OWN: tl.constexpr, K: tl.constexpr, C: tl.constexpr, T: tl.constexpr, MOST: tl.constexpr,
-    COARSE: tl.constexpr, HAS_P: tl.constexpr, IS_SQUARED: tl.constexpr, HAS_PADS: tl.constexpr,
+    COARSE: tl.constexpr, HAS_P: tl.constexpr, IS_SQUARED: tl.constexpr, ROWS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Compute the norm of one expert's scores in the step, and its p-value if HAS_P.
@@ -70,10 +84,7 @@ def _weigh_expert(
     wait_for_previous(OVERLAPS)
     expert = tl.program_id(0)
     t_T1, c_1C = tl.arange(0, T)[:, None], tl.arange(0, C)[None, :]
-    is_row_T1 = t_T1 < num_tokens
-    if HAS_PADS:
-        is_row_T1 &= tl.load(is_real + t_T1, is_row_T1, 0) != 0
-    is_slot_TC = is_row_T1 & (c_1C < OWN)
+    is_slot_TC = _is_voter(kinds, weights, t_T1, num_tokens, K, ROWS) & (c_1C < OWN)
     at_TC = t_T1 * K + c_1C
     expert_TC = tl.load(index + at_TC, is_slot_TC, 0)
     weight_TC = tl.load(weights + at_TC, is_slot_TC, 0.0).to(tl.float32)
@@ -97,7 +108,7 @@ def _weigh_expert(
     is_floor_TC = is_mine_TC & (rank_TC < min_k)
     tl.store(is_floor + expert, tl.max(tl.max(is_floor_TC.to(tl.int32), 1), 0))
     if HAS_P:
-        count = tl.minimum(_count_real(is_real, num_tokens, T, HAS_PADS), MOST)
+        count = tl.minimum(_count_voters(kinds, weights, num_tokens, K, T, ROWS), MOST)
         at = starts + tl.load(lower + count)
         first, second, end = tl.load(at), tl.load(at + 1), tl.load(at + 2)
         p_value = _lower_tail(tables + first, norm, second - first, COARSE)
@@ -108,17 +119,21 @@ def _weigh_expert(
 
 @triton.jit
 def _keep_read(
-    logits, index, weights, is_real, norms, p_values, is_present, is_floor, cut_off, alpha,
+    logits, index, weights, kinds, norms, p_values, is_present, is_floor, cut_off, alpha,
     new_index, new_weights, keep, num_tokens, budget, temperature,
     E: tl.constexpr, P: tl.constexpr, OWN: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
     T: tl.constexpr, MOST: tl.constexpr, READS: tl.constexpr, NORMALISES: tl.constexpr,
     CONVENTION: tl.constexpr, TEMPERED: tl.constexpr, LIBDEVICE: tl.constexpr,
-    HAS_PADS: tl.constexpr, OVERLAPS: tl.constexpr,
+    ROWS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Keep one token's slots whose expert the step reads, at most OWN.
 
     By hand, BH at level 0.5 over p-values (0.1, 0.4, 0.9): 0.4 * 3 / 2 is too large, 0.1 * 3 isn't,
     so the first expert isn't read, and the other two are.
+
+    ROWS "all" and "real" write K slots of each token, and give a token that isn't real none.
+    "served" writes OWN slots, the kept ones first if there are more candidates, for the kinds of
+    `router.ServedStep`.
     """
     let_next_start(OVERLAPS)
     wait_for_previous(OVERLAPS)
@@ -143,7 +158,7 @@ def _keep_read(
             is_before_PP |= norm_P[None, :] > norm_P[:, None]
             is_read_P |= is_present_P & (tl.sum(is_before_PP.to(tl.int32), 1) < budget)
         else:
-            count = tl.minimum(_count_real(is_real, num_tokens, T, HAS_PADS), MOST)
+            count = tl.minimum(_count_voters(kinds, weights, num_tokens, K, T, ROWS), MOST)
             is_read_P |= is_present_P & (norm_P.to(tl.float64) > tl.load(cut_off + count))
     is_slot_1C = c_1C < K
     expert_1C = tl.load(index + token * K + c_1C, is_slot_1C, 0)
@@ -152,9 +167,13 @@ def _keep_read(
     keep_1C = (tl.max(is_kept_1CP.to(tl.int32), 2) != 0) & is_slot_1C
     if K > OWN:
         keep_1C &= tl.cumsum(keep_1C.to(tl.int32), 1) <= OWN
-    if HAS_PADS:
-        is_pad = tl.load(is_real + token) == 0
-        keep_1C |= is_pad & is_slot_1C  # weights of no slots would be NaN
+    kind = 1
+    if ROWS != "all":
+        kind = tl.load(kinds + token).to(tl.int32)
+    if ROWS == "real":
+        keep_1C |= (kind == 0) & is_slot_1C  # weights of no slots would be NaN
+    elif ROWS == "served":
+        keep_1C = tl.where(kind == 2, c_1C < OWN, keep_1C & (kind == 1))
     weight_1C = tl.load(weights + token * K + c_1C, is_slot_1C, 0.0).to(tl.float32)
     logit_1C = weight_1C
     if TEMPERED:
@@ -165,13 +184,29 @@ def _keep_read(
     )  # fmt: skip
     first_11 = tl.min(tl.where(keep_1C, c_1C, C), axis=1, keep_dims=True)
     best_11 = tl.sum(tl.where(c_1C == first_11, expert_1C, 0), axis=1, keep_dims=True)
-    place_1C = token * K + c_1C
-    tl.store(new_index + place_1C, tl.where(keep_1C, expert_1C, best_11), is_slot_1C)
-    if HAS_PADS:
-        keep_1C &= is_pad == 0
-        mixed_1C = tl.where(is_pad, 0.0, mixed_1C)
-    tl.store(new_weights + place_1C, mixed_1C.to(new_weights.dtype.element_ty), is_slot_1C)
-    tl.store(keep + place_1C, keep_1C, is_slot_1C)
+    dtype = new_weights.dtype.element_ty
+    if ROWS == "served":
+        norm_P = tl.load(norms + e_P, e_P < E, -1.0)
+        largest_P = tl.where(norm_P == tl.max(norm_P, 0), e_P, P)
+        best_11 = tl.where(first_11 == C, tl.min(largest_P, 0), best_11)
+        mixed_1C = tl.where(kind == 2, weight_1C, mixed_1C)
+        place_1C = c_1C
+        if K > OWN:
+            place_1C = tl.cumsum(keep_1C.to(tl.int32), 1) - 1
+        num_kept_11 = tl.sum(keep_1C.to(tl.int32), axis=1, keep_dims=True)
+        is_rest_1C = (c_1C >= num_kept_11) if K > OWN else (keep_1C == 0)
+        is_rest_1C &= c_1C < OWN
+        tl.store(new_index + token * OWN + place_1C, expert_1C, keep_1C)
+        tl.store(new_weights + token * OWN + place_1C, mixed_1C.to(dtype), keep_1C)
+        tl.store(new_index + token * OWN + c_1C, best_11, is_rest_1C)
+        tl.store(new_weights + token * OWN + c_1C, tl.zeros_like(mixed_1C).to(dtype), is_rest_1C)
+    else:
+        place_1C = token * K + c_1C
+        tl.store(new_index + place_1C, tl.where(keep_1C, expert_1C, best_11), is_slot_1C)
+        keep_1C &= kind != 0
+        mixed_1C = tl.where(kind == 0, 0.0, mixed_1C)
+        tl.store(new_weights + place_1C, mixed_1C.to(dtype), is_slot_1C)
+        tl.store(keep + place_1C, keep_1C, is_slot_1C)
 
 
 def _p_value_tables(plan: StepPlan) -> tuple[Tensor | None, Sequence[Tensor | None], int]:
@@ -193,14 +228,47 @@ def _p_value_tables(plan: StepPlan) -> tuple[Tensor | None, Sequence[Tensor | No
 
 def bind(plan: StepPlan, rule: Any, context: LayerContext, family: SoftmaxFamily) -> Router:
     """Return a layer's router; logits and mask are contiguous, on the layer's device."""
+    own = context.model_top_k
+    # In prefill, which has no decode steps, a token keeps its own top-k.
+    in_prefill = TopK(rule.num_candidates(own), weights=rule.weights, temperature=rule.temperature)
+    route_prompt = bind_token_router(Plan(decision="count", max_k=own), in_prefill, context, family)
+    propose, decide = _bind_step(plan, rule, context, family)
+
+    def route(router_logits_TE: Tensor, is_real_BS: Tensor | None = None) -> RoutedSlots:
+        if is_real_BS is not None and is_real_BS.shape[1] > 1:
+            return route_prompt(router_logits_TE, is_real_BS)
+        slots, rows = propose(router_logits_TE), "all" if is_real_BS is None else "real"
+        routed = RoutedSlots(*(torch.empty_like(tensor) for tensor in slots))
+        decide(router_logits_TE, slots, is_real_BS, rows, routed)
+        return routed
+
+    return route
+
+
+def bind_served(
+    plan: StepPlan, rule: Any, context: LayerContext, family: SoftmaxFamily
+) -> ServedStep:
+    """Return a layer's router for passes that hold padding, and tokens of prompts."""
+    propose, decide = _bind_step(plan, rule, context, family)
+
+    def route(router_logits_TE: Tensor, kind_T: Tensor, index_TK: Tensor) -> Tensor:
+        weights_TK = index_TK.new_empty(index_TK.shape, dtype=family.weights_dtype)
+        slots = propose(router_logits_TE)
+        decide(router_logits_TE, slots, kind_T, "served", (index_TK, weights_TK, None))
+        return weights_TK
+
+    return route
+
+
+def _bind_step(
+    plan: StepPlan, rule: Any, context: LayerContext, family: SoftmaxFamily
+) -> tuple[Router, Callable[..., None]]:
+    """Return the router that proposes candidates, and the function that decides on a step's."""
     num_experts, own, device = context.num_experts, context.model_top_k, context.device
     num_slots = rule.num_candidates(own)
     propose = bind_token_router(
         Plan(decision="count", max_k=num_slots), TopK(num_slots), context, family
     )
-    # In prefill, which has no decode steps, a token keeps its own top-k.
-    in_prefill = TopK(num_slots, weights=rule.weights, temperature=rule.temperature)
-    route_prompt = bind_token_router(Plan(decision="count", max_k=own), in_prefill, context, family)
     alpha, tables, num_blocks = _p_value_tables(plan)
     numbers: dict[str, Any] = {
         "OWN": own,
@@ -216,28 +284,29 @@ def bind(plan: StepPlan, rule: Any, context: LayerContext, family: SoftmaxFamily
         numbers["launch_pdl"] = True
     reads = "bh" if plan.tables else "cut_off" if plan.budget is None else "budget"
 
-    def route(router_logits_TE: Tensor, is_real_BS: Tensor | None = None) -> RoutedSlots:
-        if is_real_BS is not None and is_real_BS.shape[1] > 1:
-            return route_prompt(router_logits_TE, is_real_BS)
-        slots, num_tokens = propose(router_logits_TE), len(router_logits_TE)
-        index, weights = slots[:2]
+    def decide(
+        router_logits_TE: Tensor,
+        slots: RoutedSlots,
+        kinds: Tensor | None,
+        rows: str,
+        outputs: Sequence[Tensor | None],
+    ) -> None:
+        num_tokens, (index, weights) = len(router_logits_TE), slots[:2]
         norms = torch.empty(num_experts, dtype=torch.float32, device=device)
         p_values = torch.empty(num_experts, dtype=torch.float64, device=device)
         flags = torch.empty(2, num_experts, dtype=torch.int32, device=device)
-        rows = {"T": triton.next_power_of_2(num_tokens), "HAS_PADS": is_real_BS is not None}
+        sizes = {"T": triton.next_power_of_2(num_tokens), "ROWS": rows}
         _weigh_expert[(num_experts,)](
-            index, weights, is_real_BS, plan.scale_E, norms, p_values, *flags, *tables,
+            index, weights, kinds, plan.scale_E, norms, p_values, *flags, *tables,
             num_tokens, plan.min_k, COARSE=num_blocks, HAS_P=reads == "bh",
-            IS_SQUARED=plan.is_squared, **rows, **numbers,
+            IS_SQUARED=plan.is_squared, **sizes, **numbers,
         )  # fmt: skip
-        routed = RoutedSlots(*(torch.empty_like(tensor) for tensor in slots))
         _keep_read[(num_tokens,)](
-            router_logits_TE, index, weights, is_real_BS, norms, p_values, *flags,
-            plan.cut_off_B, alpha, *routed, num_tokens, plan.budget, rule.temperature,
+            router_logits_TE, index, weights, kinds, norms, p_values, *flags,
+            plan.cut_off_B, alpha, *outputs, num_tokens, plan.budget, rule.temperature,
             E=num_experts, P=triton.next_power_of_2(num_experts), READS=reads,
             NORMALISES=family.normalises, CONVENTION=rule.weights,
-            TEMPERED=rule.temperature != 1, LIBDEVICE=not IS_INTERPRETED, **rows, **numbers,
+            TEMPERED=rule.temperature != 1, LIBDEVICE=not IS_INTERPRETED, **sizes, **numbers,
         )  # fmt: skip
-        return routed
 
-    return route
+    return propose, decide

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bh_routing.kernels.router import fused_router, fused_step_router
+from bh_routing.kernels.router import fused_router, served_step_router
 from bh_routing.rules.base import LayerContext, Rule
 from bh_routing.rules.plan import Candidates, Rows, Selector, keep_best
 from bh_routing.rules.router import SoftmaxFamily, Weighing
@@ -38,34 +38,29 @@ class StepRows:
     def __init__(self, max_rows: int, max_decodes: int, device: torch.device) -> None:
         self.max_decodes = max_decodes
         self._zeros_T = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self._step_T = torch.full_like(self._zeros_T, -1)
-        self._sequence_T = torch.full_like(self._zeros_T, -1)
-        self._is_decode_T1 = torch.zeros(max_rows, 1, dtype=torch.bool, device=device)
-        self._is_prefill_T1 = torch.zeros_like(self._is_decode_T1)
+        self._rows = torch.stack([self._zeros_T - 1, self._zeros_T - 1, self._zeros_T])
 
     def set(self, is_decode_T: NDArray[np.bool_]) -> None:
         """Set the rows of the next forward pass; further rows are padding. No host sync."""
-        size = len(self._step_T)
-        values = np.full((2, size), -1, dtype=np.int64)
-        values[0, : len(is_decode_T)] = np.where(is_decode_T, 0, -1)
-        values[1, : len(is_decode_T)] = np.arange(len(is_decode_T))
+        count, size = len(is_decode_T), self._rows.shape[1]
+        values = np.full((3, size), [[-1], [-1], [0]], dtype=np.int64)
+        values[0, :count] = np.where(is_decode_T, 0, -1)
+        values[1, :count] = np.arange(count)
+        values[2, :count] = np.where(is_decode_T, 1, 2)
         host = torch.from_numpy(values)
-        if self._step_T.is_cuda:
+        if self._rows.is_cuda:
             # The caching host allocator keeps pinned memory until the copy is done.
             host = host.pin_memory()
-        self._step_T.copy_(host[0], non_blocking=True)
-        self._sequence_T.copy_(host[1], non_blocking=True)
-        torch.ge(self._step_T[:, None], 0, out=self._is_decode_T1)
-        torch.gt(self._sequence_T[:, None], self._step_T[:, None], out=self._is_prefill_T1)
-        self._is_prefill_T1.masked_fill_(self._is_decode_T1, False)
+        self._rows.copy_(host, non_blocking=True)
 
     def of(self, num_rows: int) -> Rows:
         """Return the rows of the running forward pass."""
-        return Rows(self._sequence_T[:num_rows], self._zeros_T[:num_rows], self._step_T[:num_rows])
+        step_T, sequence_T, _ = self._rows[:, :num_rows]
+        return Rows(sequence_T, self._zeros_T[:num_rows], step_T)
 
-    def masks(self, num_rows: int) -> tuple[Tensor, Tensor]:
-        """Return which rows decode, and which are prompt tokens, both bool (T, 1)."""
-        return self._is_decode_T1[:num_rows], self._is_prefill_T1[:num_rows]
+    def kinds(self, num_rows: int) -> Tensor:
+        """Return each row's kind, int64: 1 if it decodes, 2 if it is a prompt's, 0 if padding."""
+        return self._rows[2, :num_rows]
 
 
 class ServedLayer:
@@ -103,12 +98,7 @@ class ServedLayer:
         self._fused = None if self._by_step else fused_router(rule, context, self._family)
         self._fused_step = None
         if self._by_step and select_prefill is None:
-            self._fused_step = fused_step_router(rule, context, self._family)
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether one kernel computes the model's routing and the rule, from the logits alone."""
-        return self._fused is not None
+            self._fused_step = served_step_router(rule, context, self._family)
 
     @property
     def implementation(self) -> str:
@@ -116,11 +106,19 @@ class ServedLayer:
         is_torch = self._fused is None and self._fused_step is None
         return "torch" if is_torch else "fused kernels"
 
-    def route(self, router_logits_TE: Tensor) -> Decided:
-        """Route by the fused kernel."""
-        assert self._fused is not None, "is_fused"
-        slots = self._fused(router_logits_TE)
-        return slots.top_k_weights_TK, self._recorded(slots.top_k_index_TK)
+    def route(self, router_logits_TE: Tensor) -> Decided | None:
+        """Route by kernels, from the logits alone; None if there are none for this forward pass."""
+        if self._fused is not None:
+            slots = self._fused(router_logits_TE)
+            return slots.top_k_weights_TK, self._recorded(slots.top_k_index_TK)
+        # Checked first: compiled code may not depend on the number of rows.
+        if self._fused_step is None or len(router_logits_TE) > MOST_FUSED_ROWS:
+            return None
+        num_rows = len(router_logits_TE)
+        index_TK = self._record_TK[:num_rows]
+        if len(index_TK) < num_rows:
+            index_TK = index_TK.new_empty(num_rows, index_TK.shape[1])
+        return self._fused_step(router_logits_TE, self._rows.kinds(num_rows), index_TK), index_TK
 
     def decide(self, router_logits_TE: Tensor, weights_TK: Tensor, index_TK: Tensor) -> Decided:
         """Apply the rule to the model's own routing; new tensors of the same dtypes."""
@@ -129,18 +127,11 @@ class ServedLayer:
             alias_TK, kept_TK, _ = self._weighing.route(candidates, self._select(candidates))
             return kept_TK, self._recorded(alias_TK).to(index_TK.dtype, copy=True)
         num_rows, num_slots = index_TK.shape
-        if self._fused_step is not None and num_rows <= MOST_FUSED_ROWS:
-            is_decode_T1, is_prefill_T1 = self._rows.masks(num_rows)
-            slots = self._fused_step(router_logits_TE, is_decode_T1)
-            kept_TK, alias_TK = self._own_places(*slots, num_slots)
-            kept_TK = torch.where(is_prefill_T1, weights_TK, kept_TK)
-            alias_TK = torch.where(is_prefill_T1, index_TK, alias_TK)
-        else:
-            if self._num_candidates > num_slots:
-                candidates = self._family.propose(router_logits_TE, self._num_candidates)
-            keep_TC = self._keep_by_step(self._family.as_compared(candidates, num_slots), num_slots)
-            slots = self._weighing.route(candidates, keep_TC)
-            kept_TK, alias_TK = self._own_places(*slots, num_slots)
+        if self._num_candidates > num_slots:
+            candidates = self._family.propose(router_logits_TE, self._num_candidates)
+        keep_TC = self._keep_by_step(self._family.as_compared(candidates, num_slots), num_slots)
+        slots = self._weighing.route(candidates, keep_TC)
+        kept_TK, alias_TK = self._own_places(*slots, num_slots)
         # Padding takes an expert that is read anyway.
         is_padding_T1 = self._rows.of(num_rows).sequence_T[:, None] < 0
         alias_TK = torch.where(is_padding_T1, alias_TK[:1, :1], alias_TK)
@@ -228,7 +219,6 @@ def routing_of(
         layer: the rule in this layer.
     """
     _LAYERS[number] = layer
-    fused = layer.route if layer.is_fused else None
 
     def decide(
         hidden_states: Tensor,
@@ -237,8 +227,9 @@ def routing_of(
         *,
         input_ids: Tensor | None = None,
     ) -> Decided:
-        if fused is not None:
-            return fused(router_logits)
+        routed = layer.route(router_logits)
+        if routed is not None:
+            return routed
         weights_TK, index_TK = own(hidden_states, router_logits, indices_type, input_ids=input_ids)
         decided: Decided = _decide(router_logits, weights_TK, index_TK, number)
         return decided

@@ -1,12 +1,14 @@
 """Experts per token and distinct experts per decode step of a running server, from samples.
 
-Every second one forward pass is counted, so the cost doesn't depend on the server's speed. Counters
-are sums over tokens (or decode steps) and layers; quotients of their increases are means.
+About every second one forward pass is counted, so the cost doesn't depend on the server's speed.
+Some passes are skipped first, since the first after a pause reads a prompt. Counters are sums over
+tokens (or decode steps) and layers; quotients of their increases are means.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections.abc import Callable
 from functools import cache
@@ -21,6 +23,8 @@ from torch import Tensor
 log = logging.getLogger("vllm.bh_routing")
 
 PERIOD_SEC: Final = 1.0
+MOST_SKIPPED: Final = 32
+"""Passes, at most, between the end of a period and the pass that is counted."""
 LOG_PERIOD_SEC: Final = 60.0
 
 
@@ -99,6 +103,7 @@ class Telemetry:
         self._latest: NDArray[np.bool_] | None = None
         self._pending: _Pending | None = None
         self._next_sec = self._next_log_sec = clock()
+        self._to_skip = 0
         self._unlogged = ExpertCounts()
         self._counters, info = _metrics()
         info.labels(rule).set(1)
@@ -106,6 +111,10 @@ class Telemetry:
     @property
     def is_due(self) -> bool:
         """Whether the next forward pass is to be counted."""
+        return self._has_waited and self._to_skip == 0
+
+    @property
+    def _has_waited(self) -> bool:
         return self._clock() >= self._next_sec and self._pending is None
 
     def begin(self, is_decode_T: NDArray[np.bool_] | None) -> None:
@@ -115,12 +124,15 @@ class Telemetry:
             is_decode_T: rows without padding; None if this pass isn't to be counted.
         """
         self._collect()
+        if is_decode_T is None and self._has_waited:
+            self._to_skip = max(0, self._to_skip - 1)
         if self._latest is not None and self._pending is None:
             self._copy(self._latest)
         self._latest = is_decode_T
 
     def _copy(self, is_decode_T: NDArray[np.bool_]) -> None:
         self._next_sec = self._clock() + PERIOD_SEC
+        self._to_skip = random.randrange(MOST_SKIPPED + 1)
         index_LTK, event = self._record_LTK[:, : len(is_decode_T)], None
         if index_LTK.is_cuda:
             host = torch.empty(index_LTK.shape, dtype=index_LTK.dtype, pin_memory=True)
