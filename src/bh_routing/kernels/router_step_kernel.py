@@ -226,6 +226,23 @@ def _p_value_tables(plan: StepPlan) -> tuple[Tensor | None, Sequence[Tensor | No
     return alpha, [argument.to(device) for argument in arguments], num_blocks
 
 
+def _numbers(own: int, num_slots: int) -> dict[str, Any]:
+    """Return arguments that both kernels of a step share."""
+    numbers: dict[str, Any] = {
+        "OWN": own,
+        "K": num_slots,
+        "C": triton.next_power_of_2(num_slots),
+        "MOST": STEP_SIZES[-1],
+        "OVERLAPS": not IS_INTERPRETED and runs_on_hopper(),
+        # A fused multiply-add rounds once, the reference implementation twice.
+        "enable_fp_fusion": False,
+        "num_warps": 4,
+    }
+    if numbers["OVERLAPS"]:
+        numbers["launch_pdl"] = True
+    return numbers
+
+
 def bind(plan: StepPlan, rule: Any, context: LayerContext, family: SoftmaxFamily) -> Router:
     """Return a layer's router; logits and mask are contiguous, on the layer's device."""
     own = context.model_top_k
@@ -270,18 +287,7 @@ def _bind_step(
         Plan(decision="count", max_k=num_slots), TopK(num_slots), context, family
     )
     alpha, tables, num_blocks = _p_value_tables(plan)
-    numbers: dict[str, Any] = {
-        "OWN": own,
-        "K": num_slots,
-        "C": triton.next_power_of_2(num_slots),
-        "MOST": STEP_SIZES[-1],
-        "OVERLAPS": not IS_INTERPRETED and runs_on_hopper(),
-        # A fused multiply-add rounds once, the reference implementation twice.
-        "enable_fp_fusion": False,
-        "num_warps": 4,
-    }
-    if numbers["OVERLAPS"]:
-        numbers["launch_pdl"] = True
+    numbers = _numbers(own, num_slots)
     reads = "bh" if plan.tables else "cut_off" if plan.budget is None else "budget"
 
     def decide(
