@@ -10,11 +10,11 @@ from tools.measure_house import House, measure
 
 HOUSE = measure()
 MOST = House(
-    lines=34_810,
+    lines=34_840,
     files=167,
     record_types=169,
     import_percent=7.86,
-    prose_words=51_850,
+    prose_words=51_880,
     what_per_thousand=0.5,
     beside_per_thousand=0.05,
     spec_modules=63,

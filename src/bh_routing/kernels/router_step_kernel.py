@@ -118,27 +118,17 @@ def _weigh_expert(
 
 
 @triton.jit
-def _keep_read(
-    logits, index, weights, kinds, norms, p_values, is_present, is_floor, cut_off, alpha,
-    new_index, new_weights, keep, num_tokens, budget, temperature,
-    E: tl.constexpr, P: tl.constexpr, OWN: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
-    T: tl.constexpr, MOST: tl.constexpr, READS: tl.constexpr, NORMALISES: tl.constexpr,
-    CONVENTION: tl.constexpr, TEMPERED: tl.constexpr, LIBDEVICE: tl.constexpr,
-    ROWS: tl.constexpr, OVERLAPS: tl.constexpr,
+def _find_read(
+    kinds, weights, norms, p_values, is_present, is_floor, cut_off, alpha, num_tokens, budget,
+    E: tl.constexpr, P: tl.constexpr, K: tl.constexpr, T: tl.constexpr, MOST: tl.constexpr,
+    READS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Keep one token's slots whose expert the step reads, at most OWN.
+    """Return which experts the step reads.
 
     By hand, BH at level 0.5 over p-values (0.1, 0.4, 0.9): 0.4 * 3 / 2 is too large, 0.1 * 3 isn't,
     so the first expert isn't read, and the other two are.
-
-    ROWS "all" and "real" write K slots of each token, and give a token that isn't real none.
-    "served" writes OWN slots, the kept ones first if there are more candidates, for the kinds of
-    `router.ServedStep`.
     """
-    let_next_start(OVERLAPS)
-    wait_for_previous(OVERLAPS)
-    token = tl.program_id(0)
-    e_P, c_1C = tl.arange(0, P), tl.arange(0, C)[None, :]
+    e_P = tl.arange(0, P)
     is_present_P = tl.load(is_present + e_P, e_P < E, 0) != 0
     is_read_P = tl.load(is_floor + e_P, e_P < E, 0) != 0
     if READS == "bh":
@@ -160,6 +150,50 @@ def _keep_read(
         else:
             count = tl.minimum(_count_voters(kinds, weights, num_tokens, K, T, ROWS), MOST)
             is_read_P |= is_present_P & (norm_P.to(tl.float64) > tl.load(cut_off + count))
+    return is_read_P
+
+
+@triton.jit
+def _store_served(
+    new_index, new_weights, expert_1C, weight_1C, keep_1C, best_11, c_1C,
+    OWN: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Write OWN slots: candidates, of which at most OWN are kept, to the left if there are more."""
+    place_1C = c_1C
+    is_rest_1C = keep_1C == 0
+    if K > OWN:
+        place_1C = tl.cumsum(keep_1C.to(tl.int32), 1) - 1
+        is_rest_1C = c_1C >= tl.sum(keep_1C.to(tl.int32), axis=1, keep_dims=True)
+    is_rest_1C &= c_1C < OWN
+    tl.store(new_index + place_1C, expert_1C, keep_1C)
+    tl.store(new_weights + place_1C, weight_1C, keep_1C)
+    tl.store(new_index + c_1C, best_11, is_rest_1C)
+    tl.store(new_weights + c_1C, tl.zeros_like(weight_1C), is_rest_1C)
+
+
+@triton.jit
+def _keep_read(
+    logits, index, weights, kinds, norms, p_values, is_present, is_floor, cut_off, alpha,
+    new_index, new_weights, keep, num_tokens, budget, temperature,
+    E: tl.constexpr, P: tl.constexpr, OWN: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    T: tl.constexpr, MOST: tl.constexpr, READS: tl.constexpr, NORMALISES: tl.constexpr,
+    CONVENTION: tl.constexpr, TEMPERED: tl.constexpr, LIBDEVICE: tl.constexpr,
+    ROWS: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """Keep one token's slots whose expert the step reads, at most OWN.
+
+    ROWS "all" and "real" write K slots of each token, and give a token that isn't real none.
+    "served" writes OWN slots, the kept ones first if there are more candidates, for the kinds of
+    `router.ServedStep`.
+    """
+    let_next_start(OVERLAPS)
+    wait_for_previous(OVERLAPS)
+    token = tl.program_id(0)
+    e_P, c_1C = tl.arange(0, P), tl.arange(0, C)[None, :]
+    is_read_P = _find_read(
+        kinds, weights, norms, p_values, is_present, is_floor, cut_off, alpha, num_tokens, budget,
+        E, P, K, T, MOST, READS, ROWS,
+    )  # fmt: skip
     is_slot_1C = c_1C < K
     expert_1C = tl.load(index + token * K + c_1C, is_slot_1C, 0)
     is_it_1CP = tl.expand_dims(expert_1C, 2) == e_P[None, None, :]
@@ -167,7 +201,6 @@ def _keep_read(
     keep_1C = (tl.max(is_kept_1CP.to(tl.int32), 2) != 0) & is_slot_1C
     if K > OWN:
         keep_1C &= tl.cumsum(keep_1C.to(tl.int32), 1) <= OWN
-    kind = 1
     if ROWS != "all":
         kind = tl.load(kinds + token).to(tl.int32)
     if ROWS == "real":
@@ -189,22 +222,18 @@ def _keep_read(
         norm_P = tl.load(norms + e_P, e_P < E, -1.0)
         largest_P = tl.where(norm_P == tl.max(norm_P, 0), e_P, P)
         best_11 = tl.where(first_11 == C, tl.min(largest_P, 0), best_11)
-        mixed_1C = tl.where(kind == 2, weight_1C, mixed_1C)
-        place_1C = c_1C
-        if K > OWN:
-            place_1C = tl.cumsum(keep_1C.to(tl.int32), 1) - 1
-        num_kept_11 = tl.sum(keep_1C.to(tl.int32), axis=1, keep_dims=True)
-        is_rest_1C = (c_1C >= num_kept_11) if K > OWN else (keep_1C == 0)
-        is_rest_1C &= c_1C < OWN
-        tl.store(new_index + token * OWN + place_1C, expert_1C, keep_1C)
-        tl.store(new_weights + token * OWN + place_1C, mixed_1C.to(dtype), keep_1C)
-        tl.store(new_index + token * OWN + c_1C, best_11, is_rest_1C)
-        tl.store(new_weights + token * OWN + c_1C, tl.zeros_like(mixed_1C).to(dtype), is_rest_1C)
+        mixed_1C = tl.where(kind == 2, weight_1C, mixed_1C).to(dtype)
+        start = token * OWN
+        _store_served(
+            new_index + start, new_weights + start, expert_1C, mixed_1C, keep_1C, best_11, c_1C,
+            OWN, K,
+        )  # fmt: skip
     else:
         place_1C = token * K + c_1C
         tl.store(new_index + place_1C, tl.where(keep_1C, expert_1C, best_11), is_slot_1C)
-        keep_1C &= kind != 0
-        mixed_1C = tl.where(kind == 0, 0.0, mixed_1C)
+        if ROWS == "real":
+            keep_1C &= kind != 0
+            mixed_1C = tl.where(kind == 0, 0.0, mixed_1C)
         tl.store(new_weights + place_1C, mixed_1C.to(dtype), is_slot_1C)
         tl.store(keep + place_1C, keep_1C, is_slot_1C)
 
