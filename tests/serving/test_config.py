@@ -236,8 +236,10 @@ from bh_routing.serving.launch import Launch, start
 start(Launch(command=sys.argv[1:], environment={}, configuration="rule: x", facts={}))
 """
 SERVER = """
-import os, time
+import os, signal, time
 
+# As vLLM: a job in the background of a shell ignores SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 print(open(os.environ["BH_ROUTING_CONFIG"]).read().strip())
 print(os.environ["PROMETHEUS_MULTIPROC_DIR"], flush=True)
 time.sleep(600)
