@@ -1,4 +1,4 @@
-"""A run's conclusion, and `report`, read each file of the folder once."""
+"""A resumed run, its conclusion, and `report` read each file of the folder once."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import pytest
 
 from bh_routing.cli.main import main
 from bh_routing.experiments.run import run
+from bh_routing.experiments.specs import RunSpec
 from bh_routing.report.conclusion import conclude_run
 from bh_routing.results.records import (
+    CHECKPOINT,
     JOURNAL,
     QUALITY_JOURNAL,
     RESULTS_CSV,
@@ -44,18 +46,30 @@ def count_reads(folder: Path, action: Callable[[], Any]) -> Counter[str]:
     return reads
 
 
-@pytest.mark.usefixtures("loaded_demo")
-def test_no_file_is_read_twice(tiny_spec: MakeTinySpec, tmp_path: Path) -> None:
+@pytest.fixture
+def measured(loaded_demo: None, tiny_spec: MakeTinySpec, tmp_path: Path) -> RunSpec:
+    """The spec of a finished run that has every file."""
     text = tmp_path / "text.txt"
     text.write_text("It was day 1 at sea.\n<|endoftext|>\nIt was day 2 at sea.")
-    measured = {"no_eval": False, "texts": [text], "timing_rounds": 1, "token_traces": 1}
-    spec = tiny_spec(prompts=TINY_PROMPTS[:1], **measured)
+    spec = tiny_spec(
+        prompts=TINY_PROMPTS[:1], no_eval=False, texts=[text], timing_rounds=1, token_traces=1
+    )
     run(spec)
+    return spec
 
+
+def test_no_file_is_read_twice(measured: RunSpec) -> None:
     def attempt(_: str, step: Callable[[], Any]) -> Any:
         return step()
 
-    concluding = count_reads(spec.output, lambda: conclude_run(spec.output, attempt))
+    folder = measured.output
+    concluding = count_reads(folder, lambda: conclude_run(folder, attempt))
     assert concluding == Counter(READ_BY_BOTH)
-    reporting = count_reads(spec.output, lambda: main(["report", str(spec.output)]))
+    reporting = count_reads(folder, lambda: main(["report", str(folder)]))
     assert reporting == Counter((*READ_BY_BOTH, SUMMARY_JSON))
+
+
+def test_a_resumed_run_reads_each_file_once(measured: RunSpec) -> None:
+    reads = count_reads(measured.output, lambda: run(measured))
+    # The journal's records first, then the generated tokens, which the driver doesn't keep.
+    assert reads == Counter((*READ_BY_BOTH, CHECKPOINT, JOURNAL))

@@ -219,7 +219,7 @@ def quality_target(folder: Path, demo: LoadedModel) -> Target:
         path.write_bytes(mutate(good, mutation, seed))
         with suppress(BHRoutingError):
             read_quality(path)
-        QualityLedger(results, text, IDENTITY)
+        QualityLedger.resume(results, text, IDENTITY)
 
     return check, (NOTHING,), st.tuples(MUTATION)
 

@@ -45,8 +45,8 @@ def text(demo: LoadedModel) -> QualityText:
 def score_into(
     folder: Path, demo: LoadedModel, text: QualityText, rules: dict[str, Rule]
 ) -> list[QualityRecord]:
-    with QualityLedger(folder, text, IDENTITY) as ledger:
-        return score_missing(Subject(*demo, None), text, ledger, rules)
+    with QualityLedger.resume(folder, text, IDENTITY) as ledger:
+        return score_missing(Subject(*demo, None), ledger, rules)
 
 
 def test_what_is_scored_is_not_scored_again(
@@ -148,7 +148,7 @@ def test_scores_of_another_setting_are_refused_and_left_alone(
         demo.tokenizer, describe_model(demo.model), DOCUMENTS, **({"max_tokens": 90} | change)
     )
     with pytest.raises(ResultsError, match=f"{next(iter(change))}: .* there, .* now"):
-        QualityLedger(tmp_path, other, IDENTITY)
+        QualityLedger.resume(tmp_path, other, IDENTITY)
     assert (tmp_path / QUALITY_JOURNAL).read_bytes() == before
 
 
@@ -157,7 +157,7 @@ def test_an_edited_score_is_refused(demo: LoadedModel, text: QualityText, tmp_pa
     journal = tmp_path / QUALITY_JOURNAL
     journal.write_text(journal.read_text().replace('"same_top1":', '"same_top1":1', 1))
     with pytest.raises(ResultsError, match="checksum"):
-        QualityLedger(tmp_path, text, IDENTITY)
+        QualityLedger.resume(tmp_path, text, IDENTITY)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_static_references_stand_on_both_sides_of_every_mean(
 ) -> None:
     rules: dict[str, Rule] = {"topk_8": TopK(k=8), "bh": BenjaminiHochberg(alpha=0.05)}
     with QualityLedger(tmp_path, text, IDENTITY) as ledger:
-        records = score_missing(Subject(*demo, demo_calibration), text, ledger, rules)
+        records = score_missing(Subject(*demo, demo_calibration), ledger, rules)
     bh = [r for r in records if r.config_name == "bh"]
     mean = sum(r.experts_sum for r in bh) / sum(r.units for r in bh)
     low = int(mean)
@@ -215,7 +215,7 @@ def test_a_masked_token_is_scored_and_read_back(
     for ours, theirs in zip(masked, plain, strict=True):
         assert ours.kl_sum == pytest.approx(theirs.kl_sum, rel=1e-3)
     assert read_quality(tmp_path / "masked" / QUALITY_JOURNAL) == tuple(masked)
-    QualityLedger(tmp_path / "masked", text, IDENTITY)
+    QualityLedger.resume(tmp_path / "masked", text, IDENTITY)
 
 
 @pytest.mark.parametrize(("value", "match"), [(-math.inf, "probability 0"), (math.nan, "NaN")])

@@ -128,3 +128,17 @@ def test_a_csv_with_rows_that_the_journal_lacks_is_kept(tmp_path: Path) -> None:
         with pytest.raises(ResultsError, match=f"it has {number} experiments, .* has 3 rows"):
             open_store(tmp_path)
     assert len(csv_prompts(tmp_path)) == 3
+
+
+def test_a_journal_removed_since_it_was_read_is_not_begun_anew(tmp_path: Path) -> None:
+    path = tmp_path / JOURNAL
+    journal = Journal.resume(path, as_object, seed="seed", remedy="")
+    journal.open()
+    journal.append({"n": 0})
+    journal.close()
+    read = Journal.resume(path, as_object, seed="seed", remedy="")
+    path.unlink()
+    for begun in (journal, read):
+        with pytest.raises(ResultsError, match="removed or replaced"):
+            begun.open()
+        assert not path.exists()

@@ -19,7 +19,7 @@ from bh_routing.experiments.folder import only_writer
 from bh_routing.experiments.identity import identify
 from bh_routing.experiments.preparation import fit_to_config, fit_to_loaded
 from bh_routing.experiments.quality import QualityLedger, score_missing, scored_documents
-from bh_routing.experiments.quality_text import QualityText, prepare_text
+from bh_routing.experiments.quality_text import QualityText, scored_text
 from bh_routing.experiments.ray_executor import make_executor
 from bh_routing.experiments.specs import EvaluateSpec
 from bh_routing.models.load import load_model
@@ -52,16 +52,7 @@ def evaluate(
     facts = describe_model(model)
     spec, left_out = fit_to_loaded(fitted, model)
     rules = make_rules(spec.configs, spec.budget)
-    text = prepare_text(
-        tokenizer,
-        facts,
-        documents,
-        max_tokens=spec.tokens,
-        window=spec.window,
-        stride=spec.stride,
-        batch_size=spec.batch_size,
-        decode_batch=spec.decode_batch,
-    )
+    text = scored_text(spec, documents, tokenizer, facts)
     check_steps((named.rule for named in rules), spec.decode_batch)
     with ExitStack() as stack:
         stack.enter_context(torch_threads(choose_threads(model).batch))
@@ -73,11 +64,11 @@ def evaluate(
         start = time.perf_counter()
         folder = spec.output or Path(stack.enter_context(TemporaryDirectory()))
         stack.enter_context(only_writer(folder))
-        ledger = stack.enter_context(QualityLedger(folder, text, identity))
+        ledger = stack.enter_context(QualityLedger.resume(folder, text, identity))
         subject = Subject(model, tokenizer, calibration)
         executor = stack.enter_context(make_executor(spec, subject))
         by_name = {named.name: named.rule for named in rules}
-        records = score_missing(subject, text, ledger, by_name, executor)
+        records = score_missing(subject, ledger, by_name, executor)
         seconds = time.perf_counter() - start
         document = {
             "model": spec.model,
@@ -115,4 +106,4 @@ def score_loaded(
     """
     identity = identify("model", subject.model, subject.tokenizer)
     with TemporaryDirectory() as folder, QualityLedger(Path(folder), text, identity) as ledger:
-        return score_missing(subject, text, ledger, rules)
+        return score_missing(subject, ledger, rules)

@@ -21,7 +21,7 @@ from bh_routing.experiments.executors import Cell, Threads, choose_threads, make
 from bh_routing.experiments.experiment import Subject
 from bh_routing.experiments.identity import RunIdentity, identify
 from bh_routing.experiments.quality import QualityLedger, scored_documents
-from bh_routing.experiments.quality_text import QualityText, prepare_text
+from bh_routing.experiments.quality_text import scored_text
 from bh_routing.experiments.spec_errors import shorten
 from bh_routing.experiments.specs import ChatTemplate, ConfiguredSpec, ModelSpec, RunSpec
 from bh_routing.experiments.store import ResultStore
@@ -209,8 +209,8 @@ class Preparation:
     calibrate_sec: float
     """Time of the calibration and of the search."""
     identity: RunIdentity
-    text: QualityText | None
-    """None: quality isn't scored."""
+    ledger: QualityLedger | None
+    """The scores of held-out text; None: quality isn't scored."""
     grid: list[Cell]
 
 
@@ -230,7 +230,7 @@ def prepare(spec: RunSpec, store: ResultStore, loaded: Loaded) -> Preparation:
     check_prompts([prompt.text for prompt in spec.prompts], spec.max_tokens, tokenizer, facts)
     identity = identify(spec.model, model, tokenizer, max_tokens=spec.max_tokens)
     store.check(identity)
-    text = None if spec.no_eval else _scored_text(spec, tokenizer, facts)
+    text = None if spec.no_eval else scored_text(spec, scored_documents(spec), tokenizer, facts)
     stored = store.stored.document if store.stored is not None else {}
     start = time.perf_counter()
     with torch_threads(loaded.threads.batch):
@@ -245,8 +245,7 @@ def prepare(spec: RunSpec, store: ResultStore, loaded: Loaded) -> Preparation:
             bind_rule(model, named.rule, calibration)
     identity = replace(identity, tables=calibration.table_fingerprints if calibration else {})
     store.check(identity)
-    if text is not None and stored:
-        QualityLedger(spec.output, text, identity)  # checks the scores there
+    make_ledger = QualityLedger.resume if stored else QualityLedger
     return Preparation(
         loaded=loaded,
         subject=Subject(model, tokenizer, calibration),
@@ -255,7 +254,7 @@ def prepare(spec: RunSpec, store: ResultStore, loaded: Loaded) -> Preparation:
         calibration_document=document,
         calibrate_sec=calibrate_sec,
         identity=identity,
-        text=text,
+        ledger=make_ledger(spec.output, text, identity) if text is not None else None,
         grid=make_grid(rules, spec.prompts, calibration),
     )
 
@@ -265,17 +264,6 @@ def _with_chat_template(loaded: Loaded, mode: ChatTemplate) -> Loaded:
     if tokenizer.chat_template:
         log.info("each prompt is a user's message in the tokenizer's chat template")
     return loaded._replace(tokenizer=tokenizer)
-
-
-def _scored_text(spec: RunSpec, tokenizer: Any, facts: ModelFacts) -> QualityText:
-    return prepare_text(
-        tokenizer,
-        facts,
-        scored_documents(spec),
-        max_tokens=spec.tokens,
-        batch_size=spec.batch_size,
-        decode_batch=spec.decode_batch,
-    )
 
 
 def check_prompts(

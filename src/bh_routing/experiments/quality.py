@@ -36,19 +36,16 @@ _SEED: Final = digest("quality")
 class QualityLedger:
     """`quality.jsonl`: a header that identifies the text, then one line per rule and document.
 
-    Opening reads and checks; nothing is written before `begin`.
+    Nothing is written before `begin`.
+
+    Args:
+        folder: the results folder.
+        text: the text to score.
+        identity: properties that all results of the folder share, such as the model.
     """
 
     def __init__(self, folder: Path, text: QualityText, identity: RunIdentity) -> None:
-        """Read the scores of an earlier run.
-
-        Args:
-            folder: the results folder.
-            text: the text to score.
-            identity: properties that all results of the folder share, such as the model.
-        Raises:
-            ResultsError: the file holds scores of another text, setting or model, or was edited.
-        """
+        self.text = text
         self._path = folder / QUALITY_JOURNAL
         self._header = {
             "text_sha256": text.sha256,
@@ -58,10 +55,20 @@ class QualityLedger:
             "decode_batch": text.decode_batch,
         }
         self._identity = identity
-        self._journal = Journal.resume(self._path, as_object, seed=_SEED, remedy=_REMEDY)
+        self._journal: Journal[dict[str, Any]] = Journal(path=self._path, seed=_SEED)
         self._records: dict[str, QualityRecord] = {}
         self._lines: dict[tuple[str, str], QualityRecord] = {}
-        self._read()
+
+    @classmethod
+    def resume(cls, folder: Path, text: QualityText, identity: RunIdentity) -> QualityLedger:
+        """Read the scores of an earlier run, and check that they are of this text and model.
+
+        Raises:
+            ResultsError: the file holds scores of another text, setting or model, or was edited.
+        """
+        ledger = cls(folder, text, identity)
+        ledger._read()
+        return ledger
 
     def begin(self) -> None:
         """Open the file for writing; the folder must exist.
@@ -108,6 +115,7 @@ class QualityLedger:
         self._records[key] = self._lines[key, record.config_name] = record
 
     def _read(self) -> None:
+        self._journal = Journal.resume(self._path, as_object, seed=_SEED, remedy=_REMEDY)
         for number, body in enumerate(self._journal.items):
             if number == 0:
                 self._check_header(body.get("header"))
@@ -138,7 +146,6 @@ class QualityLedger:
 
 def score_missing(
     subject: Subject,
-    text: QualityText,
     ledger: QualityLedger,
     rules: Mapping[str, Rule],
     executor: Executor | None = None,
@@ -150,7 +157,6 @@ def score_missing(
 
     Args:
         subject: the model; its calibration is required if a rule needs one.
-        text: the text to score.
         ledger: open for writing; receives each record as soon as its document is finished.
         rules: configuration name -> rule.
         executor: where text is scored; None: in this process.
@@ -160,7 +166,7 @@ def score_missing(
         ExperimentError: the model gave NaN, and the message names the first router; or it gave a
             token of the text probability 0.
     """
-    executor = executor or SerialExecutor(subject)
+    text, executor = ledger.text, executor or SerialExecutor(subject)
     rule_keys = {name: rule_key(rule, subject.calibration) for name, rule in rules.items()}
     once: dict[str, str] = {}  # the first of equal rules is scored
     for name, key in rule_keys.items():
@@ -229,7 +235,6 @@ def scored_documents(spec: ScoredSpec) -> list[Document]:
 
 def score_with_references(
     subject: Subject,
-    text: QualityText,
     ledger: QualityLedger,
     rules: Mapping[str, Rule],
     executor: Executor | None = None,
@@ -239,9 +244,9 @@ def score_with_references(
     Returns:
         The records of all configurations, of the static ones last.
     """
-    records = score_missing(subject, text, ledger, rules, executor)
+    records = score_missing(subject, ledger, rules, executor)
     static = static_references(rules, records)
-    return records + score_missing(subject, text, ledger, static, executor)
+    return records + score_missing(subject, ledger, static, executor)
 
 
 def static_references(

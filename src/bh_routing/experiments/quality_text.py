@@ -14,6 +14,7 @@ from bh_routing.engine.windows import (
     prefix_token,
     tokenize_documents,
 )
+from bh_routing.experiments.specs import ScoredSpec
 from bh_routing.models.routers import ModelFacts
 
 DEFAULT_WINDOW = 1024
@@ -95,6 +96,14 @@ def prepare_text(
         batch_size=batch_size,
         decode_batch=decode_batch,
     )
+
+
+def scored_text(
+    spec: ScoredSpec, documents: Sequence[Document], tokenizer: Any, facts: ModelFacts
+) -> QualityText:
+    """Tokenize documents for scoring in a spec's windows or steps."""
+    fields = spec.model_dump(include={"window", "stride", "batch_size", "decode_batch"})
+    return prepare_text(tokenizer, facts, documents, max_tokens=spec.tokens, **fields)
 
 
 def _in_draw(document: TokenizedDocument, draw: int) -> TokenizedDocument:

@@ -25,7 +25,7 @@ from bh_routing.experiments.preparation import (
     load,
     prepare,
 )
-from bh_routing.experiments.quality import QualityLedger, score_with_references, scored_documents
+from bh_routing.experiments.quality import score_with_references, scored_documents
 from bh_routing.experiments.ray_executor import make_executor
 from bh_routing.experiments.run_log import FILE_ONLY, RunLog
 from bh_routing.experiments.spec_errors import shorten
@@ -179,7 +179,7 @@ def _run_begun(
         "experiments_sec": earlier_sec + quality_start - grid_start,
         "timing_rounds_sec": traces_start - rounds_start,
         "token_traces_sec": time.perf_counter() - traces_start,
-        "quality_sec": rounds_start - quality_start if prepared.text else None,
+        "quality_sec": rounds_start - quality_start if prepared.ledger else None,
         "total_sec": earlier_sec + time.perf_counter() - start,
     }
     peak = peak_memory_bytes(prepared.subject.model.device)
@@ -222,13 +222,13 @@ def _score(
 
     Closes the executor: the model is needed in this process from here on.
     """
-    if prepared.text is None:
+    if prepared.ledger is None:
         executor.close()
         return []
     rules = {named.name: named.rule for named in prepared.rules}
     scored = attempt(
         "scoring",
-        lambda: _score_into(store.folder, prepared, prepared.subject, rules, executor),
+        lambda: _score_into(prepared, prepared.subject, rules, executor),
     )
     executor.close()
     names = dict.fromkeys(record.config_name for record in scored or ())
@@ -237,18 +237,14 @@ def _score(
 
 
 def _score_into(
-    folder: Path,
     prepared: Preparation,
     subject: Subject,
     rules: Mapping[str, Rule],
     executor: Executor | None = None,
 ) -> list[QualityRecord]:
-    assert prepared.text is not None, "there is text to score"
-    with (
-        torch_threads(prepared.loaded.threads.batch),
-        QualityLedger(folder, prepared.text, prepared.identity) as ledger,
-    ):
-        return score_with_references(subject, prepared.text, ledger, rules, executor)
+    assert prepared.ledger is not None, "there is text to score"
+    with torch_threads(prepared.loaded.threads.batch), prepared.ledger as ledger:
+        return score_with_references(subject, ledger, rules, executor)
 
 
 def _score_alternatives(
@@ -272,7 +268,7 @@ def _score_alternatives(
                     spec, budgets, rules, prepared.subject, store.document
                 )
                 added = {entry["config_name"]: make_rule(entry["config"]) for entry in alternatives}
-            records = _score_into(store.folder, prepared, subject, rules | added)
+            records = _score_into(prepared, subject, rules | added)
             names = [n for n in dict.fromkeys(r.config_name for r in records) if n not in added]
             store.update_document({"calibration": calibration, "quality": {"configs": names}})
             rules, found = rules | added, alternatives

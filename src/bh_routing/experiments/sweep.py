@@ -33,7 +33,7 @@ from bh_routing.experiments.quality import (
     scored_documents,
     static_references,
 )
-from bh_routing.experiments.quality_text import QualityText, prepare_text
+from bh_routing.experiments.quality_text import QualityText, scored_text
 from bh_routing.experiments.ray_executor import make_executor
 from bh_routing.experiments.search import KnobSearch, check_budgets, check_fractions
 from bh_routing.experiments.settings import Goal, Setting
@@ -90,16 +90,7 @@ def sweep(spec: SweepSpec) -> dict[str, Any]:
     else:
         budgets = budgets or default_budgets(loaded.facts.model_top_k)
         check_budgets(budgets, loaded.facts.model_top_k)
-    text = prepare_text(
-        loaded.tokenizer,
-        loaded.facts,
-        documents,
-        max_tokens=spec.tokens,
-        window=spec.window,
-        stride=spec.stride,
-        batch_size=spec.batch_size,
-        decode_batch=spec.decode_batch,
-    )
+    text = scored_text(spec, documents, loaded.tokenizer, loaded.facts)
     spec = spec.model_copy(update={"budgets": budgets})
     with only_writer(spec.output), torch_threads(loaded.threads.batch):
         return _sweep_begun(spec, variants, loaded, text, start)
@@ -112,7 +103,7 @@ def _sweep_begun(
     stored = read_stored_sweep(spec.output)
     identity = identify(spec.model, loaded.model, loaded.tokenizer)
     _check_identity(spec.output, stored, identity)
-    ledger = QualityLedger(spec.output, text, identity)
+    ledger = QualityLedger.resume(spec.output, text, identity)
     clock = [time.perf_counter()]
     calibration, about = _calibrate(spec, variants, loaded, stored)
     if calibration is not None:
@@ -143,7 +134,7 @@ def _sweep_begun(
     clock.append(time.perf_counter())
     subject = Subject(loaded.model, loaded.tokenizer, calibration)
     with ledger, make_executor(spec, subject) as executor:
-        score_all = partial(score_missing, subject, text, ledger, executor=executor)
+        score_all = partial(score_missing, subject, ledger, executor=executor)
         references = score_settings(settings, curve_settings, score_all, search)
     clock.append(time.perf_counter())
     document[KIND]["references"] = describe_references(references, search)

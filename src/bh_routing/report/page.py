@@ -16,6 +16,7 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from markdown_it import MarkdownIt
 from markupsafe import Markup
+from tqdm import tqdm
 
 import bh_routing
 from bh_routing.analysis.results import load_results
@@ -225,17 +226,21 @@ def _render(**values: Any) -> str:
                               lstrip_blocks=True)  # fmt: skip
     environment.filters["json"] = _json
     environment.globals["version"] = bh_routing.__version__
-    environment.globals["draw"] = _draw
     colours = f":root{{{theme(dark=False)}}}:root[data-theme=dark]{{{theme(dark=True)}}}"
     environment.globals["style"] = Markup(_asset("page.css") + colours)
     environment.globals["scripts"] = [Markup(_asset(name)) for name in SCRIPTS]
-    return environment.from_string(_asset("report.html.j2")).render(values)
+    charts = [chart for part in values["sections"] for chart in part["charts"].values()]
+    total = sum(len(chart.views) for chart in charts)
+    with tqdm(total=total, desc=REPORT_HTML, unit="chart") as bar:
 
+        def draw(view: Callable[[], Picture], salt: str) -> Markup:
+            with look():
+                figure = view()
+            bar.update()
+            return Markup(inline_svg(figure, salt))
 
-def _draw(view: Callable[[], Picture], salt: str) -> Markup:
-    with look():
-        figure = view()
-    return Markup(inline_svg(figure, salt))
+        environment.globals["draw"] = draw
+        return environment.from_string(_asset("report.html.j2")).render(values)
 
 
 def _json(value: Any) -> Markup:

@@ -128,9 +128,11 @@ class Journal(Generic[Item]):
         """Open the file for `append`, and cut off an incomplete last line.
 
         Raises:
-            ResultsError: the file isn't writable.
+            ResultsError: the file isn't writable, or was removed since it was read.
         """
         is_new = not self.path.exists()
+        if is_new and self.checksums:
+            raise self._removed()
         try:
             self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             if self.torn_bytes:
@@ -177,10 +179,13 @@ class Journal(Generic[Item]):
         except OSError:
             is_ours = False
         if not is_ours:
-            raise ResultsError(
-                f"{self.path} was removed or replaced while this run was writing it; put the "
-                "folder back and give the same command again, or use another output folder"
-            )
+            raise self._removed()
+
+    def _removed(self) -> ResultsError:
+        return ResultsError(
+            f"{self.path} was removed or replaced while this run was writing it; put the folder "
+            "back and give the same command again, or use another output folder"
+        )
 
     def close(self) -> None:
         """Close the file; may be called twice."""
