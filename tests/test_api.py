@@ -15,7 +15,14 @@ import torch
 
 import bh_routing as bhr
 from bh_routing.cli import main
-from bh_routing.experiments.specs import CalibrateSpec
+from bh_routing.experiments.specs import (
+    CalibrateSpec,
+    EvaluateSpec,
+    ModelSpec,
+    PruneSpec,
+    RunSpec,
+    SweepSpec,
+)
 from bh_routing.models import LoadedModel
 from bh_routing.rules import RULES
 
@@ -69,11 +76,32 @@ def test_a_parameter_has_one_default_wherever_it_is() -> None:
         for name, parameter in inspect.signature(function).parameters.items():
             if name in fields and name != "null" and parameter.default is not parameter.empty:
                 assert parameter.default == fields[name], f"{function.__name__}: {name}"
-    command = CalibrateSpec.model_fields
-    for name in ("max_tokens", "seed"):
-        ours = inspect.signature(bhr.calibrate).parameters[name].default
-        assert ours == command[name].default, name
-    assert command["nulls"].default == [fields["null"]]
+
+
+@pytest.mark.parametrize(
+    ("function", "spec", "renamed"),
+    [
+        (bhr.load_model, ModelSpec, {}),
+        (bhr.calibrate, CalibrateSpec, {}),
+        (bhr.evaluate, EvaluateSpec, {"max_tokens": "tokens"}),
+        (bhr.sweep, SweepSpec, {"max_tokens": "tokens"}),
+        (bhr.generate, RunSpec, {"max_new_tokens": "max_tokens"}),
+        (bhr.prune, PruneSpec, {}),
+    ],
+)
+def test_a_function_has_the_defaults_of_its_command(
+    function: Callable[..., Any], spec: type[ModelSpec], renamed: dict[str, str]
+) -> None:
+    parameters = inspect.signature(function).parameters.values()
+    ours = {renamed.get(p.name, p.name): p.default for p in parameters if p.default is not p.empty}
+    theirs = {name: spec.model_fields[name].default for name in ours.keys() & spec.model_fields}
+    # Nulls follow from the rules, None is the packaged text and the margin's constant, and `run`'s
+    # batches are windows of text, not prompts.
+    for name in ("nulls", "calibration_texts", "margin", *["batch_size"] * (spec is RunSpec)):
+        theirs.pop(name, None)
+    assert len(theirs) >= 2
+    assert {name: ours[name] for name in theirs} == theirs
+    assert CalibrateSpec.model_fields["nulls"].default == [bhr.BenjaminiHochberg().null]
 
 
 def pages(split: str, words: int, documents: int = 6) -> list[bhr.Document]:

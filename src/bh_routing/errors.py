@@ -5,7 +5,7 @@ BHRoutingError
 │   ├── CalibrationError  a calibration that is missing, unsuitable or of another model
 │   ├── ModelError        a model that can't be found, loaded or routed
 │   └── ResultsError      a results folder that must not be changed as requested
-└── ExperimentError       one experiment failed; the run goes on and exits with 1
+└── ExperimentError       one experiment failed; the run continues and exits with 1
 """
 
 from __future__ import annotations

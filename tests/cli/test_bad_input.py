@@ -130,7 +130,7 @@ SECOND_RUN = {
         ),
         "has schema 0",
     ),
-    "run-json-foreign": (write(RUN_JSON, b'{"name": "package"}'), "isn't of a bh-routing run"),
+    "run-json-foreign": (write(RUN_JSON, b'{"name": "package"}'), "to a bh-routing run"),
     "quality-edited": (change(QUALITY_JOURNAL, b'"topk_8"', b'"topk_9"'), "checksum"),
     "quality-older": (
         change(QUALITY_JOURNAL, b'"schema_version":1', b'"schema_version":0'),

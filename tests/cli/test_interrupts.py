@@ -62,7 +62,7 @@ def test_a_signal_keeps_what_was_scored_and_the_same_command_goes_on(
         assert main(arguments(command, tmp_path), QUIET) == code
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == (
-        f"bh-routing: interrupted; the same command goes on with what {tmp_path / 'r'} holds"
+        f"bh-routing: interrupted; the same command continues with what {tmp_path / 'r'} holds"
     )
     assert signal.getsignal(signal.SIGTERM) is handler
     scored = (tmp_path / "r" / QUALITY_JOURNAL).read_bytes()

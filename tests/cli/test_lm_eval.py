@@ -70,7 +70,7 @@ def test_every_configuration_answers_the_same_items_and_is_compared(
     assert printed["reference"] == "topk_8"
 
     assert main([*COMMAND, *selected, *configs, "--output", str(folder)]) == 2
-    assert "is there already; choose another folder" in capsys.readouterr().err
+    assert "already exists; choose another folder" in capsys.readouterr().err
 
 
 def test_a_rule_of_decode_steps_is_warned_about(capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,7 +68,7 @@ def test_bh_drop_is_scored_where_bh_loses_and_its_command_runs(
     assert all(mean == pytest.approx(budget, rel=0.1) for budget, mean in means.items())
 
     report = (spec.output / REPORT_MD).read_text()
-    assert "at which BH configurations lose more than static top-k" in report
+    assert "were added for comparison: the rule `bh_drop`" in report
     last = report.rpartition("## ")[2]
     assert last.startswith("Recommendation") and "    bh-routing run --model demo" in last
     page = (spec.output / REPORT_HTML).read_text()

@@ -188,7 +188,7 @@ def test_the_demo_has_every_rule_and_size_of_the_parts(demo: Path) -> None:
 def test_the_demo_page_shows_the_conclusions_and_the_parts_that_were_not_run(demo: Path) -> None:
     page = (demo / "EVIDENCE.md").read_text(encoding="utf-8")
     assert page.startswith("# Evidence: demo\n")
-    assert "| Pruned by Fisher mass, a model loses less than by REAP | " in page
+    assert "| Pruned by Fisher mass, a model has a lower loss than by REAP | " in page
     assert "- demo: `equal_cost` wasn't run" in page
     assert json.loads((demo / "evidence.json").read_text())["scored_tokens"] <= 200
 

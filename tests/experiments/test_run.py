@@ -220,7 +220,7 @@ def test_out_of_memory_once_costs_nothing(demo: LoadedModel) -> None:
     ("changes", "part"),
     [
         ({"prompts": [{"text": "word " * 2000}]}, "prompt 1 ('word word"),
-        ({"max_tokens": 5000}, "leaves 0 beside 5000"),
+        ({"max_tokens": 5000}, "leaves 0 next to 5000"),
         (
             {"configs": {"x": {"method": "bh", "alpha": 0.1, "max_k": 65}}},
             "configuration 'x': max_k",

@@ -141,7 +141,7 @@ def test_another_sweeps_folder_is_refused_and_left_alone(
     loaded_demo: LoadedModel, texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
     (tmp_path / RUN_JSON).write_text('{"identity": {}, "plans": []}')
-    with pytest.raises(ResultsError, match="isn't of a sweep"):
+    with pytest.raises(ResultsError, match="isn't a sweep"):
         sweep_into(tmp_path, texts)
     assert [path.name for path in tmp_path.iterdir()] == [RUN_JSON]
 

@@ -10,10 +10,10 @@ import pytest
 from benchmarks import evidence as published
 from bh_routing.report.evidence import CLAIMS, POPULATION, STEPS, render_evidence
 
-POPULATION_CLAIM = "Population BH loses less than static top-k at equal experts per token"
-STEP_CLAIM = "Per step of 16, `bh_drop` step_population, refilled, loses less than OEA"
+POPULATION_CLAIM = "Population BH has a lower loss than static top-k at equal experts per token"
+STEP_CLAIM = "Per step of 16, `bh_drop` step_population, refilled, has a lower loss than OEA"
 BOUND_CLAIM = "`bh_drop` per token: of a token's drops, at most α·π₀ mattered on average"
-REAP_CLAIM = "Pruned by Fisher mass, a model loses less than by REAP"
+REAP_CLAIM = "Pruned by Fisher mass, a model has a lower loss than by REAP"
 
 
 def compared(variant: str, reference: str, answers: dict[float, str]) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def test_a_claim_on_bh_select_is_not_one_on_bh_drop() -> None:
     both = {name: table[name] + other[name] for name in table}
     page = render_evidence({"small": model(equal_cost=both)})
     assert row_of(page, "BH-select (`bh`)")[1].startswith("1 of 1: ")
-    assert row_of(page, "`bh_drop` per token loses")[1].startswith("1 of 1: ")
+    assert row_of(page, "`bh_drop` per token has")[1].startswith("1 of 1: ")
 
 
 def test_a_conclusion_that_one_model_lacks_was_not_measured() -> None:

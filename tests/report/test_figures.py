@@ -244,7 +244,7 @@ def test_static_top_k_is_known_by_its_rule_whatever_it_is_called(quality: dict[s
 
 def test_the_quality_title_says_so_if_static_top_k_is_better(quality: dict[str, Any]) -> None:
     found = quality_findings({"quality": quality})
-    assert "static top-k loses less at the same mean" in findings.quality(found)
+    assert "that of static top-k is lower at the same mean" in findings.quality(found)
     rows = [row for row in found.rows if row.is_static or row.config_name == "bh_loose"]
     better = QualityFindings(rows=rows, answers=found.answers)
     assert "static" not in findings.quality(better)  # nothing was scored at that mean

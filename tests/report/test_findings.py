@@ -129,11 +129,11 @@ STATIC = {"topk_8": (8.0, 0.0), "topk_5": (5.0, 0.109), "topk_4": (4.0, 0.245)}
 @pytest.mark.parametrize(
     ("loss", "spread", "answer", "words"),
     [
-        (0.1769, 0.05, "undecided", "no difference from static top-k is clear for `bh`"),
-        (0.1771, 0.05, "undecided", "no difference from static top-k is clear for `bh`"),
-        (0.30, 0.05, "no", "`bh` loses clearly more than static top-k"),
-        (0.10, 0.05, "yes", "`bh` loses clearly less than static top-k"),
-        (0.10, 0.60, "undecided", "no difference from static top-k is clear for `bh`"),
+        (0.1769, 0.05, "undecided", "`bh` doesn't differ clearly from static top-k"),
+        (0.1771, 0.05, "undecided", "`bh` doesn't differ clearly from static top-k"),
+        (0.30, 0.05, "no", "`bh` has a clearly higher perplexity than static top-k"),
+        (0.10, 0.05, "yes", "`bh` has a clearly lower perplexity than static top-k"),
+        (0.10, 0.60, "undecided", "`bh` doesn't differ clearly from static top-k"),
     ],
 )
 def test_static_top_k_is_beaten_by_an_interval_and_not_by_a_sign(
@@ -235,7 +235,7 @@ def test_a_time_without_an_interval_is_shown_without_one(make_results: MakeResul
     results = make_results({"topk_8": 8.0, "bh": 4.0}, 1)
     (sentence,) = (s for s in summarise(facts(results)) if s.startswith("**Time.**"))
     assert "(`bh`, no interval)" in sentence
-    assert "too few times for an interval for `bh`" in " ".join(conclude(facts(results))).lower()
+    assert "`bh` has too few times for an interval" in " ".join(conclude(facts(results))).lower()
 
 
 def test_wilcoxons_floor_is_named_only_where_the_test_is_exact(
@@ -262,7 +262,7 @@ def test_the_rule_of_lowest_loss_that_beats_static_top_k_is_recommended(
     text = recommended(results, quality, {"mid": "bh-routing run --rule a\n## b"})
     row = quality_findings({"quality": quality}).by_name["mid"]
     low, high = loss_percent(row.perplexity_ratio_low), loss_percent(row.perplexity_ratio_high)
-    assert text.startswith("**Use `mid`.** Of the rules that lose clearly less than static top-k")
+    assert text.startswith("**Use `mid`.** Of the rules with a clearly lower perplexity than")
     assert f"(95 % interval {low} to {high})" in text and "That is beyond the margin" in text
     assert text.endswith("\n\n    bh-routing run --rule a ## b\n")
 
@@ -283,7 +283,9 @@ def test_a_rule_that_no_option_states_has_a_sentence_in_place_of_its_command(
 def test_static_top_k_is_recommended_where_nothing_pays(results: pd.DataFrame, loss: float) -> None:
     quality = scored(STATIC | {"bh": (4.5, loss)}, 0.05)
     text = recommended(results, quality, {"topk_5": "bh-routing run --rule top_k:k=5"})
-    assert text.startswith("**Use static top-k.** No rule loses clearly less than static top-k")
+    assert text.startswith(
+        "**Use static top-k.** No rule has a clearly lower perplexity than static top-k"
+    )
     assert "`topk_5` changes perplexity by" in text
     assert text.endswith("    bh-routing run --rule top_k:k=5\n")
 

@@ -162,8 +162,9 @@ def test_numbers_of_the_report_are_those_of_the_tables(written: list[Path], fold
 
 def test_the_verdict_is_three_sentences_that_follow_the_statistics(tables: SweepTables) -> None:
     first, second, third = verdict(tables)
-    assert "at 5.05 experts `bh_drop block` saves" in first
-    assert "the same points lose less at 5 and 4 experts" in second
+    assert "of its increase in perplexity `bh_drop block` saves" in first
+    assert "at 5.05 experts (joint" in first
+    assert "the same points have a lower perplexity at 5 and 4 experts" in second
     assert "than static top-k at 5 and 4 experts and than top-p at 5 and 4 experts" in third
     assert pareto_title(tables).startswith("The best rule saves")
 
@@ -173,10 +174,10 @@ def test_a_rule_that_wins_nowhere_is_not_praised(tmp_path: Path) -> None:
     points = [p for p in usual_points() if p["rule"] == "bh"]
     found = compare_points(read_sweep(write_sweep(tmp_path, points, records)), FEW)
     assert pareto_title(found) == (
-        "No rule clearly loses less than static top-k with as many experts"
+        "No rule has a clearly lower loss than static top-k with as many experts"
     )
     first, second = verdict(found)
-    assert "loses" in first
+    assert "adds" in first
     assert "saves" not in first
     assert "nothing can be compared at 5 and 4 experts" in second
     assert "**yes**" not in render_sweep(found)
@@ -189,8 +190,8 @@ def test_a_bh_rule_that_loses_clearly_is_said_to(tmp_path: Path) -> None:
         records += with_experts(own, budget)
     found = compare_points(read_sweep(write_sweep(tmp_path, usual_points(), records)), FEW)
     sentence = verdict(found)[-1]
-    assert "clearly loses more than static top-k at 5 and 4 experts" in sentence
-    assert "less than static top-k: 0 of 2 at 5 and 0 of 2 at 4" in sentence
+    assert "has a clearly higher perplexity than static top-k at 5 and 4 experts" in sentence
+    assert "than that of static top-k: 0 of 2 at 5 and 0 of 2 at 4" in sentence
 
 
 def doubtful(tables: SweepTables, *domains: str) -> SweepTables:
@@ -204,7 +205,7 @@ def doubtful(tables: SweepTables, *domains: str) -> SweepTables:
 
 def test_domains_are_counted_by_their_intervals(tables: SweepTables) -> None:
     assert domains_title(tables) == (
-        "The best rule clearly loses less than static top-k in all 2 domains, at every budget"
+        "The best rule has a clearly lower loss than static top-k in all 2 domains, at every budget"
     )
     assert "in no domain" in domains_title(doubtful(tables, "prose", "code"))
     assert "in 1 of 2 domains" in domains_title(doubtful(tables, "prose"))
@@ -213,7 +214,7 @@ def test_domains_are_counted_by_their_intervals(tables: SweepTables) -> None:
 def test_only_points_that_were_scored_are_said_to_keep_their_budget(tables: SweepTables) -> None:
     rows = [replace(row, off_budget=False) for row in tables.points]
     unscored = replace(rows[0], mean_experts=math.nan)
-    every = "keeps within 2 % of its budget"
+    every = "is within 2 % of its budget"
     assert f"Every point {every}" in render_sweep(replace(tables, points=tuple(rows)))
     assert f"Every scored point {every}" in render_sweep(replace(tables, points=(*rows, unscored)))
     assert every not in render_sweep(replace(tables, points=(unscored,), by_domain=()))
@@ -229,11 +230,11 @@ def test_the_report_asks_every_rule_whether_it_beats_each_reference(tmp_path: Pa
     typed = {"command": "bh-routing sweep --budget 6 --output 'a b'"}
     folder = write_sweep(tmp_path, points, records, curve_points=beyond, provenance=typed)
     text = render_sweep(compare_points(read_sweep(folder), FEW))
-    assert (
-        "| budget | rule | experts | ΔPPL | beats static top-k | beats top-p | beats per-" in text
-    )
+    names = ("static top-k", "top-p", "per-layer top-k")
+    asked = " | ".join(f"lower than {name}" for name in names)
+    assert f"| budget | rule | experts | ΔPPL | {asked} |" in text
     assert re.search(r"\| 5 \| `bh_drop block` \|[^|]*\|[^|]*(\| \*\*yes\*\* [^|]*){3}\|", text)
-    assert "**Against per-layer top-k** the same points lose less at" in text
+    assert "**Against per-layer top-k** the same points have a lower perplexity at" in text
     assert "    bh-routing sweep --budget 6 --output 'a b'\n" in text
 
 

@@ -1,4 +1,4 @@
-"""Find the rule with the lowest loss at equal cost: points, domains and winners of a sweep.
+"""Find the rule with the lowest loss at equal cost: points, domains and best rules.
 
 `compare_points` turns a sweep into tidy tables: one row per point, and one per comparison of a
 point with a reference, such as static top-k, at the point's own measured cost: mean experts per
@@ -37,9 +37,9 @@ MEAN_DISTINCT: Final = "mean_distinct_experts"
 """The same in decode steps: distinct experts per step and layer."""
 ALL_RULES: Final = "all rules"
 BH_RULES: Final = ("bh_drop",)
-"""Rules with a winner of their own, in addition to the overall winner."""
+"""Rules whose best variant is reported too."""
 CONTROLS: Final = ("oracle_contribution", "random_k")
-"""Oracle and control: they have rows but can't win."""
+"""Oracle and control: they have rows but are never the best rule."""
 STATIC_STEP: Final = 1.0
 """Static top-k is linear between k and k + 1: close to mixing the two at random."""
 CURVE_STEP: Final = 1.25
@@ -62,8 +62,8 @@ _KEYS: Final = {
     "cost": "Quantity that is equal in the comparison: mean_experts or mean_distinct_experts.",
 }
 _ANSWER: Final = (
-    "Whether the rule loses less; yes: the interval of difference lies below 0 and p_corrected "
-    "below 0.05; no: both say that it loses more; undecided: neither; unknown: not compared."
+    "Whether the rule's loss is lower; yes: the interval of difference is below 0 and p_corrected "
+    "below 0.05; no: both say that it is higher; undecided: neither; unknown: not compared."
 )
 
 

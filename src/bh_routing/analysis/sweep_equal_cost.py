@@ -91,7 +91,7 @@ class EqualCost:
 
     @property
     def is_kept_in_logs(self) -> bool:
-        """Whether a clear win remains if the reference is interpolated in log loss."""
+        """Whether the loss is clearly lower also if the reference is interpolated in log loss."""
         return self.high + self.at_mean - self.geometric < 0 and (
             self.p_corrected < SIGNIFICANCE_LEVEL
         )

@@ -154,7 +154,7 @@ def read_sweep(folder: Path) -> Sweep:
     kind, version = run.get("kind"), run.get("schema_version")
     if kind != SWEEP or version != SCHEMA_VERSION:
         raise ResultsError(
-            f"{path} is of kind {kind!r} and schema version {version}, expected {SWEEP!r} and "
+            f"{path} has kind {kind!r} and schema version {version}, expected {SWEEP!r} and "
             f"{SCHEMA_VERSION}; name a folder that a sweep or run wrote"
         )
     try:

@@ -49,8 +49,8 @@ def _print(value: Any, as_json: bool, table: Callable[[Any], str]) -> None:
 
 def _resumes(output: Path | None) -> str:
     if output is None:
-        return "nothing was kept; with --output a stopped evaluation can go on"
-    return f"the same command goes on with what {output} holds"
+        return "nothing was kept; with --output a stopped evaluation can be resumed"
+    return f"the same command continues with what {output} holds"
 
 
 @with_options(RunSpec, PromptChoice)
@@ -233,8 +233,8 @@ def report(
     if len(folders) > 1:
         if output is None:
             raise InputError(
-                f"a comparison of {len(folders)} folders belongs to none of them; name the page "
-                "with --output, such as --output comparison.html"
+                f"a comparison of {len(folders)} folders needs a file to write; add "
+                "--output, such as --output comparison.html"
             )
         typer.echo(f"wrote {write_comparison(folders, output)}", err=True)
         return 0

@@ -17,7 +17,7 @@ from bh_routing.engine.texts import Document, as_documents, passage_hashes, text
 from bh_routing.engine.windows import spread_tokens
 from bh_routing.errors import CalibrationError, InputError
 from bh_routing.models.capture import evaluating, text_config
-from bh_routing.models.routers import Routers, find_routers, model_fingerprint, refuse_routed
+from bh_routing.models.routers import Routers, find_routers, model_fingerprint, reject_routed
 from bh_routing.models.sites import Callback, Proposal, RouterSite, fingerprint_routers
 from bh_routing.nulls.base import ReferenceTable, RouterPass
 from bh_routing.nulls.calibration import Calibration
@@ -61,7 +61,7 @@ def calibrate(
     """
     nulls = _nulls_to_fit(rules, nulls)
     routers = find_routers(model)
-    refuse_routed(site.module for site in routers.sites)
+    reject_routed(site.module for site in routers.sites)
     text_only = [document.text for document in as_documents(texts)]
     read = tokenize_distinct(tokenizer, text_only)
     documents = list(read.values())

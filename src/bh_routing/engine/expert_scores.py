@@ -20,7 +20,7 @@ from bh_routing.engine.texts import Document
 from bh_routing.engine.windows import spread_tokens
 from bh_routing.errors import CalibrationError, InputError
 from bh_routing.models.capture import evaluating
-from bh_routing.models.routers import find_routers, refuse_routed
+from bh_routing.models.routers import find_routers, reject_routed
 from bh_routing.multitest.step_up import benjamini_hochberg
 from bh_routing.stats.bootstrap import RESAMPLES
 from bh_routing.stats.clustered import MIN_CLUSTERS, estimate_ratio
@@ -101,7 +101,7 @@ def observe_experts(
         CalibrationError: a value isn't finite, or the model gives no gradients.
     """
     routers = find_routers(model)
-    refuse_routed(site.module for site in routers.sites)
+    reject_routed(site.module for site in routers.sites)
     read = tokenize_distinct(tokenizer, [document.text for document in documents])
     taken = spread_tokens([len(ids) for ids in read.values()], max_tokens)
     shape = (len(routers.sites), routers.num_experts)

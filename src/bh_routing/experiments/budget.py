@@ -1,4 +1,4 @@
-"""Bring rules to mean numbers of experts: a run's own, and alternatives where its BH rules lose."""
+"""Bring rules to mean numbers of experts: a run's own, and alternatives to its BH rules."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _goals(rules: Sequence[NamedRule], budget: float) -> dict[str, Goal]:
 def losing_budgets(
     rules: Iterable[NamedRule], records: Iterable[QualityRecord], model_top_k: int
 ) -> list[float]:
-    """Return the mean experts, to one decimal, at which a BH configuration loses to static top-k.
+    """Return the mean experts, to one decimal, of BH rules that are worse than static top-k.
 
     Means at which `bh_drop` was scored already are left out.
 

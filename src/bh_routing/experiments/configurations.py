@@ -114,7 +114,7 @@ def parse_rule(text: str) -> tuple[str, dict[str, Any]]:
             raise InputError(f"rule {text!r} gives {field.strip()} twice; remove one")
         try:
             config[field.strip()] = load_yaml(value)
-        except (*YAML_ERRORS, RefusedYaml) as error:
+        except (*YAML_ERRORS, RejectedYaml) as error:
             problem = " ".join(str(error).split())[:100]
             raise InputError(
                 f"rule {text!r} has the value {value!r}, which isn't valid YAML ({problem}); write "
@@ -150,7 +150,7 @@ YAML_ERRORS: Final = (
     AttributeError,
     ArithmeticError,
 )
-"""Besides its own errors PyYAML raises others, such as KeyError for `!!bool maybe`."""
+"""PyYAML raises its own errors and others, such as KeyError for `!!bool maybe`."""
 
 
 class ConfigFile(BaseModel):
@@ -197,7 +197,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = key_node.value
             if isinstance(key, str) and key in seen:
-                raise RefusedYaml(
+                raise RejectedYaml(
                     f"has the name {key!r} twice (line {key_node.start_mark.line + 1}); YAML would "
                     "keep only the last: rename or remove one"
                 )
@@ -211,14 +211,14 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()  # type: ignore[no-untyped-call]
             # Nested aliases can expand a few lines to gigabytes.
-            raise RefusedYaml(
+            raise RejectedYaml(
                 f"uses a YAML alias (*{event.anchor}, line {event.start_mark.line + 1}), which "
                 "isn't supported; write the value out"
             )
         return super().compose_node(parent, index)
 
 
-class RefusedYaml(Exception):
+class RejectedYaml(Exception):
     """The text holds an unsupported construct; the message continues after the file's name."""
 
 
@@ -226,7 +226,7 @@ def load_yaml(content: str | bytes) -> Any:
     """Load YAML 1.2's plain types, with string keys, and without duplicate keys, aliases or dates.
 
     Raises:
-        RefusedYaml: the content has an alias or a duplicate key.
+        RejectedYaml: the content has an alias or a duplicate key.
         YAML_ERRORS: the content isn't YAML.
     """
     return yaml.load(content, Loader=_Loader)  # derived from SafeLoader
@@ -254,7 +254,7 @@ def read_config_file(path: Path) -> ConfigFile:
         )
     try:
         values = load_yaml(content)
-    except RefusedYaml as refusal:
+    except RejectedYaml as refusal:
         raise InputError(f"configuration file {path} {refusal}") from None
     except YAML_ERRORS as error:
         problem = " ".join(str(error).split())

@@ -87,7 +87,7 @@ def read_stored_run(folder: Path) -> StoredRun | None:
         ResultsError: a file was edited or truncated, or isn't a run's.
     """
     if not (folder / RUN_JSON).exists():
-        _refuse_without_run_json(folder)
+        _reject_without_run_json(folder)
         return None
     document = read_json_object(folder / RUN_JSON, _PUT_BACK)
     identity = document.get("identity")
@@ -96,7 +96,7 @@ def read_stored_run(folder: Path) -> StoredRun | None:
     except ValidationError:
         plans = None
     if not isinstance(identity, dict) or plans is None:
-        raise ResultsError(f"{folder / RUN_JSON} isn't of a bh-routing run; {WAYS_OUT}")
+        raise ResultsError(f"{folder / RUN_JSON} doesn't belong to a bh-routing run; {WAYS_OUT}")
     if identity.get("schema_version") != SCHEMA_VERSION:
         raise ResultsError(
             f"{folder} has schema {identity.get('schema_version')}, this version of bh-routing "
@@ -125,11 +125,11 @@ def render_row(record: ExperimentRecord) -> str:
     return render_csv_row(getattr(record, name) for name in CSV_COLUMNS)
 
 
-def _refuse_without_run_json(folder: Path) -> None:
+def _reject_without_run_json(folder: Path) -> None:
     for name in OWN_NAMES:
         if (folder / name).exists():
             raise ResultsError(
-                f"{folder} holds {name} but no {RUN_JSON}, so it can't be told which run it is of; "
+                f"{folder} holds {name} but no {RUN_JSON}, so its run is unknown; "
                 "choose another --output, or use --no-resume, which moves it aside"
             )
 
@@ -141,7 +141,7 @@ def _check_checkpoint(path: Path, checksums: list[str]) -> None:
     checkpoint = read_json_object(path, _PUT_BACK)
     finished, checksum = checkpoint.get("finished"), checkpoint.get("last_checksum")
     if not isinstance(finished, int) or finished < 0:
-        raise ResultsError(f"{path} was edited; delete it to go on, or {WAYS_OUT}")
+        raise ResultsError(f"{path} was edited; delete it to continue, or {WAYS_OUT}")
     if finished > len(checksums):
         raise ResultsError(
             f"{path.parent.parent / JOURNAL} is truncated: it has {len(checksums)} lines, "
@@ -149,7 +149,7 @@ def _check_checkpoint(path: Path, checksums: list[str]) -> None:
         )
     if finished and checksums[finished - 1] != checksum:
         raise ResultsError(
-            f"{path} doesn't belong to {JOURNAL}: one of them was edited or is of another run; "
+            f"{path} doesn't belong to {JOURNAL}: one of them was edited or is another run's; "
             f"{WAYS_OUT}"
         )
 
@@ -206,7 +206,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        refuse_links(folder)
+        reject_links(folder)
         lock = FileLock(folder / LOCK)
         lock.acquire(timeout=0)
     except Timeout:
@@ -219,7 +219,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def refuse_links(folder: Path) -> None:
+def reject_links(folder: Path) -> None:
     """Raise ResultsError if a file that we write in the folder is a symbolic link."""
     for name in (*OWN_NAMES, LOCK, CHECKPOINT):
         path = folder / name

@@ -285,7 +285,7 @@ def check_prompts(
         if length > room:
             raise InputError(
                 f"{shown} has {length} tokens, and the model's context of {facts.context_length} "
-                f"leaves {max(room, 0)} beside {max_tokens} new ones; shorten it or generate "
+                f"leaves {max(room, 0)} next to {max_tokens} new ones; shorten it or generate "
                 "fewer tokens (--max-tokens, max_new_tokens)"
             )
 

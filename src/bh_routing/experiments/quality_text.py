@@ -26,7 +26,7 @@ DRAWS: Final = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QualityText:
-    """Tokenized text and its windows; besides these, a record depends only on its rule."""
+    """Tokenized text and its windows; a record depends on these and on its rule only."""
 
     documents: Sequence[TokenizedDocument]
     sha256: str

@@ -253,7 +253,7 @@ def _score_alternatives(
     store: ResultStore,
     records: Sequence[QualityRecord],
 ) -> None:
-    """Score `bh_drop` where BH configurations lose; note it, and each rule's command."""
+    """Score `bh_drop` next to BH rules worse than static top-k; note each rule's command."""
     if not records:
         return
     rules = {record.config_name: make_rule(record.rule) for record in records}
@@ -261,7 +261,7 @@ def _score_alternatives(
     skipped: str | None = None
     found: list[dict[str, Any]] = []
     if budgets:
-        log.info("scoring bh_drop where BH configurations lose, for comparison")
+        log.info("scoring bh_drop at the mean experts of BH configurations, for comparison")
         try:
             with torch_threads(prepared.loaded.threads.batch):
                 subject, alternatives, calibration = find_alternatives(
@@ -344,7 +344,7 @@ def _announce(spec: RunSpec, prepared: Preparation, store: ResultStore, num_reus
     )
     if num_reused:
         log.info(
-            "going on with the run in %s: %d of %d experiments are finished already",
+            "resuming the run in %s: %d of %d experiments are finished already",
             spec.output,
             num_reused,
             len(prepared.grid),
@@ -360,7 +360,7 @@ def _announce(spec: RunSpec, prepared: Preparation, store: ResultStore, num_reus
 
 def _say_how_to_go_on(spec: RunSpec, prepared: Preparation, store: ResultStore) -> None:
     log.warning(
-        "interrupted: %d of %d experiments are finished and kept in %s; the same command goes on "
+        "interrupted: %d of %d experiments are finished and kept in %s; the same command continues "
         "from there",
         sum(record.status == STATUS_OK for record in store.records),
         len(prepared.grid),

@@ -158,7 +158,7 @@ class KnobSearch:
         ]
 
     def key_of(self, variant: Variant) -> str:
-        """Identify everything that a setting depends on besides its goal."""
+        """Identify everything that a setting depends on, except its goal."""
         return self._key(variant.anywhere().required_null)
 
     def _key(self, null: str | None) -> str:

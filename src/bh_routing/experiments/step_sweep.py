@@ -1,4 +1,4 @@
-"""Points of a sweep at equal distinct experts per decode step, besides those at its budgets."""
+"""Points of a sweep at equal distinct experts per decode step, in addition to its budgets."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from bh_routing.experiments.folder import (
     in_use,
     move_aside,
     read_stored_run,
-    refuse_links,
+    reject_links,
     remove_leftovers,
     render_header,
     render_row,
@@ -112,7 +112,7 @@ class ResultStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self._lock is None:
-                refuse_links(self.folder)
+                reject_links(self.folder)
                 self._acquire_lock()
                 read_stored_run(self.folder)
                 if (self.folder / RUN_JSON).exists():
@@ -201,7 +201,7 @@ class ResultStore:
     def _open(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise ResultsError(f"{self.folder} is a file; choose a folder as --output")
-        refuse_links(self.folder)
+        reject_links(self.folder)
         if not any((self.folder / name).exists() for name in OWN_NAMES):
             return
         try:

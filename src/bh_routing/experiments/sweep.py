@@ -215,7 +215,7 @@ def read_stored_sweep(folder: Path) -> dict[str, Any]:
         return {}
     document = read_json_object(path, "choose another --output")
     if (document.get("kind"), document.get("schema_version")) != (KIND, SCHEMA_VERSION):
-        raise ResultsError(f"{path} isn't of a sweep of this version; choose another --output")
+        raise ResultsError(f"{path} isn't a sweep of this version; choose another --output")
     return document
 
 

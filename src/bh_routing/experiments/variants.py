@@ -104,7 +104,7 @@ def parse_variants(texts: Sequence[str]) -> list[Variant]:
             raise InputError(f"rule {text!r} is there twice; give it once")
         variants.append(variant)
     if not variants:
-        raise InputError("no rule is left to sweep; give one beside top_k, such as bh_drop")
+        raise InputError("no rule is left to sweep; give one other than top_k, such as bh_drop")
     return variants
 
 
@@ -136,7 +136,7 @@ def variants_of(rules: Mapping[str, Rule] | Iterable[Rule]) -> list[Variant]:
                 )
         variants.append(variant)
     if not variants:
-        raise InputError("no rule is left to sweep; give one besides top_k, such as bh_drop")
+        raise InputError("no rule is left to sweep; give one other than top_k, such as bh_drop")
     return variants
 
 

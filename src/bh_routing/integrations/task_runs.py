@@ -170,7 +170,7 @@ def _check_output(output: Path | None) -> None:
     for name in (TASK_OUTCOMES, TASK_SUMMARY):
         if output is not None and (output / name).exists():
             raise ResultsError(
-                f"{output / name} is there already; choose another folder, or move it away"
+                f"{output / name} already exists; choose another folder, or move it away"
             )
 
 

@@ -1,4 +1,4 @@
-"""Decode step for one sequence on a GPU: four kernels per layer besides router and experts.
+"""Decode step for one sequence on a GPU: four kernels per layer in addition to router and experts.
 
 One token multiplies every matrix by a single vector, so a step is bound by reading the weights;
 launches and waits are overhead. Two measures reduce it. Every program of a product recomputes the

@@ -32,7 +32,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "zaya": Family(skips=True),
 }
 
-REFUSED: Final[dict[str, str]] = {
+UNSUPPORTED: Final[dict[str, str]] = {
     "doge": "its experts are rows of an embedding, mixed without a router module",
     "jetmoe": "its router hands tokens over sorted by expert, in place of weights and indices",
     "llama4": "it runs every expert on every token, so leaving one out saves nothing",
@@ -51,9 +51,9 @@ def family_of(model_type: str) -> Family:
         ModelError: the family isn't supported.
     """
     base = model_type.removesuffix("_text")
-    if base in REFUSED:
+    if base in UNSUPPORTED:
         raise ModelError(
-            f"model type {model_type!r} is not supported: {REFUSED[base]}; see: {TABLE_CALL}"
+            f"model type {model_type!r} is not supported: {UNSUPPORTED[base]}; see: {TABLE_CALL}"
         )
     return FAMILIES.get(base, Family())
 

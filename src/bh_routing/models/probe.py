@@ -239,8 +239,7 @@ def _fit_law(bench: _Bench, routed: Routed, gain: Attribute | None) -> _Law:
         near = fitting = [s for s in near if _is_constant(ratios[s].flatten(), tolerance)] or near
     if len(near) != 1 or not fitting:
         raise ModelError(
-            f"{bench.place.name} turns logits into weights in a way that is none of "
-            f"{', '.join(TRANSFORMS)}"
+            f"{bench.place.name} doesn't turn logits into weights by one of {', '.join(TRANSFORMS)}"
         )
     ratio_T = ratios[near[0]].mean(-1)
     sums_T = weights_TK.sum(-1)

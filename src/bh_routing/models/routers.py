@@ -191,7 +191,7 @@ def find_routers(model: nn.Module) -> Routers:
     known, state = _known.get(model, (None, None))
     if known is not None and (known.is_routed or _state_of(model) == state):
         return known
-    refuse_routed(model.modules())
+    reject_routed(model.modules())
     _known.pop(model, None)
     model_type = model_type_of(model)
     family = family_of(model_type)
@@ -226,7 +226,7 @@ def find_routers(model: nn.Module) -> Routers:
     return routers
 
 
-def refuse_routed(modules: Iterable[nn.Module]) -> None:
+def reject_routed(modules: Iterable[nn.Module]) -> None:
     """Raise ModelError if one of the modules is a router inside `route`."""
     if any(module in ROUTED for module in modules):
         raise ModelError(

@@ -20,7 +20,7 @@ from bh_routing.models.routers import (
     Routers,
     find_routers,
     model_fingerprint,
-    refuse_routed,
+    reject_routed,
     unwrapped,
 )
 from bh_routing.models.rows import RowsOfCall, end_ids
@@ -181,7 +181,7 @@ def install(
     """
     routers = bound.routers
     modules = [site.module for site in routers.sites]
-    refuse_routed(modules)
+    reject_routed(modules)
     trace = ExpertTrace(len(routers.sites), routers.num_experts)
     with ExitStack() as undo:
         ROUTED.update(modules)

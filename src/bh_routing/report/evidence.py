@@ -227,14 +227,14 @@ def matches(name: str, variant: str) -> bool:
 
 
 def _judge(answer: str, expected: str = "yes") -> str:
-    """Return the verdict of a claim, given whether a rule loses less than a reference."""
+    """Return the verdict of a claim, given whether a rule has a lower loss than a reference."""
     if answer not in ("yes", "no"):
         return UNDECIDED
     return HOLDS if answer == expected else FAILS
 
 
 def _compared(part: str, variant: str, reference: str, expected: str = "yes") -> Claim:
-    """Return a claim that a variant loses less, or more, than a reference at every budget."""
+    """Return a claim that a variant has a lower or higher loss than a reference at each budget."""
 
     def claim(found: Evidence) -> list[Finding]:
         table = found.get(part, {"points": [], "comparisons": []})
@@ -316,24 +316,25 @@ TABLES: Final[Mapping[str, tuple[list[str], list[str], Callable[[Evidence], Iter
 }
 """Title -> keys, cells and rows of a table."""
 CLAIMS: Final[Mapping[str, Claim]] = {
-    "Population BH loses less than static top-k at equal experts per token":
+    "Population BH has a lower loss than static top-k at equal experts per token":
         _compared("equal_cost", POPULATION, "top_k"),
-    "`bh_drop` per token loses less than static top-k":
+    "`bh_drop` per token has a lower loss than static top-k":
         _compared("equal_cost", "bh_drop-sensitivity", "top_k"),
-    "Population BH loses less than top-p": _compared("equal_cost", POPULATION, "top_p"),
-    "Top-p loses less than static top-k": _compared("equal_cost", "top_p", "top_k"),
-    "BH-select (`bh`) loses more than static top-k":
+    "Population BH has a lower loss than top-p": _compared("equal_cost", POPULATION, "top_p"),
+    "Top-p has a lower loss than static top-k": _compared("equal_cost", "top_p", "top_k"),
+    "BH-select (`bh`) has a higher loss than static top-k":
         _compared("equal_cost", "bh", "top_k", "no"),
     **{
-        f"Per step of 16, `bh_drop` step_population, refilled, loses less than {shown}":
+        f"Per step of 16, `bh_drop` step_population, refilled, has a lower loss than {shown}":
             _compared("decode_steps", STEPS, reference)
         for reference, shown in REFERENCES.items() if reference != "top_p"
     },
-    "BH-select loses more than static top-k at its mean, whatever the null distribution and α":
+    "BH-select has a higher loss than static top-k at its mean, for every null distribution and α":
         _answered("bh, ", "no"),
-    "`bh_drop` loses less than static top-k at its mean, at every α": _answered("bh_drop", "yes"),
+    "`bh_drop` has a lower loss than static top-k at its mean, at every α":
+        _answered("bh_drop", "yes"),
     "`bh_drop` per token: of a token's drops, at most α·π₀ mattered on average": _bounded,
-    "Pruned by Fisher mass, a model loses less than by REAP": _fisher_against_reap,
+    "Pruned by Fisher mass, a model has a lower loss than by REAP": _fisher_against_reap,
 }  # fmt: skip
 """Claims of README and docs/method.md, each with its cases on a model."""
 

@@ -149,7 +149,7 @@ class Facts:
 
     @property
     def alternatives(self) -> Mapping[str, Any]:
-        """Rules scored where BH configurations lose, in run.json; empty in older runs."""
+        """Rules scored for comparison with BH configurations, in run.json; empty in older runs."""
         return child(self.run, ALTERNATIVES)
 
     @property

@@ -250,7 +250,7 @@ def show(name: object) -> str:
 
 
 def quality(found: QualityFindings) -> str:
-    """State the configurations' losses, and whether static top-k loses less at the same mean."""
+    """State the configurations' losses, and that of static top-k at the same mean."""
     tested = found.whole
     if not tested:
         return "Perplexity of static top-k by number of experts"
@@ -266,9 +266,9 @@ def quality(found: QualityFindings) -> str:
         return cost
     if counts.get("undecided") == compared:
         return f"{cost}; no clear difference from static top-k at the same mean"
-    words = {"no": "less", "yes": "more"}
+    words = {"no": "lower", "yes": "higher"}
     if len(counts) == 1:
         (answer,) = counts
-        return f"{cost}; static top-k loses {words[answer]} at the same mean"
-    texts = [f"{words[answer]} in {counts[answer]}" for answer in words if answer in counts]
-    return f"{cost}; static top-k clearly loses {' and '.join(texts)} of {compared}"
+        return f"{cost}; that of static top-k is {words[answer]} at the same mean"
+    texts = [f"{words[answer]} than in {counts[answer]}" for answer in words if answer in counts]
+    return f"{cost}; that of static top-k is clearly {' and '.join(texts)} of {compared}"

@@ -14,8 +14,8 @@ from bh_routing.report.text import as_float
 from bh_routing.stats.clustered import NON_INFERIORITY_MARGIN
 
 Answer = Literal["yes", "no", "undecided", "unknown"]
-"""Whether a rule loses less than static top-k with the same number of experts: decided by the
-interval of the difference, never by its sign."""
+"""Whether a rule's loss is lower than that of static top-k with the same number of experts: decided
+by the interval of the difference, never by its sign."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +104,10 @@ class QualityFindings:
 
     @property
     def recommended(self) -> QualityRow | None:
-        """Row of lowest loss among the rules that lose clearly less than static top-k.
+        """Row of lowest loss among the rules whose loss is clearly below that of static top-k.
 
-        Each is compared with static top-k at its own mean number of experts. If none loses clearly
-        less: the best static top-k near these means; None without a comparison.
+        Each is compared at its own mean number of experts. Without such a rule: the best static
+        top-k near these means; None without a comparison.
         """
         paying = [row for rows in self.against.get("yes", ()) for row in rows]
         compared = [row for [rows] in self.against.values() for row in rows]

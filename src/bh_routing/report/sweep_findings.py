@@ -57,7 +57,7 @@ class SweepFacts:
 
     @property
     def overall(self) -> list[Winner]:
-        """Overall winner at each budget."""
+        """Best rule of all at each budget."""
         return [w for w in self.tables.winners if w.among == ALL_RULES]
 
     @property
@@ -95,9 +95,9 @@ class SweepFacts:
 
     @property
     def bh_answers(self) -> list[tuple[str, list[tuple[str, list[Winner]]]]]:
-        """Less or more -> reference -> budgets with a clearly lower or higher loss."""
+        """Lower or higher -> reference -> budgets with such a loss, clearly."""
         found = []
-        for answer, how in (("yes", "less"), ("no", "more")):
+        for answer, how in (("yes", "lower"), ("no", "higher")):
             parts = [(shown, self.having(answer, name)) for name, shown in NAMES.items()]
             if parts := [(shown, own) for shown, own in parts if own]:
                 found.append((how, parts))
@@ -109,13 +109,13 @@ class SweepFacts:
 
     @property
     def bh_domains(self) -> list[tuple[int, PointRow]]:
-        """Domains in which the best BH variant clearly loses less than static top-k."""
+        """Domains in which the best BH variant is clearly better than static top-k."""
         rows = self.bh_rows
         return list(zip(clear_domains(self.tables, rows), rows, strict=True))
 
     @property
     def harder_bar(self) -> list[tuple[int, int, str]]:
-        """(remaining wins, wins, reference) if the reference is interpolated in log loss."""
+        """(remaining, clear differences, reference) for references interpolated in log loss."""
         found = []
         for name, shown in NAMES.items():
             compared = [self.against(row, name) for row in self.tables.points]
@@ -269,13 +269,13 @@ def span_saved(tables: SweepTables, winners: Sequence[Winner], name: str = STATI
 
 
 def pareto_title(tables: SweepTables) -> str:
-    """State which rules beat static top-k at equal cost, and by how much."""
+    """State which rules are better than static top-k at equal cost, and by how much."""
     known = [w for w in tables.winners if w.among == ALL_RULES and w.row]
     clear = [w for w in known if w.row and tables.against(w.row, STATIC).answer == "yes"]
     if not known:
         return "Loss and experts of each rule"
     if not clear:
-        return "No rule clearly loses less than static top-k with as many experts"
+        return "No rule has a clearly lower loss than static top-k with as many experts"
     names = {series_label(w.row) for w in clear if w.row}
     who = plain(names.pop()) if len(names) == 1 else "The best rule"
     saves = f"{who} saves {span_saved(tables, clear)} of static top-k's loss"
@@ -285,18 +285,18 @@ def pareto_title(tables: SweepTables) -> str:
 
 
 def domains_title(tables: SweepTables) -> str:
-    """State in how many domains the winners clearly lose less than static top-k."""
+    """State in how many domains the best rules are clearly better than static top-k."""
     rows = [w.row for w in tables.winners if w.among == ALL_RULES and w.row]
     if not rows:
         return "Loss and experts of each rule by domain"
     clear, of = clear_domains(tables, rows), len(tables.domain_names)
     ends = dict.fromkeys(str(end(clear)) for end in (min, max))
-    loses = "clearly loses less than static top-k in"
+    differs = "has a clearly lower loss than static top-k in"
     if min(clear) == of:
-        return f"The best rule {loses} all {of} domains, at every budget"
+        return f"The best rule {differs} all {of} domains, at every budget"
     if max(clear) == 0:
-        return f"The best rule of a budget {loses} no domain"
-    return f"The best rule of a budget {loses} {' to '.join(ends)} of {of} domains"
+        return f"The best rule of a budget {differs} no domain"
+    return f"The best rule of a budget {differs} {' to '.join(ends)} of {of} domains"
 
 
 def clear_domains(tables: SweepTables, rows: Sequence[PointRow]) -> list[int]:

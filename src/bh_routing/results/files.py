@@ -67,7 +67,7 @@ def unwritable(path: Path, error: OSError) -> ResultsError:
     """Build the error for a file that can't be written."""
     return ResultsError(
         f"{path} can't be written ({error.strerror or error}); make room, give the right to write "
-        "there, or choose another folder: what finished is kept, and the same command goes on "
+        "there, or choose another folder: finished work is kept, and the same command continues "
         "from there"
     )
 

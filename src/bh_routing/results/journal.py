@@ -102,7 +102,7 @@ class Journal(Generic[Item]):
                     raise half_read(
                         path,
                         f"line {number} doesn't fit its checksum: it or the line before was "
-                        "edited, removed or damaged, or it is of another run",
+                        "edited, removed or damaged, or it belongs to another run",
                         remedy,
                     )
                 previous = str(stored)

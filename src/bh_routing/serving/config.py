@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from bh_routing.errors import CalibrationError, InputError
-from bh_routing.experiments.configurations import YAML_ERRORS, RefusedYaml, load_yaml
+from bh_routing.experiments.configurations import YAML_ERRORS, RejectedYaml, load_yaml
 from bh_routing.experiments.spec_errors import describe_error
 from bh_routing.models.sites import fingerprint_routers
 from bh_routing.nulls.calibration import Calibration
@@ -121,7 +121,7 @@ def _read_yaml(path: Path) -> Any:
             f"configuration {path} can't be read ({reason}); set {VARIABLE} to a YAML file, or "
             "unset it to serve without a rule"
         ) from error
-    except (RefusedYaml, *YAML_ERRORS) as error:
+    except (RejectedYaml, *YAML_ERRORS) as error:
         problem = " ".join(str(error).split())[:200]
         raise InputError(
             f"configuration {path} isn't valid YAML ({problem}); correct it"

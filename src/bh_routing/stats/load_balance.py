@@ -190,7 +190,7 @@ def _checked(expert_load: ArrayLike, count_histogram: ArrayLike) -> tuple[Floats
     assigned_L = histogram_LC @ np.arange(histogram_LC.shape[1])
     tokens_L = histogram_LC.sum(axis=1)
     if (tokens_L != tokens_L[0]).any() or (assigned_L != counts_LE.sum(axis=1)).any():
-        raise InputError("counts and histogram aren't of the same tokens: their sums differ")
+        raise InputError("counts and histogram must cover the same tokens, but their sums differ")
     if (assigned_L == 0).any():
         raise InputError("a layer has no assignment at all; there is no load to measure")
     return counts_LE, histogram_LC

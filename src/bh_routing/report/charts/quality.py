@@ -1,4 +1,4 @@
-"""Charts of quality lost against experts kept."""
+"""Charts of the loss of quality against experts kept."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HEADER = ("configuration", "experts", "change in perplexity", "95 % interval")
 
 @chart("quality")
 def quality_vs_experts(facts: Facts) -> Chart | None:
-    """Change in perplexity against mean experts, with the curve of static top-k to beat."""
+    """Change in perplexity against mean experts, with the curve of static top-k."""
     rows = facts.quality.rows
     if not rows:
         return None
