@@ -66,8 +66,8 @@ def evaluate(
         window: input tokens of a forward pass; None: the model's context, at most 1,024.
         stride: scored tokens of each window after a document's first; None: the window.
         batch_size: windows per forward pass; None: as many as fit the memory limits.
-        decode_batch: sequences per emulated decode step, each of another document: position t of
-            all of them is one step. Rules that decide by step need it. None: no steps.
+        decode_batch: sequences per emulated decode step, each of another document; rules that
+            decide by step need it. None: no steps.
         margin: largest increase of the loss, in nats per token, that counts as none.
         seed: seed of the bootstrap.
     Returns:
@@ -144,27 +144,26 @@ def sweep(
     """
     variants, documents = variants_of(rules), as_documents(texts)
     source = packaged_documents("calibration") if calibration_texts is None else calibration_texts
-    search_documents = as_documents(source)
+    sources = as_documents(source)
     facts = describe_model(model)
     if (cost == "distinct") != (decode_batch is not None):
         raise InputError(f"{DISTINCT_NEEDS_STEPS}, got cost={cost!r}, decode_batch={decode_batch}")
     budgets = _check_budget_list(budgets, None if decode_batch else facts.model_top_k)
-    check_overlap(documents, search_documents)
-    text = prepare_text(
-        *(tokenizer, facts, documents), max_tokens=max_tokens, window=window, stride=stride,
-        batch_size=batch_size, decode_batch=decode_batch,
-    )  # fmt: skip
+    check_overlap(documents, sources)
+    sizes = {
+        "window": window,
+        "stride": stride,
+        "batch_size": batch_size,
+        "decode_batch": decode_batch,
+    }
+    text = prepare_text(tokenizer, facts, documents, max_tokens=max_tokens, **sizes)
     if calibration is not None:
         check_calibration_overlap(documents, calibration, "the calibration")
     elif needy := [v.anywhere() for v in variants if v.anywhere().required_null]:
-        calibration = calibrate(
-            model, tokenizer, search_documents, rules=needy,
-            max_tokens=defaults.CALIBRATION_TOKENS, seed=seed,
-        )  # fmt: skip
+        calibration = calibrate(model, tokenizer, sources, rules=needy, seed=seed)
     search = KnobSearch(
-        *(model, tokenizer, search_documents, calibration), batch_size=batch_size,
-        decode_batch=decode_batch,
-    )  # fmt: skip
+        model, tokenizer, sources, calibration, batch_size=batch_size, decode_batch=decode_batch
+    )
     goals = [Goal(variant=v, budget=b) for v in variants for b in budgets]
     found = search.find([*goals, *curve_goals(search, variants, budgets)])
     settings, curve_settings = found[: len(goals)], found[len(goals) :]
@@ -278,9 +277,8 @@ def prune(
         model: `demo`, a folder with a checkpoint, or a Hugging Face id.
         output: the new folder.
         keep: experts that stay in each layer; give this or alpha.
-        alpha: false discovery rate of Benjamini-Hochberg over all experts of the model, at which
-            "this expert matters to the text" is rejected. The layer with the fewest rejected
-            experts decides how many stay in each layer.
+        alpha: false discovery rate at which Benjamini-Hochberg over all experts rejects "this
+            expert matters to the text"; the layer with the fewest rejections decides for all.
         score: "reap", "fisher_mass", "frequency" or "random": each layer's best experts stay.
         texts: text to score the experts on; None: the packaged calibration text.
         max_tokens: tokens of the texts to use, spread over them.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,21 @@ TINY_PROMPTS = [
 ]
 
 MakeTinySpec = Callable[..., RunSpec]
+
+
+def run_driver(name: str, *arguments: object) -> dict[str, Any]:
+    """Run a module of this folder, which forks, in a process of its own; return its JSON."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.experiments.{name}", *map(str, arguments)],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 @pytest.fixture

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.experiments.conftest import run_driver
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the driver forks, which is Unix's")
 
@@ -23,23 +20,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the driver fork
 def test_no_fault_loses_repeats_or_spoils_an_experiment(
     faults: int, seed: int, tmp_path: Path
 ) -> None:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "tests.experiments.chaos_driver",
-            str(tmp_path),
-            str(faults),
-            str(seed),
-        ],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    outcomes = json.loads(done.stdout)["outcomes"]
+    outcomes = run_driver("chaos_driver", tmp_path, faults, seed)["outcomes"]
     assert len(outcomes) == faults
     bad = [
         outcome

@@ -192,7 +192,7 @@ def test_the_lowest_estimate_is_not_called_best_while_others_reach_it(
 @pytest.mark.parametrize(
     ("run", "words"),
     [
-        ({"executor": {"name": "local"}}, "prompts on one machine, whose own speed was steady"),
+        ({"executor": {"name": "local"}}, "prompts on one machine, whose speed was steady"),
         ({"executor": {"name": "ray", "workers": 4}}, "prompts on 4 workers of a Ray cluster;"),
         (
             {"sessions": [{"platform": "a", "cpu_count": 2}, {"platform": "b", "cpu_count": 8}]},
@@ -200,7 +200,7 @@ def test_the_lowest_estimate_is_not_called_best_while_others_reach_it(
         ),
         (
             {"sessions": [{"platform": "a", "cpu_count": 2}] * 2},
-            "prompts on one machine, whose own speed was steady;",
+            "prompts on one machine, whose speed was steady;",
         ),
         ({}, "12 prompts; they"),
     ],

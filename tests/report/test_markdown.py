@@ -353,7 +353,7 @@ def test_the_end_of_a_run_reads_its_folder_once(
         "the analysis",
         "drawing the plots",
         "writing the report",
-        "writing the page",
+        "writing the HTML report",
     ]
     assert {"REPORT.md", "report.html", "plots"} <= {path.name for path in folder.iterdir()}
     assert concluded is not None

@@ -125,25 +125,29 @@ def _read(record: Mapping[str, Any]) -> QualityRow:
         for end in ("", "_low", "_high")
     }
     unknown = {"delta_nll": delta, "verdict": "unknown", **ratios}
-    values: dict[str, Any] = {}
-    for f in fields(QualityRow):
-        given = record.get(f.name)
-        if f.name in ("by_position", "by_domain"):
-            parts = given if isinstance(given, Mapping) else {}
-            slices = {n: part for n, part in parts.items() if isinstance(part, Mapping)}
-            values[f.name] = {name: _read_slice(part) for name, part in slices.items()}
-        elif f.type == "float":
+    read = {
+        f.name: _read_cell(str(f.type), record.get(f.name), unknown.get(f.name))
+        for f in fields(QualityRow)
+    }
+    return QualityRow(**read)
+
+
+def _read_cell(kind: str, given: Any, unknown: Any) -> Any:
+    """Convert a value to a field's type; `unknown` stands for a missing one."""
+    match kind:
+        case "float":
             known = _float(given)
-            values[f.name] = known if math.isfinite(known) else unknown.get(f.name, math.nan)
-        elif f.type == "int":
-            values[f.name] = int(given or 0)
-        elif f.type == "bool":
-            values[f.name] = bool(given)
-        elif f.type == "str":
-            values[f.name] = str(given or unknown.get(f.name, ""))
-        else:
-            values[f.name] = tuple(given or ())
-    return QualityRow(**values)
+            return known if math.isfinite(known) else math.nan if unknown is None else unknown
+        case "int":
+            return int(given or 0)
+        case "bool":
+            return bool(given)
+        case "str":
+            return str(given or unknown or "")
+        case "tuple[str, ...]":
+            return tuple(given or ())
+    parts = given.items() if isinstance(given, Mapping) else ()
+    return {name: _read_slice(part) for name, part in parts if isinstance(part, Mapping)}
 
 
 def _read_slice(part: Mapping[str, Any]) -> QualitySlice:

@@ -77,6 +77,12 @@ class _Outcome(NamedTuple):
     """Kept experts of all its tokens, -1 where dropped."""
 
 
+_OWN: Final = ""
+"""Name of the model's own top-k among the bound rules."""
+_Memory = dict[tuple[str, tuple[int, ...]], _Outcome]
+"""Rule's name and window's tokens -> outcome, for rules that don't depend on companions."""
+
+
 def score(
     model: Any,
     tokenizer: Any,
@@ -163,12 +169,6 @@ def score(
                 for number in sorted(finished):
                     yield row[number].record(name, rules[name], group[number])
             finished.clear()
-
-
-_OWN: Final = ""
-"""Name of the model's own top-k among the bound rules."""
-_Memory = dict[tuple[str, tuple[int, ...]], _Outcome]
-"""Rule's name and window's tokens -> outcome, for rules that don't depend on companions."""
 
 
 def _score_batch(

@@ -82,7 +82,7 @@ def check_held_out(
 def check_overlap(documents: Sequence[Document], calibration: Sequence[Document]) -> None:
     """Raise InputError if a document to score shares a passage with the calibration text."""
     known = passage_hashes(document.text for document in calibration)
-    _refuse_shared(documents, find_shared_passages(documents, known), "the calibration text")
+    _reject_shared(documents, find_shared_passages(documents, known), "the calibration text")
 
 
 def check_calibration_overlap(
@@ -103,10 +103,10 @@ def check_calibration_overlap(
             name,
         )
         return
-    _refuse_shared(documents, shared, f"the text of {name}")
+    _reject_shared(documents, shared, f"the text of {name}")
 
 
-def _refuse_shared(
+def _reject_shared(
     documents: Sequence[Document], shared: Sequence[tuple[str, Sequence[str]]], where: str
 ) -> None:
     for name, words in shared:

@@ -187,23 +187,18 @@ def _run(parts: Iterable[str], spec: EvidenceSpec, run_part: RunPart) -> Iterato
                     waiting.remove(part)
                     running[part] = _start(part, spec, run_part)
             wait([process.sentinel for process in running.values()])
-            for part, process in [*running.items()]:
-                if process.exitcode is None:
-                    continue
-                del running[part]
-                if process.exitcode != 0:
-                    reason = f"its process was ended by {_name(-process.exitcode)}"
-                    reason += "; is there enough memory?"
+            for part in [part for part in running if running[part].exitcode is not None]:
+                if code := running.pop(part).exitcode:
+                    reason = f"its process was ended by {_name(-code)}; is there enough memory?"
                     _write_outcome(spec.output / part, 0.0, reason)
                 yield part
                 failure = read_outcome(spec.output, part).get("reason")
-                if part == CALIBRATION_PART and failure is not None:
-                    for other in [part for part in waiting if part != PRUNING_PART]:
-                        waiting.remove(other)
-                        _write_outcome(
-                            spec.output / other, 0.0, f"the calibration failed: {failure}"
-                        )
-                        yield other
+                if part != CALIBRATION_PART or failure is None:
+                    continue
+                for other in [other for other in waiting if other != PRUNING_PART]:
+                    waiting.remove(other)
+                    _write_outcome(spec.output / other, 0.0, f"the calibration failed: {failure}")
+                    yield other
     finally:
         for process in running.values():
             process.terminate()

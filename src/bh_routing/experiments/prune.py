@@ -18,7 +18,7 @@ from bh_routing.experiments.identity import collect_provenance
 from bh_routing.experiments.specs import PruneSpec
 from bh_routing.models.expert_axes import Checkpoint, block_of, check_routers, open_checkpoint
 from bh_routing.models.load import load_model
-from bh_routing.models.prune import refuse_existing, write_pruned
+from bh_routing.models.prune import reject_existing, write_pruned
 from bh_routing.models.routers import find_routers, model_fingerprint
 from bh_routing.results.files import render_json
 
@@ -41,7 +41,7 @@ def prune(spec: PruneSpec, documents: Sequence[Document] | None = None) -> dict[
         ModelError: the model can't be loaded, routed or pruned; nothing is written.
         ResultsError: the folder exists, or can't be written.
     """
-    refuse_existing(spec.output)
+    reject_existing(spec.output)
     checkpoint = open_checkpoint(spec.model)
     if spec.keep is not None and spec.keep >= checkpoint.num_experts:
         raise InputError(

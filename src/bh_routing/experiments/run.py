@@ -149,8 +149,9 @@ def _run_begun(
 ) -> RunOutcome:
     """Carry out a run whose folder is open for writing."""
     grid, folder = prepared.grid, spec.output
-    num_reused = _ready_folder(prepared, store)
-    _announce(spec, prepared, store, num_reused)
+    if prepared.subject.calibration is not None:
+        save_calibration(prepared.subject.calibration, folder)
+    _announce(spec, prepared, store)
     # For experiments from an earlier session only their own time is known.
     earlier_sec = sum(r.inference_time_sec for r in store.records if r.status == STATUS_OK)
     grid_start = time.perf_counter()
@@ -195,7 +196,7 @@ def _run_begun(
         folder=folder,
         records=tuple(store.records),
         num_run=num_run,
-        num_reused=num_reused,
+        num_reused=len(grid) - num_run,
         problems=problems,
         concluded=concluded,
     )
@@ -206,13 +207,6 @@ def _conclude(conclude: Conclude | None, folder: Path, attempt: Attempts) -> Any
         return None
     log.info("comparing, drawing the plots and writing the report")
     return conclude(folder, attempt)
-
-
-def _ready_folder(prepared: Preparation, store: ResultStore) -> int:
-    """Save the calibration, and return the number of reused experiments."""
-    if prepared.subject.calibration is not None:
-        save_calibration(prepared.subject.calibration, store.folder)
-    return sum(store.finished_record(cell.key) is not None for cell in prepared.grid)
 
 
 def _score(
@@ -334,7 +328,8 @@ def _document(spec: RunSpec, prepared: Preparation, store: ResultStore) -> dict[
     }
 
 
-def _announce(spec: RunSpec, prepared: Preparation, store: ResultStore, num_reused: int) -> None:
+def _announce(spec: RunSpec, prepared: Preparation, store: ResultStore) -> None:
+    num_reused = sum(store.finished_record(cell.key) is not None for cell in prepared.grid)
     log.info(
         "%d configurations on %d prompts, at most %d tokens each, into %s",
         len(prepared.rules),

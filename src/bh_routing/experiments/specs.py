@@ -147,9 +147,8 @@ class PruneSpec(ModelSpec):
     keep: Annotated[int, Field(ge=2)] | None = None
     """Experts that stay in each layer; give this or alpha."""
     alpha: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """False discovery rate of Benjamini-Hochberg over all experts of the model, at which "this
-    expert matters to the text" is rejected; the layer with the fewest rejected experts decides how
-    many stay in each layer."""
+    """False discovery rate at which Benjamini-Hochberg over all experts rejects "this expert
+    matters to the text"; the layer with the fewest rejections decides how many stay in each."""
     score: Literal["reap", "fisher_mass", "frequency", "random"] = "fisher_mass"
     """Score by which each layer's experts stay: mean weight times output norm, estimated loss
     without the expert, tokens routed to it, or a random order."""

@@ -48,7 +48,7 @@ class _Block:
         self.decided: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
         self.given: list[tuple[Any, ...]] = []
 
-    def listen(self, order: list[_Block]) -> Iterator[Callable[[], None]]:
+    def watch(self, order: list[_Block]) -> Iterator[Callable[[], None]]:
         """Install the block's hooks and yield a function that removes each."""
 
         def on_child(name: str) -> Callable[..., None]:
@@ -75,8 +75,8 @@ class _Block:
             setattr(self.module, BLOCK_METHOD, method)
             yield lambda: delattr(self.module, BLOCK_METHOD)
 
-    def heard(self) -> CapturedCall:
-        """Identify the child that is the router.
+    def router_call(self) -> CapturedCall:
+        """Return the captured call of the child that is the router.
 
         Raises:
             ModelError: no child is a router, or the experts' input differs from its output.
@@ -115,7 +115,7 @@ class _Block:
         return None, as_routed(logits, pair) if is_logits else None
 
 
-def listen_to_text(model: nn.Module) -> list[CapturedCall]:
+def capture_routers(model: nn.Module) -> list[CapturedCall]:
     """Run a short sequence through the model and return its routers in execution order.
 
     Only routers of the text model are found, not those of a vision tower.
@@ -131,11 +131,11 @@ def listen_to_text(model: nn.Module) -> list[CapturedCall]:
     order: list[_Block] = []
     with ExitStack() as undo:
         for block in blocks:
-            for remove in block.listen(order):
+            for remove in block.watch(order):
                 undo.callback(remove)
         undo.enter_context(_undisturbed(model))
         _read_text(model)
-    return [block.heard() for block in dict.fromkeys(order)]
+    return [block.router_call() for block in dict.fromkeys(order)]
 
 
 @contextmanager

@@ -90,7 +90,7 @@ def load_model(
         raise
     except Exception as error:  # transformers may raise anything on an untested checkpoint
         raise ModelError(_explain(name, options, error)) from error
-    _refuse_incomplete(name, report)
+    _reject_incomplete(name, report)
     vocabulary = model.config.get_text_config().vocab_size
     if len(tokenizer) > vocabulary:
         raise ModelError(
@@ -100,7 +100,7 @@ def load_model(
     if device_map is None:
         model.to(target)
     else:
-        _refuse_offloaded(name, model, target)
+        _reject_offloaded(name, model, target)
     model.eval().requires_grad_(False)
     routers = find_routers(model)
     if target.type == "cpu":
@@ -184,7 +184,7 @@ def _read(
         transformers_logging.set_verbosity(verbosity)
 
 
-def _refuse_incomplete(name: str, report: Mapping[str, Any]) -> None:
+def _reject_incomplete(name: str, report: Mapping[str, Any]) -> None:
     """Raise ModelError if weights are missing: transformers would initialise them at random."""
     if mismatched := sorted(report["mismatched_keys"]):
         key, there, here = mismatched[0]
@@ -236,7 +236,7 @@ def _check_device_map(device_map: str | None, device: str) -> None:
         )
 
 
-def _refuse_offloaded(name: str, model: Any, target: torch.device) -> None:
+def _reject_offloaded(name: str, model: Any, target: torch.device) -> None:
     """Raise ModelError if some layers don't fit onto the GPUs."""
     places = getattr(model, "hf_device_map", {}).values()
     num_away = sum(place in ("cpu", "disk") for place in places)

@@ -47,7 +47,7 @@ def write_pruned(
         ResultsError: the folder exists, or can't be written.
         ModelError: a weight is in no block, or a file of the original is truncated.
     """
-    refuse_existing(output)
+    reject_existing(output)
     (num_kept,) = {len(experts) for experts in kept.values()}
     config = with_experts(checkpoint.config, checkpoint.folder, checkpoint.num_experts, num_kept)
     entries = checkpoint.kept_by_weight(kept)
@@ -62,7 +62,7 @@ def write_pruned(
             _write_file(folder / name, content)
         _write_file(folder / CONFIG, render_config(config))
         sync_folder(folder)
-        refuse_existing(output)
+        reject_existing(output)
         folder.rename(output)
         sync_folder(output.parent)
     except OSError as error:
@@ -74,7 +74,7 @@ def write_pruned(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def refuse_existing(output: Path) -> None:
+def reject_existing(output: Path) -> None:
     """Raise ResultsError if the folder of a new checkpoint exists."""
     if os.path.lexists(output):
         raise ResultsError(

@@ -19,7 +19,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from bh_routing.errors import InputError, ModelError
-from bh_routing.models.capture import listen_to_text, text_config
+from bh_routing.models.capture import capture_routers, text_config
 from bh_routing.models.families import TABLE_CALL, family_of
 from bh_routing.models.probe import establish
 from bh_routing.models.sites import RouterSite
@@ -75,7 +75,7 @@ _CUTS_BEHIND_ROUTERS: Final = Version("5.23")
 _UNTRIED: Final = ("pp_size", "fsdp_size", "dp_replicate_size")
 
 
-def refuse_spread_and_quantised(model: Any) -> None:
+def reject_spread_and_quantised(model: Any) -> None:
     """Raise ModelError unless every router sees all experts and weights aren't quantised.
 
     Supported are layers on different devices, placed by accelerate's device map, and weights
@@ -87,7 +87,7 @@ def refuse_spread_and_quantised(model: Any) -> None:
             "some of the model's weights are on no device (meta); load it without offloading, as "
             "bh_routing.load_model does"
         )
-    _refuse_other_parallelism(model)
+    _reject_other_parallelism(model)
     if len(devices) > 1 and not hasattr(model, "hf_device_map"):
         raise ModelError(
             f"the model's weights are on {', '.join(sorted(devices))}, and nothing moves hidden "
@@ -102,7 +102,7 @@ def refuse_spread_and_quantised(model: Any) -> None:
         )
 
 
-def _refuse_other_parallelism(model: Any) -> None:
+def _reject_other_parallelism(model: Any) -> None:
     config = getattr(getattr(model, "config", None), "distributed_config", None)
     is_cut = config is not None or (getattr(model, "tp_size", None) or 1) > 1
     if is_cut and Version(transformers.__version__) < _CUTS_BEHIND_ROUTERS:
@@ -195,9 +195,9 @@ def find_routers(model: nn.Module) -> Routers:
     _known.pop(model, None)
     model_type = model_type_of(model)
     family = family_of(model_type)
-    refuse_spread_and_quantised(model)
+    reject_spread_and_quantised(model)
     try:
-        heard = listen_to_text(model)
+        calls = capture_routers(model)
         sites = tuple(
             RouterSite(
                 call.place.name,
@@ -208,10 +208,10 @@ def find_routers(model: nn.Module) -> Routers:
                 layer,
                 establish(call, family),
             )
-            for layer, call in enumerate(heard)
+            for layer, call in enumerate(calls)
             if call.is_finite
         )
-        damaged = [call.place.name for call in heard if not call.is_finite]
+        damaged = [call.place.name for call in calls if not call.is_finite]
         routers = None if damaged else _agree(sites)
     except ModelError as error:
         raise ModelError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def conclude_run(
     Returns:
         The folder's contents with the new summary; None if the reading or the analysis failed.
     """
-    results: Results | None = attempt("reading the results", lambda: load_results(folder))
+    results: Results | None = attempt("reading the results", partial(load_results, folder))
     if results is None:
         return None
 
@@ -53,13 +53,9 @@ def conclude_run(
     table = results.experiments
     facts = cache(lambda: facts_of(results, summary))
 
-    if visualize is None:
-        attempt("drawing the plots", lambda: draw_plots(facts()))
-    else:
-        attempt("drawing the plots", lambda: visualize(table, folder))
-    if report is None:
-        attempt("writing the report", lambda: write_report(facts()))
-    else:
-        attempt("writing the report", lambda: report(table, summary, folder))
-    attempt("writing the page", lambda: write_page_of(facts()))
+    draw = partial(visualize, table, folder) if visualize else lambda: draw_plots(facts())
+    write = partial(report, table, summary, folder) if report else lambda: write_report(facts())
+    attempt("drawing the plots", draw)
+    attempt("writing the report", write)
+    attempt("writing the HTML report", lambda: write_page_of(facts()))
     return replace(results, summary=summary)

@@ -7,7 +7,6 @@ from typing import Any, Final
 
 import pandas as pd
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from bh_routing.report.charts import experiments, layers, quality
 from bh_routing.report.charts.chart import Chart, draw_charts
@@ -67,8 +66,7 @@ def draw_plots(facts: Facts, kind: str = "png") -> list[Path]:
     if not facts.names:
         pictures = dict.fromkeys(STANDARD, _nothing(facts))
     return [
-        save(figure, facts.folder / PLOTS / f"{name}.{kind}")
-        for name, figure in tqdm(pictures.items(), desc=PLOTS, unit="plot")
+        save(figure, facts.folder / PLOTS / f"{name}.{kind}") for name, figure in pictures.items()
     ]
 
 
