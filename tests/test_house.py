@@ -10,10 +10,10 @@ from tools.measure_house import House, measure
 
 HOUSE = measure()
 MOST = House(
-    lines=34_840,
+    lines=34_826,
     files=167,
     record_types=169,
-    import_percent=7.86,
+    import_percent=7.85,
     prose_words=51_880,
     what_per_thousand=0.5,
     beside_per_thousand=0.05,

@@ -69,7 +69,7 @@ def test_one_changed_router_changes_the_fingerprint(layer: int, demo: LoadedMode
         ("rule: {method: bh_drop, alpha: 0.1, scope: block}", "a server cuts prompts into chunks"),
         (
             "rule: {method: top_k, k: 4}\nprefill_rule: {method: top_k, k: 6}",
-            "prefill_rule is a rule by token next to a rule by decode step",
+            "prefill_rule must decide per token, and the rule per decode step",
         ),
         ("rule: &a {method: top_k, k: 4}\nprefill_rule: *a", "uses a YAML alias"),
         ("rule: {", "isn't valid YAML"),

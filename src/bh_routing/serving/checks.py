@@ -39,8 +39,8 @@ def check_engine(vllm_config: Any) -> None:
     parallel = vllm_config.parallel_config
     if parallel.enable_expert_parallel:
         raise InputError(
-            "expert parallelism marks experts of other ranks by the id -1, which wasn't tried with "
-            "a rule; leave out --enable-expert-parallel"
+            "expert parallelism marks experts of other ranks by the id -1, which is untested "
+            "with a rule; leave out --enable-expert-parallel"
         )
     untried = [name for name in _UNTRIED if (getattr(parallel, name, None) or 1) > 1]
     untried += ["enable_dbo"] * bool(getattr(parallel, "enable_dbo", False))

@@ -136,8 +136,8 @@ def _served(config: ServingConfig, folder: Path) -> ServedRule:
             _check_servable(each)
     if prefill_rule is not None and (rule.unit != "step" or prefill_rule.unit != "token"):
         raise InputError(
-            f"prefill_rule is a rule by token next to a rule by decode step, got "
-            f"{prefill_rule.method!r} by {prefill_rule.unit} next to {rule.method!r} by "
+            "prefill_rule must decide per token, and the rule per decode step, got "
+            f"{prefill_rule.method!r} per {prefill_rule.unit} and {rule.method!r} per "
             f"{rule.unit}; leave out prefill_rule"
         )
     calibration = None
