@@ -72,7 +72,7 @@ def rescaled_by_token(weights_TK: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [(cubed, "none of softmax, sigmoid"), (rescaled_by_token, "scaled by something unknown")],
+    [(cubed, "by one of softmax, sigmoid"), (rescaled_by_token, "scaled by something unknown")],
 )
 def test_weights_of_an_unknown_law_are_refused(
     olmoe: Any, change: Callable[[Tensor], Tensor], reason: str
