@@ -154,9 +154,13 @@ def _p_values(name: str, fitting: _Sample, sample: _Sample) -> Tensor:
     if name == TRUE_NULL:
         return NULLS["gaussian"].p_from_score(logits_TE)
     null = NULLS[name]
-    table = None
+    table, seen = None, fitting.seen
+    if name == "permutation":
+        # It permutes gates, whose product with the input it requires the logits to be.
+        assert seen.hidden_states_TH is not None and seen.gate_EH is not None
+        seen = seen._replace(router_logits_TE=seen.hidden_states_TH @ seen.gate_EH.T)
     if null.needs_table:
-        table = null.table_of(fitting.seen)
+        table = null.table_of(seen)
     return null.p_from_score(null.score(logits_TE), table)
 
 

@@ -27,7 +27,7 @@ def test_calibrate_writes_the_file_and_a_picture_of_each_null(
         "--nulls",
         "background",
     ]
-    assert main(["calibrate", *arguments, "--max-tokens", "5000", "--json"]) == 0
+    assert main(["calibrate", *arguments, "--max-tokens", "6000", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["fingerprint"] == Calibration.load(file).fingerprint
     assert document["plots"] == [str(path) for path in sorted(plots.iterdir())]

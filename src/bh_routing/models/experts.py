@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from bh_routing.errors import ModelError
@@ -44,9 +45,11 @@ def slot_output_norms(
     """
     num_tokens, num_slots = top_k_index_TK.shape
     one = torch.ones(num_tokens * num_slots, 1, dtype=weights_dtype, device=hidden_TH.device)
-    outputs = experts.forward(
-        hidden_TH.repeat_interleave(num_slots, dim=0), top_k_index_TK.reshape(-1, 1), one
-    )
+    index = top_k_index_TK.reshape(-1, 1)
+    if not hasattr(experts, "has_gate"):
+        # A family's own loop, not transformers' interface: LongCat-Flash's fails on a single slot.
+        index, one = index.expand(-1, 2), functional.pad(one, (0, 1))
+    outputs = experts.forward(hidden_TH.repeat_interleave(num_slots, dim=0), index, one)
     norms: Tensor = outputs.float().norm(dim=-1)
     return norms.view(num_tokens, num_slots)
 
