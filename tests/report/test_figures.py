@@ -248,3 +248,15 @@ def test_the_quality_title_says_so_if_static_top_k_is_better(quality: dict[str, 
     rows = [row for row in found.rows if row.is_static or row.config_name == "bh_loose"]
     better = QualityFindings(rows=rows, answers=found.answers)
     assert "static" not in findings.quality(better)  # nothing was scored at that mean
+
+
+def test_the_quality_title_counts_both_sides_of_static_top_k(quality: dict[str, Any]) -> None:
+    found = quality_findings({"quality": quality})
+    (rows,) = found.against["no"]
+    answers = dict(found.answers) | {rows[0].config_name: "yes"}
+    both = QualityFindings(rows=found.rows, answers=answers)
+    title = findings.quality(both)
+    assert title.endswith(
+        f"; of {len(rows)} configurations {len(rows) - 1} clearly above and 1 clearly below "
+        "static top-k"
+    )

@@ -270,5 +270,6 @@ def quality(found: QualityFindings) -> str:
     if len(counts) == 1:
         (answer,) = counts
         return f"{cost}; that of static top-k is {words[answer]} at the same mean"
-    texts = [f"{words[answer]} than in {counts[answer]}" for answer in words if answer in counts]
-    return f"{cost}; that of static top-k is clearly {' and '.join(texts)} of {compared}"
+    sides = {"no": "above", "yes": "below"}
+    texts = [f"{counts[side]} clearly {sides[side]}" for side in sides if side in counts]
+    return f"{cost}; of {compared} configurations {' and '.join(texts)} static top-k"
