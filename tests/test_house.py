@@ -10,11 +10,11 @@ from tools.measure_house import House, measure
 
 HOUSE = measure()
 MOST = House(
-    lines=34_826,
+    lines=34_815,
     files=167,
     record_types=169,
     import_percent=7.85,
-    prose_words=51_890,
+    prose_words=51_880,
     what_per_thousand=0.5,
     beside_per_thousand=0.05,
     spec_modules=63,

@@ -61,9 +61,7 @@ def test_a_signal_keeps_what_was_scored_and_the_same_command_goes_on(
         patch.setattr(QualityLedger, "add", add_and_signal)
         assert main(arguments(command, tmp_path), QUIET) == code
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == (
-        f"bh-routing: interrupted; the same command continues with what {tmp_path / 'r'} holds"
-    )
+    assert last == f"bh-routing: interrupted; the same command resumes from {tmp_path / 'r'}"
     assert signal.getsignal(signal.SIGTERM) is handler
     scored = (tmp_path / "r" / QUALITY_JOURNAL).read_bytes()
     assert scored.count(b"\n") == 2, "the header, and the document that was finished"

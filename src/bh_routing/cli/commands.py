@@ -50,7 +50,7 @@ def _print(value: Any, as_json: bool, table: Callable[[Any], str]) -> None:
 def _resumes(output: Path | None) -> str:
     if output is None:
         return "nothing was kept; with --output a stopped evaluation can be resumed"
-    return f"the same command continues with what {output} holds"
+    return f"the same command resumes from {output}"
 
 
 @with_options(RunSpec, PromptChoice)

@@ -23,7 +23,7 @@ def evidence(
     as_json: JsonOption = False,
 ) -> int:
     """Run the whole protocol of comparisons on one model, and write one page, EVIDENCE.md."""
-    remedy = f"the same command continues with what {values['output']} holds"
+    remedy = f"the same command resumes from {values['output']}"
     with console_log(), interruptible(remedy):
         from bh_routing.report.evidence import conclude_evidence
 

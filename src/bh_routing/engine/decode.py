@@ -180,7 +180,7 @@ def engine_of(model: Any) -> Engine:
     Raises:
         UndecodableError: the engine doesn't support the model.
     """
-    _refuse_hooks(model)
+    _reject_hooks(model)
     snapshot, engine = _engines.get(model, (None, None))
     if engine is None or snapshot is None or not snapshot.is_of(model):
         try:
@@ -193,7 +193,7 @@ def engine_of(model: Any) -> Engine:
     return engine
 
 
-def _refuse_hooks(model: Any) -> None:
+def _reject_hooks(model: Any) -> None:
     # A step calls no module, so hooks wouldn't run; transformers' own only collect outputs.
     for name, module in model.named_modules():
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):

@@ -66,7 +66,7 @@ class Session:
             decoder, batch=batch, num_positions=num_positions, num_slots=num_slots
         )
         self._is_cuda = self.state.token_B.is_cuda
-        # Graphs of one session run one after the other, so they share their memory.
+        # Graphs of one session never overlap, so they share memory.
         self._pool = torch.cuda.graph_pool_handle() if self._is_cuda else None
         step = bind_step(decoder, self.state, routers)
         self.advance: Callable[[], None] = step

@@ -99,7 +99,7 @@ def captured(call: Callable[[], Any], pool: Any = None) -> Callable[[], None]:
 
     Args:
         call: launches kernels; no results may be read that it allocates.
-        pool: handle of the memory pool of graphs that run one after the other; None: its own.
+        pool: handle of the memory pool of graphs that never overlap; None: its own.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -47,7 +47,7 @@ def slot_output_norms(
     one = torch.ones(num_tokens * num_slots, 1, dtype=weights_dtype, device=hidden_TH.device)
     index = top_k_index_TK.reshape(-1, 1)
     if not hasattr(experts, "has_gate"):
-        # A family's own loop, not transformers' interface: LongCat-Flash's fails on a single slot.
+        # Not transformers' interface but a loop; LongCat-Flash's fails on a single slot.
         index, one = index.expand(-1, 2), functional.pad(one, (0, 1))
     outputs = experts.forward(hidden_TH.repeat_interleave(num_slots, dim=0), index, one)
     norms: Tensor = outputs.float().norm(dim=-1)

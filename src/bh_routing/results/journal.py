@@ -232,7 +232,7 @@ _QUALITY: Final = TypeAdapter(QualityRecord)
 
 
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """Rename what older versions called `expert_counts`, the name of experts per token."""
+    """Rename the `expert_counts` of older versions, now the name of experts per token."""
     if "expert_counts" in values:
         values.setdefault("expert_load", values.pop("expert_counts"))
     return values

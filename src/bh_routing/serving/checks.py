@@ -145,7 +145,7 @@ def check_finite(model: nn.Module, vllm_config: Any, layers: list[MoELayer]) -> 
     """Raise ModelError if a weight, or a router logit of a trial run, is NaN or infinite."""
     for name, parameter in model.named_parameters():
         if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16):
-            _refuse_infinite(f"weight {name}", parameter)
+            _reject_infinite(f"weight {name}", parameter)
     seen: dict[str, Tensor] = {}
     handles = [
         layer.gate.register_forward_hook(
@@ -173,10 +173,10 @@ def check_finite(model: nn.Module, vllm_config: Any, layers: list[MoELayer]) -> 
         for handle in handles:
             handle.remove()
     for name, logits_TE in seen.items():
-        _refuse_infinite(f"the router of {name}", logits_TE)
+        _reject_infinite(f"the router of {name}", logits_TE)
 
 
-def _refuse_infinite(what: str, values: Tensor) -> None:
+def _reject_infinite(what: str, values: Tensor) -> None:
     if not bool(values.isfinite().all()):
         raise ModelError(
             f"{what} has or gives NaN or infinite values; the checkpoint is damaged or the dtype "

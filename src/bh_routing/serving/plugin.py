@@ -156,7 +156,7 @@ def bind(model: nn.Module, vllm_config: Any, served: ServedRule) -> None:
 
 
 def _calibrated(context: LayerContext, rule: Rule, calibration: Calibration | None) -> LayerContext:
-    """Return the context with what the rule needs of the calibration."""
+    """Return the context with the references that the rule needs."""
     if calibration is None or rule.required_null is None:
         return context
     if rule.required_null in OF_SLOTS:

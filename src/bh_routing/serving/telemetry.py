@@ -1,7 +1,7 @@
 """Experts per token and distinct experts per decode step of a running server, from samples.
 
-About every second one forward pass is counted, so the cost doesn't depend on the server's speed.
-Some passes are skipped first, since the first after a pause reads a prompt. Counters are sums over
+About every second one forward pass is counted, so the cost doesn't depend on the server's speed; a
+random number is skipped first, since the first after a pause reads a prompt. Counters are sums over
 tokens (or decode steps) and layers; quotients of their increases are means.
 """
 
